@@ -1,0 +1,54 @@
+# Two commands for newcomers, each alone on a fresh clone with Python 3.11 or newer:
+#   make demo    install into .venv, build glyphs without stars, say where the report is
+#   make test    install into .venv, run the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Threads that spin while they wait slow small models down.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint install install-dev clean FORCE
+
+demo: install
+	$(BIN)/erasec build glyphs --erase star --target onnx
+	@echo "The report, with pictures before and after: $(CURDIR)/glyphs-without-star/report.html"
+
+test: install-dev
+	$(BIN)/pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy examples
+	$(BIN)/lint-imports
+
+install: $(VENV)/installed
+install-dev: $(VENV)/installed-dev
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+INSTALL = $(BIN)/python -m pip install --constraint constraints.txt
+
+$(VENV)/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "erasec needs Python 3.11 or newer, and '$(PYTHON)' is not: make ... PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+# The installed package is a tree of links to the sources: edits show at once, but a new file needs a new tree.
+$(VENV)/sources: FORCE | $(VENV)/torch
+	@find compiler passes targets -type f ! -name '*.pyc' | LC_ALL=C sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(VENV)/installed: $(VENV)/torch $(VENV)/sources pyproject.toml
+	$(INSTALL) --editable '.[onnx]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch $(VENV)/sources pyproject.toml
+	$(INSTALL) --editable '.[onnx,dev]'
+	@touch $(VENV)/installed $@

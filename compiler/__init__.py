@@ -1,0 +1,1 @@
+"""erasec: a model-editing compiler for text-to-image diffusion checkpoints."""

@@ -1,0 +1,102 @@
+"""What people extend: a Pass computes an edit, a Target writes an artifact; both are frozen dataclasses of options."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from erasec.errors import ErasecError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from erasec.checkpoint import Folder
+    from erasec.concept import Concept
+    from erasec.edit import Edit
+    from erasec.model import Model
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where and how a build runs: torch device name, and the seed of everything that draws numbers."""
+
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. ``limit`` is None where the value is told and not judged; ``how`` says how it was
+    measured: judge and digest, prompts, seeds, steps, scheduler, or shapes and tolerances."""
+
+    name: str
+    value: float
+    limit: float | None
+    passed: bool
+    how: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a target wrote: its folder, and the checks that it made on what it wrote."""
+
+    target: str
+    path: Path
+    checks: tuple[Check, ...] = ()
+
+
+class Pass(ABC):
+    """Computes an edit and writes nothing. Subclass as a frozen dataclass; its fields are its options."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def sites(self, model: Model) -> tuple[object, ...]:
+        """The sites it would edit, for ``erasec plan``; no tensor is read."""
+
+    @abstractmethod
+    def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
+        """The edit that erases ``concept`` from ``model``, earlier edits included. Raises ErasecError."""
+
+
+class Target(ABC):
+    """Writes a merged checkpoint in one format. It never learns that anything was erased."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise MissingTool where a library that it needs is not there."""
+
+    @abstractmethod
+    def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
+        """Write ``checkpoint`` below ``out`` (a folder of its own) and check what was written."""
+
+
+def with_options(kind: type[T], options: Mapping[str, object], label: str) -> T:
+    """An instance of a pass or target with ``options``; unknown names and wrong types are errors in words."""
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, object] = {}
+    for name, value in options.items():
+        if name not in known:
+            hint = nearest(name, known) if known else "it has no options"
+            raise ErasecError(f"{label} has no option {name!r}", why=hint)
+        default = known[name].default
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(default):
+            raise ErasecError(
+                f"{label}: option {name} is {value!r}",
+                why=f"it takes a {type(default).__name__}, by default {default!r}",
+            )
+        values[name] = value
+    return kind(**values)

@@ -1,0 +1,310 @@
+"""The command line: parses, calls, prints. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, nearest
+
+if TYPE_CHECKING:
+    from erasec.recipe import Recipe
+
+STOPPED = 130
+
+# What the libraries print while they load; set before they are imported, and only where the user has not.
+QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+app = typer.Typer(
+    name="erasec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Erase a concept from a text-to-image checkpoint: compute the edit, merge it, export, check, report.",
+)  # fmt: skip
+
+MODEL = Annotated[str, typer.Argument(
+    help="bundled name, alias, diffusers folder or hub id; or a recipe.toml, whose keys the flags replace",
+    metavar="MODEL|RECIPE")]  # fmt: skip
+ERASE = Annotated[list[str] | None, typer.Option("--erase", "-e", metavar="CONCEPT",
+    help="bundled concept, concept.toml, or any phrase; may be repeated")]  # fmt: skip
+PASS = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="NAME[:key=value,...]",
+    help="how to erase, by default uce; may be repeated; NAME may be file.py:Class")]  # fmt: skip
+TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAME",
+    help="format to write beside the plain checkpoint; may be repeated")]  # fmt: skip
+OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
+DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
+SEED = Annotated[int | None, typer.Option("--seed", help="seed of everything that draws numbers  [default: 0]")]
+JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print the traceback of an error, and warnings")]
+
+
+def main() -> None:
+    """The entry point of the ``erasec`` program."""
+    app(prog_name="erasec")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from erasec import doctor
+
+        print(f"erasec {doctor.version('erasec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+@app.command()
+def build(
+    model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
+    device: DEVICE = None, seed: SEED = None, as_json: JSON = False, verbose: VERBOSE = False,
+) -> None:  # fmt: skip
+    """Erase concepts, write the checkpoint and every target, check them, and report."""
+    with _told(verbose):
+        recipe = _recipe(model, erase, passes, target, device, seed)
+        from erasec import build as builds
+        from erasec import plan as plans
+
+        plan = plans.make(recipe, out)
+        for note in plans.notes(plan):
+            print(f" note: {note}", file=sys.stderr)
+        try:
+            report = builds.run(plan)
+        except CheckFailed as error:
+            rejected = Path(error.where) / "report.json"
+            if as_json and rejected.is_file():
+                print(rejected.read_text(encoding="utf-8"))
+            raise
+        if as_json:
+            print((plan.out / "report.json").read_text(encoding="utf-8"))
+            return
+        print(f"{plan.out}\n{plan.out / 'report.html'}")
+        print(_verdict(len(report.checks), report.rates))
+        for sentence in report.notes:
+            print(f" note: {sentence}", file=sys.stderr)
+
+
+def _verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
+    """One line: that it passed, and how often the judge saw what, before and after, by group of prompts."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rates:
+        groups.setdefault(row["group"], []).append(row)
+    words = {"name": "by name", "synonym": "by synonym", "implicit": "implicitly", "keep": "everything else"}
+    parts = []
+    for group, rows in groups.items():
+        images = sum(row["images"] for row in rows)
+        before, after = (sum(row[when] * row["images"] for row in rows) / images for when in ("before", "after"))
+        parts.append(f"{words.get(group, group)} {before:.0%} -> {after:.0%}")
+    return f"passed all {checks} checks" + (f"; shown {', '.join(parts)}" if parts else "")
+
+
+@app.command()
+def plan(
+    model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
+    device: DEVICE = None, seed: SEED = None, as_json: JSON = False, verbose: VERBOSE = False,
+) -> None:  # fmt: skip
+    """Say what a build would do: sites, memory, disk, tools. Writes nothing."""
+    with _told(verbose):
+        recipe = _recipe(model, erase, passes, target, device, seed)
+        from erasec import plan as plans
+
+        told = plans.describe(plans.make(recipe, out, pin=False))
+        if as_json:
+            print(json.dumps(told, indent=2))
+        else:
+            _print_plan(told)
+
+
+def _print_plan(told: dict[str, Any]) -> None:
+    from erasec.plan import size
+
+    found, disk, memory = told["model"], told["disk"], told["memory"]
+    lines = [("model", f"{found['name']} ({found['family']})" + (f" at {found['revision']}" * bool(found["revision"])))]
+    for concept in told["concepts"]:
+        phrases = ", ".join((*concept["erase"], *concept["synonyms"]))
+        lines.append(("erase", f"{concept['name']}: {phrases} -> {concept['anchor'] or 'nothing'}"))
+        lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
+    for step in told["passes"]:
+        options = ", ".join(f"{key}={value}" for key, value in step["options"].items())
+        lines.append(("pass", f"{step['name']} ({step['paper']}) {options}; {len(step['sites'])} sites, listed below"))
+    for target in told["targets"]:
+        lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
+    seconds = told["time"]["seconds"]
+    lines += [
+        ("out", disk["out"]),
+        ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
+        ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
+        ("time", (f"{seconds:.0f} s, " if seconds else "") + told["time"]["how"]),
+        ("device", f"{told['device']}, seed {told['seed']}"),
+        ("tools", ", ".join(f"{name} {version}" for name, version in told["tools"].items())),
+        *(("note", note) for note in told["notes"]),
+    ]
+    for label, text in lines:
+        print(f"{label:>6}  {text}")
+    for step in told["passes"]:
+        rows = [[s["block"], s["attn"], s["proj"], "x".join(map(str, s["shape"])), step["name"]] for s in step["sites"]]
+        print()
+        _table(["block", "attention", "projection", "shape", "pass"], rows)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="a folder, a build, a .safetensors file or a bundled model")],
+    b: Annotated[str, typer.Argument(metavar="B", help="the same kind as A")],
+    as_json: JSON = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Say which tensors moved from A to B, by how much, and the rank of the difference."""
+    with _told(verbose):
+        from erasec import diff as diffs
+
+        found = diffs.compare(diffs.locate(a), diffs.locate(b))
+        if as_json:
+            print(json.dumps([dataclasses.asdict(item) for item in found], indent=2))
+            return
+        moved = [item for item in found if item.kind != "file"]
+        if moved:
+            _table(
+                ["tensor", "what", "change", "largest", "rank", "note"],
+                [[item.key, item.kind, _number(item.change), _number(item.largest),
+                  "-" if item.rank is None else str(item.rank), item.note] for item in moved],
+            )  # fmt: skip
+        if files := [item for item in found if item.kind == "file"]:
+            _table(["file", "note"], [[item.key, item.note] for item in files])
+        print(f"{len(moved)} tensors differ" if moved else "no tensor moved")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="passes|targets|concepts|models")], verbose: VERBOSE = False
+) -> None:
+    """List the passes, targets, concepts or models that can be named."""
+    with _told(verbose):
+        lists = {"passes": _passes, "targets": _targets, "concepts": _concepts, "models": _models}
+        if what not in lists:
+            raise ErasecError(f"there is no list of {what!r}", why=nearest(what, lists))
+        lists[what]()
+
+
+def _passes() -> None:
+    from erasec import registry
+
+    rows = []
+    for name in registry.passes():
+        kind = registry.load_pass(name)
+        options = (f"{field.name}={field.default}" for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+        rows.append([name, kind.summary, kind.paper, ", ".join(options)])
+    _table(["pass", "summary", "paper", "options with defaults"], rows)
+
+
+def _targets() -> None:
+    from erasec import registry
+
+    _table(["target", "summary"], [[name, registry.load_target(name).summary] for name in registry.targets()])
+
+
+def _concepts() -> None:
+    from erasec import concept
+
+    library = concept.library()
+    rows = []
+    for path in sorted(library.root.rglob("*.toml")):
+        found = concept.from_file(path)
+        rows.append([path.stem, ", ".join(found.phrases), found.anchor, str(path)])
+    _table(["concept", "erases", "anchor", "file"], rows)
+
+
+def _models() -> None:
+    from erasec import model
+
+    rows = [[name, "bundled" if model.bundled(name).is_dir() else "bundled, missing here"] for name in model.BUNDLED]
+    _table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in model.HUB.items()])
+
+
+@app.command()
+def doctor(verbose: VERBOSE = False) -> None:
+    """Say what this machine can do, and the pip line for what it cannot."""
+    with _told(verbose):
+        from erasec import doctor as doctors
+
+        found = doctors.examine(Path.cwd())
+        rows = [[item.name, "ok" if item.there else "missing", item.found, item.fix * (not item.there)] for item in found]
+        _table(["what", "state", "found", "fix"], rows)
+        if any(item.required and not item.there for item in found):
+            raise typer.Exit(TOOL_MISSING)
+
+
+def _recipe(
+    model: str, erase: list[str] | None, passes: list[str] | None, targets: list[str] | None, device: str | None,
+    seed: int | None,
+) -> Recipe:  # fmt: skip
+    from erasec import recipe
+
+    return recipe.from_flags(model, erase or (), passes or (), targets or (), device, seed)
+
+
+@contextmanager
+def _told(verbose: bool) -> Iterator[None]:
+    """Turn errors into words and exit codes; a termination signal is taken as Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                warnings.simplefilter("ignore")
+            yield
+    except ErasecError as error:
+        if verbose:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        print("stopped; nothing was left behind", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal, aligned plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*header, box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

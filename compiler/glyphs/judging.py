@@ -1,0 +1,122 @@
+"""The judge of glyphs: a classifier and a contrastive pair that were trained on renders, and the questions they ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erasec.checkpoint import content_digest, file_digest, read_header, read_tensor
+from erasec.glyphs import world
+from erasec.judge import Images, Question
+from erasec.model import bundled, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erasec.concept import Concept
+    from erasec.model import Model
+
+THRESHOLD = 0.5
+COLOURS = tuple(world.COLOURS)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A small safetensors file as float32 tensors (integer ones as they are)."""
+    tensors = {key: read_tensor(entry) for key, entry in read_header(path)[0].items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def colour_of(index: int) -> str:
+    """The colour that the ``index``-th plain prompt asks for; every fifth asks for none."""
+    return "" if index % 5 == 4 else COLOURS[index % len(COLOURS)]
+
+
+def prompt(phrase: str, index: int) -> str:
+    """The ``index``-th plain prompt for a phrase: wordings and colours take turns."""
+    return world.PREFIXES[index % len(world.PREFIXES)] + world.article(f"{colour_of(index)} {phrase}".strip())
+
+
+class GlyphJudge:
+    """Reader ``which`` ("a" or "b") behind the Judge protocol. Builds ask B; A is for whatever is tuned by a judge."""
+
+    def __init__(self, which: str = "b") -> None:
+        self.path = bundled("judges") / f"judge-{which}.safetensors"
+        self.name = f"glyphs judge {which.upper()}"
+
+    @classmethod
+    def for_model(cls, model: Model) -> GlyphJudge | None:
+        """Judge B where the model paints with glyphs' own VAE, which no pass edits; None for any other world."""
+        own = bundled("glyphs") / "vae"
+        if not own.is_dir():
+            return None
+        ours = content_digest(load("glyphs").source.entries("vae"))
+        return cls() if content_digest(model.source.entries("vae")) == ours else None
+
+    @cached_property
+    def digest(self) -> str:
+        return file_digest(self.path)
+
+    @cached_property
+    def _reader(self) -> Any:
+        from erasec.glyphs import models
+
+        reader = models.Plain() if self.path.stem == "judge-a" else models.Residual()
+        reader.load_state_dict(read_state(self.path))
+        return reader.eval()
+
+    @cached_property
+    def _pair(self) -> Any:
+        from erasec.glyphs import models
+
+        pair = models.Pair()
+        pair.load_state_dict(read_state(bundled("judges") / "pair.safetensors"))
+        return pair.eval()
+
+    def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
+        """``images`` questions by name, by synonym and by implicit prompt; half as many for every other shape."""
+        label = concept.label or concept.name
+        if label not in world.LABELS:
+            return ()
+        wanted: list[tuple[str, str, str, str]] = []
+        for group, phrases in (("name", concept.erase), ("synonym", concept.synonyms)):
+            for index in range(images if phrases else 0):
+                phrase = phrases[(index // len(world.PREFIXES) + index) % len(phrases)]
+                wanted.append((group, prompt(phrase, index), label, ""))
+        for index in range(images if concept.implicit else 0):
+            wanted.append(("implicit", concept.implicit[index % len(concept.implicit)], label, ""))
+        for shape in world.SHAPES:
+            for index in range((images + 1) // 2 if shape != label else 0):
+                wanted.append(("keep", prompt(shape, index), shape, colour_of(index)))
+        return tuple(
+            Question(group, text, seed * 1_000_003 + number, shape, colour)
+            for number, (group, text, shape, colour) in enumerate(wanted)
+        )
+
+    def probabilities(self, images: Images) -> NDArray[np.float64]:
+        """Probability of every label in every image, (n, 22)."""
+        import torch
+
+        with torch.no_grad():
+            batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            found: NDArray[np.float64] = torch.cat([self._reader(part).sigmoid() for part in batch.split(128)]).numpy()
+        return found
+
+    def sees(self, images: Images, labels: Sequence[str]) -> NDArray[np.bool_]:
+        columns = [world.LABELS.index(label) for label in labels]
+        found: NDArray[np.bool_] = self.probabilities(images)[np.arange(len(images)), columns] > THRESHOLD
+        return found
+
+    def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
+        import torch
+
+        tokens = load("glyphs").encode(prompts)
+        with torch.no_grad():
+            ends = tokens.states[torch.arange(len(tokens.last)), tokens.last + 1]
+            batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            found: NDArray[np.float64] = (self._pair.images(batch) * self._pair.texts(ends)).sum(1).double().numpy()
+        return found

@@ -1,0 +1,277 @@
+"""Recipe -> Plan: names resolved, the model found and pinned, sites matched, tools, disk and output folder checked.
+
+A plan writes nothing. (A model that is only on the hub is fetched into the hub's own cache first.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from erasec import concept as concepts_
+from erasec import model as models
+from erasec import doctor, registry
+from erasec.base import Context, Pass, Target, with_options
+from erasec.concept import Concept
+from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.recipe import PassUse, Recipe
+
+if TYPE_CHECKING:
+    from erasec.family import Site
+    from erasec.model import Model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build that can run. ``recipe`` is resolved: concepts inlined, pass options spelled out, the model pinned."""
+
+    recipe: Recipe
+    model: Model
+    concepts: tuple[Concept, ...]
+    passes: tuple[Pass, ...]
+    targets: tuple[Target, ...]
+    out: Path
+    context: Context
+
+
+def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
+    """Resolve ``recipe``; ``out`` is by default MODEL-without-CONCEPT in the working directory. Raises ErasecError.
+
+    ``pin`` fills in the model's digest, for which all of its weights are read. A digest that the recipe brings is
+    compared in any case.
+    """
+    if not recipe.erase:
+        raise ErasecError("nothing to erase", why="the recipe names no concept", fix="add --erase star, or any phrase")
+    concepts = _concepts(recipe)
+    uses = recipe.passes or (PassUse(name="uce"),)
+    passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
+    targets = tuple(with_options(registry.load_target(name), {}, f"target {name}") for name in recipe.targets)
+    for target in targets:
+        target.check()
+    out = (out or _default_out(recipe.model, concepts)).expanduser()
+    _check_out(out)
+    context = Context(_device(recipe.device), recipe.seed)
+
+    model = models.load(recipe.model, recipe.revision or None)
+    _check_apart(out, model)
+    if recipe.digest and model.digest != recipe.digest:
+        raise ErasecError(
+            f"{recipe.model} is not the model that the recipe was made for",
+            why=f"its digest is {model.digest[:12]}..., the recipe says {recipe.digest[:12]}...",
+            fix="give the model of the recipe, or delete the line `digest` to build from this one",
+        )
+    for step in passes:
+        if not step.sites(model):
+            raise ErasecError(f"pass {step.name} finds no site to edit in {model.name}", why=f"it is {model.family.name}")
+    plan = Plan(_resolved(recipe, model, concepts, uses, passes, pin), model, concepts, passes, targets, out, context)
+    _check_disk(plan)
+    return plan
+
+
+def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
+    own = {concept.name: concept for concept in recipe.concepts}
+    found = tuple(own[name] if name in own else concepts_.find(name) for name in recipe.erase)
+    names = [concept.name for concept in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ErasecError(f"the concept {twice[0]!r} is to be erased twice", fix="name it once")
+    return found
+
+
+def _pass(number: int, use: PassUse) -> Pass:
+    try:
+        return with_options(registry.load_pass(use.name), use.options, use.name)
+    except ErasecError as error:
+        error.where = error.where or f"[[pass]] {number} ({use.name})"
+        raise
+
+
+def _default_out(model: str, concepts: Sequence[Concept]) -> Path:
+    words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1], "without"]
+    words += [concept.name for concept in concepts]
+    return Path("-".join(re.sub(r"[^\w.]+", "-", word).strip("-.") for word in words)[:120])
+
+
+def _check_out(out: Path) -> None:
+    """A build replaces its output folder as a whole, so anything but an earlier build is refused."""
+    if out.exists() and not out.is_dir():
+        raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder below it: --out DIR")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "report.json").is_file() and not (out / ".rejected").is_dir():
+        names = sorted(path.name for path in out.iterdir())
+        raise ErasecError(
+            f"the output folder {out} is not empty",
+            why=f"it holds {', '.join(names[:3])}{', ...' if names[3:] else ''} and no earlier build of erasec",
+            fix="give another folder with --out, or empty this one",
+        )
+
+
+def _check_apart(out: Path, model: Model) -> None:
+    target, source = out.resolve(), model.source.root.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise ErasecError(
+            f"the output folder {out} and the model's folder {source} lie in each other",
+            why="a build replaces its output folder as a whole, and never touches its model",
+            fix="give another folder with --out",
+        )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= here:
+        raise MissingTool(
+            f"there is no device {name!r} on this machine", why=f"torch {torch.__version__} finds {here} of kind {kind}",
+            fix="use --device cpu; erasec doctor says what this machine can do",
+        )  # fmt: skip
+    return name
+
+
+def _resolved(
+    recipe: Recipe, model: Model, concepts: tuple[Concept, ...], uses: Sequence[PassUse], passes: tuple[Pass, ...],
+    pin: bool,
+) -> Recipe:  # fmt: skip
+    spelled = (PassUse(name=use.name, options=_options(step)) for use, step in zip(uses, passes, strict=True))
+    return recipe.model_copy(
+        update={
+            "revision": model.revision or recipe.revision,
+            "digest": model.digest if pin else recipe.digest,
+            "erase": tuple(concept.name for concept in concepts),
+            "passes": tuple(spelled),
+            "concepts": concepts,
+        }
+    )
+
+
+def _options(step: Pass) -> dict[str, Any]:
+    """Every option of a pass with its value. Raises ErasecError for one that a recipe cannot hold."""
+    options = asdict(cast("Any", step))
+    for name, value in options.items():
+        if not isinstance(value, bool | int | float | str):
+            why = f"options are text, numbers, true or false; this is a {type(value).__name__}"
+            raise ErasecError(f"pass {step.name}: a recipe cannot hold the option {name}", why)
+    return options
+
+
+def _weights(model: Model, component: str) -> int:
+    """How many numbers a component's weights are."""
+    return sum(math.prod(entry.shape) for entry in model.source.entries(component).values())
+
+
+def _written(plan: Plan) -> dict[str, int]:
+    """Bytes by target: "hf" copies the model's files one to one, any other is taken to hold all weights in float32."""
+    root = plan.model.source.root
+    copied = sum((root / name).stat().st_size for name in plan.model.source.files())
+    every = 4 * sum(_weights(plan.model, component) for component in plan.model.family.components)
+    return {target.name: copied if target.name == "hf" else every for target in plan.targets}
+
+
+def _free(out: Path) -> int:
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
+    return shutil.disk_usage(place).free
+
+
+def _check_disk(plan: Plan) -> None:
+    need, free = sum(_written(plan).values()), _free(plan.out)
+    if need > free:
+        raise ErasecError(
+            f"the disk of {plan.out} has too little room", why=f"about {size(need)} will be written, {size(free)} are free",
+            fix="free some space, or give a folder on another disk with --out",
+        )  # fmt: skip
+
+
+def size(count: int) -> str:
+    """Bytes for people: decimal units, three digits."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Everything that ``erasec plan`` tells, as plain data; ``disk`` and ``memory`` hold estimates and say how made."""
+    model, written = plan.model, _written(plan)
+    return {
+        "model": {"name": model.name, "revision": model.revision, "family": model.family.name},
+        "concepts": [
+            {**concept.model_dump(mode="json", include={"name", "erase", "synonyms", "anchor", "keep", "implicit"})}
+            for concept in plan.concepts
+        ],
+        "passes": [
+            {
+                "name": step.name, "version": step.version, "paper": step.paper, "options": _options(step),
+                "sites": [
+                    {"block": site.block, "attn": site.attn, "proj": site.proj, "shape": list(site.shape), "key": site.key}
+                    for site in cast("tuple[Site, ...]", step.sites(model))
+                ],
+            }
+            for step in plan.passes
+        ],  # fmt: skip
+        "targets": [
+            {"name": target.name, "summary": target.summary, "bytes": written[target.name]} for target in plan.targets
+        ],
+        "disk": {
+            "out": str(plan.out), "needed": sum(written.values()), "free": _free(plan.out),
+            "how": "estimate: hf is the size of the model's files, every other target all weights in float32",
+        },
+        "memory": _memory(plan),
+        "time": _time(plan.out),
+        "device": plan.context.device,
+        "seed": plan.context.seed,
+        "tools": {name: doctor.version(name) or "missing" for name in (*doctor.CORE, *doctor.OPTIONAL)},
+        "notes": notes(plan),
+    }  # fmt: skip
+
+
+def _memory(plan: Plan) -> dict[str, Any]:
+    """Weights held at the same time in the hungriest step; from tensor sizes alone."""
+    model = plan.model
+    counts = {component: _weights(model, component) for component in model.family.components}
+    text = 4 * sum(counts[component] for component in model.family.text_encoders)
+    edited = {site for step in plan.passes for site in cast("tuple[Site, ...]", step.sites(model))}
+    steps = {
+        "solve": text + 8 * sum(math.prod(site.shape) for site in edited),
+        "pictures": text + 4 * sum(counts.values()),
+    }
+    if len(plan.targets) > 1:
+        steps["export"] = text + 2 * 4 * max(counts.values())
+    return {
+        "bytes": max(steps.values()),
+        "steps": steps,
+        "how": "estimate: weights alone (text encoder and pictures in float32, edits in float64, an exported component "
+        "twice); activations and the libraries come on top",
+    }
+
+
+def _time(out: Path) -> dict[str, Any]:
+    """Seconds are told only where they were measured: by an earlier build in the same place."""
+    try:
+        seconds = json.loads((out / "report.json").read_text(encoding="utf-8"))["seconds"]
+        return {"seconds": float(sum(seconds.values())), "how": f"measured: the earlier build in {out} took this long"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"seconds": None, "how": "not known: nothing was built here before"}
+
+
+def notes(plan: Plan) -> list[str]:
+    """Sentences about what may not be meant: concepts that were made from a bare word, beside what is bundled."""
+    bundled = concepts_.library().names()
+    return [
+        f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
+        + nearest(concept.name, bundled)
+        for concept in plan.concepts
+        if bundled and concept == Concept(name=concept.name, erase=(concept.name,))
+    ]

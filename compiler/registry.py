@@ -1,0 +1,109 @@
+"""Names of passes and targets: two tables, what other packages register, and ``file.py:Class`` for a local file.
+
+Nothing is imported until it is loaded. A package registers with the entry point groups erasec.passes and erasec.targets.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
+
+from erasec.errors import ErasecError, nearest
+
+if TYPE_CHECKING:
+    from erasec.base import Pass, Target
+
+T = TypeVar("T")
+
+PASSES = {"uce": "erasec.passes.uce:Uce"}
+TARGETS = {"hf": "erasec.targets.hf:Hf", "onnx": "erasec.targets.ort:Onnx"}
+
+
+def passes() -> dict[str, str]:
+    """Every registered pass as "module:Class" by name. Raises ErasecError where two claim one name."""
+    return _named("erasec.passes", PASSES)
+
+
+def targets() -> dict[str, str]:
+    """Every registered target as "module:Class" by name. Raises ErasecError where two claim one name."""
+    return _named("erasec.targets", TARGETS)
+
+
+def load_pass(name: str) -> type[Pass]:
+    """The class of a pass by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
+    from erasec.base import Pass
+
+    return _load("pass", name, passes(), Pass)  # type: ignore[type-abstract]
+
+
+def load_target(name: str) -> type[Target]:
+    """The class of a target by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
+    from erasec.base import Target
+
+    return _load("target", name, targets(), Target)  # type: ignore[type-abstract]
+
+
+def _named(group: str, table: Mapping[str, str]) -> dict[str, str]:
+    found = dict(table)
+    for point in entry_points(group=group):
+        if found.get(point.name, point.value) != point.value:
+            raise ErasecError(
+                f"two {group.removeprefix('erasec.')} are named {point.name!r}",
+                why=f"{found[point.name]} and {point.value}",
+                fix="uninstall one of the two packages, or rename its entry point",
+            )
+        found[point.name] = point.value
+    return dict(sorted(found.items()))
+
+
+def _load(label: str, name: str, table: Mapping[str, str], kind: type[T]) -> type[T]:
+    file, _, class_name = name.rpartition(":")
+    if file.endswith(".py"):
+        module = _module_from_file(Path(file).expanduser())
+    elif name in table:
+        path, _, class_name = table[name].partition(":")
+        try:
+            module = importlib.import_module(path)
+        except Exception as error:  # another package's code may raise anything while it is imported
+            raise ErasecError(
+                f"the {label} {name!r} cannot be imported", why=f"{type(error).__name__}: {error}", where=path
+            ) from error
+    else:
+        raise ErasecError(
+            f"there is no {label} {name!r}", why=nearest(name, table),
+            fix=f"give a registered name, or file.py:Class for a {label} of your own",
+        )  # fmt: skip
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)]
+        own = [key for key in classes if vars(module)[key].__module__ == module.__name__]
+        raise ErasecError(
+            f"{class_name!r} is no {kind.__name__}",
+            why=nearest(class_name, own) if own else f"the module has no subclass of erasec.base.{kind.__name__}",
+            where=str(module.__file__),
+        )
+    return found
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ErasecError(f"there is no file {path}")
+    name = f"erasec_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # always so for a name that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while the class is made
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ErasecError(
+            f"{path.name} cannot be imported", why=f"{type(error).__name__}: {error}", where=str(path)
+        ) from error
+    return module

@@ -1,0 +1,124 @@
+"""Checks of a built checkpoint against its base: is the concept gone, is the rest still there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erasec.base import Check
+from erasec.judge import Images, Judge, Question, Sampling, generate
+
+if TYPE_CHECKING:
+    from erasec.concept import Concept
+    from erasec.model import Model
+    from erasec.recipe import Limits
+
+ERASED_GROUPS = ("name", "synonym", "implicit")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The questions, their pictures before and after, and what the judge saw in them."""
+
+    questions: tuple[Question, ...]
+    before: Images
+    after: Images
+    shown_before: NDArray[np.bool_]
+    shown_after: NDArray[np.bool_]
+    colour_before: NDArray[np.bool_]
+    colour_after: NDArray[np.bool_]
+    agreement_before: NDArray[np.float64]
+    agreement_after: NDArray[np.float64]
+
+    def rows(self, group: str) -> NDArray[np.bool_]:
+        return np.array([question.group == group for question in self.questions], dtype=bool)
+
+
+def judge_of(model: Model) -> Judge | None:
+    """The judge that knows this model's world, or None."""
+    from erasec.glyphs.judging import GlyphJudge
+
+    return GlyphJudge.for_model(model)
+
+
+def gather(
+    judge: Judge, concepts: Sequence[Concept], base: Path, built: Path, images: int, seed: int, sampling: Sampling
+) -> Evidence | None:
+    """Ask the panel of every concept of both checkpoints, same prompts and seeds. None where there is no question."""
+    asked = {question: None for concept in concepts for question in judge.panel(concept, images, seed)}
+    gone = {question.looked_for for question in asked if question.group != "keep"}
+    # What another concept of the same build erases is not to be kept.
+    questions = tuple(question for question in asked if question.group != "keep" or question.looked_for not in gone)
+    if not questions:
+        return None
+    prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
+    before = generate(base, prompts, seeds, sampling, "pictures before")
+    after = generate(built, prompts, seeds, sampling, "pictures after")
+    shapes = [question.looked_for for question in questions]
+    colours = [question.colour or question.looked_for for question in questions]
+    return Evidence(
+        questions, before, after,
+        judge.sees(before, shapes), judge.sees(after, shapes), judge.sees(before, colours), judge.sees(after, colours),
+        judge.agreement(before, prompts), judge.agreement(after, prompts),
+    )  # fmt: skip
+
+
+def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
+    """One check for each promise. An erased group that never showed before proves nothing and fails."""
+    how_made = (
+        f"{judge.name} (sha256 {judge.digest[:12]}), {limits.steps} {scheduler} steps, guidance {limits.guidance:g}, "
+        f"seeds from {seed * 1_000_003}"
+    )
+    found = []
+    for group in ERASED_GROUPS:
+        rows = evidence.rows(group)
+        if not rows.any():
+            continue
+        before, after = evidence.shown_before[rows].mean(), evidence.shown_after[rows].mean()
+        limit = limits.implicit if group == "implicit" else limits.erased
+        ratio = float(after / before) if before else float("inf")
+        how = f"hit rate after over before, {after:.0%} of {before:.0%}, {rows.sum()} prompts; {how_made}"
+        found.append(Check(f"erased/{group}", ratio, limit, limit is None or ratio <= limit, how))
+    keep = evidence.rows("keep")
+    if keep.any():
+        found += _kept(evidence, keep, limits, how_made)
+    return tuple(found)
+
+
+def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, how_made: str) -> list[Check]:
+    def check(name: str, value: float, limit: float | None, how: str) -> Check:
+        return Check(name, value, limit, limit is None or value <= limit, f"{how}; {how_made}")
+
+    before, after = evidence.shown_before[keep].mean(), evidence.shown_after[keep].mean()
+    worst = max(rates(evidence, "keep"), key=lambda row: row["before"] - row["after"])
+    coloured = keep & np.array([bool(question.colour) for question in evidence.questions])
+    colour_before, colour_after = evidence.colour_before[coloured].mean(), evidence.colour_after[coloured].mean()
+    agreed_before, agreed_after = evidence.agreement_before[keep].mean(), evidence.agreement_after[keep].mean()
+    moved = np.abs(evidence.after[keep].astype(np.float64) - evidence.before[keep]).mean() / 255
+    return [
+        check("kept/shapes", float(before - after), limits.kept,
+              f"mean loss of hit rate, {before:.1%} to {after:.1%} over {keep.sum()} prompts; "
+              f"worst {worst['looked_for']} {worst['before']:.0%} to {worst['after']:.0%}"),
+        check("kept/colours", float(colour_before - colour_after), limits.kept,
+              f"loss of asked-for colours, {colour_before:.1%} to {colour_after:.1%} over {coloured.sum()} prompts"),
+        check("kept/agreement", float(agreed_before - agreed_after), limits.agreement,
+              f"loss of the cosine between picture and prompt, {agreed_before:.3f} to {agreed_after:.3f}"),
+        check("kept/drift", float(moved), limits.drift, "mean absolute change of a pixel, full scale 1, same seeds"),
+    ]  # fmt: skip
+
+
+def rates(evidence: Evidence, group: str) -> list[dict[str, Any]]:
+    """Hit rates before and after, one row for each label that the group looked for."""
+    found = []
+    for label in dict.fromkeys(question.looked_for for question in evidence.questions if question.group == group):
+        rows = np.array([q.group == group and q.looked_for == label for q in evidence.questions])
+        found.append({
+            "group": group, "looked_for": label, "images": int(rows.sum()),
+            "before": float(evidence.shown_before[rows].mean()), "after": float(evidence.shown_after[rows].mean()),
+        })  # fmt: skip
+    return found

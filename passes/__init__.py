@@ -1,0 +1,1 @@
+"""Passes: one erasure method per file, found by name through erasec.registry."""

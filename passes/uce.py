@@ -1,0 +1,84 @@
+"""UCE: unified concept editing in closed form.
+
+Gandikota, Orgad, Belinkov, Materzynska, Bau: "Unified Concept Editing in Diffusion Models", WACV 2024,
+arXiv:2308.14761. Cross-attention keys and values of the erased phrases become those of the anchor; kept phrases stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from erasec import closed_form
+from erasec.base import Context, Pass
+from erasec.edit import Edit, LowRank
+from erasec.errors import ErasecError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erasec.concept import Concept
+    from erasec.family import Site
+    from erasec.model import Model, Tokens
+
+ROWS = ("tail", "last")
+
+
+@dataclass(frozen=True)
+class Uce(Pass):
+    """Options: ``rows`` "tail" edits from the last subject token to the end, pads included (the 2023 code), "last" the
+    last subject token alone (the 2025 code); ``scale`` weighs the erased rows and ``keep`` the kept ones, each side a
+    mean over its rows, so that neither depends on how many prompts there are; ``ridge`` is the regulariser in units of
+    the Gram's mean diagonal."""
+
+    name: ClassVar[str] = "uce"
+    version: ClassVar[str] = "1"
+    paper: ClassVar[str] = "arXiv:2308.14761"
+    summary: ClassVar[str] = "closed-form remap of cross-attention keys and values; seconds, no training"
+
+    rows: str = "tail"
+    scale: float = 1.0
+    keep: float = 1.0
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise ErasecError(f"uce: option rows is {self.rows!r}", why=f"it takes {' or '.join(ROWS)}")
+        if self.scale <= 0 or self.keep < 0:
+            raise ErasecError(f"uce: scale is {self.scale:g} and keep {self.keep:g}", why="scale > 0 and keep >= 0")
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        return model.select("cross", "kv")
+
+    def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
+        """Edits of rank at most the text width on every cross-attention K and V; ``right`` is shared by all of them."""
+        prompts = concept.prompts(concept.phrases)
+        anchors = concept.prompts([concept.anchor] * len(concept.phrases)) if concept.anchor else [""] * len(prompts)
+        erase = self._paired(model.encode(prompts), model.encode(anchors))
+        states = model.encode(["", *concept.prompts(concept.keep)]).states
+        keep_rows, keep_weight = distinct(states.flatten(0, 1), self.keep)
+        solution = closed_form.solve(erase, keep_rows, keep_weight, self.ridge)
+        left, right = solution.left, solution.right
+        deltas = {site: LowRank(model.weight(site) @ left, right) for site in self.sites(model)}
+        params = {"rows": self.rows, "scale": self.scale, "keep": self.keep, "ridge": self.ridge}
+        return Edit(deltas, self.name, concept.name, params, model.digest, solution.stats)
+
+    def _paired(self, source: Tokens, target: Tokens) -> closed_form.Rows:
+        """Rows of source and target aligned at their last subject token; the longer tail is trimmed."""
+        left, right = [], []
+        for states, last, goals, end in zip(source.states, source.last, target.states, target.last, strict=True):
+            start, stop = int(last), int(end)
+            count = 1 if self.rows == "last" else min(len(states) - start, len(goals) - stop)
+            left.append(states[start : start + count])
+            right.append(goals[stop : stop + count])
+        count = sum(len(part) for part in left)
+        weight = torch.full((count,), self.scale / count, dtype=torch.float64)
+        return closed_form.Rows(torch.cat(left), torch.cat(right), weight)
+
+
+def distinct(states: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Equal rows merged, (n, d) -> (m, d), with weights (m,) that share out ``weight``: prompts begin and end alike."""
+    unique, counts = torch.unique(states, dim=0, return_counts=True)
+    return unique, counts.double() * (weight / len(states))

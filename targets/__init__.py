@@ -1,0 +1,1 @@
+"""Targets: one output format per file, found by name through erasec.registry."""

@@ -1,0 +1,73 @@
+"""Target hf: a diffusers folder, which StableDiffusionPipeline.from_pretrained reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from erasec.base import Artifact, Check, Context, Target
+from erasec.checkpoint import read_header, read_tensor
+
+if TYPE_CHECKING:
+    from erasec.checkpoint import Entry, Folder
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Hf(Target):
+    """Copies the merged checkpoint as it is: keys, dtypes, shapes and every byte."""
+
+    name: ClassVar[str] = "hf"
+    summary: ClassVar[str] = "a diffusers folder, with the base's own keys, dtypes and files"
+
+    def check(self) -> None:
+        """It needs nothing but what erasec needs."""
+
+    def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
+        """Copy ``checkpoint`` to ``out``, or only check it where it lies there already."""
+        if out.resolve() == checkpoint.root.resolve():
+            return Artifact(self.name, out, (finite(checkpoint),))
+        checkpoint.write(out, {})
+        copy = type(checkpoint)(out)
+        return Artifact(self.name, out, (finite(copy), same_layout(checkpoint, copy)))
+
+
+def finite(folder: Folder) -> Check:
+    """Count the floating tensors of all safetensors files that hold a NaN or an infinity; one is read at a time."""
+    read, bad = 0, []
+    for key, entry in _tensors(folder).items():
+        if entry.dtype in FLOATS:
+            read += 1
+            if not bool(read_tensor(entry).isfinite().all()):
+                bad.append(key)
+    how = f"tensors with a NaN or an infinity; all {read} floating tensors read from disk"
+    if bad:
+        how += f"; the first is {bad[0]}"
+    return Check("finite", float(len(bad)), 0.0, not bad, how)
+
+
+def same_layout(source: Folder, copy: Folder) -> Check:
+    """Count what differs: files by name and size, tensors by key, dtype and shape."""
+    sizes = [{name.as_posix(): (each.root / name).stat().st_size for name in each.files()} for each in (source, copy)]
+    tensors = [
+        {key: (entry.dtype, entry.shape) for key, entry in _tensors(each).items()} for each in (source, copy)
+    ]  # fmt: skip
+    other = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
+    other += sorted(key for key, _ in tensors[0].items() ^ tensors[1].items())
+    different = sorted(set(other))
+    how = f"files by name and size ({len(sizes[0])}), tensors by key, dtype and shape ({len(tensors[0])})"
+    if different:
+        how += f"; the first that differs is {different[0]}"
+    return Check("layout", float(len(different)), 0.0, not different, how)
+
+
+def _tensors(folder: Folder) -> dict[str, Entry]:
+    """Every tensor of every safetensors file, by file and key."""
+    found: dict[str, Entry] = {}
+    for name in folder.files():
+        if name.suffix == ".safetensors":
+            entries, _ = read_header(folder.root / name)
+            found |= {f"{name.as_posix()} {key}": entry for key, entry in entries.items()}
+    return found

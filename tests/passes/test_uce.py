@@ -1,0 +1,111 @@
+"""UCE on a random-weights model: the theorem at every site, and what must not move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasec import model as models
+from erasec.base import Context
+from erasec.concept import Concept
+from erasec.edit import LowRank
+from erasec.errors import ErasecError
+from erasec.model import Model
+from erasec.passes.uce import Uce, distinct
+
+CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle", keep=("square", "ring"))
+
+
+@pytest.fixture(scope="module")
+def model(random_folder: Path) -> Model:
+    return models.load(str(random_folder))
+
+
+def test_edited_weights_match_the_papers_formula_site_by_site(model: Model) -> None:
+    """W' from equation 7 with explicit rows, a Gram for each site and an explicit inverse, all in float64."""
+    step = Uce(ridge=0.05)
+    edit = step.solve(model, CONCEPT, Context())
+    prompts, anchors = CONCEPT.prompts(CONCEPT.phrases), CONCEPT.prompts([CONCEPT.anchor] * 2)
+    erase, goal = model.encode(prompts), model.encode(anchors)
+    source, target = [], []
+    for row in range(len(prompts)):
+        start, stop = int(erase.last[row]), int(goal.last[row])
+        count = min(77 - start, 77 - stop)
+        source += list(erase.states[row, start : start + count].double())
+        target += list(goal.states[row, stop : stop + count].double())
+    keep = model.encode(["", *CONCEPT.prompts(CONCEPT.keep)]).states.flatten(0, 1).double()
+    c, v = torch.stack(source), torch.stack(target)
+    gram = c.T @ c / len(c) + keep.T @ keep / len(keep)
+    lam = 0.05 * gram.diagonal().mean()
+    inverse = torch.linalg.inv(gram + lam * torch.eye(len(gram), dtype=torch.float64))
+    for site in model.select("cross", "kv"):
+        weight = model.stored(site).double()
+        wanted = (lam * weight + (weight @ v.T) @ c / len(c) + (weight @ keep.T) @ keep / len(keep)) @ inverse
+        delta = edit.deltas[site]
+        assert float((weight + delta.dense() - wanted).norm() / (wanted - weight).norm()) < 1e-6
+
+
+def test_only_cross_attention_keys_and_values_move(model: Model) -> None:
+    edit = Uce().solve(model, CONCEPT, Context())
+    assert {(site.attn, site.proj) for site in edit.deltas} == {("cross", "k"), ("cross", "v")}
+    assert len(edit.deltas) == 14
+    rights = {id(delta.right) for delta in edit.deltas.values() if isinstance(delta, LowRank)}
+    assert len(rights) == 1
+
+
+def test_same_in_same_out_and_the_base_is_named(model: Model) -> None:
+    one, two = (Uce().solve(model, CONCEPT, Context()) for _ in range(2))
+    assert one.stats == two.stats
+    assert one.base == model.digest
+    for site, delta in one.deltas.items():
+        assert torch.equal(delta.dense(), two.deltas[site].dense())
+
+
+def test_starts_from_what_it_is_given(model: Model) -> None:
+    """A second edit multiplies the first one's weights: W M1 M2, not W (M1 + M2 - I)."""
+    first = Uce().solve(model, CONCEPT, Context())
+    other = CONCEPT.model_copy(update={"name": "heart", "erase": ("heart",), "synonyms": ()})
+    second = Uce().solve(model.with_edit(first), other, Context())
+    alone = Uce().solve(model, other, Context())
+    site = model.select("cross", "k")[0]
+    assert not torch.allclose(second.deltas[site].dense(), alone.deltas[site].dense())
+    base, delta = model.with_edit(first).weight(site), second.deltas[site]
+    assert isinstance(delta, LowRank)
+    solo = alone.deltas[site]
+    assert isinstance(solo, LowRank)
+    matrix = torch.linalg.lstsq(model.stored(site).double(), solo.left).solution @ solo.right
+    if model.stored(site).shape[0] >= model.stored(site).shape[1]:
+        assert torch.allclose(base @ matrix, delta.dense(), atol=1e-6 * float(delta.dense().norm()))
+
+
+@pytest.mark.parametrize("rows", ["tail", "last"])
+def test_options_change_the_edit_as_they_say(model: Model, rows: str) -> None:
+    stats = Uce(rows=rows).solve(model, CONCEPT, Context()).stats
+    count = len(CONCEPT.prompts(CONCEPT.phrases))
+    assert (stats["rows_erased"] == count) == (rows == "last")
+    loose, tight = (Uce(rows=rows, keep=k).solve(model, CONCEPT, Context()).stats for k in (0.01, 100.0))
+    assert tight["keep_drift"] < stats["keep_drift"] < loose["keep_drift"]
+    assert tight["erased_residual"] > stats["erased_residual"] > loose["erased_residual"]
+
+
+def test_no_anchor_maps_to_the_empty_prompt(model: Model) -> None:
+    bare = Concept(name="star", erase=("star",))
+    edit = Uce(ridge=1e-6).solve(model, bare, Context())
+    assert edit.stats["rows_kept"] > 0
+    assert edit.stats["rank"] > 0
+
+
+@pytest.mark.parametrize("options", [{"rows": "all"}, {"scale": 0.0}, {"keep": -1.0}])
+def test_bad_options_are_errors(options: dict[str, object]) -> None:
+    with pytest.raises(ErasecError, match="uce"):
+        Uce(**options)  # type: ignore[arg-type]
+
+
+def test_distinct_keeps_the_gram(model: Model) -> None:
+    states = torch.randn(6, 5, dtype=torch.float64)
+    repeated = states[[0, 1, 1, 2, 3, 4, 5, 5, 5]]
+    unique, weights = distinct(repeated, 2.0)
+    assert len(unique) == 6
+    assert torch.allclose((unique * weights[:, None]).T @ unique, 2.0 * repeated.T @ repeated / 9)

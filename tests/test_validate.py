@@ -1,0 +1,83 @@
+"""The checks: they pass what is erased and fail what is not, on the trained model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from erasec import concept, model, validate
+from erasec.glyphs.judging import GlyphJudge
+from erasec.judge import Sampling
+from erasec.recipe import Limits
+from erasec.validate import Evidence
+
+SAMPLING = Sampling(steps=10, guidance=4.0)
+LIMITS = Limits(images=6, steps=10)
+
+
+@pytest.fixture(scope="module")
+def unedited() -> Evidence:
+    """The base against itself: what a build that did nothing would show."""
+    base = model.bundled("glyphs")
+    found = validate.gather(GlyphJudge(), [concept.find("star")], base, base, 6, 0, SAMPLING)
+    assert found is not None
+    return found
+
+
+def by_name(evidence: Evidence, limits: Limits = LIMITS) -> dict[str, bool]:
+    return {check.name: check.passed for check in validate.checks(evidence, GlyphJudge(), limits, 0, "DDIM")}
+
+
+def test_the_unedited_model_fails_erased_and_passes_kept(unedited: Evidence) -> None:
+    found = by_name(unedited)
+    assert not found["erased/name"]
+    assert not found["erased/synonym"]
+    assert found["kept/shapes"]
+    assert found["kept/colours"]
+    assert found["kept/agreement"]
+    assert np.array_equal(unedited.before, unedited.after)
+
+
+def test_implicit_is_told_by_default_and_judged_where_a_limit_is_set(unedited: Evidence) -> None:
+    assert by_name(unedited)["erased/implicit"]
+    assert not by_name(unedited, Limits(images=6, implicit=0.5))["erased/implicit"]
+
+
+def test_a_model_that_lost_everything_fails_kept(unedited: Evidence) -> None:
+    """Black pictures hold no star, and nothing else either."""
+    judge, black = GlyphJudge(), np.zeros_like(unedited.after)
+    shapes = [question.looked_for for question in unedited.questions]
+    prompts = [question.prompt for question in unedited.questions]
+    gone = replace(
+        unedited, after=black, shown_after=judge.sees(black, shapes), colour_after=judge.sees(black, shapes),
+        agreement_after=judge.agreement(black, prompts),
+    )  # fmt: skip
+    found = by_name(gone, Limits(images=6, drift=0.05))
+    assert found["erased/name"]
+    assert not any(found[f"kept/{name}"] for name in ("shapes", "colours", "agreement", "drift"))
+
+
+def test_a_concept_that_never_showed_proves_nothing(unedited: Evidence) -> None:
+    nothing = np.zeros_like(unedited.shown_before)
+    assert not by_name(replace(unedited, shown_before=nothing, shown_after=nothing))["erased/name"]
+
+
+def test_every_check_says_how(unedited: Evidence) -> None:
+    for check in validate.checks(unedited, GlyphJudge(), LIMITS, 0, "DDIMScheduler"):
+        for fact in ("judge B", GlyphJudge().digest[:12], "10 DDIMScheduler steps", "guidance 4", "seeds from 0"):
+            assert fact in check.how, check.name
+
+
+def test_panels_do_not_keep_what_another_concept_erases() -> None:
+    base, both = model.bundled("glyphs"), [concept.find("star"), concept.find("heart")]
+    found = validate.gather(GlyphJudge(), both, base, base, 2, 0, Sampling(2, 1.0))
+    assert found is not None
+    kept = {question.looked_for for question in found.questions if question.group == "keep"}
+    assert kept == {"circle", "square", "triangle", "cross", "ring", "crescent", "diamond", "arrow"}
+
+
+def test_no_judge_for_a_world_it_does_not_know(random_folder) -> None:  # type: ignore[no-untyped-def]
+    assert validate.judge_of(model.load(str(random_folder))) is None
+    assert validate.judge_of(model.load("glyphs")) is not None
