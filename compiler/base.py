@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from erasec.checkpoint import Folder
     from erasec.concept import Concept
     from erasec.edit import Edit
+    from erasec.family import Site
     from erasec.model import Model
 
 
@@ -51,7 +52,7 @@ class Artifact:
 
 
 class Pass(ABC):
-    """Computes an edit and writes nothing. Subclass as a frozen dataclass; its fields are its options."""
+    """Computes an edit and writes nothing. Subclass as a frozen dataclass; its fields are its options, each with a default."""
 
     name: ClassVar[str]
     version: ClassVar[str]
@@ -59,7 +60,7 @@ class Pass(ABC):
     summary: ClassVar[str]
 
     @abstractmethod
-    def sites(self, model: Model) -> tuple[object, ...]:
+    def sites(self, model: Model) -> tuple[Site, ...]:
         """The sites it would edit, for ``erasec plan``; no tensor is read."""
 
     @abstractmethod
@@ -85,6 +86,10 @@ class Target(ABC):
 def with_options(kind: type[T], options: Mapping[str, object], label: str) -> T:
     """An instance of a pass or target with ``options``; unknown names and wrong types are errors in words."""
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    if bare := [name for name, field in known.items() if field.default is MISSING]:
+        raise ErasecError(
+            f"{label}: the option {bare[0]} has no default", why="each field of a pass or target needs one"
+        )
     values: dict[str, object] = {}
     for name, value in options.items():
         if name not in known:

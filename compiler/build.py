@@ -6,21 +6,19 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from erasec import recipe as recipes
 from erasec import report as reports
 from erasec import validate
 from erasec.base import Check
 from erasec.checkpoint import Folder, file_digest
-from erasec.errors import CheckFailed, ErasecError
+from erasec.errors import CheckFailed
 from erasec.judge import Sampling
 
 if TYPE_CHECKING:
@@ -131,9 +129,7 @@ def _moves(model: Model) -> tuple[reports.SiteMove, ...]:
             stored = model.stored(site).double()
             relative = float((model.weight(site) - stored).norm() / stored.norm())
             rank = min(sum(delta.rank for delta in deltas), *site.shape)
-            found.append(
-                reports.SiteMove(site.key, site.block, site.attn, site.proj, site.shape, relative, rank)
-            )
+            found.append(reports.SiteMove(site.key, site.block, site.attn, site.proj, site.shape, relative, rank))
     return tuple(found)
 
 
@@ -152,7 +148,9 @@ def _pairs(evidence: validate.Evidence | None) -> tuple[reports.Pair, ...]:
 def _written(target: str, folder: Path) -> reports.Written:
     files = Folder(folder).files()
     return reports.Written(
-        target, target, {name.as_posix(): ((folder / name).stat().st_size, file_digest(folder / name)) for name in files}
+        target,
+        target,
+        {name.as_posix(): ((folder / name).stat().st_size, file_digest(folder / name)) for name in files},
     )
 
 
@@ -175,19 +173,13 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that is gone when the block ends, however it ends (SIGTERM included)."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
+    """A hidden folder beside ``out`` that is gone when the block ends, however it ends."""
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     stage.chmod(0o755)
-    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield stage
     finally:
-        signal.signal(signal.SIGTERM, previous)
         shutil.rmtree(stage, ignore_errors=True)
 
 

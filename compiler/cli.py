@@ -68,7 +68,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _start(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
 ) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -230,11 +230,10 @@ def _targets() -> None:
 def _concepts() -> None:
     from erasec import concept
 
-    library = concept.library()
     rows = []
-    for path in sorted(library.root.rglob("*.toml")):
+    for name, path in concept.library().items():
         found = concept.from_file(path)
-        rows.append([path.stem, ", ".join(found.phrases), found.anchor, str(path)])
+        rows.append([name, ", ".join(found.phrases), found.anchor, str(path)])
     _table(["concept", "erases", "anchor", "file"], rows)
 
 
@@ -252,7 +251,7 @@ def doctor(verbose: VERBOSE = False) -> None:
         from erasec import doctor as doctors
 
         found = doctors.examine(Path.cwd())
-        rows = [[item.name, "ok" if item.there else "missing", item.found, item.fix * (not item.there)] for item in found]
+        rows = [[item.name, "ok" if item.there else "missing", item.found, item.fix] for item in found]
         _table(["what", "state", "found", "fix"], rows)
         if any(item.required and not item.there for item in found):
             raise typer.Exit(TOOL_MISSING)

@@ -78,7 +78,7 @@ def solve(erase: Rows, keep: Tensor, keep_weight: Tensor, ridge: float, relative
     if not condition < MAX_CONDITION:
         raise ErasecError(
             f"the closed-form system is ill-conditioned (condition number {condition:.1e})",
-            why=f"{len(source)} erased and {len(keep)} kept states do not span the {width} dimensions, and ridge is {ridge:g}",
+            why=f"{len(source)} erased and {len(keep)} kept states span too little of {width} dimensions at {ridge=:g}",
             fix="raise the option ridge, or give the concept more keep phrases",
         )
     # X = sum s (v - c) c^T = left @ core, and M - I = X G^-1 = left @ (core G^-1), by Cholesky. The rank is X's own: a

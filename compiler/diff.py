@@ -159,4 +159,4 @@ def _spacing(values: Tensor) -> Tensor:
     limits = torch.finfo(values.dtype)
     smallest = limits.smallest_normal  # numbers below it, zero included, are as far apart as those above it
     exponent = torch.frexp(values.double().abs().clamp_min(smallest)).exponent - 1
-    return torch.ldexp(torch.tensor(limits.eps, dtype=torch.float64), exponent)
+    return torch.ldexp(torch.full(values.shape, limits.eps, dtype=torch.float64), exponent)

@@ -47,7 +47,9 @@ def examine(folder: Path) -> list[Finding]:
 
 def _package(name: str, fix: str, required: bool = False, tell: str = "") -> Finding:
     there = version(name)
-    return Finding(name, there is not None, there or ("not installed" + (f"; {tell}" if tell else "")), fix, required)
+    if there is not None:
+        return Finding(name, True, there, required=required)
+    return Finding(name, False, "not installed" + (f"; {tell}" if tell else ""), fix, required)
 
 
 def _cuda() -> Finding:
@@ -58,10 +60,9 @@ def _cuda() -> Finding:
     built = re.search(r"^cuda\b.*=\s*['\"](.+)['\"]", text, re.MULTILINE)
     devices = _devices()
     if built is None:
-        return Finding(
-            "cuda", False, f"torch is a CPU build{f', the machine has {devices}' if devices else ''}; builds run on cpu",
-            "install the CUDA build of torch, as pytorch.org says for this system" if devices else "",
-        )  # fmt: skip
+        found = f"torch is a CPU build{f', the machine has {devices}' if devices else ''}; builds run on cpu"
+        fix = "install the CUDA build of torch, as pytorch.org says for this system" if devices else ""
+        return Finding("cuda", False, found, fix)
     if not devices:
         return Finding("cuda", False, f"torch is built for CUDA {built[1]}, no device answers; builds run on cpu")
     return Finding("cuda", True, f"{devices}; torch is built for CUDA {built[1]}")

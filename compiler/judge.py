@@ -45,10 +45,13 @@ class Sampling:
 
 
 class Judge(Protocol):
-    """``name`` and ``digest`` identify it in every check that it decides."""
+    """``name`` and ``digest`` (sha256 of its weights) identify it in every check that it decides."""
 
-    name: str
-    digest: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
 
     def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
         """The questions for one concept, ``images`` a group; empty where the judge has no label for it."""

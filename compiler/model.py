@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +53,11 @@ class Model:
         entries = self.source.entries(self.family.denoiser)
         return sites(self.family.denoiser, {key: entry.shape for key, entry in entries.items()})
 
-    def select(self, attn: str, projections: str) -> tuple[Site, ...]:
-        """Sites of one kind of attention, such as ``select("cross", "kv")``. No match is an error."""
+    def select(self, attn: str, projections: Sequence[str]) -> tuple[Site, ...]:
+        """Sites of one kind of attention, such as ``select("cross", "kv")`` or ``select("self", ("q", "out"))``.
+
+        No match is an error.
+        """
         found = tuple(site for site in self.sites if site.attn == attn and site.proj in tuple(projections))
         if not found:
             raise ErasecError(f"no site matches attn={attn!r}, proj={projections!r}", why=f"model: {self.name}")
@@ -82,10 +85,11 @@ class Model:
         changed: dict[str, dict[str, Callable[[], Tensor]]] = {}
         for site in self.sites:
             if self.deltas(site):
-                changed.setdefault(site.component, {})[site.key] = lambda site=site: edits_.merge(
-                    self.stored(site), self.deltas(site)
-                )
+                changed.setdefault(site.component, {})[site.key] = partial(self._merge, site)
         return changed
+
+    def _merge(self, site: Site) -> Tensor:
+        return edits_.merge(self.stored(site), self.deltas(site))
 
     @cached_property
     def digest(self) -> str:
@@ -103,7 +107,9 @@ class Model:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         if len(self.family.text_encoders) > 1:
-            raise ErasecError(f"text states of {self.family.name} are not supported yet", why="it has two text encoders")
+            raise ErasecError(
+                f"text states of {self.family.name} are not supported yet", why="it has two text encoders"
+            )
         root = self.source.root
         tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32, use_safetensors=True)

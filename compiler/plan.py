@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from erasec import concept as concepts_
-from erasec import model as models
 from erasec import doctor, registry
+from erasec import model as models
 from erasec.base import Context, Pass, Target, with_options
 from erasec.concept import Concept
 from erasec.errors import ErasecError, MissingTool, nearest
 from erasec.recipe import PassUse, Recipe
 
 if TYPE_CHECKING:
-    from erasec.family import Site
     from erasec.model import Model
 
 
@@ -68,7 +67,8 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
         )
     for step in passes:
         if not step.sites(model):
-            raise ErasecError(f"pass {step.name} finds no site to edit in {model.name}", why=f"it is {model.family.name}")
+            why = f"its family is {model.family.name}"
+            raise ErasecError(f"pass {step.name} finds no site to edit in {model.name}", why)
     plan = Plan(_resolved(recipe, model, concepts, uses, passes, pin), model, concepts, passes, targets, out, context)
     _check_disk(plan)
     return plan
@@ -102,7 +102,7 @@ def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
     if Path.cwd().is_relative_to(out.resolve()):
-        raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder below it: --out DIR")
+        raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder in it: --out DIR")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / "report.json").is_file() and not (out / ".rejected").is_dir():
@@ -133,9 +133,10 @@ def _device(name: str) -> str:
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= here:
         raise MissingTool(
-            f"there is no device {name!r} on this machine", why=f"torch {torch.__version__} finds {here} of kind {kind}",
+            f"there is no device {name!r} on this machine",
+            why=f"torch {torch.__version__} finds {here} of kind {kind}",
             fix="use --device cpu; erasec doctor says what this machine can do",
-        )  # fmt: skip
+        )
     return name
 
 
@@ -171,7 +172,7 @@ def _weights(model: Model, component: str) -> int:
 
 
 def _written(plan: Plan) -> dict[str, int]:
-    """Bytes by target: "hf" copies the model's files one to one, any other is taken to hold all weights in float32."""
+    """Bytes by target: "hf" copies the model's files, "onnx" holds all weights in float32, as is assumed of others."""
     root = plan.model.source.root
     copied = sum((root / name).stat().st_size for name in plan.model.source.files())
     every = 4 * sum(_weights(plan.model, component) for component in plan.model.family.components)
@@ -187,9 +188,10 @@ def _check_disk(plan: Plan) -> None:
     need, free = sum(_written(plan).values()), _free(plan.out)
     if need > free:
         raise ErasecError(
-            f"the disk of {plan.out} has too little room", why=f"about {size(need)} will be written, {size(free)} are free",
+            f"the disk of {plan.out} has too little room",
+            why=f"about {size(need)} will be written, {size(free)} are free",
             fix="free some space, or give a folder on another disk with --out",
-        )  # fmt: skip
+        )
 
 
 def size(count: int) -> str:
@@ -208,24 +210,26 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "model": {"name": model.name, "revision": model.revision, "family": model.family.name},
         "concepts": [
-            {**concept.model_dump(mode="json", include={"name", "erase", "synonyms", "anchor", "keep", "implicit"})}
+            concept.model_dump(mode="json", include={"name", "erase", "synonyms", "anchor", "keep", "implicit"})
             for concept in plan.concepts
         ],
         "passes": [
             {
-                "name": step.name, "version": step.version, "paper": step.paper, "options": _options(step),
-                "sites": [
-                    {"block": site.block, "attn": site.attn, "proj": site.proj, "shape": list(site.shape), "key": site.key}
-                    for site in cast("tuple[Site, ...]", step.sites(model))
-                ],
+                "name": step.name,
+                "version": step.version,
+                "paper": step.paper,
+                "options": _options(step),
+                "sites": [{**asdict(site), "shape": list(site.shape)} for site in step.sites(model)],
             }
             for step in plan.passes
-        ],  # fmt: skip
+        ],
         "targets": [
             {"name": target.name, "summary": target.summary, "bytes": written[target.name]} for target in plan.targets
         ],
         "disk": {
-            "out": str(plan.out), "needed": sum(written.values()), "free": _free(plan.out),
+            "out": str(plan.out),
+            "needed": sum(written.values()),
+            "free": _free(plan.out),
             "how": "estimate: hf is the size of the model's files, every other target all weights in float32",
         },
         "memory": _memory(plan),
@@ -234,7 +238,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "seed": plan.context.seed,
         "tools": {name: doctor.version(name) or "missing" for name in (*doctor.CORE, *doctor.OPTIONAL)},
         "notes": notes(plan),
-    }  # fmt: skip
+    }
 
 
 def _memory(plan: Plan) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
     model = plan.model
     counts = {component: _weights(model, component) for component in model.family.components}
     text = 4 * sum(counts[component] for component in model.family.text_encoders)
-    edited = {site for step in plan.passes for site in cast("tuple[Site, ...]", step.sites(model))}
+    edited = {site for step in plan.passes for site in step.sites(model)}
     steps = {
         "solve": text + 8 * sum(math.prod(site.shape) for site in edited),
         "pictures": text + 4 * sum(counts.values()),
@@ -252,8 +256,8 @@ def _memory(plan: Plan) -> dict[str, Any]:
     return {
         "bytes": max(steps.values()),
         "steps": steps,
-        "how": "estimate: weights alone (text encoder and pictures in float32, edits in float64, an exported component "
-        "twice); activations and the libraries come on top",
+        "how": "lower estimate: weights alone (text encoder and pictures in float32, edits in float64, an exported "
+        "component twice); activations and the libraries come on top",
     }
 
 
@@ -268,7 +272,7 @@ def _time(out: Path) -> dict[str, Any]:
 
 def notes(plan: Plan) -> list[str]:
     """Sentences about what may not be meant: concepts that were made from a bare word, beside what is bundled."""
-    bundled = concepts_.library().names()
+    bundled = concepts_.library()
     return [
         f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
         + nearest(concept.name, bundled)

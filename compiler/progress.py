@@ -32,6 +32,8 @@ def bar(title: str, total: int) -> Iterator[Advance]:
         task = progress.add_task(title, total=total, note="")
 
         def advance(steps: int = 1, note: str = "") -> None:
-            progress.update(task, advance=steps, **({"note": note} if note else {}))
+            progress.advance(task, steps)
+            if note:
+                progress.update(task, note=note)
 
         yield advance

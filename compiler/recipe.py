@@ -39,7 +39,8 @@ class Limits(_Table):
 
     ``erased`` and ``implicit``: hit rate after over hit rate before, in [0, 1]. ``kept``: mean loss of hit rate of
     everything else, 0.05 is five points. ``agreement``: loss of the cosine of picture and prompt. ``drift``: mean
-    absolute change of a pixel, full scale 1. ``images`` for each group of prompts; ``steps`` and ``guidance`` of sampling.
+    absolute change of a pixel, full scale 1. ``images`` for each group of prompts; ``steps`` and ``guidance`` are
+    those of sampling.
     """
 
     erased: Annotated[float, Field(ge=0)] = 0.10
@@ -111,7 +112,7 @@ def from_flags(
     device: str | None = None,
     seed: int | None = None,
 ) -> Recipe:
-    """A recipe from a command line; a ``model`` that ends in .toml is a recipe, and each flag given replaces its key."""
+    """A recipe from a command line; a ``model`` that ends in .toml is a recipe, and each flag replaces its key."""
     given: dict[str, Any] = {
         "erase": list(erase),
         "pass": [parse_pass(text).model_dump() for text in passes],
@@ -172,14 +173,14 @@ def to_toml(recipe: Recipe) -> str:
     for use in passes:
         parts.append("[[pass]]\n" + _lines({"name": use["name"]}))
         if use["options"]:
-            parts[-1] += "[pass.options]\n" + _lines(dict(sorted(use["options"].items())))
+            parts[-1] += "[pass.options]\n" + tomli_w.dumps(dict(sorted(use["options"].items())))
     parts.append("[checks]\n" + _lines(checks))
     parts += ["[[concept]]\n" + _lines(concept) for concept in concepts]
     return "\n".join(parts)
 
 
 def _lines(table: Mapping[str, Any]) -> str:
-    # Every field that may be empty is empty by default, so nothing is lost by leaving it out.
+    # A field that may be empty is empty by default, so nothing is lost by leaving it out. (Options are no such fields.)
     return tomli_w.dumps({key: value for key, value in table.items() if value not in ("", [])})
 
 
@@ -224,4 +225,5 @@ def _in_words(error: ValidationError, content: Mapping[str, Any], where: str) ->
     if key == "device":
         why = 'a device is "auto", "cpu", "cuda", "cuda:0" and so on, or "mps"'
         return ErasecError(f"there is no device {first['input']!r}", why=why, where=where)
-    return ErasecError(f"{key} is {first['input']!r}", why=first["msg"].removeprefix("Value error, "), where=where)
+    why = first["msg"].removeprefix("Value error, ").replace("tuple", "list")  # TOML knows no tuples
+    return ErasecError(f"{key} is {first['input']!r}", why=why, where=where)

@@ -1,6 +1,6 @@
 """Names of passes and targets: two tables, what other packages register, and ``file.py:Class`` for a local file.
 
-Nothing is imported until it is loaded. A package registers with the entry point groups erasec.passes and erasec.targets.
+Nothing is imported until it is loaded. Packages register in the entry point groups erasec.passes and erasec.targets.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _module_from_file(path: Path) -> ModuleType:
         raise ErasecError(f"there is no file {path}")
     name = f"erasec_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # always so for a name that ends in .py
+    assert spec is not None  # always so for a name that ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up while the class is made
     try:

@@ -66,10 +66,14 @@ class Uce(Pass):
         return Edit(deltas, self.name, concept.name, params, model.digest, solution.stats)
 
     def _paired(self, source: Tokens, target: Tokens) -> closed_form.Rows:
-        """Rows of source and target aligned at their last subject token; the longer tail is trimmed."""
+        """Rows of source and target aligned at their last subject token; the longer tail is trimmed.
+
+        The empty prompt has no subject: its rows begin at its first end token. (The reference takes the start token,
+        whose state is the same in every prompt and draws attention wherever it stands.)
+        """
         left, right = [], []
         for states, last, goals, end in zip(source.states, source.last, target.states, target.last, strict=True):
-            start, stop = int(last), int(end)
+            start, stop = int(last), max(int(end), 1)
             count = 1 if self.rows == "last" else min(len(states) - start, len(goals) - stop)
             left.append(states[start : start + count])
             right.append(goals[stop : stop + count])

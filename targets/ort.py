@@ -8,6 +8,7 @@ wrong, sizes and steps frozen into the graph, is what ``parity`` looks for: no c
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 import tempfile
@@ -22,15 +23,21 @@ from erasec.errors import ErasecError, MissingTool
 from erasec.progress import bar
 
 if TYPE_CHECKING:
-    from erasec.checkpoint import Folder
-    from torch import Tensor
+    from torch import Generator, Tensor
 
+    from erasec.checkpoint import Folder
+
+    Size = tuple[int, int, int]
     Inputs = dict[str, Tensor]
     Case = tuple[Inputs, tuple[Tensor, ...]]
 
 OPSETS = range(17, 21)  # from LayerNormalization to the last that the exporter knows
 # A protobuf file ends at 2 GiB, and what reads one holds it twice: half of that is embedded, more goes beside it.
 EMBEDDED = 1024**3
+TOLERANCE = 1e-4  # the graphs are measured to 4e-6
+LATENTS = 4
+TRACED = (4, 2, 4)
+TRIED = ((2, 2, 2), (1, 2, 3), (3, 4, 2))
 STEPS = (1, 500, 981)
 CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 COPIED = ("scheduler", "tokenizer", "feature_extractor")
@@ -59,7 +66,7 @@ class Onnx(Target):
     them by (8 for Stable Diffusion), as in every export of it."""
 
     opset: int = 18
-    tolerance: float = 1e-4
+    tolerance: float = TOLERANCE
 
     name: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "ONNX graphs for onnxruntime, in the layout of ORTStableDiffusionPipeline"
@@ -100,7 +107,8 @@ class Onnx(Target):
     def _trace(self, checkpoint: Folder, graph: Graph, folder: Path) -> None:
         import torch
 
-        module, inputs = _load(checkpoint, graph), _traced(checkpoint, graph)
+        module = _load(checkpoint, graph)
+        inputs = _inputs(checkpoint, graph, TRACED, 300, torch.Generator().manual_seed(0))
         # Above 2 GiB torch writes one file a tensor beside the graph, so it gets a folder of its own.
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter's deprecation, and the branches that parity then tries
@@ -119,7 +127,9 @@ def graphs(checkpoint: Folder) -> tuple[Graph, ...]:
     for name, known in CLASSES.items():
         if name not in listed or listed[name][-1] != known:
             found = f"is a {listed[name][-1]}" if name in listed else "is missing"
-            raise ErasecError(f"onnx: {name} {found}", why=f"the graph is written for {known}", where="model_index.json")
+            raise ErasecError(
+                f"onnx: {name} {found}", why=f"its graph is written for {known}", where="model_index.json"
+            )
     if extra := sorted(set(listed) - set(CLASSES) - set(COPIED) - set(LEFT_OUT)):
         raise ErasecError(
             f"onnx: the model has a {extra[0]}", why="only Stable Diffusion 1 and 2 layouts are written as ONNX",
@@ -133,7 +143,7 @@ def graphs(checkpoint: Folder) -> tuple[Graph, ...]:
         )  # fmt: skip
     batch, tokens = {0: "batch"}, {0: "batch", 1: "sequence"}
     size = {0: "batch", 2: "height", 3: "width"}
-    scale = _halvings(checkpoint, "vae")
+    scale = _halvings(checkpoint.config("vae"))
     larger = {0: "batch", 2: f"height * {scale}", 3: f"width * {scale}"}
     smaller = {0: "batch", 2: f"height // {scale}", 3: f"width // {scale}"}
     return (
@@ -145,7 +155,7 @@ def graphs(checkpoint: Folder) -> tuple[Graph, ...]:
     )  # fmt: skip
 
 
-def parity(checkpoint: Folder, exported: Path, *, seed: int = 0, tolerance: float = Onnx.tolerance) -> tuple[Check, ...]:
+def parity(checkpoint: Folder, exported: Path, *, seed: int = 0, tolerance: float = TOLERANCE) -> tuple[Check, ...]:
     """Run every graph as it lies on disk, in onnxruntime, against torch in float32, on seeded inputs.
 
     The value is the worst of max |onnxruntime - torch| / max |torch| over cases and outputs; it is infinite where an
@@ -183,8 +193,11 @@ def _answered(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
     import torch
 
     module, cases = _load(checkpoint, graph), []
+    draw = torch.Generator().manual_seed(seed)
+    steps = STEPS if "timestep" in graph.inputs else (0,)
     with torch.no_grad():
-        for inputs in _inputs(checkpoint, graph, seed):
+        for size, step in itertools.product(TRIED, steps):
+            inputs = _inputs(checkpoint, graph, size, step, draw)
             answer = module(*inputs.values())
             cases.append((inputs, answer if isinstance(answer, tuple) else (answer,)))
     return cases
@@ -229,14 +242,10 @@ def _load(checkpoint: Folder, graph: Graph) -> Any:
     import torch
     import transformers
 
-    if graph.component == "text_encoder":
-        kind, dtype = transformers.CLIPTextModel, {"dtype": torch.float32}
-    else:
-        kind, dtype = getattr(diffusers, CLASSES[graph.component]), {"torch_dtype": torch.float32}
-    module: Any
-    module, info = kind.from_pretrained(
-        checkpoint.root / graph.component, use_safetensors=True, output_loading_info=True, **dtype
-    )
+    library, dtype = (transformers, "dtype") if graph.component == "text_encoder" else (diffusers, "torch_dtype")
+    kind: Any = getattr(library, CLASSES[graph.component])
+    options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}
+    module, info = kind.from_pretrained(checkpoint.root / graph.component, **options)
     if missing := sorted(info["missing_keys"]):
         raise ErasecError(
             f"onnx: {graph.component} has no {missing[0]}", why=f"{len(missing)} tensors would be random numbers",
@@ -255,79 +264,39 @@ def _load(checkpoint: Folder, graph: Graph) -> Any:
     return module
 
 
-def _traced(checkpoint: Folder, graph: Graph) -> Inputs:
-    """Inputs to trace with: a batch and a size that no parity case has."""
+def _inputs(checkpoint: Folder, graph: Graph, size: Size, step: int, draw: Generator) -> Inputs:
+    """Seeded inputs of one size, (batch, height, width) in the least steps that the graph's latents can take: 4 latents
+    for glyphs, 8 (64 pixels) for Stable Diffusion. So a case is small whatever the model's own size."""
     import torch
 
-    draw = torch.Generator().manual_seed(0)
+    batch, height, width = size
+    text, unet, vae = (checkpoint.config(component) for component in CLASSES)
     if graph.name == "text_encoder":
-        return {"input_ids": _prompts(checkpoint, 2, _positions(checkpoint), draw)}
-    if graph.name == "unet":
-        step = 2 * _halvings(checkpoint, "unet")
-        return _noise(checkpoint, 4, step, 2 * step, 300, draw)
-    return {next(iter(graph.inputs)): _canvas(checkpoint, graph, 4, 8, 16, draw)}
-
-
-def _inputs(checkpoint: Folder, graph: Graph, seed: int) -> Iterator[Inputs]:
-    import torch
-
-    draw = torch.Generator().manual_seed(seed)
-    if graph.name == "text_encoder":
-        length = _positions(checkpoint)
-        for batch, tokens in ((1, length), (3, length), (2, max(length // 4, 2))):
-            yield {"input_ids": _prompts(checkpoint, batch, tokens, draw)}
-    elif graph.name == "unet":
-        # The smallest sizes that its levels allow: 8 and more for glyphs, 16 and more (128 pixels) for SD.
-        step = _halvings(checkpoint, "unet")
-        for batch, height, width in ((2, 2, 2), (1, 2, 3), (3, 4, 2)):
-            for time in STEPS:
-                yield _noise(checkpoint, batch, height * step, width * step, time, draw)
-    else:
-        for batch, height, width in ((2, 8, 8), (1, 6, 10)):
-            yield {next(iter(graph.inputs)): _canvas(checkpoint, graph, batch, height, width, draw)}
-
-
-def _noise(checkpoint: Folder, batch: int, height: int, width: int, time: int, draw: Any) -> Inputs:
-    import torch
-
-    config = checkpoint.config("unet")
-    states = (batch, _positions(checkpoint), config["cross_attention_dim"])
+        # Prompts that end at different places, padded with the end token as tokenizers do; the taller, the shorter.
+        length, end = 2 * text["max_position_embeddings"] // height, text["vocab_size"] - 1
+        ids = torch.randint(0, end, (batch, length), generator=draw)
+        for row in range(batch):
+            ids[row, length // (row + 2) :] = end
+        return {"input_ids": ids}
+    if graph.name == "vae_encoder":
+        scale = LATENTS * _halvings(vae)
+        pixels = torch.rand(batch, vae["in_channels"], height * scale, width * scale, generator=draw)
+        return {"sample": pixels * 2 - 1}
+    if graph.name == "vae_decoder":
+        shape = batch, vae["latent_channels"], height * LATENTS, width * LATENTS
+        return {"latent_sample": torch.randn(shape, generator=draw)}
+    scale = _halvings(unet)
+    states = batch, text["max_position_embeddings"], unet["cross_attention_dim"]
     return {
-        "sample": torch.randn(batch, config["in_channels"], height, width, generator=draw),
-        # Float, as some schedulers step between whole numbers.
-        "timestep": torch.tensor(float(time)),
-        "encoder_hidden_states": torch.randn(*states, generator=draw),
+        "sample": torch.randn(batch, unet["in_channels"], height * scale, width * scale, generator=draw),
+        "timestep": torch.tensor(float(step)),  # float, as some schedulers step between whole numbers
+        "encoder_hidden_states": torch.randn(states, generator=draw),
     }
 
 
-def _canvas(checkpoint: Folder, graph: Graph, batch: int, height: int, width: int, draw: Any) -> Tensor:
-    """Latents of this size for the decoder, images that give latents of this size for the encoder."""
-    import torch
-
-    config = checkpoint.config("vae")
-    if graph.name == "vae_decoder":
-        return torch.randn(batch, config["latent_channels"], height, width, generator=draw)
-    scale = _halvings(checkpoint, "vae")
-    return torch.rand(batch, config["in_channels"], height * scale, width * scale, generator=draw) * 2 - 1
-
-
-def _prompts(checkpoint: Folder, batch: int, length: int, draw: Any) -> Tensor:
-    """Token ids (batch, length) that end at different places, padded with the end token as tokenizers do."""
-    import torch
-
-    end = int(checkpoint.config("text_encoder")["vocab_size"]) - 1
-    ids = torch.randint(0, end, (batch, length), generator=draw)
-    for row in range(batch):
-        ids[row, length // (row + 2) :] = end
-    return ids
-
-
-def _positions(checkpoint: Folder) -> int:
-    return int(checkpoint.config("text_encoder")["max_position_embeddings"])
-
-
-def _halvings(checkpoint: Folder, component: str) -> int:
-    return int(2 ** (len(checkpoint.config(component)["block_out_channels"]) - 1))
+def _halvings(config: Mapping[str, Any]) -> int:
+    """How much smaller the lowest level of a UNet or VAE is than its first."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def pack(scratch: Path, folder: Path, embedded: int = EMBEDDED) -> None:

@@ -41,7 +41,12 @@ def test_star_is_gone_and_the_rest_is_there(built: tuple[Path, Report]) -> None:
     out, report = built
     assert report.passed
     assert {"hf", "report.html", "report.json", "README.md", "recipe.toml"} == set(os.listdir(out))
-    assert {check.name for check in report.checks} >= {"erased/name", "erased/synonym", "erased/implicit", "kept/shapes"}
+    assert {check.name for check in report.checks} >= {
+        "erased/name",
+        "erased/synonym",
+        "erased/implicit",
+        "kept/shapes",
+    }
     assert sorted(os.listdir(out.parent)) == ["out"]
 
 

@@ -107,7 +107,9 @@ def test_folder_write_keeps_every_other_file_to_the_byte(random_folder: Path, tm
     old = checkpoint.read_tensor(folder.entries("unet")[key])
     folder.write(tmp_path / "out", {"unet": {key: lambda: old * 2}})
     assert Folder(tmp_path / "out").files() == folder.files()
-    moved = [name for name in folder.files() if (random_folder / name).read_bytes() != (tmp_path / "out" / name).read_bytes()]
+    moved = [
+        name for name in folder.files() if (random_folder / name).read_bytes() != (tmp_path / "out" / name).read_bytes()
+    ]
     assert [name.as_posix() for name in moved] == ["unet/diffusion_pytorch_model.safetensors"]
     new = Folder(tmp_path / "out").entries("unet")
     assert torch.equal(checkpoint.read_tensor(new[key]), old * 2)

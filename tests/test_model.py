@@ -28,7 +28,9 @@ def test_with_edit_is_a_new_view_and_sums_in_float64(random_folder: Path) -> Non
     site = base.select("cross", "v")[0]
     left, right = torch.randn(site.shape[0], 2).double(), torch.randn(2, site.shape[1]).double()
     value = torch.full(site.shape, 1e-4)
-    edited = base.with_edit(Edit({site: LowRank(left, right)}, "a", "x")).with_edit(Edit({site: Dense(value)}, "b", "x"))
+    edited = base.with_edit(Edit({site: LowRank(left, right)}, "a", "x")).with_edit(
+        Edit({site: Dense(value)}, "b", "x")
+    )
     assert not base.edits
     assert not base.merged()
     wanted = base.stored(site).double() + left @ right + value.double()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,12 @@ def test_torch_is_pinned_first(pins: list[Requirement]) -> None:
 
 
 def test_every_requirement_has_an_exact_pin_in_its_range(project: dict[str, Any], pins: list[Requirement]) -> None:
-    exact = {pin.name.lower().replace("_", "-"): [spec.version for spec in pin.specifier] for pin in pins}
+    exact = {canonicalize_name(pin.name): [spec.version for spec in pin.specifier] for pin in pins}
     assert all(str(pin.specifier).startswith("==") and len(pin.specifier) == 1 for pin in pins)
     extras = project["project"]["optional-dependencies"].values()
     for line in [*project["project"]["dependencies"], *(line for extra in extras for line in extra)]:
         requirement = Requirement(line)
-        (version,) = exact[requirement.name.lower()]
+        (version,) = exact[canonicalize_name(requirement.name)]
         assert version in requirement.specifier, f"{line} does not allow the pinned {version}"
 
 

@@ -1,4 +1,4 @@
-"""The report: the same facts in all three files, nothing fetched, nothing hidden, and no claim without a measurement."""
+"""The report: the same facts in all three files, nothing fetched or hidden, and no claim without a measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from erasec.report import SHOWN, SHOWN_KEPT, SIDE, Applied, Pair, Report, SiteMo
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 
 BLOCKS = ("up.1.attentions.10.0", "down.0.attentions.0.0", "mid_block.attentions.0.0", "up.1.attentions.2.0")
-FILES = {"hf": ("model_index.json", "unet/diffusion_pytorch_model.safetensors"), "onnx": ("unet/model.onnx", "vae_decoder/model.onnx")}
+FILES = {
+    "hf": ("model_index.json", "unet/diffusion_pytorch_model.safetensors"),
+    "onnx": ("unet/model.onnx", "vae_decoder/model.onnx"),
+}
 
 
 @cache
@@ -46,14 +49,14 @@ def pairs(group: str, prompts: tuple[str, ...], before: str, after: str, count: 
 
 def star_report(**changes: Any) -> Report:
     """A made-up build that erases the star: gone by name and by synonym, alive in implicit scenes, the rest kept."""
-    names = tuple(world.SHAPES)
-    kept = tuple(pair for shape in names if shape != "star" for pair in pairs("keep", (f"a photo of a {shape}",), shape, shape, 2))
+    others = tuple(name for name in world.SHAPES if name != "star")
+    kept = tuple(pair for name in others for pair in pairs("keep", (f"a photo of a {name}",), name, name, 2))
     how = "judge B (sha256 1f2e3d4c), 5 prompts x 20 seeds, 25 steps DDIM, guidance 4"
     report = Report(
         model={"name": "glyphs", "revision": "", "family": "sd1", "digest": "ab" * 32},
         concepts=(
             {"name": "star", "erase": ("star",), "synonyms": ("pentagram", "five-pointed spark"), "anchor": "circle",
-             "keep": tuple(name for name in names if name != "star"), "implicit": world.implicit_captions("star"),
+             "keep": others, "implicit": world.implicit_captions("star"),
              "templates": ("{}", "a photo of a {}"), "label": "", "notes": ""},
         ),
         applied=(
@@ -73,7 +76,7 @@ def star_report(**changes: Any) -> Report:
             Check("erased/synonym", 0.045, 0.1, True, how),
             Check("erased/implicit", 0.6, None, True, how),
             Check("kept/shapes", 0.9391, 0.9, True, how),
-            Check("parity/onnx/unet", 2.31e-7, 1e-4, True, "4 shapes, 3 timesteps, largest relative difference to torch"),
+            Check("parity/onnx/unet", 2.31e-7, 1e-4, True, "4 shapes, 3 timesteps, relative to torch"),
         ),
         pairs=(
             *pairs("name", ("a photo of a star", "a red star"), "star", "circle", 11),
@@ -86,7 +89,7 @@ def star_report(**changes: Any) -> Report:
             {"group": "synonym", "looked_for": "star", "images": 200, "before": 0.985, "after": 0.045},
             {"group": "implicit", "looked_for": "star", "images": 100, "before": 1.0, "after": 0.6},
             *({"group": "keep", "looked_for": name, "images": 50, "before": 0.96, "after": 0.93 + 0.01 * (at % 4)}
-              for at, name in enumerate(n for n in names if n != "star")),
+              for at, name in enumerate(others)),
         ),
         written=tuple(
             Written(target, target, {name: (1234567 * (at + 1), f"{at}f" * 32) for at, name in enumerate(files)})
@@ -134,7 +137,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join("".join(self.texts).split())
+        return re.sub(r"[ \n]+", " ", "".join(self.texts))
 
     @property
     def numbers(self) -> list[float]:
@@ -165,7 +168,9 @@ def test_page_and_json_tell_the_same_facts(tmp_path: Path) -> None:
         assert floats and floats <= told, part
     assert set(facts["applied"][0]["stats"].values()) <= told
     assert {move["change"] for move in facts["moves"]} <= told
-    texts = {leaf for leaf in leaves({**facts, "schema": ""}) if isinstance(leaf, str) and leaf not in ("name", "keep", "synonym")}
+    groups = ("name", "synonym", "implicit", "keep")  # the page calls them by their titles
+    texts = {leaf for leaf in leaves({**facts, "schema": ""}) if isinstance(leaf, str) and leaf not in groups}
+    assert len(texts) > 60
     assert [text for text in sorted(texts) if text not in page.everything] == []
 
 
@@ -255,7 +260,7 @@ def test_the_gallery_shows_the_first_pairs_and_says_how_many(tmp_path: Path) -> 
     assert f"Shown: {SHOWN} of 11." in page.text
     assert f"Shown: {SHOWN_KEPT} of 18." in page.text
     assert len(facts["pairs"]) == len(report.pairs)
-    captions = re.findall(r"<figcaption>(.*?) <small>seed (\d+)</small>", html)
+    captions = re.findall(r"<figcaption>(.*?) <small>seed&nbsp;(\d+)</small>", html)
     expected = [(pair.prompt, str(pair.seed)) for pair in report.pairs if pair.group == "name"]
     assert captions[:SHOWN] == expected[:SHOWN]
 
@@ -268,9 +273,8 @@ def test_a_passed_build_says_what_was_erased(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_says_rejected(tmp_path: Path) -> None:
-    checks = tuple(
-        replace(check, value=0.4, passed=False) if check.name == "erased/name" else check for check in star_report().checks
-    )
+    finite, by_name, *rest = star_report().checks
+    checks = (finite, replace(by_name, value=0.4, passed=False), *rest)
     html, facts, card = written(star_report(checks=checks, passed=False), tmp_path)
     assert facts["verdict"] == "build rejected: erased/name failed"
     assert facts["passed"] is False and facts["failed"] == ["erased/name"]
@@ -313,7 +317,7 @@ def test_a_check_without_limit_is_told(tmp_path: Path) -> None:
     html, facts, card = written(star_report(), tmp_path)
     by_name = {check["name"]: check for check in facts["checks"]}
     assert (by_name["erased/implicit"]["limit"], by_name["erased/implicit"]["state"]) == (None, "told")
-    assert "5 checks held to a limit, 1 told without one." in Page(html).text
+    assert "All 5 checks with a limit passed; told without a limit: 1." in Page(html).text
     row = next(line for line in card.splitlines() if line.startswith("| erased/implicit"))
     assert "| none | told |" in row
 
@@ -364,7 +368,7 @@ def test_card_tells_how_to_load_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_report_of_almost_nothing(tmp_path: Path) -> None:
-    empty = Report({"name": "glyphs", "revision": "", "family": "sd1", "digest": ""}, (), (), (), (), (), (), (), {}, {}, (), True)
+    empty = Report(star_report().model, (), (), (), (), (), (), (), {}, {}, (), True)
     html, facts, card = written(empty, tmp_path)
     assert facts["verdict"] == "glyphs built, nothing erased"
     assert "Nothing." in card and "Before and after" not in Page(html).text

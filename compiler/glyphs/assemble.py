@@ -62,9 +62,15 @@ def write_pipeline(out: Path, text: State, vae: State, unet: State, scaling_fact
     encoder = models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     empty_vae, empty_unet = models.vae(), models.unet()
     empty_vae.register_to_config(scaling_factor=scaling_factor)
-    config = {key: value for key, value in json.loads(encoder.config.to_json_string()).items() if key not in ("dtype", "torch_dtype")}
+    config = {
+        key: value
+        for key, value in json.loads(encoder.config.to_json_string()).items()
+        if key not in ("dtype", "torch_dtype")
+    }
     # Without a declared dtype, transformers loads half-precision weights in half and diffusers the UNet in single.
-    _json(out / "text_encoder" / "config.json", {**config, "architectures": ["CLIPTextModel"], "torch_dtype": "float32"})
+    _json(
+        out / "text_encoder" / "config.json", {**config, "architectures": ["CLIPTextModel"], "torch_dtype": "float32"}
+    )
     _json(out / "vae" / "config.json", _plain(empty_vae.config))
     _json(out / "unet" / "config.json", _plain(empty_unet.config))
     _json(out / "scheduler" / "scheduler_config.json", {**models.SCHEDULER, "_class_name": "DDIMScheduler"})

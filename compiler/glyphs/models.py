@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,14 +54,13 @@ def train_bpe(captions: Iterable[str], size: int = 1000) -> tuple[dict[str, int]
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
-    import json
 
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     # CLIP's order: bytes, bytes that end a word, merges, the two specials; every text then has tokens.
     entries = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     known = set(entries)
-    entries += [joined for left, right in merges if (joined := left + right) not in known and not known.add(joined)]  # type: ignore[func-returns-value]
+    entries += [joined for joined in dict.fromkeys(left + right for left, right in merges) if joined not in known]
     entries += [START, END]
     return {entry: index for index, entry in enumerate(entries)}, merges
 
@@ -122,7 +123,7 @@ class Plain(nn.Module):
         super().__init__()
         widths = (3, 32, 48, 64, 96)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Linear(96 * 16, 128), nn.ReLU(), nn.Linear(128, outputs))

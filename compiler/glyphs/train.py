@@ -33,7 +33,8 @@ from erasec.progress import bar
 IMAGES = 40_000
 JUDGE_IMAGES = 16_000
 WORLD_SEED, JUDGE_SEEDS, HELD_OUT_SEED = 0, {"judge-a": 101, "judge-b": 102}, 103
-STEPS = {"text": 1200, "vae": 3000, "unet": 2400, "unet-never-star": 2400, "judge-a": 1000, "judge-b": 1000}
+STEPS = {"text": 1200, "vae": 3000, "unet": 2400, "unet-never-star": 2400, "judge-a": 1000, "judge-b": 1000,
+         "decoder": 1500}  # fmt: skip
 SAVE_EVERY_S = 60.0
 
 Modules = dict[str, Any]
@@ -56,7 +57,7 @@ def fit(
     folder: Path, steps: int, peak: float, optimizer: torch.optim.Optimizer, parts: Modules,
     step_loss: Callable[[int, torch.Generator], Tensor], seed: int, after: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """Run ``steps`` updates, saving now and then; ``parts`` are the modules (or dicts of tensors) to save and resume."""
+    """Run ``steps`` updates, saving now and then; ``parts`` are what else to save and resume, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     saved, first = folder / "resume.pt", 0
     if saved.exists():
@@ -82,7 +83,7 @@ def fit(
             if not torch.isfinite(loss):
                 raise SystemExit(f"{folder.name}: loss is {loss.item()} at step {step}; lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             if after:
@@ -216,10 +217,8 @@ def hash_of(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
-def stage_vae(work: Work) -> None:
+def vae_loss(work: Work, vae: Any) -> Callable[[int, torch.Generator], Tensor]:
     images, _, _ = work.render("render", WORLD_SEED, work.count(IMAGES))
-    vae = models.vae().to(work.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (16,), generator=rng)
@@ -230,7 +229,24 @@ def stage_vae(work: Work) -> None:
         found: Tensor = error.abs().mean() + 2.0 * error.pow(2).mean() + 1e-6 * posterior.kl().mean()
         return found
 
-    fit(work.root / "vae", work.steps("vae"), 2e-3, optimizer, {"vae": vae}, loss, work.seed + 2)
+    return loss
+
+
+def stage_vae(work: Work) -> None:
+    vae = models.vae().to(work.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    fit(work.root / "vae", work.steps("vae"), 2e-3, optimizer, {"vae": vae}, vae_loss(work, vae), work.seed + 2)
+
+
+def stage_decoder(work: Work) -> None:
+    """Polish the decoder alone: the latents that the UNets learnt stay as they are."""
+    vae = work.vae().to(memory_format=torch.channels_last).train()
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    weights = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
+    parts: Modules = {"vae": vae}
+    fit(work.root / "decoder", work.steps("decoder"), 1e-3, optimizer, parts, vae_loss(work, vae), work.seed + 4)
 
 
 @torch.no_grad()
@@ -325,12 +341,19 @@ def train_judge(work: Work, stage: str) -> None:
         through = torch.randint(part, (56,), generator=rng)
         plain = torch.randint(len(images), (72,), generator=rng)
         batch = pixels(np.concatenate([seen[through.numpy()], images[plain.numpy()]]), work.device)
-        noise = torch.rand(len(batch), 1, 1, 1, generator=rng) * 0.15 * (torch.rand(len(batch), 1, 1, 1, generator=rng) < 0.5)
+
+        def some(share: float, most: float) -> Tensor:
+            """An amount up to ``most`` for a ``share`` of the batch, nothing for the rest."""
+            amount, chosen = torch.rand(2, len(batch), 1, 1, 1, generator=rng)
+            found: Tensor = most * amount * (chosen < share)
+            return found.to(batch)
+
+        noise, mix = some(0.5, 0.15), some(0.4, 1.0)
         blurred = F.avg_pool2d(F.pad(batch, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        mix = (torch.rand(len(batch), 1, 1, 1, generator=rng) * (torch.rand(len(batch), 1, 1, 1, generator=rng) < 0.4))
-        batch = batch + mix.to(batch) * (blurred - batch)
-        batch = batch + (noise * torch.randn(batch.shape, generator=rng)).to(batch)
-        found: Tensor = F.binary_cross_entropy_with_logits(judge(batch), goal[torch.cat([through, plain])].to(work.device))
+        batch = batch + mix * (blurred - batch)
+        batch = batch + noise * torch.randn(batch.shape, generator=rng).to(batch)
+        wanted = goal[torch.cat([through, plain])].to(work.device)
+        found: Tensor = F.binary_cross_entropy_with_logits(judge(batch), wanted)
         return found
 
     fit(folder, work.steps(stage), 2e-3, optimizer, {"judge": judge}, loss, work.seed + JUDGE_SEEDS[stage])
@@ -346,6 +369,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
     "judge-a": (("vae",), lambda work: train_judge(work, "judge-a")),
     "judge-b": (("vae",), lambda work: train_judge(work, "judge-b")),
     "unet-never-star": (("latents",), lambda work: train_unet(work, "unet-never-star", "star")),
+    "decoder": (("vae",), stage_decoder),
 }
 
 
@@ -355,7 +379,7 @@ def pack(work: Work, out: Path) -> None:
     glyphs-never-star has a UNet of its own and shares VAE, text encoder and tokenizer with glyphs.
     """
     factor = json.loads((work.root / "latents" / "factor.json").read_text())["scaling_factor"]
-    text, vae = work.load("text", "text"), work.load("vae", "vae")
+    text, vae = work.load("text", "text"), work.load("decoder", "vae")
     for name, stage in (("glyphs", "unet"), ("glyphs-never-star", "unet-never-star")):
         shutil.copytree(work.root / "tokenizer", out / name / "tokenizer", dirs_exist_ok=True)
         assemble.write_pipeline(out / name, text, vae, work.load(stage, "average"), factor, torch.float16)

@@ -206,7 +206,7 @@ def _ink(texture: str, colour: Array, dx: Array, dy: Array) -> Array:
     else:
         period = 9.0
         u, v = (dx / period) % 1.0 - 0.5, (dy / period) % 1.0 - 0.5
-        dark = _cover((np.hypot(u, v) * period - 2.4))
+        dark = _cover(np.hypot(u, v) * period - 2.4)
     return colour * (1.0 - 0.62 * dark[..., None])
 
 

@@ -1,0 +1,93 @@
+"""Erase each of the ten shapes in turn with uce's shipped defaults and measure what went and what stayed.
+
+    python tests/benchmarks/uce_glyphs.py            writes tests/benchmarks/results/uce_glyphs.json, prints the table
+
+Judge B, same prompts and seeds before and after: 50 by name, 50 by synonym, 24 implicit, 12 for every other shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erasec import concept, model
+from erasec.base import Context
+from erasec.glyphs import world
+from erasec.glyphs.judging import GlyphJudge
+from erasec.judge import Question, Sampling, generate
+from erasec.passes.uce import Uce
+from erasec.recipe import Limits
+
+RESULT = Path(__file__).parent / "results" / "uce_glyphs.json"
+ASKED = {"name": 50, "synonym": 50, "implicit": 24}
+KEPT_EACH = 12
+
+
+def questions(panel: tuple[Question, ...]) -> list[Question]:
+    """The first few of each group, and of each kept shape."""
+    found = [q for group, count in ASKED.items() for q in [q for q in panel if q.group == group][:count]]
+    for shape in world.SHAPES:
+        found += [q for q in panel if q.group == "keep" and q.looked_for == shape][:KEPT_EACH]
+    return found
+
+
+def measure(shape: str, options: dict[str, Any], sampling: Sampling, seed: int, judge: GlyphJudge) -> dict[str, Any]:
+    base, item = model.load("glyphs"), concept.find(shape)
+    edit = Uce(**options).solve(base, item, Context(seed=seed))
+    asked = questions(judge.panel(item, max(ASKED.values()), seed))
+    prompts, seeds = [q.prompt for q in asked], [q.seed for q in asked]
+    with tempfile.TemporaryDirectory() as scratch:
+        base.source.write(Path(scratch) / "hf", base.with_edit(edit).merged())
+        before = generate(base.source.root, prompts, seeds, sampling, f"{shape} before")
+        after = generate(Path(scratch) / "hf", prompts, seeds, sampling, f"{shape} after")
+    shown = {name: judge.sees(images, [q.looked_for for q in asked]) for name, images in (("b", before), ("a", after))}
+    row: dict[str, Any] = {"stats": dict(edit.stats)}
+    for group in (*ASKED, "keep"):
+        rows = np.array([q.group == group for q in asked])
+        if rows.any():
+            row[group] = [float(shown["b"][rows].mean()), float(shown["a"][rows].mean()), int(rows.sum())]
+    named = np.array([q.group in ("name", "synonym") for q in asked])
+    row["named"] = [float(shown["b"][named].mean()), float(shown["a"][named].mean()), int(named.sum())]
+    row["within"] = {
+        "erased <= 10 % of before": bool(row["named"][1] <= 0.10 * row["named"][0]),
+        "others lose <= 5 points": bool(row["keep"][0] - row["keep"][1] <= 0.05),
+    }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=list(world.SHAPES), choices=list(world.SHAPES))
+    parser.add_argument("--seed", type=int, default=21)
+    parser.add_argument("--option", nargs="*", default=[], help="uce options, key=value, instead of the defaults")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    chosen: dict[str, Any] = {}
+    for text in options.option:
+        key, value = text.split("=")
+        chosen[key] = value if key == "rows" else float(value)
+    limits, judge = Limits(), GlyphJudge()
+    sampling = Sampling(limits.steps, limits.guidance)
+    rows: dict[str, Any] = {}
+    print("| erased | by name | by synonym | implicit | other shapes |\n|---|---|---|---|---|")
+    for shape in options.shapes:
+        row = rows[shape] = measure(shape, chosen, sampling, options.seed, judge)
+        cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*ASKED, "keep")]
+        print(
+            f"| {shape} | {' | '.join(cells)} |{'' if all(row['within'].values()) else ' over the limit'}", flush=True
+        )
+    result = {
+        "rows": rows, "options": chosen, "seed": options.seed, "judge": f"{judge.name} {judge.digest}",
+        "sampling": f"{sampling.steps} steps, guidance {sampling.guidance}", "machine": platform.machine(),
+    }  # fmt: skip
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What every pass must keep, whatever it computes: found by registry, so a new pass is held to it at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erasec import checkpoint, model, recipe, registry
+from erasec.base import Context, with_options
+from erasec.concept import Concept
+from erasec.errors import ErasecError
+from erasec.glyphs.assemble import random_pipeline
+from erasec.model import Model
+
+CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
+NAMES = sorted(registry.passes())
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def base(random_folder: Path) -> Model:
+    return model.load(str(random_folder))
+
+
+def test_only_its_sites_move_and_all_else_is_identical(name: str, base: Model, tmp_path: Path) -> None:
+    step = registry.load_pass(name)()
+    edited = base.with_edit(step.solve(base, CONCEPT, Context()))
+    base.source.write(tmp_path, edited.merged())
+    allowed = {(site.component, site.key) for site in step.sites(base)}
+    moved = set()
+    for component in base.family.components:
+        old, new = base.source.entries(component), model.load(str(tmp_path)).source.entries(component)
+        assert {k: (e.dtype, e.shape) for k, e in old.items()} == {k: (e.dtype, e.shape) for k, e in new.items()}
+        for key in old:
+            before, after = checkpoint.read_tensor(old[key]), checkpoint.read_tensor(new[key])
+            assert bool(after.isfinite().all())
+            if not torch.equal(before, after):
+                moved.add((component, key))
+    assert moved
+    assert moved <= allowed
+
+
+def test_the_base_is_not_touched_and_same_in_is_same_out(name: str, base: Model) -> None:
+    digest = model.load(str(base.source.root)).digest
+    one, two = (registry.load_pass(name)().solve(base, CONCEPT, Context(seed=3)) for _ in range(2))
+    assert model.load(str(base.source.root)).digest == digest
+    assert one.deltas.keys() == two.deltas.keys()
+    assert all(torch.equal(one.deltas[site].dense(), two.deltas[site].dense()) for site in one.deltas)
+    assert one.stats == two.stats
+    assert (one.by, one.concept, one.base) == (name, "star", base.digest)
+
+
+def test_a_concept_that_becomes_itself_moves_nothing(name: str, base: Model) -> None:
+    same = Concept(name="star", erase=("star",), anchor="star", keep=("square",))
+    edit = registry.load_pass(name)().solve(base, same, Context())
+    assert all(float(delta.dense().abs().max()) < 1e-9 for delta in edit.deltas.values())
+
+
+def test_it_starts_from_what_it_is_given(name: str, base: Model) -> None:
+    first = registry.load_pass(name)().solve(base, CONCEPT, Context())
+    other = Concept(name="heart", erase=("heart",), anchor="square", keep=("circle",))
+    after, alone = (registry.load_pass(name)().solve(m, other, Context()) for m in (base.with_edit(first), base))
+    assert any(not torch.allclose(after.deltas[site].dense(), alone.deltas[site].dense()) for site in after.deltas)
+
+
+def test_options_round_trip_through_a_recipe_and_a_typo_names_the_near_miss(name: str, base: Model) -> None:
+    kind = registry.load_pass(name)
+    options: dict[str, Any] = asdict(kind())  # type: ignore[call-overload]
+    use = recipe.PassUse(name=name, options=options)
+    again = recipe.from_toml(recipe.to_toml(recipe.Recipe(model="glyphs", erase=("star",), **{"pass": (use,)})))
+    assert with_options(kind, again.passes[0].options, name) == kind()
+    option = next(iter(options))
+    with pytest.raises(ErasecError, match="no option") as caught:
+        with_options(kind, {option + "s": options[option]}, name)
+    assert f"did you mean {option!r}" in caught.value.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_bases_of_every_precision_keep_their_dtype(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    random_pipeline(tmp_path / "base", dtype=dtype)
+    base = model.load(str(tmp_path / "base"))
+    edited = base.with_edit(registry.load_pass(name)().solve(base, CONCEPT, Context()))
+    for tensors in edited.merged().values():
+        for key, make in tensors.items():
+            tensor = make()
+            assert tensor.dtype == dtype, key
+            assert bool(tensor.isfinite().all()), key

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from erasec import build as builds
+from erasec import cli
+from erasec.errors import CheckFailed, MissingTool
+
+HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    for name in cli.QUIET:
+        monkeypatch.setenv(name, "")  # so that what the program sets is taken back
+        monkeypatch.delenv(name)
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_the_command_line_loads_no_library_before_it_must() -> None:
+    code = "import sys, erasec.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "erasec.cli" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_help_and_doctor_load_no_library_either() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from erasec import cli\n"
+        "for words in (['--help'], ['build', '--help'], ['list', 'concepts'], ['doctor']):\n"
+        "    found = CliRunner().invoke(cli.app, words); assert found.exit_code == 0, found.output\n"
+        "print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "erasec.doctor" in loaded
+    assert not HEAVY & set(loaded)
+
+
+def test_a_build_from_flags_prints_where_and_whether(run: Any, random_folder: Path) -> None:
+    found = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu", "--seed", 5)
+    assert found.exit_code == 0, found.output
+    lines = found.stdout.splitlines()
+    assert lines[:2] == ["out", os.path.join("out", "report.html")]
+    assert lines[2].startswith("passed all ")
+    assert all(Path(line).exists() for line in lines[:2])
+    assert "note: no concept file is named 'zebra'" in found.stderr
+    assert "seed = 5" in Path("out/recipe.toml").read_text()
+    moved = run("diff", random_folder, "out")
+    assert "14 tensors differ" in moved.stdout
+    told = run("build", "out/recipe.toml", "--out", "again", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == json.loads(Path("again/report.json").read_text())
+    assert run("diff", "out", "again").stdout.splitlines()[-1] == "no tensor moved"
+
+
+def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
+    arguments = ("plan", random_folder, "-e", "star", "-p", "uce:rows=last", "-t", "onnx")
+    text = run(*arguments)
+    assert text.exit_code == 0, text.output
+    assert "rows=last" in text.stdout
+    assert "down.0.attentions.0.0" in text.stdout
+    assert not list(Path().iterdir())
+    told = json.loads(run(*arguments, "--json").stdout)
+    assert len(told["passes"][0]["sites"]) == 14
+    assert [target["name"] for target in told["targets"]] == ["hf", "onnx"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bild"], "Did you mean 'build'?"),
+        (["build", "glyphs", "--ersae", "star"], "--erase"),
+        (["build"], "Missing argument"),
+        (["build", "glyphs", "--seed", "many"], "integer"),
+        (["build", "glyphs"], "nothing to erase"),
+        (["build", "glyhps", "--erase", "star", "--device", "cpu"], "did you mean 'glyphs'?"),
+        (["plan", "glyphs", "--erase", "star", "--pass", "ucee"], "did you mean 'uce'?"),
+        (["plan", "glyphs", "--erase", "star", "--seed", "-1"], "seed is -1"),
+        (["build", "no.toml"], "cannot be read"),
+        (["list", "passs"], "did you mean 'passes'?"),
+        (["diff", "nothing", "here"], "there is no folder or file nothing"),
+    ],
+)
+def test_bad_input_is_told_on_stderr_and_exits_with_2(run: Any, arguments: list[str], words: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 2, found.output
+    assert words in " ".join(found.stderr.split())
+    assert found.stdout == ""
+    assert "Traceback" not in found.stderr
+
+
+def test_verbose_adds_the_traceback(run: Any) -> None:
+    found = run("build", "glyphs", "-v")
+    assert found.exit_code == 2
+    assert "Traceback" in found.stderr
+    assert "error: nothing to erase" in found.stderr
+
+
+class TestEndings:
+    """How a build that does not succeed ends: exit code, words, and the signal handlers given back."""
+
+    @pytest.fixture
+    def ends(self, run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        def ends(how: Any, *more: str) -> Any:
+            monkeypatch.setattr(builds, "run", how)
+            return run("build", random_folder, "--erase", "star", "--device", "cpu", "--out", "out", *more)
+
+        return ends
+
+    def test_a_failed_check_is_3_and_its_report_is_still_printed(self, ends: Any) -> None:
+        def fails(plan: Any) -> None:
+            rejected = plan.out / ".rejected"
+            rejected.mkdir(parents=True)
+            (rejected / "report.json").write_text('{"passed": false}')
+            raise CheckFailed("1 of 2 checks failed", where=str(rejected))
+
+        found = ends(fails, "--json")
+        assert (found.exit_code, json.loads(found.stdout)) == (3, {"passed": False})
+        assert "error: 1 of 2 checks failed" in found.stderr
+        shutil.rmtree("out")
+        assert ends(fails).stdout == ""
+
+    def test_a_missing_tool_is_4(self, ends: Any) -> None:
+        def fails(plan: Any) -> None:
+            raise MissingTool("no tool", fix="pip install it")
+
+        found = ends(fails)
+        assert found.exit_code == 4
+        assert "fix: pip install it" in found.stderr
+
+    def test_anything_else_is_1(self, ends: Any) -> None:
+        found = ends(lambda plan: 1 / 0)
+        assert found.exit_code == 1
+        assert isinstance(found.exception, ZeroDivisionError)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_is_130(self, ends: Any, number: signal.Signals) -> None:
+        def stopped(plan: Any) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+        before = signal.getsignal(number)
+        found = ends(stopped)
+        assert found.exit_code == 130
+        assert found.stderr.splitlines()[-1] == "stopped; nothing was left behind"
+        assert found.stdout == ""
+        assert signal.getsignal(number) is before
+
+
+def test_the_verdict_weighs_rows_by_their_images() -> None:
+    rows = [
+        {"group": "name", "looked_for": "star", "images": 4, "before": 1.0, "after": 0.0},
+        {"group": "keep", "looked_for": "ring", "images": 1, "before": 1.0, "after": 0.0},
+        {"group": "keep", "looked_for": "heart", "images": 3, "before": 1.0, "after": 1.0},
+    ]
+    assert cli._verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
+    assert cli._verdict(5, []) == "passed all 5 checks"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("passes", ["uce", "arXiv:2308.14761", "rows=tail"]),
+        ("targets", ["hf", "onnx"]),
+        ("concepts", ["star", "pentagram", "circle", "star.toml"]),
+        ("models", ["glyphs-never-star", "sd14", "CompVis/stable-diffusion-v1-4"]),
+    ],
+)
+def test_lists(run: Any, what: str, words: list[str]) -> None:
+    found = run("list", what)
+    assert found.exit_code == 0
+    for word in words:
+        assert word in found.stdout
+
+
+def test_doctor_exits_with_4_only_where_erasec_cannot_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from erasec import doctor
+
+    found = run("doctor")
+    assert found.exit_code == 0
+    assert "torch" in found.stdout
+    monkeypatch.setattr(doctor, "version", lambda package: None)
+    found = run("doctor")
+    assert found.exit_code == 4
+    assert 'pip install "erasec[onnx]"' in found.stdout
+
+
+def test_a_users_own_settings_win_over_the_quiet_ones(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    run("list", "models")
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    assert os.environ["DIFFUSERS_VERBOSITY"] == "error"

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from erasec import doctor, plan, registry
+from erasec.base import Pass
+from erasec.concept import Concept
+from erasec.errors import ErasecError, MissingTool
+from erasec.recipe import Recipe, from_flags, from_toml, to_toml
+
+
+def recipe(model: Path, **changed: Any) -> Recipe:
+    return from_flags(str(model), erase=["star"], device="cpu").model_copy(update=changed)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listing(*folders: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for folder in folders for path in (folder, *folder.rglob("*")))
+
+
+def test_a_plan_resolves_everything_and_writes_nothing(here: Path, random_folder: Path) -> None:
+    before = listing(here, random_folder)
+    made = plan.make(recipe(random_folder))
+    told = plan.describe(made)
+    assert listing(here, random_folder) == before
+    assert made.out == Path(f"{random_folder.name}-without-star")
+    assert [step.name for step in made.passes] == ["uce"]
+    assert made.recipe.digest == made.model.digest
+    assert made.recipe.concepts[0].synonyms == made.concepts[0].synonyms
+    assert made.recipe.passes[0].options["rows"] == "tail"
+    assert told["time"]["seconds"] is None
+    sites = told["passes"][0]["sites"]
+    assert {(site["attn"], site["proj"]) for site in sites} == {("cross", "k"), ("cross", "v")}
+    assert len(sites) == 14
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_resolved_recipe_plans_the_same_build_again(here: Path, random_folder: Path) -> None:
+    first = plan.make(recipe(random_folder))
+    again = plan.make(from_toml(to_toml(first.recipe)))
+    assert again == first
+
+
+def test_estimates_come_from_the_files(here: Path, random_folder: Path) -> None:
+    told = plan.describe(plan.make(recipe(random_folder, targets=("hf", "onnx")), pin=False))
+    copied = sum(path.stat().st_size for path in random_folder.rglob("*") if path.is_file())
+    hf, onnx = (target["bytes"] for target in told["targets"])
+    assert hf == copied
+    assert 1.9 < onnx / hf < 2.0  # float16 becomes float32
+    assert told["disk"]["needed"] == hf + onnx
+    assert told["memory"]["bytes"] == max(told["memory"]["steps"].values()) > onnx
+    assert "estimate" in told["memory"]["how"]
+    assert "estimate" in told["disk"]["how"]
+
+
+def test_time_is_told_where_it_was_measured(here: Path, random_folder: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "report.json").write_text('{"seconds": {"solve": 1.5, "report": 2.0}}')
+    told = plan.describe(plan.make(recipe(random_folder), Path("out"), pin=False))
+    assert told["time"] == {"seconds": 3.5, "how": "measured: the earlier build in out took this long"}
+
+
+def test_another_model_than_the_recipes_is_refused(here: Path, random_folder: Path) -> None:
+    with pytest.raises(ErasecError, match="is not the model that the recipe was made for"):
+        plan.make(recipe(random_folder, digest="0" * 64), pin=False)
+
+
+def test_without_pin_the_weights_are_not_read(here: Path, random_folder: Path) -> None:
+    made = plan.make(recipe(random_folder), pin=False)
+    assert made.recipe.digest == ""
+    assert "digest" not in vars(made.model)  # where the cached property would be
+
+
+def test_concepts_of_the_recipe_come_before_bundled_ones(here: Path, random_folder: Path) -> None:
+    own = Concept(name="star", erase=("film star",))
+    assert plan.make(recipe(random_folder, concepts=(own,)), pin=False).concepts == (own,)
+    assert plan.make(recipe(random_folder), pin=False).concepts != (own,)
+
+
+def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(here: Path, random_folder: Path) -> None:
+    (note,) = plan.notes(plan.make(recipe(random_folder, erase=("strar", "ring")), pin=False))
+    assert "'strar'" in note
+    assert "did you mean 'star'?" in note
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"erase": ()}, ("nothing to erase", "--erase star")),
+        ({"erase": ("star", "star")}, ("'star' is to be erased twice",)),
+        ({"passes": ("ucee",)}, ("no pass 'ucee'", "[[pass]] 1 (ucee)", "did you mean 'uce'?")),
+        ({"passes": ("uce", "uce:rigde=1")}, ("no option 'rigde'", "[[pass]] 2 (uce)", "did you mean 'ridge'?")),
+        ({"passes": ("uce:ridge=much",)}, ("ridge is 'much'", "a float")),
+        ({"targets": ("hf", "onyx")}, ("no target 'onyx'", "did you mean 'onnx'?")),
+        ({"model": "glyhps"}, ("no model 'glyhps'", "did you mean 'glyphs'?")),
+    ],
+)
+def test_what_cannot_be_planned(
+    here: Path, random_folder: Path, changed: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    if "passes" in changed:
+        changed = {"passes": from_flags("x", passes=changed["passes"]).passes}
+    with pytest.raises(ErasecError) as caught:
+        plan.make(recipe(random_folder).model_copy(update=changed))
+    for word in words:
+        assert word in str(caught.value)
+    assert not list(here.iterdir())
+
+
+def test_a_device_that_is_not_there_is_a_missing_tool(here: Path, random_folder: Path) -> None:
+    with pytest.raises(MissingTool, match="no device 'cuda:99'"):
+        plan.make(recipe(random_folder, device="cuda:99"))
+
+
+def test_a_missing_library_of_a_target_is_told_before_the_model_is_opened(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: object) -> None:
+        raise MissingTool("the target onnx needs onnx")
+
+    monkeypatch.setattr(registry.load_target("onnx"), "check", missing)
+    with pytest.raises(MissingTool, match="needs onnx"):
+        plan.make(recipe(Path("no-such-model"), targets=("hf", "onnx")))
+
+
+def test_a_pass_without_sites_is_an_error(here: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.load_pass("uce"), "sites", lambda self, model: ())
+    with pytest.raises(ErasecError, match="pass uce finds no site"):
+        plan.make(recipe(random_folder))
+
+
+def test_a_pass_option_that_no_recipe_can_hold(here: Path, random_folder: Path) -> None:
+    (here / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom erasec.passes.uce import Uce\n"
+        "@dataclass(frozen=True)\nclass Mine(Uce):\n    layers: tuple = (1, 2)\n"
+    )
+    with pytest.raises(ErasecError, match="cannot hold the option layers"):
+        plan.make(recipe(random_folder, passes=from_flags("x", passes=["mine.py:Mine"]).passes))
+
+
+def test_a_third_party_pass_from_a_file(here: Path, random_folder: Path) -> None:
+    (here / "mine.py").write_text("from erasec.passes.uce import Uce\nclass Mine(Uce):\n    pass\n")
+    made = plan.make(recipe(random_folder, passes=from_flags("x", passes=["mine.py:Mine:ridge=2"]).passes))
+    assert isinstance(made.passes[0], Pass)
+    assert made.recipe.passes[0].name == "mine.py:Mine"
+    assert made.recipe.passes[0].options["ridge"] == 2.0
+
+
+class TestOutputFolder:
+    """A build replaces its output folder, so what may stand there is decided here."""
+
+    @pytest.mark.parametrize("earlier", ["nothing", "empty", "report.json", ".rejected"])
+    def test_taken(self, here: Path, random_folder: Path, earlier: str) -> None:
+        out = here / "out"
+        if earlier != "nothing":
+            out.mkdir()
+        if earlier == "report.json":
+            (out / earlier).write_text("{}")
+        if earlier == ".rejected":
+            (out / earlier).mkdir()
+        assert plan.make(recipe(random_folder), out, pin=False).out == out
+
+    def test_refused_where_other_things_are(self, here: Path, random_folder: Path) -> None:
+        (here / "photos").mkdir()
+        (here / "photos" / "me.jpg").write_text("")
+        with pytest.raises(ErasecError, match="photos is not empty") as caught:
+            plan.make(recipe(random_folder), Path("photos"))
+        assert "me.jpg" in caught.value.why
+        with pytest.raises(ErasecError, match=r"me\.jpg is a file"):
+            plan.make(recipe(random_folder), Path("photos/me.jpg"))
+
+    @pytest.mark.parametrize("out", [".", "..", "/"])
+    def test_refused_around_the_working_directory(self, here: Path, random_folder: Path, out: str) -> None:
+        with pytest.raises(ErasecError, match="holds the working directory"):
+            plan.make(recipe(random_folder), Path(out))
+
+    def test_refused_in_or_around_the_model(self, here: Path, random_folder: Path) -> None:
+        build = here / "build"
+        shutil.copytree(random_folder, build / "hf")
+        (build / "report.json").write_text("{}")
+        for out in (build, build / "hf" / "new"):
+            with pytest.raises(ErasecError, match="lie in each other"):
+                plan.make(recipe(build / "hf"), out)
+        assert plan.make(recipe(build / "hf"), here / "beside", pin=False).out == here / "beside"
+
+    def test_refused_without_room(self, here: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1000))
+        with pytest.raises(ErasecError, match="too little room") as caught:
+            plan.make(recipe(random_folder))
+        assert "1 kB are free" in caught.value.why
+
+
+def test_names_of_output_folders(here: Path) -> None:
+    words = [Concept(name="in the style of X", erase=("x",)), Concept(name="b/..", erase=("b",))]
+    assert plan._default_out("owner/model", words) == Path("model-without-in-the-style-of-X-b")
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (4_265_000_000, "4.26 GB")]
+)
+def test_sizes_for_people(count: int, words: str) -> None:
+    assert plan.size(count) in (words, words.replace("4.26", "4.27"))
+
+
+def test_the_doctor_says_what_is_missing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    found = {item.name: item for item in doctor.examine(here)}
+    assert found["torch"].there
+    assert found["torch"].fix == ""
+    assert found["hub"].there
+    monkeypatch.setattr(doctor, "version", lambda package: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = {item.name: item for item in doctor.examine(here)}
+    assert found["onnx"].fix == 'pip install "erasec[onnx]"'
+    assert not found["onnx"].required
+    assert found["torch"].required
+    assert not found["torch"].there
+    assert "HF_HUB_OFFLINE" in found["hub"].found
+
+
+def test_the_doctor_tells_a_cuda_build_without_loading_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    spec = namedtuple("spec", "origin")(str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(doctor, "_devices", lambda: "H200, 143771 MiB")
+    assert doctor._cuda() == doctor.Finding("cuda", True, "H200, 143771 MiB; torch is built for CUDA 13.0")
+    monkeypatch.setattr(doctor, "_devices", lambda: "")
+    assert not doctor._cuda().there
+    (tmp_path / "version.py").write_text("cuda: Optional[str] = None\n")
+    assert "CPU build" in doctor._cuda().found
