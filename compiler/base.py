@@ -52,7 +52,7 @@ class Artifact:
 
 
 class Pass(ABC):
-    """Computes an edit and writes nothing. Subclass as a frozen dataclass; its fields are its options, each with a default."""
+    """Computes an edit, writes nothing. Subclass as a frozen dataclass whose fields, with defaults, are its options."""
 
     name: ClassVar[str]
     version: ClassVar[str]

@@ -57,19 +57,19 @@ def gram(states: Tensor, weight: Tensor) -> Tensor:
     return states.T @ (states * weight.double()[:, None])
 
 
-def solve(erase: Rows, keep: Tensor, keep_weight: Tensor, ridge: float, relative: bool = True) -> Solution:
+def solve(erase: Rows, keep: Tensor, ridge: float, relative: bool = True) -> Solution:
     """Solve for the shared matrix.
 
-    ``keep`` (m, d) are states that must not move, with weights (m,). ``ridge`` is lam; when ``relative`` it is in units
-    of the mean diagonal of the weighted Gram, so that it means the same for every text encoder.
-    Raises ErasecError when the system is too ill-conditioned for float64.
+    ``keep`` (d, d) is the ``gram`` of the states that must not move: they enter nowhere else, however many they are.
+    ``ridge`` is lam; when ``relative`` it is in units of the mean diagonal of the weighted Gram, so that it means the
+    same for every text encoder. Raises ErasecError when the system is too ill-conditioned for float64.
     """
     source, target, weight = erase.source.double(), erase.target.double(), erase.weight.double()
     width = source.shape[1]
     if ridge < 0:
         raise ErasecError(f"ridge is {ridge}", why="the regulariser must not be negative", fix="ridge=0.01")
-    erased_gram = gram(source, weight)
-    system = erased_gram + gram(keep, keep_weight)
+    keep = keep.double()
+    system = gram(source, weight) + keep
     lam = ridge * float(system.diagonal().mean()) if relative else ridge
     system = system + lam * torch.eye(width, dtype=torch.float64)
     eigenvalues = torch.linalg.eigvalsh(system)
@@ -78,7 +78,7 @@ def solve(erase: Rows, keep: Tensor, keep_weight: Tensor, ridge: float, relative
     if not condition < MAX_CONDITION:
         raise ErasecError(
             f"the closed-form system is ill-conditioned (condition number {condition:.1e})",
-            why=f"{len(source)} erased and {len(keep)} kept states span too little of {width} dimensions at {ridge=:g}",
+            why=f"the erased and kept states span too little of {width} dimensions, and ridge is {ridge:g}",
             fix="raise the option ridge, or give the concept more keep phrases",
         )
     # X = sum s (v - c) c^T = left @ core, and M - I = X G^-1 = left @ (core G^-1), by Cholesky. The rank is X's own: a
@@ -94,9 +94,8 @@ def solve(erase: Rows, keep: Tensor, keep_weight: Tensor, ridge: float, relative
         "sigma_min": float(singular[-1]),
         "sigma_max": float(singular[0]),
         "erased_residual": relative_error(source @ matrix.T, target, target - source, weight),
-        "keep_drift": relative_error(keep.double() @ matrix.T, keep.double(), keep.double(), keep_weight.double()),
+        "keep_drift": drift(matrix, keep),
         "rows_erased": float(len(source)),
-        "rows_kept": float(len(keep)),
     }
     return Solution(left, right, stats)
 
@@ -107,6 +106,13 @@ def factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rank = int((s > s[0] * matrix.shape[0] * torch.finfo(torch.float64).eps).sum()) if s[0] > 0 else 0
     signs = vh[:rank].gather(1, vh[:rank].abs().argmax(1, keepdim=True)).sign()
     return u[:, :rank] * s[:rank] * signs.T, vh[:rank] * signs
+
+
+def drift(matrix: Tensor, keep: Tensor) -> float:
+    """Root mean square of M k - k over that of k, for the states k whose Gram is ``keep``; 0 for no states."""
+    moved = matrix - torch.eye(len(matrix), dtype=torch.float64)
+    total = float(keep.trace())
+    return (max(0.0, float((moved @ keep @ moved.T).trace())) / total) ** 0.5 if total > 0 else 0.0
 
 
 def relative_error(found: Tensor, wanted: Tensor, scale: Tensor, weight: Tensor) -> float:

@@ -72,8 +72,8 @@ def from_file(path: Path) -> Concept:
             why = f"there is no field {field!r}; {nearest(field, Concept.model_fields)}"
         else:
             why = f"{field}: {first['msg']}"
-        raise ErasecError("the concept file is not valid", why=why, where=str(path),
-                          fix="erasec list concepts   shows where the bundled files are, to copy from") from error  # fmt: skip
+        fix = "erasec list concepts   shows where the bundled files are, to copy from"
+        raise ErasecError("the concept file is not valid", why=why, where=str(path), fix=fix) from error
     except OSError as error:
         raise ErasecError("the concept file cannot be read", why=str(error), where=str(path)) from error
 

@@ -67,6 +67,9 @@ def generate(folder: Path, prompts: Sequence[str], seeds: Sequence[int], samplin
     """Images (n, h, w, 3) from a diffusers folder, each from its own seed, whatever the batch it is made in."""
     import torch
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # of loading the parts, which takes less than a second each
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -198,6 +198,6 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Model:
     raise ErasecError(
         f"the model {repository} is not on this machine and could not be fetched",
         why=f"{type(error).__name__}: {str(error).splitlines()[0] if error and str(error) else 'no network'}",
-        fix=f"give a diffusers folder (erasec build ./{name.split('/')[-1]} ...), or fetch it where there is a network: "
-        f"hf download {repository}",
+        fix=f"give a diffusers folder (erasec build ./{name.split('/')[-1]} ...), "
+        f"or fetch it where there is a network: hf download {repository}",
     ) from error

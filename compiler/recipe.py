@@ -49,7 +49,7 @@ class Limits(_Table):
     agreement: Annotated[float, Field(ge=0)] = 0.05
     drift: Annotated[float, Field(ge=0)] | None = None
     images: Annotated[int, Field(ge=1)] = 16
-    steps: Annotated[int, Field(ge=1)] = 25
+    steps: Annotated[int, Field(ge=1)] = 15
     guidance: Annotated[float, Field(ge=0)] = 4.0
 
 

@@ -17,8 +17,6 @@ from erasec.edit import Edit, LowRank
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from erasec.concept import Concept
     from erasec.family import Site
     from erasec.model import Model, Tokens
@@ -57,13 +55,15 @@ class Uce(Pass):
         prompts = concept.prompts(concept.phrases)
         anchors = concept.prompts([concept.anchor] * len(concept.phrases)) if concept.anchor else [""] * len(prompts)
         erase = self._paired(model.encode(prompts), model.encode(anchors))
-        states = model.encode(["", *concept.prompts(concept.keep)]).states
-        keep_rows, keep_weight = distinct(states.flatten(0, 1), self.keep)
-        solution = closed_form.solve(erase, keep_rows, keep_weight, self.ridge)
+        kept = model.encode(["", *concept.prompts(concept.keep)]).states.flatten(0, 1)
+        keep = closed_form.gram(kept, torch.full((len(kept),), self.keep / len(kept), dtype=torch.float64))
+        solution = closed_form.solve(erase, keep, self.ridge)
         left, right = solution.left, solution.right
         deltas = {site: LowRank(model.weight(site) @ left, right) for site in self.sites(model)}
         params = {"rows": self.rows, "scale": self.scale, "keep": self.keep, "ridge": self.ridge}
-        return Edit(deltas, self.name, concept.name, params, model.digest, solution.stats)
+        return Edit(
+            deltas, self.name, concept.name, params, model.digest, {**solution.stats, "rows_kept": float(len(kept))}
+        )
 
     def _paired(self, source: Tokens, target: Tokens) -> closed_form.Rows:
         """Rows of source and target aligned at their last subject token; the longer tail is trimmed.
@@ -80,9 +80,3 @@ class Uce(Pass):
         count = sum(len(part) for part in left)
         weight = torch.full((count,), self.scale / count, dtype=torch.float64)
         return closed_form.Rows(torch.cat(left), torch.cat(right), weight)
-
-
-def distinct(states: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Equal rows merged, (n, d) -> (m, d), with weights (m,) that share out ``weight``: prompts begin and end alike."""
-    unique, counts = torch.unique(states, dim=0, return_counts=True)
-    return unique, counts.double() * (weight / len(states))

@@ -121,7 +121,7 @@ def test_glyphs_never_star_and_two_concepts_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
-    command = [sys.executable, "-m", "erasec.cli", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "erasec", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not any(tmp_path.glob(".out.*/hf/unet/*.safetensors")) and time.monotonic() < deadline:

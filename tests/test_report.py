@@ -215,7 +215,7 @@ def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
     assert evil in page.text
     assert facts["pairs"][0]["prompt"] == evil
-    front, body = card.split("\n---\n", 1)
+    _, body = card.split("\n---\n", 1)
     assert "<script>" not in re.sub(r"```.*?```", "", body, flags=re.DOTALL)
     row = next(line for line in body.splitlines() if line.startswith("| erased/"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 6

@@ -16,6 +16,8 @@ from erasec.glyphs.world import sample
 
 State = Mapping[str, Tensor]
 
+SCHEDULER = "DPMSolverMultistepScheduler"
+
 # The framework that each component's class comes from, as StableDiffusionPipeline writes it.
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
@@ -24,7 +26,7 @@ INDEX: dict[str, Any] = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
+    "scheduler": ["diffusers", SCHEDULER],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -57,23 +59,18 @@ def tokenizer(folder: Path) -> Any:
 
 
 def write_pipeline(out: Path, text: State, vae: State, unet: State, scaling_factor: float, dtype: torch.dtype) -> None:
-    """Write everything but the tokenizer, which must lie in ``out/tokenizer`` already. Weights are cast to ``dtype``."""
+    """Write all but the tokenizer, which must lie in ``out/tokenizer`` already. Weights are cast to ``dtype``."""
     tokens = tokenizer(out / "tokenizer")
     encoder = models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     empty_vae, empty_unet = models.vae(), models.unet()
     empty_vae.register_to_config(scaling_factor=scaling_factor)
-    config = {
-        key: value
-        for key, value in json.loads(encoder.config.to_json_string()).items()
-        if key not in ("dtype", "torch_dtype")
-    }
     # Without a declared dtype, transformers loads half-precision weights in half and diffusers the UNet in single.
-    _json(
-        out / "text_encoder" / "config.json", {**config, "architectures": ["CLIPTextModel"], "torch_dtype": "float32"}
-    )
+    own = {"architectures": ["CLIPTextModel"], "dtype": None, "torch_dtype": "float32"}
+    config = {**json.loads(encoder.config.to_json_string()), **own}
+    _json(out / "text_encoder" / "config.json", {key: value for key, value in config.items() if value is not None})
     _json(out / "vae" / "config.json", _plain(empty_vae.config))
     _json(out / "unet" / "config.json", _plain(empty_unet.config))
-    _json(out / "scheduler" / "scheduler_config.json", {**models.SCHEDULER, "_class_name": "DDIMScheduler"})
+    _json(out / "scheduler" / "scheduler_config.json", {**models.SCHEDULER, "_class_name": SCHEDULER})
     _json(out / "model_index.json", INDEX)
     # The key names of Stable Diffusion's own text encoder, which every version of transformers reads.
     text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}

@@ -11,13 +11,14 @@ import numpy as np
 
 from erasec.checkpoint import atomic
 from erasec.glyphs import world
+from erasec.glyphs.assemble import SCHEDULER
 from erasec.glyphs.judging import GlyphJudge, colour_of, prompt
 from erasec.judge import Images, Sampling, generate
 from erasec.model import bundled
 from erasec.progress import bar
 
 HELD_OUT_SEED = 103
-SAMPLING = Sampling(steps=25, guidance=4.0)
+SAMPLING = Sampling(steps=15, guidance=4.0)  # as builds do by default
 
 
 def pictures(model: str, prompts: list[str], seed: int) -> Images:
@@ -68,7 +69,7 @@ def quality(images: int, seed: int) -> dict[str, Any]:
             "asked for another shape (false star)": float(judge.sees(plain, ["star"] * len(plain)).mean()),
         },
         "never_star_other_shapes": float(judge.sees(plain, [shape for shape, _ in others]).mean()),
-        "how": f"judge B, DDIM {SAMPLING.steps} steps, guidance {SAMPLING.guidance:g}, float32, seed {seed}",
+        "how": f"judge B, {SCHEDULER} {SAMPLING.steps} steps, guidance {SAMPLING.guidance:g}, float32, seed {seed}",
     }
 
 

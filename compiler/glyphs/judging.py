@@ -89,9 +89,11 @@ class GlyphJudge:
                 wanted.append((group, prompt(phrase, index), label, ""))
         for index in range(images if concept.implicit else 0):
             wanted.append(("implicit", concept.implicit[index % len(concept.implicit)], label, ""))
-        for shape in world.SHAPES:
-            for index in range((images + 1) // 2 if shape != label else 0):
-                wanted.append(("keep", prompt(shape, index), shape, colour_of(index)))
+        for index in range((images + 1) // 2):
+            # Shape by shape, so that the first few of a gallery show all of them.
+            wanted += [
+                ("keep", prompt(shape, index), shape, colour_of(index)) for shape in world.SHAPES if shape != label
+            ]
         return tuple(
             Question(group, text, seed * 1_000_003 + number, shape, colour)
             for number, (group, text, shape, colour) in enumerate(wanted)

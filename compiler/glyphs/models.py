@@ -26,10 +26,12 @@ SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
     "prediction_type": "epsilon",
+    "steps_offset": 1,
+    # Twelve of its steps give the hit rates of twenty-five DDIM steps here.
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "timestep_spacing": "leading",
 }
 
 

@@ -1,6 +1,7 @@
 """Erase each of the ten shapes in turn with uce's shipped defaults and measure what went and what stayed.
 
     python tests/benchmarks/uce_glyphs.py            writes tests/benchmarks/results/uce_glyphs.json, prints the table
+    ... --shapes star --picture docs/star.png        also draws the first pictures of each group, before and after
 
 Judge B, same prompts and seeds before and after: 50 by name, 50 by synonym, 24 implicit, 12 for every other shape.
 """
@@ -15,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from erasec import concept, model
 from erasec.base import Context
 from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge
-from erasec.judge import Question, Sampling, generate
+from erasec.judge import Images, Question, Sampling, generate
 from erasec.passes.uce import Uce
 from erasec.recipe import Limits
 
 RESULT = Path(__file__).parent / "results" / "uce_glyphs.json"
 ASKED = {"name": 50, "synonym": 50, "implicit": 24}
+DRAWN = {"name": ("by name", 3), "synonym": ("by synonym", 2), "implicit": ("implied", 2), "keep": ("the rest", 9)}
 KEPT_EACH = 12
 
 
@@ -37,7 +40,35 @@ def questions(panel: tuple[Question, ...]) -> list[Question]:
     return found
 
 
-def measure(shape: str, options: dict[str, Any], sampling: Sampling, seed: int, judge: GlyphJudge) -> dict[str, Any]:
+def draw(path: Path, asked: list[Question], before: Images, after: Images, zoom: int = 1) -> None:
+    """Two rows, before and after, of the first few pictures of each group, not chosen, with the groups' names."""
+    cell, gap, left, top = world.SIZE * zoom, 4, 56, 24
+    width = left + sum(count * (cell + gap) + 12 for _, count in DRAWN.values())
+    sheet = Image.new("RGB", (width, top + 2 * (cell + gap) + 4), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row, word in enumerate(("before", "after")):
+        pen.text((4, top + row * (cell + gap) + cell // 2 - 8), word, "black", font)
+    x = left
+    for group, (title, count) in DRAWN.items():
+        pen.text((x, 4), title, "black", font)
+        members = [i for i, q in enumerate(asked) if q.group == group]
+        if group == "keep":
+            members = [
+                next(i for i in members if asked[i].looked_for == s) for s in {asked[i].looked_for: 0 for i in members}
+            ]
+        for i in members[:count]:
+            for row, images in enumerate((before, after)):
+                tile = Image.fromarray(images[i]).resize((cell, cell), Image.Resampling.BICUBIC)
+                sheet.paste(tile, (x, top + row * (cell + gap)))
+            x += cell + gap
+        x += 12
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def measure(
+    shape: str, options: dict[str, Any], sampling: Sampling, seed: int, judge: GlyphJudge, picture: Path | None
+) -> dict[str, Any]:
     base, item = model.load("glyphs"), concept.find(shape)
     edit = Uce(**options).solve(base, item, Context(seed=seed))
     asked = questions(judge.panel(item, max(ASKED.values()), seed))
@@ -46,6 +77,8 @@ def measure(shape: str, options: dict[str, Any], sampling: Sampling, seed: int, 
         base.source.write(Path(scratch) / "hf", base.with_edit(edit).merged())
         before = generate(base.source.root, prompts, seeds, sampling, f"{shape} before")
         after = generate(Path(scratch) / "hf", prompts, seeds, sampling, f"{shape} after")
+    if picture:
+        draw(picture, asked, before, after)
     shown = {name: judge.sees(images, [q.looked_for for q in asked]) for name, images in (("b", before), ("a", after))}
     row: dict[str, Any] = {"stats": dict(edit.stats)}
     for group in (*ASKED, "keep"):
@@ -66,6 +99,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(world.SHAPES), choices=list(world.SHAPES))
     parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--option", nargs="*", default=[], help="uce options, key=value, instead of the defaults")
+    parser.add_argument("--picture", type=Path, help="draw before and after of the last shape to this PNG")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     chosen: dict[str, Any] = {}
@@ -77,7 +111,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     print("| erased | by name | by synonym | implicit | other shapes |\n|---|---|---|---|---|")
     for shape in options.shapes:
-        row = rows[shape] = measure(shape, chosen, sampling, options.seed, judge)
+        row = rows[shape] = measure(shape, chosen, sampling, options.seed, judge, options.picture)
         cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*ASKED, "keep")]
         print(
             f"| {shape} | {' | '.join(cells)} |{'' if all(row['within'].values()) else ' over the limit'}", flush=True

@@ -13,7 +13,7 @@ from erasec.concept import Concept
 from erasec.edit import LowRank
 from erasec.errors import ErasecError
 from erasec.model import Model
-from erasec.passes.uce import Uce, distinct
+from erasec.passes.uce import Uce
 
 CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle", keep=("square", "ring"))
 
@@ -101,11 +101,3 @@ def test_no_anchor_maps_to_the_empty_prompt(model: Model) -> None:
 def test_bad_options_are_errors(options: dict[str, object]) -> None:
     with pytest.raises(ErasecError, match="uce"):
         Uce(**options)  # type: ignore[arg-type]
-
-
-def test_distinct_keeps_the_gram(model: Model) -> None:
-    states = torch.randn(6, 5, dtype=torch.float64)
-    repeated = states[[0, 1, 1, 2, 3, 4, 5, 5, 5]]
-    unique, weights = distinct(repeated, 2.0)
-    assert len(unique) == 6
-    assert torch.allclose((unique * weights[:, None]).T @ unique, 2.0 * repeated.T @ repeated / 9)

@@ -1,0 +1,81 @@
+"""The trainer: an interrupted run ends where an uninterrupted one does, and the tokenizer is CLIP's kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasec.glyphs import assemble, train
+from erasec.glyphs.world import sample
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(folder: Path, stop_at: int | None = None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    average = train.Average(module, 0.9)
+    optimizer = torch.optim.AdamW(module.parameters())
+
+    def loss(step: int, rng: torch.Generator) -> Tensor:
+        if step == stop_at:
+            raise Stopped
+        return (module(torch.randn(4, 3, generator=rng)) - 1).pow(2).mean()
+
+    train.fit(folder, 12, 0.05, optimizer, {"module": module, "average": average}, loss, 7, after=average.update)
+    return {**module.state_dict(), **{f"average.{key}": value for key, value in average.state_dict().items()}}
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", stop_at=5)
+    resumed = run(tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert not torch.equal(whole["weight"], whole["average.weight"])
+    fresh = torch.nn.Linear(3, 2)
+    assert not torch.equal(whole["weight"], fresh.weight)
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(module.parameters())
+    with pytest.raises(SystemExit, match="lower the learning rate"):
+        train.fit(
+            tmp_path / "x", 3, 1e-3, optimizer, {"m": module}, lambda step, rng: module.weight.sum() * float("nan"), 0
+        )
+
+
+def test_learning_rate_warms_up_and_comes_down() -> None:
+    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] == 0.2
+    assert max(rates) == 1.0 == rates[5]
+    assert rates[-1] < 0.02
+
+
+def test_the_tokenizer_is_clips_kind(tmp_path: Path) -> None:
+    assemble.write_tokenizer(tmp_path, [sample(0, index).caption for index in range(400)])
+    tokens = assemble.tokenizer(tmp_path)
+    ids = tokens(["a star", "naïve 漢字!"], padding="max_length", max_length=77, truncation=True).input_ids
+    assert all(len(row) == 77 and row[0] == tokens.bos_token_id and row[-1] == tokens.eos_token_id for row in ids)
+    assert tokens.pad_token_id == tokens.eos_token_id == len(tokens) - 1
+    assert tokens.convert_ids_to_tokens(ids[0][1:3]) == ["a</w>", "star</w>"]
+    assert tokens.decode(ids[1], skip_special_tokens=True).replace(" ", "") == "naïve漢字!"
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_runs_at_a_thousandth(tmp_path: Path) -> None:
+    train.main(["--work", str(tmp_path), "--scale", "0.001", "--device", "cpu"])
+    for name in ("glyphs", "glyphs-never-star", "judges"):
+        assert list((tmp_path / "weights" / name).rglob("*.safetensors"))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resume.pt")}
+    train.main(["--work", str(tmp_path), "--scale", "0.001", "--device", "cpu"])
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resume.pt")}
