@@ -90,11 +90,15 @@ def _build(plan: Plan, stage: Path) -> Report:
     if judge is not None and evidence is not None:
         scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
         checks += validate.checks(evidence, judge, limits, plan.context.seed, scheduler)
-    unseen = [c.name for c in plan.concepts if judge is None or not judge.panel(c, 1, 0)]
+    unseen = [c.name for c in plan.concepts if judge is None or all(q.group == "keep" for q in judge.panel(c, 1, 0))]
     if unseen:
         notes.append(
-            f"No judge can see {', '.join(unseen)} in this model's pictures: that it is gone was not measured. "
-            "The checks below say only that the files are sound."
+            f"No judge can see {', '.join(unseen)} in this model's pictures: that it is gone was not measured."
+            + ("" if evidence else " The checks below say only that the files are sound.")
+        )
+    if left := plan.model.source.doubles(model.merged()):
+        notes.append(
+            f"Left out of the plain checkpoint, as unedited copies of edited weights: {', '.join(map(str, left))}."
         )
 
     with _timed(seconds, "report"):
@@ -184,10 +188,17 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 def _replace(stage: Path, out: Path) -> None:
-    """Put ``stage`` where ``out`` is; an earlier build there steps aside first and is deleted last."""
+    """Put ``stage`` where ``out`` is. An earlier build there steps aside, comes back if that fails, and goes last."""
     old = out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():  # an earlier run was killed in between
+        os.replace(old, out)
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(stage, out)
+    try:
+        if out.exists():
+            os.replace(out, old)
+        os.replace(stage, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.errors import ErasecError
+from erasec.progress import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 CHUNK = 16 * 1024 * 1024
 WEIGHTS = ("diffusion_pytorch_model", "model")
+COPIES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             key: Entry(file, item["dtype"], tuple(item["shape"]), *(8 + length + at for at in item["data_offsets"]))
             for key, item in header.items()
         }
+        if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
+            raise ValueError(f"it holds the dtype {min(unknown)}, which is not read here")
         end = max((entry.stop for entry in entries.values()), default=8 + length)
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
@@ -84,7 +88,11 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Where ``path`` is a link, the file it points to is replaced, as a plain write would.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -144,6 +152,8 @@ def patch(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -
 def _copy(source: Any, stream: Any, count: int) -> None:
     while count:
         data = source.read(min(count, CHUNK))
+        if not data:
+            raise ErasecError(f"{source.name} ends {count} bytes early", why="it changed while it was read")
         stream.write(data)
         count -= len(data)
 
@@ -196,21 +206,37 @@ class Folder:
             found |= read_header(file)[0]
         return found
 
+    def doubles(self, components: Iterable[str]) -> tuple[Path, ...]:
+        """Relative paths of further copies of these components' weights: other precisions, pickles, single files."""
+        used = {file.relative_to(self.root) for component in components for file in self.weight_files(component)}
+        folders = {Path(), *(Path(component) for component in components)}
+        return tuple(
+            name
+            for name in self.files()
+            if name.parent in folders and name not in used and name.suffix in COPIES and "optimizer" not in name.name
+        )
+
     def write(self, out: Path, changed: Mapping[str, Mapping[str, Callable[[], Tensor]]]) -> None:
-        """Copy the folder to ``out`` with tensors replaced, ``changed[component][key]``; other files byte for byte."""
+        """Copy the folder to ``out`` with tensors replaced, ``changed[component][key]``; other files byte for byte.
+
+        ``doubles`` of the changed components are left out: they would bring back what was edited.
+        """
         patched: dict[Path, Mapping[str, Callable[[], Tensor]]] = {}
         for component, tensors in changed.items():
             entries = self.entries(component)
             for key, make in tensors.items():
                 patched.setdefault(entries[key].file, {})
                 patched[entries[key].file] = {**patched[entries[key].file], key: make}
-        for name in self.files():
-            source, target = self.root / name, out / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source in patched:
-                patch(source, target, patched[source])
-            else:
-                shutil.copyfile(source, target)
+        names = sorted(set(self.files()) - set(self.doubles(changed)))
+        with bar("write", len(names)) as advance:
+            for name in names:
+                source, target = self.root / name, out / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source in patched:
+                    patch(source, target, patched[source])
+                else:
+                    shutil.copyfile(source, target)
+                advance(note=name.name)
 
 
 def file_digest(path: Path) -> str:
@@ -222,21 +248,12 @@ def file_digest(path: Path) -> str:
 def content_digest(entries: Mapping[str, Entry]) -> str:
     """sha256 over sorted (key, dtype, shape, bytes): the same for the same tensors, however the file is laid out."""
     digest = hashlib.sha256()
-    for key, entry in sorted(entries.items()):
-        digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
-        with entry.file.open("rb") as stream:
-            stream.seek(entry.start)
-            left = entry.stop - entry.start
-            while left:
-                data = stream.read(min(left, CHUNK))
-                digest.update(data)
-                left -= len(data)
-    return digest.hexdigest()
-
-
-def folder_digest(root: Path, files: Iterable[Path]) -> str:
-    """sha256 over the names and bytes of files."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{name.as_posix()} {file_digest(root / name)}\n".encode())
+    with bar("digest", len(entries)) as advance:
+        for key, entry in sorted(entries.items()):
+            digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
+            with entry.file.open("rb") as stream:
+                stream.seek(entry.start)
+                for left in range(entry.stop - entry.start, 0, -CHUNK):
+                    digest.update(stream.read(min(left, CHUNK)))
+            advance()
     return digest.hexdigest()

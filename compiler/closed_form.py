@@ -57,10 +57,11 @@ def gram(states: Tensor, weight: Tensor) -> Tensor:
     return states.T @ (states * weight.double()[:, None])
 
 
-def solve(erase: Rows, keep: Tensor, ridge: float, relative: bool = True) -> Solution:
+def solve(erase: Rows, keep: Tensor, ridge: float, keep_weight: float = 1.0, relative: bool = True) -> Solution:
     """Solve for the shared matrix.
 
     ``keep`` (d, d) is the ``gram`` of the states that must not move: they enter nowhere else, however many they are.
+    ``keep_weight`` scales it in the solve, and not in the drift that is reported.
     ``ridge`` is lam; when ``relative`` it is in units of the mean diagonal of the weighted Gram, so that it means the
     same for every text encoder. Raises ErasecError when the system is too ill-conditioned for float64.
     """
@@ -69,7 +70,7 @@ def solve(erase: Rows, keep: Tensor, ridge: float, relative: bool = True) -> Sol
     if ridge < 0:
         raise ErasecError(f"ridge is {ridge}", why="the regulariser must not be negative", fix="ridge=0.01")
     keep = keep.double()
-    system = gram(source, weight) + keep
+    system = gram(source, weight) + keep_weight * keep
     lam = ridge * float(system.diagonal().mean()) if relative else ridge
     system = system + lam * torch.eye(width, dtype=torch.float64)
     eigenvalues = torch.linalg.eigvalsh(system)

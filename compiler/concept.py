@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from erasec.errors import ErasecError, nearest
 
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Prompt(NamedTuple):
+    """A phrase in a context: the whole ``text``, and the text ``upto`` the phrase's end."""
+
+    text: str
+    upto: str
+
 
 # Contexts in which a phrase is erased or kept when the concept's file names none.
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a drawing of a {}", "an image of a {}")
@@ -32,20 +41,29 @@ class Concept(BaseModel):
     name: Phrase
     erase: Annotated[tuple[Phrase, ...], Field(min_length=1)]
     synonyms: tuple[Phrase, ...] = ()
-    anchor: str = ""
+    anchor: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     keep: tuple[Phrase, ...] = ()
     implicit: tuple[Phrase, ...] = ()
     templates: Annotated[tuple[Phrase, ...], Field(min_length=1)] = TEMPLATES
     label: str = ""
     notes: str = ""
 
-    def prompts(self, phrases: Iterable[str]) -> list[str]:
-        """Every phrase in every template; "a {}" becomes "an ..." where the phrase asks for it."""
-        return [
-            template.replace("a {}", "an {}" if phrase[:1].lower() in "aeiou" else "a {}").replace("{}", phrase)
-            for phrase in phrases
-            for template in self.templates
-        ]
+    @field_validator("templates")
+    @classmethod
+    def _one_gap(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [template for template in value if template.count("{}") != 1]:
+            raise ValueError(f"the template {wrong[0]!r} needs one {{}} for the phrase")
+        return value
+
+    def prompts(self, phrases: Iterable[str]) -> list[Prompt]:
+        """Every phrase in every template; the article before it becomes "a" or "an" as the phrase asks."""
+        found = []
+        for phrase in phrases:
+            article = "an {}" if phrase[:1].lower() in set("aeiou") else "a {}"
+            for template in self.templates:
+                before, after = re.sub(r"\ban? \{\}", article, template).split("{}")
+                found.append(Prompt(before + phrase + after, before + phrase))
+        return found
 
     @property
     def phrases(self) -> tuple[str, ...]:

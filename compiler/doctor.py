@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CORE = ("erasec", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")
-OPTIONAL = {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx"}
+OPTIONAL = {"onnx": "onnx", "onnxruntime": "onnx"}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ Delta = LowRank | Dense
 
 @dataclass(frozen=True)
 class Edit:
-    """What a pass returns. ``base`` is the digest of the view it saw; ``stats`` are its own measurements."""
+    """What a pass returns. ``base`` is the digest of the model it was solved on; ``stats`` are its own measurements."""
 
     deltas: Mapping[Site, Delta]
     by: str

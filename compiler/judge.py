@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.progress import bar
+from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
     from erasec.concept import Concept
@@ -67,9 +67,8 @@ def generate(folder: Path, prompts: Sequence[str], seeds: Sequence[int], samplin
     """Images (n, h, w, 3) from a diffusers folder, each from its own seed, whatever the batch it is made in."""
     import torch
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
 
-    logging.disable_progress_bar()  # of loading the parts, which takes less than a second each
+    hush()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from erasec.checkpoint import Folder, content_digest, read_tensor
 from erasec.edit import Delta, Edit
 from erasec.errors import ErasecError, nearest
 from erasec.family import Family, Site, detect, sites
+from erasec.progress import hush
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +68,16 @@ class Model:
         known = set(self.sites)
         if strange := [site for site in edit.deltas if site not in known]:
             raise ErasecError(f"the edit by {edit.by} changes {strange[0].key}", why=f"{self.name} has no such site")
-        return replace(self, edits=(*self.edits, edit))
+        if edit.base and edit.base != self.digest:
+            raise ErasecError(
+                f"the edit by {edit.by} was made for another model", why=f"its base is {edit.base[:12]}...",
+                fix=f"solve it again on {self.name} ({self.digest[:12]}...)",
+            )  # fmt: skip
+        view = replace(self, edits=(*self.edits, edit))
+        # The files are the same, so what was read of them stays valid.
+        kept = ("sites", "digest", "_text")
+        view.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return view
 
     def deltas(self, site: Site) -> tuple[Delta, ...]:
         return tuple(edit.deltas[site] for edit in self.edits if site in edit.deltas)
@@ -106,6 +116,7 @@ class Model:
         import torch
         from transformers import CLIPTextModel, CLIPTokenizer
 
+        hush()
         if len(self.family.text_encoders) > 1:
             raise ErasecError(
                 f"text states of {self.family.name} are not supported yet", why="it has two text encoders"
@@ -115,21 +126,24 @@ class Model:
         encoder = CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32, use_safetensors=True)
         return tokenizer, encoder.eval()
 
+    def _ids(self, prompts: Sequence[str]) -> Tensor:
+        tokenizer = self._text[0]
+        length = tokenizer.model_max_length
+        batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: Tensor = batch.input_ids
+        return ids
+
+    def last_tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Index of each prompt's last token before its first end token, (n,); 0, the start token, for an empty one."""
+        return (self._ids(prompts) == self._text[0].eos_token_id).int().argmax(1) - 1
+
     def encode(self, prompts: Sequence[str]) -> Tokens:
         """Text states as the denoiser's cross-attention gets them, in float32."""
         import torch
 
-        tokenizer, encoder = self._text
-        batch = tokenizer(
-            list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        chunks = []
         with torch.no_grad():
-            for ids in batch.input_ids.split(64):
-                chunks.append(encoder(ids).last_hidden_state.float())
-        first_end = (batch.input_ids == tokenizer.eos_token_id).int().argmax(1)
-        return Tokens(torch.cat(chunks), first_end - 1)
+            states = [self._text[1](ids).last_hidden_state.float() for ids in self._ids(prompts).split(64)]
+        return Tokens(torch.cat(states), self.last_tokens(prompts))
 
 
 def bundled(name: str) -> Path:
@@ -172,6 +186,8 @@ def _open(root: Path, name: str, revision: str) -> Model:
     family = detect({key: entry.shape for key, entry in folder.entries("unet").items()})
     for component in family.components:
         folder.weight_files(component)
+        if not (root / component / "config.json").is_file():
+            raise ErasecError(f"{name} is not whole", why=f"{component}/config.json is missing", where=str(root))
     return Model(family, folder, name, revision)
 
 
@@ -191,7 +207,7 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Model:
             )  # fmt: skip
             return _open(Path(root), name, Path(root).name)
         except ErasecError:
-            if not local:
+            if not local or os.environ.get("HF_HUB_OFFLINE") == "1":
                 raise
         except Exception as caught:  # the hub client raises a dozen kinds, from three libraries
             error = caught

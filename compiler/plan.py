@@ -65,6 +65,11 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
             why=f"its digest is {model.digest[:12]}..., the recipe says {recipe.digest[:12]}...",
             fix="give the model of the recipe, or delete the line `digest` to build from this one",
         )
+    if len(model.family.text_encoders) > 1:
+        raise ErasecError(
+            f"{recipe.model} cannot be edited yet", why=f"{model.family.name} has two text encoders; passes read one",
+            fix="Stable Diffusion 1 and 2 layouts can be edited",
+        )  # fmt: skip
     for step in passes:
         if not step.sites(model):
             why = f"its family is {model.family.name}"
@@ -105,13 +110,24 @@ def _check_out(out: Path) -> None:
         raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder in it: --out DIR")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / "report.json").is_file() and not (out / ".rejected").is_dir():
+    if not _is_build(out):
         names = sorted(path.name for path in out.iterdir())
         raise ErasecError(
             f"the output folder {out} is not empty",
             why=f"it holds {', '.join(names[:3])}{', ...' if names[3:] else ''} and no earlier build of erasec",
             fix="give another folder with --out, or empty this one",
         )
+
+
+def _is_build(out: Path) -> bool:
+    """Whether a folder holds an earlier build, or the remains of a rejected one, and nothing else."""
+    names = {path.name for path in out.iterdir()}
+    try:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return names == {".rejected"}
+    return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
 
 
 def _check_apart(out: Path, model: Model) -> None:

@@ -37,3 +37,12 @@ def bar(title: str, total: int) -> Iterator[Advance]:
                 progress.update(task, note=note)
 
         yield advance
+
+
+def hush() -> None:
+    """Turn off the bars that diffusers and transformers draw while they load parts, each in less than a second."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

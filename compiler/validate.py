@@ -69,7 +69,7 @@ def gather(
 
 
 def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
-    """One check for each promise. An erased group that never showed before proves nothing and fails."""
+    """One check for each promise; of several concepts, the worst counts. What never showed proves nothing and fails."""
     how_made = (
         f"{judge.name} (sha256 {judge.digest[:12]}), {limits.steps} {scheduler} steps, guidance {limits.guidance:g}, "
         f"seeds from {seed * 1_000_003}"
@@ -79,10 +79,11 @@ def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, schedule
         rows = evidence.rows(group)
         if not rows.any():
             continue
-        before, after = evidence.shown_before[rows].mean(), evidence.shown_after[rows].mean()
+        found_rates = rates(evidence, group)
         limit = limits.implicit if group == "implicit" else limits.erased
-        ratio = float(after / before) if before else float("inf")
-        how = f"hit rate after over before, {after:.0%} of {before:.0%}, {rows.sum()} prompts; {how_made}"
+        ratio = max(row["after"] / row["before"] if row["before"] else float("inf") for row in found_rates)
+        told = ", ".join(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}" for row in found_rates)
+        how = f"hit rate after over before, {told}, {rows.sum()} prompts; {how_made}"
         found.append(Check(f"erased/{group}", ratio, limit, limit is None or ratio <= limit, how))
     keep = evidence.rows("keep")
     if keep.any():

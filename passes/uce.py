@@ -13,21 +13,22 @@ import torch
 
 from erasec import closed_form
 from erasec.base import Context, Pass
+from erasec.concept import Concept, Prompt
 from erasec.edit import Edit, LowRank
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
-    from erasec.concept import Concept
     from erasec.family import Site
-    from erasec.model import Model, Tokens
+    from erasec.model import Model
 
 ROWS = ("tail", "last")
+EMPTY = Prompt("", "")
 
 
 @dataclass(frozen=True)
 class Uce(Pass):
-    """Options: ``rows`` "tail" edits from the last subject token to the end, pads included (the 2023 code), "last" the
-    last subject token alone (the 2025 code); ``scale`` weighs the erased rows and ``keep`` the kept ones, each side a
+    """Options: ``rows`` "tail" edits from the phrase's last token to the end, pads included (the 2023 code), "last"
+    that token alone (the 2025 code); ``scale`` weighs the erased rows and ``keep`` the kept ones, each side a
     mean over its rows, so that neither depends on how many prompts there are; ``ridge`` is the regulariser in units of
     the Gram's mean diagonal."""
 
@@ -53,11 +54,11 @@ class Uce(Pass):
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         """Edits of rank at most the text width on every cross-attention K and V; ``right`` is shared by all of them."""
         prompts = concept.prompts(concept.phrases)
-        anchors = concept.prompts([concept.anchor] * len(concept.phrases)) if concept.anchor else [""] * len(prompts)
-        erase = self._paired(model.encode(prompts), model.encode(anchors))
-        kept = model.encode(["", *concept.prompts(concept.keep)]).states.flatten(0, 1)
-        keep = closed_form.gram(kept, torch.full((len(kept),), self.keep / len(kept), dtype=torch.float64))
-        solution = closed_form.solve(erase, keep, self.ridge)
+        goals = concept.prompts([concept.anchor] * len(concept.phrases)) if concept.anchor else [EMPTY] * len(prompts)
+        erase = self._paired(model, prompts, goals)
+        kept = model.encode(["", *(prompt.text for prompt in concept.prompts(concept.keep))]).states.flatten(0, 1)
+        keep = closed_form.gram(kept, torch.full((len(kept),), 1.0 / len(kept), dtype=torch.float64))
+        solution = closed_form.solve(erase, keep, self.ridge, keep_weight=self.keep)
         left, right = solution.left, solution.right
         deltas = {site: LowRank(model.weight(site) @ left, right) for site in self.sites(model)}
         params = {"rows": self.rows, "scale": self.scale, "keep": self.keep, "ridge": self.ridge}
@@ -65,18 +66,19 @@ class Uce(Pass):
             deltas, self.name, concept.name, params, model.digest, {**solution.stats, "rows_kept": float(len(kept))}
         )
 
-    def _paired(self, source: Tokens, target: Tokens) -> closed_form.Rows:
-        """Rows of source and target aligned at their last subject token; the longer tail is trimmed.
+    def _paired(self, model: Model, prompts: list[Prompt], goals: list[Prompt]) -> closed_form.Rows:
+        """Rows of prompts and goals aligned at the last token of their phrases; the longer tail is trimmed.
 
-        The empty prompt has no subject: its rows begin at its first end token. (The reference takes the start token,
+        The empty prompt has no phrase: its rows begin at its first end token. (The reference takes the start token,
         whose state is the same in every prompt and draws attention wherever it stands.)
         """
+        states = [model.encode([prompt.text for prompt in side]).states for side in (prompts, goals)]
+        ends = [model.last_tokens([prompt.upto for prompt in side]).clamp(min=1).tolist() for side in (prompts, goals)]
         left, right = [], []
-        for states, last, goals, end in zip(source.states, source.last, target.states, target.last, strict=True):
-            start, stop = int(last), max(int(end), 1)
-            count = 1 if self.rows == "last" else min(len(states) - start, len(goals) - stop)
-            left.append(states[start : start + count])
-            right.append(goals[stop : stop + count])
-        count = sum(len(part) for part in left)
-        weight = torch.full((count,), self.scale / count, dtype=torch.float64)
+        for source, goal, start, stop in zip(*states, *ends, strict=True):
+            count = 1 if self.rows == "last" else len(source) - max(start, stop)
+            left.append(source[start : start + count])
+            right.append(goal[stop : stop + count])
+        total = sum(len(part) for part in left)
+        weight = torch.full((total,), self.scale / total, dtype=torch.float64)
         return closed_form.Rows(torch.cat(left), torch.cat(right), weight)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.errors import ErasecError, MissingTool
-from erasec.progress import bar
+from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -243,6 +243,7 @@ def _load(checkpoint: Folder, graph: Graph) -> Any:
     import torch
     import transformers
 
+    hush()
     library, dtype = (transformers, "dtype") if graph.component == "text_encoder" else (diffusers, "torch_dtype")
     kind: Any = getattr(library, CLASSES[graph.component])
     options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from erasec.judge import Sampling, generate
 from erasec.recipe import Limits, Recipe
 from erasec.report import Report
 
-LIMITS = Limits(images=8, steps=12, kept=0.10)
+LIMITS = Limits()
+QUICK = Limits(images=2, steps=2, erased=99.0, kept=1.0, agreement=2.0)
 
 
 def make(out: Path, **fields: object) -> Report:
@@ -34,13 +36,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     out = tmp_path_factory.mktemp("build") / "out"
-    return out, make(out)
+    return out, make(out, targets=("onnx",))
 
 
 def test_star_is_gone_and_the_rest_is_there(built: tuple[Path, Report]) -> None:
     out, report = built
     assert report.passed
-    assert {"hf", "report.html", "report.json", "README.md", "recipe.toml"} == set(os.listdir(out))
+    assert {"hf", "onnx", "report.html", "report.json", "README.md", "recipe.toml"} == set(os.listdir(out))
     assert {check.name for check in report.checks} >= {
         "erased/name",
         "erased/synonym",
@@ -67,6 +69,7 @@ def test_the_resolved_recipe_rebuilds_the_same_bytes(built: tuple[Path, Report],
     again = tmp_path / "again"
     build.run(plan.make(recipe.from_file(out / "recipe.toml"), again))
     assert contents(out / "hf") == contents(again / "hf")
+    assert contents(out / "onnx") == contents(again / "onnx")
     assert (out / "recipe.toml").read_bytes() == (again / "recipe.toml").read_bytes()
 
 
@@ -89,10 +92,10 @@ def test_a_failed_check_rejects_the_artifact(tmp_path: Path) -> None:
     """A limit that the method cannot meet: implicit scenes survive it, or at least a pixel moves."""
     out = tmp_path / "out"
     with pytest.raises(CheckFailed, match="kept/drift") as caught:
-        make(out, checks=LIMITS.model_copy(update={"drift": 0.0, "images": 2}))
+        make(out, checks=QUICK.model_copy(update={"drift": 0.0}))
     assert caught.value.exit_code == 3
     assert os.listdir(out) == [".rejected"]
-    assert {"hf", "report.html", "report.json"} <= set(os.listdir(out / ".rejected"))
+    assert {"hf", "onnx", "report.html", "report.json"} <= set(os.listdir(out / ".rejected"))
     assert '"passed": false' in (out / ".rejected" / "report.json").read_text()
 
 
@@ -100,7 +103,7 @@ def test_a_rejected_build_leaves_the_earlier_one(built: tuple[Path, Report]) -> 
     out, _ = built
     before = contents(out)
     with pytest.raises(CheckFailed):
-        make(out, checks=LIMITS.model_copy(update={"drift": 0.0, "images": 2}))
+        make(out, checks=QUICK.model_copy(update={"drift": 0.0}))
     after = contents(out)
     assert {name: data for name, data in after.items() if not name.startswith(".rejected")} == before
 
@@ -114,12 +117,25 @@ def test_another_world_says_that_nothing_was_measured(random_folder: Path, tmp_p
 
 
 def test_glyphs_never_star_and_two_concepts_at_once(tmp_path: Path) -> None:
-    limits = Limits(images=2, steps=2, erased=9.0, kept=1.0, agreement=2.0)
+    limits = QUICK.model_copy(update={"steps": 12})
     report = make(tmp_path / "out", model="glyphs-never-star", erase=("heart", "ring"), checks=limits)
     assert [item.concept for item in report.applied] == ["heart", "ring"]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_unedited_copies_of_edited_weights_are_left_out_and_told(random_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(random_folder, base)
+    for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"):
+        shutil.copy(base / name.replace(".fp16", ""), base / name)
+    (base / "v1-5.ckpt").write_bytes(b"pickle")
+    report = make(tmp_path / "out", model=str(base), erase=("nudity",))
+    gone = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
+    gone -= {path.relative_to(tmp_path / "out" / "hf") for path in (tmp_path / "out" / "hf").rglob("*")}
+    assert gone == {Path("unet/diffusion_pytorch_model.fp16.safetensors"), Path("v1-5.ckpt")}
+    assert all(str(path) in report.notes[-1] for path in gone)
+
+
 def test_an_interrupt_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "erasec", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -32,8 +32,18 @@ def test_every_shape_has_a_file_with_all_its_names(shape: str) -> None:
 def test_a_bare_word_gets_templates() -> None:
     found = concept.find("umbrella")
     assert found.erase == ("umbrella",)
-    assert "a photo of an umbrella" in found.prompts(found.erase)
-    assert "a photo of a hat" in found.prompts(["hat"])
+    assert ("a photo of an umbrella", "a photo of an umbrella") in found.prompts(found.erase)
+    assert "a photo of a hat" in [prompt.text for prompt in found.prompts(["hat"])]
+
+
+def test_articles_and_the_end_of_the_phrase() -> None:
+    found = Concept(name="x", erase=("x",), templates=("a banana {} on an {}".replace("an {}", "a wall"), "an {} here"))
+    assert found.prompts(["arrow", "star"]) == [
+        ("a banana arrow on a wall", "a banana arrow"),
+        ("an arrow here", "an arrow"),
+        ("a banana star on a wall", "a banana star"),
+        ("a star here", "a star"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +53,7 @@ def test_a_bare_word_gets_templates() -> None:
         ('name = "x"', "erase"),
         ('name = "x"\nerase = []', "erase"),
         ('name = "x"\nerase = [""]', "erase"),
+        ('name = "x"\nerase = ["x"]\ntemplates = ["a thing"]', "needs one {}"),
         ('name = "x', "Unterminated"),
     ],
 )

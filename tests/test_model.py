@@ -75,6 +75,14 @@ def test_digest_is_of_the_content(random_folder: Path, tmp_path: Path) -> None:
     assert model.load(str(copy)).digest != one.digest
 
 
+def test_an_edit_made_for_another_base_is_refused(random_folder: Path) -> None:
+    base = model.load(str(random_folder))
+    nothing = Dense(torch.zeros(base.sites[0].shape))
+    assert base.with_edit(Edit({base.sites[0]: nothing}, "me", "x", base=base.digest)).digest == base.digest
+    with pytest.raises(ErasecError, match="another model"):
+        base.with_edit(Edit({base.sites[0]: nothing}, "me", "x", base="0" * 64))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -14,6 +14,8 @@ from erasec.concept import Concept
 from erasec.errors import ErasecError, MissingTool
 from erasec.recipe import Recipe, from_flags, from_toml, to_toml
 
+EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
+
 
 def recipe(model: Path, **changed: Any) -> Recipe:
     return from_flags(str(model), erase=["star"], device="cpu").model_copy(update=changed)
@@ -66,7 +68,7 @@ def test_estimates_come_from_the_files(here: Path, random_folder: Path) -> None:
 
 def test_time_is_told_where_it_was_measured(here: Path, random_folder: Path) -> None:
     (here / "out").mkdir()
-    (here / "out" / "report.json").write_text('{"seconds": {"solve": 1.5, "report": 2.0}}')
+    (here / "out" / "report.json").write_text(json.dumps({**EARLIER, "seconds": {"solve": 1.5, "report": 2.0}}))
     told = plan.describe(plan.make(recipe(random_folder), Path("out"), pin=False))
     assert told["time"] == {"seconds": 3.5, "how": "measured: the earlier build in out took this long"}
 
@@ -166,7 +168,8 @@ class TestOutputFolder:
         if earlier != "nothing":
             out.mkdir()
         if earlier == "report.json":
-            (out / earlier).write_text("{}")
+            (out / earlier).write_text(json.dumps(EARLIER))
+            (out / "hf").mkdir()
         if earlier == ".rejected":
             (out / earlier).mkdir()
         assert plan.make(recipe(random_folder), out, pin=False).out == out
@@ -180,6 +183,17 @@ class TestOutputFolder:
         with pytest.raises(ErasecError, match=r"me\.jpg is a file"):
             plan.make(recipe(random_folder), Path("photos/me.jpg"))
 
+    @pytest.mark.parametrize(("report", "beside"), [({}, "hf"), ({"schema": "other"}, "hf"), (None, "thesis.tex")])
+    def test_refused_where_something_only_looks_like_a_build(
+        self, here: Path, random_folder: Path, report: dict[str, str] | None, beside: str
+    ) -> None:
+        out = here / "out"
+        (out / beside).mkdir(parents=True)
+        (out / "report.json").write_text(json.dumps(EARLIER if report is None else report))
+        with pytest.raises(ErasecError, match="out is not empty"):
+            plan.make(recipe(random_folder), out, pin=False)
+        assert (out / beside).is_dir()
+
     @pytest.mark.parametrize("out", [".", "..", "/"])
     def test_refused_around_the_working_directory(self, here: Path, random_folder: Path, out: str) -> None:
         with pytest.raises(ErasecError, match="holds the working directory"):
@@ -188,7 +202,7 @@ class TestOutputFolder:
     def test_refused_in_or_around_the_model(self, here: Path, random_folder: Path) -> None:
         build = here / "build"
         shutil.copytree(random_folder, build / "hf")
-        (build / "report.json").write_text("{}")
+        (build / "report.json").write_text(json.dumps(EARLIER))
         for out in (build, build / "hf" / "new"):
             with pytest.raises(ErasecError, match="lie in each other"):
                 plan.make(recipe(build / "hf"), out)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from erasec import concept, model, validate
+from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge
 from erasec.judge import Sampling
 from erasec.recipe import Limits
@@ -76,6 +77,33 @@ def test_panels_do_not_keep_what_another_concept_erases() -> None:
     assert found is not None
     kept = {question.looked_for for question in found.questions if question.group == "keep"}
     assert kept == {"circle", "square", "triangle", "cross", "ring", "crescent", "diamond", "arrow"}
+
+
+def test_of_several_concepts_the_worst_counts(unedited: Evidence) -> None:
+    """One of two concepts untouched is not "half erased": it fails."""
+    stars = [question for question in unedited.questions if question.group == "name"]
+    rows = [i for i, question in enumerate(unedited.questions) if question.group == "name"]
+    half = len(rows) // 2
+    questions = list(unedited.questions)
+    for row, question in list(zip(rows, stars, strict=True))[:half]:
+        questions[row] = replace(question, looked_for="heart")
+    before, after = np.ones_like(unedited.shown_before), np.zeros_like(unedited.shown_after)
+    mixed = replace(unedited, questions=tuple(questions), shown_before=before, shown_after=after)
+    assert by_name(mixed)["erased/name"]
+    after[rows[:half]] = True
+    assert not by_name(mixed, Limits(images=6, erased=0.9))["erased/name"]
+
+
+def test_a_concept_of_no_shape_still_asks_what_stays() -> None:
+    panel = GlyphJudge().panel(concept.find("umbrella"), 4, 0)
+    assert {question.group for question in panel} == {"keep"}
+    assert {question.looked_for for question in panel} == set(world.SHAPES)
+    assert {q.group for q in GlyphJudge().panel(concept.find("pentagram"), 4, 0)} == {"name", "keep"}
+
+
+def test_every_colour_is_asked_for_at_the_default() -> None:
+    panel = GlyphJudge().panel(concept.find("star"), Limits().images, 0)
+    assert {question.colour for question in panel if question.group == "keep"} == {"", *world.COLOURS}
 
 
 def test_no_judge_for_a_world_it_does_not_know(random_folder) -> None:  # type: ignore[no-untyped-def]

@@ -9,16 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from erasec.checkpoint import atomic
+from erasec.checkpoint import atomic, file_digest
 from erasec.glyphs import world
 from erasec.glyphs.assemble import SCHEDULER
-from erasec.glyphs.judging import GlyphJudge, colour_of, prompt
+from erasec.glyphs.judging import THRESHOLD, GlyphJudge, colour_of, prompt
 from erasec.judge import Images, Sampling, generate
 from erasec.model import bundled
 from erasec.progress import bar
 
 HELD_OUT_SEED = 103
 SAMPLING = Sampling(steps=15, guidance=4.0)  # as builds do by default
+
+
+def weights() -> Path:
+    """The folder of the weights themselves: in a checkout that is installed as links, where the links point."""
+    return (bundled("glyphs") / "model_index.json").resolve().parent.parent
+
+
+def digests() -> dict[str, str]:
+    """sha256 of every weights file, so that figures of other weights are seen."""
+    root = weights()
+    return {path.relative_to(root).as_posix(): file_digest(path) for path in sorted(root.rglob("*.safetensors"))}
 
 
 def pictures(model: str, prompts: list[str], seed: int) -> Images:
@@ -35,7 +46,7 @@ def judges(count: int) -> dict[str, Any]:
     images, truth = np.stack([item.image for item in samples]), np.stack([world.labels(item) for item in samples])
     found: dict[str, Any] = {"renders": count}
     for which in "ab":
-        right = (GlyphJudge(which).probabilities(images) > 0.5) == (truth > 0.5)
+        right = (GlyphJudge(which).probabilities(images) > THRESHOLD) == (truth > 0.5)
         found[f"judge_{which}_exact_match"] = float(right.all(1).mean())
         found[f"judge_{which}_shapes_exact"] = float(right[:, : len(world.SHAPES)].all(1).mean())
     return found
@@ -74,13 +85,13 @@ def quality(images: int, seed: int) -> dict[str, Any]:
 
 
 def contact_sheet(path: Path, seed: int = 7) -> None:
-    """One row for each shape: seven plain prompts of it, then an implicit one where there is one."""
+    """One row for each shape: eight plain prompts of it, then two implicit ones."""
     from PIL import Image
 
     prompts = []
     for shape in world.SHAPES:
-        scenes = world.implicit_captions(shape) or (f"two {shape}s",)
-        prompts += [prompt(shape, index) for index in range(8)] + list(np.resize(scenes, 2))
+        scenes = np.resize(world.implicit_captions(shape), 2).tolist()
+        prompts += [prompt(shape, index) for index in range(8)] + scenes
     found = pictures("glyphs", prompts, seed).reshape(len(world.SHAPES), 10, world.SIZE, world.SIZE, 3)
     gap = 4
     cell = world.SIZE + gap
@@ -98,10 +109,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50, help="seeds a shape")
     parser.add_argument("--renders", type=int, default=4000, help="held-out renders for the judges")
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--out", type=Path, default=bundled("quality.json"))
+    parser.add_argument("--out", type=Path, default=weights() / "quality.json")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of samples to this PNG")
     options = parser.parse_args()
-    figures = {"judges": judges(options.renders), **quality(options.images, options.seed)}
+    figures = {"judges": judges(options.renders), **quality(options.images, options.seed), "weights": digests()}
     with atomic(options.out) as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -32,8 +32,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def colour_of(index: int) -> str:
-    """The colour that the ``index``-th plain prompt asks for; every fifth asks for none."""
-    return "" if index % 5 == 4 else COLOURS[index % len(COLOURS)]
+    """The colour that the ``index``-th plain prompt asks for; every seventh asks for none."""
+    return "" if index % 7 == 6 else COLOURS[index % len(COLOURS)]
 
 
 def prompt(phrase: str, index: int) -> str:
@@ -78,22 +78,24 @@ class GlyphJudge:
         return pair.eval()
 
     def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
-        """``images`` questions by name, by synonym and by implicit prompt; half as many for every other shape."""
-        label = concept.label or concept.name
-        if label not in world.LABELS:
-            return ()
+        """``images`` questions by name, by synonym and by implicit prompt; half as many for every other shape.
+
+        A concept that is no shape of this world gets the questions about what stays, and none about what goes.
+        """
+        words = {concept.label or concept.name, *concept.erase}
+        label = next((shape for shape in world.SHAPES if words & set(world.names(shape))), "")
         wanted: list[tuple[str, str, str, str]] = []
         for group, phrases in (("name", concept.erase), ("synonym", concept.synonyms)):
-            for index in range(images if phrases else 0):
+            for index in range(images if phrases and label else 0):
                 phrase = phrases[(index // len(world.PREFIXES) + index) % len(phrases)]
                 wanted.append((group, prompt(phrase, index), label, ""))
-        for index in range(images if concept.implicit else 0):
+        for index in range(images if concept.implicit and label else 0):
             wanted.append(("implicit", concept.implicit[index % len(concept.implicit)], label, ""))
         for index in range((images + 1) // 2):
-            # Shape by shape, so that the first few of a gallery show all of them.
-            wanted += [
-                ("keep", prompt(shape, index), shape, colour_of(index)) for shape in world.SHAPES if shape != label
-            ]
+            # Shape by shape, so that the first few of a gallery show all of them, and each begins at another colour.
+            for number, shape in enumerate(world.SHAPES, index):
+                if shape != label:
+                    wanted.append(("keep", prompt(shape, number), shape, colour_of(number)))
         return tuple(
             Question(group, text, seed * 1_000_003 + number, shape, colour)
             for number, (group, text, shape, colour) in enumerate(wanted)

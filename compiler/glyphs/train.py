@@ -32,7 +32,7 @@ from erasec.progress import bar
 
 IMAGES = 40_000
 JUDGE_IMAGES = 40_000
-WORLD_SEED, JUDGE_SEEDS, HELD_OUT_SEED = 0, {"judge-a": 101, "judge-b": 102}, 103
+WORLD_SEED, JUDGE_SEEDS = 0, {"judge-a": 101, "judge-b": 102}
 STEPS = {"text": 1200, "vae": 3000, "unet": 2400, "unet-never-star": 2400, "judge-a": 3000, "judge-b": 3000,
          "decoder": 1000}  # fmt: skip
 SAVE_EVERY_S = 60.0
@@ -332,7 +332,8 @@ def train_judge(work: Work, stage: str) -> None:
                 found = vae(pixels(images[start : min(part, start + 50)], work.device)).sample.clamp(-1, 1)
                 chunks.append(((found + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
                 advance(len(found))
-        np.save(folder / "seen.npy", np.concatenate(chunks))
+        with checkpoint.atomic(folder / "seen.npy") as temporary, temporary.open("wb") as stream:
+            np.save(stream, np.concatenate(chunks))
     seen, goal = np.load(folder / "seen.npy"), torch.from_numpy(truth)
     torch.manual_seed(work.seed + 5)
     judge = (models.Plain if stage == "judge-a" else models.Residual)().to(work.device)

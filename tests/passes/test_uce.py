@@ -28,14 +28,15 @@ def test_edited_weights_match_the_papers_formula_site_by_site(model: Model) -> N
     step = Uce(ridge=0.05)
     edit = step.solve(model, CONCEPT, Context())
     prompts, anchors = CONCEPT.prompts(CONCEPT.phrases), CONCEPT.prompts([CONCEPT.anchor] * 2)
-    erase, goal = model.encode(prompts), model.encode(anchors)
+    erase, goal = (model.encode([prompt.text for prompt in side]) for side in (prompts, anchors))
+    starts, stops = (model.last_tokens([prompt.upto for prompt in side]).tolist() for side in (prompts, anchors))
     source, target = [], []
     for row in range(len(prompts)):
-        start, stop = int(erase.last[row]), int(goal.last[row])
+        start, stop = starts[row], stops[row]
         count = min(77 - start, 77 - stop)
         source += list(erase.states[row, start : start + count].double())
         target += list(goal.states[row, stop : stop + count].double())
-    keep = model.encode(["", *CONCEPT.prompts(CONCEPT.keep)]).states.flatten(0, 1).double()
+    keep = model.encode(["", *(prompt.text for prompt in CONCEPT.prompts(CONCEPT.keep))]).states.flatten(0, 1).double()
     c, v = torch.stack(source), torch.stack(target)
     gram = c.T @ c / len(c) + keep.T @ keep / len(keep)
     lam = 0.05 * gram.diagonal().mean()
@@ -69,15 +70,12 @@ def test_starts_from_what_it_is_given(model: Model) -> None:
     other = CONCEPT.model_copy(update={"name": "heart", "erase": ("heart",), "synonyms": ()})
     second = Uce().solve(model.with_edit(first), other, Context())
     alone = Uce().solve(model, other, Context())
-    site = model.select("cross", "k")[0]
+    site = next(site for site in model.select("cross", "k") if site.shape[0] >= site.shape[1])
     assert not torch.allclose(second.deltas[site].dense(), alone.deltas[site].dense())
-    base, delta = model.with_edit(first).weight(site), second.deltas[site]
-    assert isinstance(delta, LowRank)
-    solo = alone.deltas[site]
-    assert isinstance(solo, LowRank)
-    matrix = torch.linalg.lstsq(model.stored(site).double(), solo.left).solution @ solo.right
-    if model.stored(site).shape[0] >= model.stored(site).shape[1]:
-        assert torch.allclose(base @ matrix, delta.dense(), atol=1e-6 * float(delta.dense().norm()))
+    solo = alone.deltas[site].dense()
+    matrix = torch.linalg.lstsq(model.stored(site).double(), solo).solution  # M2 - I: the weight has full column rank
+    wanted = model.with_edit(first).weight(site) @ matrix
+    assert float((second.deltas[site].dense() - wanted).norm() / wanted.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("rows", ["tail", "last"])
@@ -90,11 +88,35 @@ def test_options_change_the_edit_as_they_say(model: Model, rows: str) -> None:
     assert tight["erased_residual"] > stats["erased_residual"] > loose["erased_residual"]
 
 
-def test_no_anchor_maps_to_the_empty_prompt(model: Model) -> None:
-    bare = Concept(name="star", erase=("star",))
-    edit = Uce(ridge=1e-6).solve(model, bare, Context())
-    assert edit.stats["rows_kept"] > 0
-    assert edit.stats["rank"] > 0
+def test_rows_begin_at_the_phrase_and_not_at_the_end_of_its_template(model: Model) -> None:
+    """In "a star on navy" it is "star" that is edited: its K and V become those of "circle" in the same place."""
+    concept = CONCEPT.model_copy(update={"synonyms": (), "keep": (), "templates": ("a {} on navy",)})
+    edit = Uce(rows="last", keep=0.0, ridge=1e-9).solve(model, concept, Context())
+    star, circle = (model.encode([f"a {word} on navy"]).states[0].double() for word in ("star", "circle"))
+    place = int(model.last_tokens(["a star"])[0])
+    tokenizer = model._text[0]
+    assert tokenizer.decode(tokenizer("a star on navy").input_ids[place]).strip() == "star"
+    for site in model.select("cross", "kv"):
+        before, after = model.stored(site).double(), model.with_edit(edit).weight(site)
+        goal = before @ circle[int(model.last_tokens(["a circle"])[0])]
+        assert torch.allclose(after @ star[place], goal, atol=1e-4 * float(goal.norm()))
+        assert not torch.allclose(before @ star[place], goal, atol=1e-2 * float(goal.norm()))
+
+
+def test_no_anchor_maps_to_the_end_token_of_the_empty_prompt(model: Model) -> None:
+    bare = Concept(name="star", erase=("star",), templates=("{}",))
+    edit = Uce(rows="last", keep=0.0, ridge=1e-9).solve(model, bare, Context())
+    star, empty = model.encode(["star"]).states[0, 1].double(), model.encode([""]).states[0].double()
+    for site in model.select("cross", "v"):
+        found = model.with_edit(edit).weight(site) @ star
+        goal, start = (model.stored(site).double() @ empty[row] for row in (1, 0))
+        assert torch.allclose(found, goal, atol=1e-4 * float(goal.norm()))
+        assert not torch.allclose(found, start, atol=1e-2 * float(start.norm()))
+
+
+def test_keep_weight_scales_the_solve_and_not_the_reported_drift(model: Model) -> None:
+    none = Uce(keep=0.0).solve(model, CONCEPT, Context()).stats["keep_drift"]
+    assert none > Uce().solve(model, CONCEPT, Context()).stats["keep_drift"] > 0
 
 
 @pytest.mark.parametrize("options", [{"rows": "all"}, {"scale": 0.0}, {"keep": -1.0}])
