@@ -65,7 +65,7 @@ class GlyphJudge:
     def _reader(self) -> Any:
         from erasec.glyphs import models
 
-        reader = models.Plain() if self.path.stem == "judge-a" else models.Residual()
+        reader = models.reader(self.path.stem[-1])
         reader.load_state_dict(read_state(self.path))
         return reader.eval()
 

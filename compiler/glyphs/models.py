@@ -121,17 +121,18 @@ def unet() -> UNet2DConditionModel:
 class Plain(nn.Module):
     """Reader A: four strided convolutions. (n, 3, 64, 64) in [-1, 1] -> (n, outputs)."""
 
-    def __init__(self, outputs: int = len(LABELS)) -> None:
+    def __init__(self, outputs: int, widths: tuple[int, ...], dropout: float = 0.0) -> None:
         super().__init__()
-        widths = (3, 32, 48, 64, 96)
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
+        for before, after in pairwise((3, *widths)):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(96 * 16, 128), nn.ReLU(), nn.Linear(128, outputs))
+        self.dropout = nn.Dropout(dropout)
+        flat = widths[-1] * (64 >> len(widths)) ** 2
+        self.head = nn.Sequential(nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, outputs))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images).flatten(1))  # type: ignore[no-any-return]
+        return self.head(self.dropout(self.body(images).flatten(1)))  # type: ignore[no-any-return]
 
 
 class _Residual(nn.Module):
@@ -149,7 +150,7 @@ class _Residual(nn.Module):
 class Residual(nn.Module):
     """Reader B, unlike A in kernel, depth, normalisation and pooling. (n, 3, 64, 64) in [-1, 1] -> (n, outputs)."""
 
-    def __init__(self, outputs: int = len(LABELS)) -> None:
+    def __init__(self, outputs: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 32, 7, stride=4, padding=3), _Residual(32),
@@ -163,12 +164,17 @@ class Residual(nn.Module):
         return self.head(torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1))  # type: ignore[no-any-return]
 
 
+def reader(which: str) -> nn.Module:
+    """Judge "a" or "b", untrained: images (n, 3, 64, 64) in [-1, 1] to a logit for each of LABELS."""
+    return Plain(len(LABELS), (32, 64, 96, 128), dropout=0.3) if which == "a" else Residual(len(LABELS))
+
+
 class Pair(nn.Module):
     """The contrastive pair's own parts: image half, text projection, temperature. Its text half is the text encoder."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.image = Plain(outputs=WIDTH)
+        self.image = Plain(WIDTH, (32, 48, 64, 96))
         self.text = nn.Linear(WIDTH, WIDTH, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.66))
 

@@ -336,7 +336,7 @@ def train_judge(work: Work, stage: str) -> None:
             np.save(stream, np.concatenate(chunks))
     seen, goal = np.load(folder / "seen.npy"), torch.from_numpy(truth)
     torch.manual_seed(work.seed + 5)
-    judge = (models.Plain if stage == "judge-a" else models.Residual)().to(work.device)
+    judge = models.reader(stage[-1]).to(work.device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
     python tests/benchmarks/uce_glyphs.py            writes tests/benchmarks/results/uce_glyphs.json, prints the table
     ... --shapes star --picture docs/star.png        also draws the first pictures of each group, before and after
 
-Judge B, same prompts and seeds before and after: 50 by name, 50 by synonym, 24 implicit, 12 for every other shape.
+Judge B, same prompts and seeds before and after: 50 by name, 50 by synonym, 16 implicit, 8 for every other shape.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from erasec.passes.uce import Uce
 from erasec.recipe import Limits
 
 RESULT = Path(__file__).parent / "results" / "uce_glyphs.json"
-ASKED = {"name": 50, "synonym": 50, "implicit": 24}
+ASKED = {"name": 50, "synonym": 50, "implicit": 16}
 DRAWN = {"name": ("by name", 3), "synonym": ("by synonym", 2), "implicit": ("implied", 2), "keep": ("the rest", 9)}
-KEPT_EACH = 12
+KEPT_EACH = 8
 
 
 def questions(panel: tuple[Question, ...]) -> list[Question]:
