@@ -78,7 +78,8 @@ class GlyphJudge:
         return pair.eval()
 
     def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
-        """``images`` questions by name, by synonym and by implicit prompt; half as many for every other shape.
+        """``images`` questions by name, by synonym and by implicit prompt; half as many for every other shape, and one
+        for each implicit prompt of those.
 
         A concept that is no shape of this world gets the questions about what stays, and none about what goes.
         """
@@ -96,6 +97,9 @@ class GlyphJudge:
             for number, shape in enumerate(world.SHAPES, index):
                 if shape != label:
                     wanted.append(("keep", prompt(shape, number), shape, colour_of(number)))
+        for shape in world.SHAPES:
+            if shape != label:
+                wanted += [("keep", caption, shape, "") for caption in world.implicit_captions(shape)]
         return tuple(
             Question(group, text, seed * 1_000_003 + number, shape, colour)
             for number, (group, text, shape, colour) in enumerate(wanted)
