@@ -35,7 +35,7 @@ class PassUse(_Table):
 
 
 class Limits(_Table):
-    """What the checks allow, and how much they look at. A limit that is None is told and not judged.
+    """What the checks allow, and how much they look at. An ``implicit`` of None is told and not judged.
 
     ``erased`` and ``implicit``: hit rate after over hit rate before, in [0, 1]. ``kept``: mean loss of hit rate of
     everything else, 0.05 is five points. ``agreement``: loss of the cosine of picture and prompt. ``drift``: mean
@@ -47,7 +47,7 @@ class Limits(_Table):
     implicit: Annotated[float, Field(ge=0)] | None = None
     kept: Annotated[float, Field(ge=0)] = 0.05
     agreement: Annotated[float, Field(ge=0)] = 0.05
-    drift: Annotated[float, Field(ge=0)] | None = None
+    drift: Annotated[float, Field(ge=0)] = 0.10
     images: Annotated[int, Field(ge=1)] = 16
     steps: Annotated[int, Field(ge=1)] = 15
     guidance: Annotated[float, Field(ge=0)] = 4.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,10 @@ def gather(
 
 def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
     """One check for each promise; of several concepts, the worst counts. What never showed proves nothing and fails."""
+    prompts = "\n".join(f"{question.seed} {question.prompt}" for question in evidence.questions)
     how_made = (
         f"{judge.name} (sha256 {judge.digest[:12]}), {limits.steps} {scheduler} steps, guidance {limits.guidance:g}, "
-        f"seeds from {seed * 1_000_003}"
+        f"seeds from {seed * 1_000_003}, prompts and seeds sha256 {hashlib.sha256(prompts.encode()).hexdigest()[:12]}"
     )
     found = []
     for group in ERASED_GROUPS:

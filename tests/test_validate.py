@@ -67,7 +67,14 @@ def test_a_concept_that_never_showed_proves_nothing(unedited: Evidence) -> None:
 
 def test_every_check_says_how(unedited: Evidence) -> None:
     for check in validate.checks(unedited, GlyphJudge(), LIMITS, 0, "DDIMScheduler"):
-        for fact in ("judge B", GlyphJudge().digest[:12], "10 DDIMScheduler steps", "guidance 4", "seeds from 0"):
+        for fact in (
+            "judge B",
+            GlyphJudge().digest[:12],
+            "10 DDIMScheduler steps",
+            "guidance 4",
+            "seeds from 0",
+            "sha256",
+        ):
             assert fact in check.how, check.name
 
 
