@@ -135,7 +135,8 @@ class Model:
 
     def last_tokens(self, prompts: Sequence[str]) -> Tensor:
         """Index of each prompt's last token before its first end token, (n,); 0, the start token, for an empty one."""
-        return (self._ids(prompts) == self._text[0].eos_token_id).int().argmax(1) - 1
+        first_end: Tensor = (self._ids(prompts) == self._text[0].eos_token_id).int().argmax(1)
+        return first_end - 1
 
     def encode(self, prompts: Sequence[str]) -> Tokens:
         """Text states as the denoiser's cross-attention gets them, in float32."""
