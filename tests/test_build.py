@@ -122,7 +122,6 @@ def test_glyphs_never_star_and_two_concepts_at_once(tmp_path: Path) -> None:
     assert [item.concept for item in report.applied] == ["heart", "ring"]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_unedited_copies_of_edited_weights_are_left_out_and_told(random_folder: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(random_folder, base)
@@ -136,6 +135,7 @@ def test_unedited_copies_of_edited_weights_are_left_out_and_told(random_folder: 
     assert all(str(path) in report.notes[-1] for path in gone)
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "erasec", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
