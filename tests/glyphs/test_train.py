@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec.glyphs import assemble, train
+from erasec.glyphs import assemble, fit, train
 from erasec.glyphs.world import sample
 
 
@@ -19,7 +19,7 @@ class Stopped(Exception):
 def run(folder: Path, stop_at: int | None = None) -> dict[str, Tensor]:
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
-    average = train.Average(module, 0.9)
+    average = fit.Average(module, 0.9)
     optimizer = torch.optim.AdamW(module.parameters())
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
@@ -27,14 +27,14 @@ def run(folder: Path, stop_at: int | None = None) -> dict[str, Tensor]:
             raise Stopped
         return (module(torch.randn(4, 3, generator=rng)) - 1).pow(2).mean()
 
-    train.fit(folder, 12, 0.05, optimizer, {"module": module, "average": average}, loss, 7, after=average.update)
+    fit.fit(folder, 12, 0.05, optimizer, {"module": module, "average": average}, loss, 7, after=average.update)
     return {**module.state_dict(), **{f"average.{key}": value for key, value in average.state_dict().items()}}
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(fit, "SAVE_EVERY_S", 0.0)
     whole = run(tmp_path / "whole")
     with pytest.raises(Stopped):
         run(tmp_path / "cut", stop_at=5)
@@ -49,13 +49,13 @@ def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     module = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(module.parameters())
     with pytest.raises(SystemExit, match="lower the learning rate"):
-        train.fit(
+        fit.fit(
             tmp_path / "x", 3, 1e-3, optimizer, {"m": module}, lambda step, rng: module.weight.sum() * float("nan"), 0
         )
 
 
 def test_learning_rate_warms_up_and_comes_down() -> None:
-    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    rates = [fit.learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] == 0.2
     assert max(rates) == 1.0 == rates[5]
     assert rates[-1] < 0.02
