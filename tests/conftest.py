@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def complaint(root: Path, installed: Path) -> str:
 
 
 def pytest_configure() -> None:
+    # A shell's background jobs ignore Ctrl-C, and hand that on; the tests of stopping need it heard.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = importlib.util.find_spec("erasec")
     if spec is None or spec.origin is None:
         pytest.exit("erasec is not installed: run pip install -e .", returncode=4)

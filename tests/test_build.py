@@ -95,7 +95,7 @@ def test_a_failed_check_rejects_the_artifact(tmp_path: Path) -> None:
         make(out, checks=QUICK.model_copy(update={"drift": 0.0}))
     assert caught.value.exit_code == 3
     assert os.listdir(out) == [".rejected"]
-    assert {"hf", "onnx", "report.html", "report.json"} <= set(os.listdir(out / ".rejected"))
+    assert {"hf", "report.html", "report.json"} <= set(os.listdir(out / ".rejected"))
     assert '"passed": false' in (out / ".rejected" / "report.json").read_text()
 
 
