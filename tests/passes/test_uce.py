@@ -9,7 +9,7 @@ import torch
 
 from erasec import model as models
 from erasec.base import Context
-from erasec.concept import Concept
+from erasec.concept import Concept, find
 from erasec.edit import LowRank
 from erasec.errors import ErasecError
 from erasec.model import Model
@@ -23,27 +23,29 @@ def model(random_folder: Path) -> Model:
     return models.load(str(random_folder))
 
 
-def test_edited_weights_match_the_papers_formula_site_by_site(model: Model) -> None:
-    """W' from equation 7 with explicit rows, a Gram for each site and an explicit inverse, all in float64."""
-    step = Uce(ridge=0.05)
-    edit = step.solve(model, CONCEPT, Context())
-    prompts, anchors = CONCEPT.prompts(CONCEPT.phrases), CONCEPT.prompts([CONCEPT.anchor] * 2)
-    erase, goal = (model.encode([prompt.text for prompt in side]) for side in (prompts, anchors))
+@pytest.mark.parametrize(("bundled", "step"), [(False, Uce(ridge=0.05)), (True, Uce())])
+def test_edited_weights_match_the_papers_formula_site_by_site(model: Model, bundled: bool, step: Uce) -> None:
+    """W' from equation 7 with explicit rows and an explicit inverse at every site, in float64: on random weights, and
+    for the shipped concept and defaults on glyphs."""
+    concept = find("star") if bundled else CONCEPT
+    model = models.load("glyphs") if bundled else model
+    edit = step.solve(model, concept, Context())
+    prompts, anchors = concept.prompts(concept.phrases), concept.prompts([concept.anchor] * len(concept.phrases))
+    erase, goal = (model.encode([prompt.text for prompt in side]).states.double() for side in (prompts, anchors))
     starts, stops = (model.last_tokens([prompt.upto for prompt in side]).tolist() for side in (prompts, anchors))
     source, target = [], []
-    for row in range(len(prompts)):
-        start, stop = starts[row], stops[row]
+    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         count = min(77 - start, 77 - stop)
-        source += list(erase.states[row, start : start + count].double())
-        target += list(goal.states[row, stop : stop + count].double())
-    keep = model.encode(["", *(prompt.text for prompt in CONCEPT.prompts(CONCEPT.keep))]).states.flatten(0, 1).double()
-    c, v = torch.stack(source), torch.stack(target)
+        source.append(erase[row, start : start + count])
+        target.append(goal[row, stop : stop + count])
+    keep = model.encode(["", *(prompt.text for prompt in concept.prompts(concept.keep))]).states.flatten(0, 1).double()
+    c, v = torch.cat(source), torch.cat(target)
     gram = c.T @ c / len(c) + keep.T @ keep / len(keep)
-    lam = 0.05 * gram.diagonal().mean()
-    inverse = torch.linalg.inv(gram + lam * torch.eye(len(gram), dtype=torch.float64))
+    lam = step.ridge * gram.diagonal().mean()
     for site in model.select("cross", "kv"):
         weight = model.stored(site).double()
-        wanted = (lam * weight + (weight @ v.T) @ c / len(c) + (weight @ keep.T) @ keep / len(keep)) @ inverse
+        left = lam * weight + (weight @ v.T) @ c / len(c) + (weight @ keep.T) @ keep / len(keep)
+        wanted = left @ torch.linalg.inv(gram + lam * torch.eye(len(gram), dtype=torch.float64))
         delta = edit.deltas[site]
         assert float((weight + delta.dense() - wanted).norm() / (wanted - weight).norm()) < 1e-6
 
