@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import erasec
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,12 @@ class TestGuard:
     ) -> None:
         (checkout / "passes" / "notes.md").touch()
         assert guard(checkout, installed) == ""
+
+
+def test_public_names_are_there_and_lazy() -> None:
+    for name in erasec.__all__:
+        assert getattr(erasec, name).__name__ == name
+    with pytest.raises(AttributeError, match="Modle"):
+        _ = erasec.Modle
+    code = "import sys, erasec; sys.exit(any(name.startswith('erasec.') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
