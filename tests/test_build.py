@@ -89,7 +89,7 @@ def test_the_pipeline_makes_the_pictures_of_the_report(built: tuple[Path, Report
 
 
 def test_a_failed_check_rejects_the_artifact(tmp_path: Path) -> None:
-    """A limit that the method cannot meet: implicit scenes survive it, or at least a pixel moves."""
+    """A limit that no edit can meet: a pixel moves."""
     out = tmp_path / "out"
     with pytest.raises(CheckFailed, match="kept/drift") as caught:
         make(out, checks=QUICK.model_copy(update={"drift": 0.0}))
