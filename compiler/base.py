@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from erasec.errors import ErasecError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from erasec.checkpoint import Folder
     from erasec.concept import Concept
@@ -67,20 +68,44 @@ class Pass(ABC):
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         """The edit that erases ``concept`` from ``model``, earlier edits included. Raises ErasecError."""
 
+    def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
+        """The edits that erase several concepts; by default one after the other, each on top of those before it."""
+        for concept in concepts:
+            edit = self.solve(model, concept, context)
+            model = model.with_edit(edit)
+            yield edit
 
-class Target(ABC):
-    """Writes a merged checkpoint in one format. It never learns that anything was erased."""
+
+class Output(ABC):
+    """What Target and EditTarget have in common: one format that a build writes, with fields that are its options."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
 
-    @abstractmethod
     def check(self) -> None:
-        """Raise MissingTool where a library that it needs is not there."""
+        """Raise MissingTool where a library that it needs is not there; by default it needs none."""
+        return
+
+    def size(self, model: Model) -> int:
+        """About how many bytes it will write; by default all weights in float32."""
+        components = (model.source.entries(component) for component in model.family.components)
+        return 4 * sum(prod(entry.shape) for entries in components for entry in entries.values())
+
+
+class Target(Output):
+    """Writes a merged checkpoint in one format. It never learns that anything was erased."""
 
     @abstractmethod
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write ``checkpoint`` below ``out`` (a folder of its own) and check what was written."""
+
+
+class EditTarget(Output):
+    """Writes what was changed, and nothing else of the model."""
+
+    @abstractmethod
+    def export(self, model: Model, out: Path, context: Context) -> Artifact:
+        """Write the edits of ``model`` below ``out`` (a folder of its own) and check what was written."""
 
 
 def with_options(kind: type[T], options: Mapping[str, object], label: str) -> T:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +14,11 @@ from typing import TYPE_CHECKING
 from erasec import recipe as recipes
 from erasec import report as reports
 from erasec import validate
-from erasec.base import Check
+from erasec.base import Check, EditTarget
 from erasec.checkpoint import Folder, file_digest
 from erasec.errors import CheckFailed
 from erasec.judge import Sampling
+from erasec.staging import put, staged
 
 if TYPE_CHECKING:
     from erasec.model import Model
@@ -32,12 +31,12 @@ PACKAGES = ("erasec", "torch", "diffusers", "transformers", "onnx", "onnxruntime
 
 def run(plan: Plan) -> Report:
     """Build ``plan.out``. Raises CheckFailed, with everything in ``plan.out/.rejected``, where a check failed."""
-    with _staging(plan.out) as stage:
+    with staged(plan.out) as stage:
         report = _build(plan, stage)
         if not report.passed:
             rejected = plan.out / REJECTED
             plan.out.mkdir(parents=True, exist_ok=True)
-            _replace(stage, rejected)
+            put(stage, rejected)
             failed = [check for check in report.checks if not check.passed]
             lines = "; ".join(f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" for check in failed)
             raise CheckFailed(
@@ -45,7 +44,7 @@ def run(plan: Plan) -> Report:
                 why=lines, where=str(rejected),
                 fix="look at report.html there; then change the pass options, the concept's keep phrases, or a limit",
             )  # fmt: skip
-        _replace(stage, plan.out)
+        put(stage, plan.out)
         return report
 
 
@@ -55,28 +54,30 @@ def _build(plan: Plan, stage: Path) -> Report:
     seconds: dict[str, float] = {}
     model, applied = plan.model, []
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
-        for concept in plan.concepts:
-            for step in plan.passes:
-                start = time.perf_counter()
-                edit = step.solve(model, concept, plan.context)
+        for step in plan.passes:
+            start = time.perf_counter()
+            for edit in step.solve_all(model, plan.concepts, plan.context):
                 model = model.with_edit(edit)
-                took = time.perf_counter() - start
+                took, start = time.perf_counter() - start, time.perf_counter()
                 applied.append(
                     reports.Applied(
-                        step.name, step.version, step.paper, concept.name, dict(edit.params), dict(edit.stats), took
+                        step.name, step.version, step.paper, edit.concept, dict(edit.params), dict(edit.stats), took
                     )
                 )
-                advance()
+                advance(edit.concept.count(", ") + 1)
     seconds["solve"] = sum(item.seconds for item in applied)
 
     with _timed(seconds, "merge and write"):
-        model.source.write(stage / "hf", model.merged())
+        model.source.write(stage / "hf", model.merged(), plan.recipe.link)
     built = Folder(stage / "hf")
 
     checks: list[Check] = []
     for target in plan.targets:
         with _timed(seconds, f"export {target.name}"):
-            checks += target.export(built, stage / target.name, plan.context).checks
+            if isinstance(target, EditTarget):
+                checks += target.export(model, stage / target.name, plan.context).checks
+            else:
+                checks += target.export(built, stage / target.name, plan.context).checks
 
     notes: list[str] = []
     limits, evidence = plan.recipe.checks, None
@@ -173,32 +174,3 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[step] = time.perf_counter() - start
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that is gone when the block ends, however it ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    stage.chmod(0o755)
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _replace(stage: Path, out: Path) -> None:
-    """Put ``stage`` where ``out`` is. An earlier build there steps aside, comes back if that fails, and goes last."""
-    old = out.with_name(f".{out.name}.old")
-    if old.exists() and not out.exists():  # an earlier run was killed in between
-        os.replace(old, out)
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        if out.exists():
-            os.replace(out, old)
-        os.replace(stage, out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -37,17 +37,20 @@ app = typer.Typer(
 )  # fmt: skip
 
 MODEL = Annotated[str, typer.Argument(
-    help="bundled name, alias, diffusers folder or hub id; or a recipe.toml, whose keys the flags replace",
+    help="bundled name, alias, diffusers folder, single file or hub id; or a recipe.toml, whose keys the flags replace",
     metavar="MODEL|RECIPE")]  # fmt: skip
 ERASE = Annotated[list[str] | None, typer.Option("--erase", "-e", metavar="CONCEPT",
     help="bundled concept, concept.toml, or any phrase; may be repeated")]  # fmt: skip
 PASS = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="NAME[:key=value,...]",
     help="how to erase, by default uce; may be repeated; NAME may be file.py:Class")]  # fmt: skip
-TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAME",
+TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAME[:key=value,...]",
     help="format to write beside the plain checkpoint; may be repeated")]  # fmt: skip
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
 SEED = Annotated[int | None, typer.Option("--seed", help="seed of everything that draws numbers  [default: 0]")]
+VARIANT = Annotated[str | None, typer.Option("--variant", help="which precision of a folder's weights, such as fp16")]
+PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights, as tensors alone")]
+LINK = Annotated[bool, typer.Option("--link", help="hard links in place of copies of unchanged files")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print the traceback of an error, and warnings")]
 
@@ -76,11 +79,12 @@ def _start(
 @app.command()
 def build(
     model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
-    device: DEVICE = None, seed: SEED = None, as_json: JSON = False, verbose: VERBOSE = False,
+    device: DEVICE = None, seed: SEED = None, variant: VARIANT = None, allow_pickle: PICKLE = False, link: LINK = False,
+    as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Erase concepts, write the checkpoint and every target, check them, and report."""
     with _told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed)
+        recipe = _recipe(model, erase, passes, target, device, seed, variant, allow_pickle, link)
         from erasec import build as builds
         from erasec import plan as plans
 
@@ -120,11 +124,12 @@ def _verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
 @app.command()
 def plan(
     model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
-    device: DEVICE = None, seed: SEED = None, as_json: JSON = False, verbose: VERBOSE = False,
+    device: DEVICE = None, seed: SEED = None, variant: VARIANT = None, allow_pickle: PICKLE = False, link: LINK = False,
+    as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Say what a build would do: sites, memory, disk, tools. Writes nothing."""
     with _told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed)
+        recipe = _recipe(model, erase, passes, target, device, seed, variant, allow_pickle, link)
         from erasec import plan as plans
 
         told = plans.describe(plans.make(recipe, out, pin=False))
@@ -164,6 +169,75 @@ def _print_plan(told: dict[str, Any]) -> None:
         rows = [[s["block"], s["attn"], s["proj"], "x".join(map(str, s["shape"])), step["name"]] for s in step["sites"]]
         print()
         _table(["block", "attention", "projection", "shape", "pass"], rows)
+
+
+@app.command()
+def apply(
+    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file, from --target edit or erasec combine")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="what it is to change; see erasec build")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="folder, or file for a file")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="change the model's own files, with a journal")] = False,
+    transfer: Annotated[bool, typer.Option("--transfer", help="onto a fine-tune of the edit's base")] = False,
+    variant: VARIANT = None, allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
+) -> None:  # fmt: skip
+    """Merge an edit file into a model: seconds, no text encoder, nothing else read."""
+    with _told(verbose):
+        from erasec import apply as applies
+        from erasec.plan import size
+
+        done = applies.apply(edit, model, out, in_place, link, transfer, None, variant or "", allow_pickle)
+        print(done.path)
+        print(f"changed {done.tensors} tensors, {size(done.bytes)}")
+        for sentence in done.notes:
+            print(f" note: {sentence}", file=sys.stderr)
+
+
+@app.command()
+def combine(
+    edits: Annotated[list[Path], typer.Argument(metavar="EDIT...", help="edit files of one closed-form pass")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the edit file to write")],
+    without: Annotated[list[str] | None, typer.Option("--without", help="a concept to take out again")] = None,
+    verbose: VERBOSE = False,
+) -> None:
+    """Solve the concepts of several edit files as one edit, from their stored sums; needs no model."""
+    with _told(verbose):
+        from erasec import apply as applies
+
+        made = applies.combine(edits, without or (), out)
+        print(out)
+        print(f"erases {made.concept}")
+
+
+@app.command()
+def prior(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="whose text encoders read the captions")],
+    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one a line; or .csv with prompt or caption")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="such as coco.prior.safetensors")],
+    variant: VARIANT = None, allow_pickle: PICKLE = False, verbose: VERBOSE = False,
+) -> None:  # fmt: skip
+    """Build a prior, the Gram of a caption file, for the option prior of closed-form passes."""
+    with _told(verbose):
+        from erasec import model as models
+        from erasec import priors
+
+        count = priors.write(out, models.load(model, None, variant or "", allow_pickle), captions)
+        print(out)
+        print(f"{count} captions")
+
+
+@app.command()
+def recover(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a folder or file that --in-place was changing")],
+    verbose: VERBOSE = False,
+) -> None:
+    """Finish what an interrupted --in-place had begun, so that the model is whole again."""
+    with _told(verbose):
+        from erasec import journal
+
+        done = journal.recover(path)
+        for file in done:
+            print(file)
+        print(f"{len(done)} files made whole" if done else "nothing was left unfinished")
 
 
 @app.command()
@@ -258,11 +332,14 @@ def doctor(verbose: VERBOSE = False) -> None:
 
 def _recipe(
     model: str, erase: list[str] | None, passes: list[str] | None, targets: list[str] | None, device: str | None,
-    seed: int | None,
+    seed: int | None, variant: str | None, allow_pickle: bool, link: bool,
 ) -> Recipe:  # fmt: skip
     from erasec import recipe
 
-    return recipe.from_flags(model, erase or (), passes or (), targets or (), device, seed)
+    # A flag that is not given does not replace the key of a recipe.
+    return recipe.from_flags(
+        model, erase or (), passes or (), targets or (), device, seed, variant, allow_pickle or None, link or None
+    )
 
 
 @contextmanager

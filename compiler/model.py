@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec import edit as edits_
+from erasec import pickles
 from erasec.checkpoint import Folder, content_digest, read_tensor
 from erasec.edit import Delta, Edit
 from erasec.errors import ErasecError, nearest
 from erasec.family import Family, Site, detect, sites
-from erasec.progress import hush
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from erasec.family import Stream
+    from erasec.text import Texts, Tokens
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 BUNDLED = ("glyphs", "glyphs-never-star")
 HUB = {
     "sd14": "CompVis/stable-diffusion-v1-4",
@@ -29,14 +33,6 @@ HUB = {
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Encoded prompts. ``states`` (n, 77, d) float32; ``last`` (n,) index of the last token before the first EoT."""
-
-    states: Tensor
-    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Model:
             )  # fmt: skip
         view = replace(self, edits=(*self.edits, edit))
         # The files are the same, so what was read of them stays valid.
-        kept = ("sites", "digest", "_text")
+        kept = ("sites", "streams", "digest", "_digests", "_texts")
         view.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return view
 
@@ -95,11 +91,26 @@ class Model:
         changed: dict[str, dict[str, Callable[[], Tensor]]] = {}
         for site in self.sites:
             if self.deltas(site):
-                changed.setdefault(site.component, {})[site.key] = partial(self._merge, site)
+                changed.setdefault(site.component, {})[site.key] = partial(self.merge, site)
         return changed
 
-    def _merge(self, site: Site) -> Tensor:
+    def merge(self, site: Site) -> Tensor:
+        """The weight as it will be written: with its edits, in its own dtype."""
         return edits_.merge(self.stored(site), self.deltas(site))
+
+    def about(self) -> dict[str, Any]:
+        """What an edit file says of its base: enough to know it again by the tensors that the edits change."""
+        sites = sorted({site for edit in self.edits for site in edit.deltas})
+        return {
+            "model": self.name,
+            "revision": self.revision,
+            "family": self.family.name,
+            "sites": {f"{site.component}/{site.key}": self.site_digest(site) for site in sites},
+        }
+
+    def site_digest(self, site: Site) -> str:
+        """sha256 of the content of one stored tensor."""
+        return content_digest({site.key: self.source.entries(site.component)[site.key]})
 
     @cached_property
     def digest(self) -> str:
@@ -108,83 +119,103 @@ class Model:
 
         found = hashlib.sha256()
         for component in self.family.components:
-            found.update(f"{component} {content_digest(self.source.entries(component))}\n".encode())
+            found.update(f"{component} {self.component_digest(component)}\n".encode())
         return found.hexdigest()
 
+    def component_digest(self, component: str) -> str:
+        """sha256 of the content of one component's weights."""
+        if component not in self._digests:
+            self._digests[component] = content_digest(self.source.entries(component))
+        return self._digests[component]
+
     @cached_property
-    def _text(self) -> tuple[Any, Any]:
-        import torch
-        from transformers import CLIPTextModel, CLIPTokenizer
+    def _digests(self) -> dict[str, str]:
+        return {}
 
-        hush()
-        if len(self.family.text_encoders) > 1:
-            raise ErasecError(
-                f"text states of {self.family.name} are not supported yet", why="it has two text encoders"
-            )
-        root = self.source.root
-        tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
-        encoder = CLIPTextModel.from_pretrained(root / "text_encoder", dtype=torch.float32, use_safetensors=True)
-        return tokenizer, encoder.eval()
+    @cached_property
+    def streams(self) -> dict[str, tuple[Site, ...]]:
+        """The sites that read text states, by the stream of states that they read; no tensor is read."""
+        return {stream.name: self.select(stream.attn, stream.projections) for stream in self.family.streams}
 
-    def _ids(self, prompts: Sequence[str]) -> Tensor:
-        tokenizer = self._text[0]
-        length = tokenizer.model_max_length
-        batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        ids: Tensor = batch.input_ids
-        return ids
+    @cached_property
+    def _texts(self) -> Texts:
+        from erasec.text import Texts
 
-    def last_tokens(self, prompts: Sequence[str]) -> Tensor:
-        """Index of each prompt's last token before its first end token, (n,); 0, the start token, for an empty one."""
-        first_end: Tensor = (self._ids(prompts) == self._text[0].eos_token_id).int().argmax(1)
-        return first_end - 1
+        return Texts(self.source)
 
-    def encode(self, prompts: Sequence[str]) -> Tokens:
-        """Text states as the denoiser's cross-attention gets them, in float32."""
-        import torch
+    def _stream(self, name: str) -> Stream:
+        return next(stream for stream in self.family.streams if stream.name == name)
 
-        with torch.no_grad():
-            states = [self._text[1](ids).last_hidden_state.float() for ids in self._ids(prompts).split(64)]
-        return Tokens(torch.cat(states), self.last_tokens(prompts))
+    def last_tokens(self, prompts: Sequence[str], stream: str = "context", part: int = 0) -> Tensor:
+        """Index of each prompt's last token before its first end token, (n,), in one part of a stream.
+
+        For the empty prompt it is that of the start token, 0, and -1 for T5, which has none.
+        """
+        return self._texts.last_tokens(prompts, self._stream(stream).parts[part])
+
+    def encode(self, prompts: Sequence[str], stream: str = "context") -> Tokens:
+        """Text states as the denoiser's sites of a stream get them, in float32."""
+        return self._texts.encode(prompts, self._stream(stream), self.streams[stream][0].shape[1])
 
 
 def bundled(name: str) -> Path:
     return Path(str(resources.files("erasec"))) / "glyphs" / "weights" / name
 
 
-def load(name: str, revision: str | None = None) -> Model:
-    """A model by bundled name, alias, diffusers folder or hub id. Raises ErasecError that says what to give instead.
+def load(name: str, revision: str | None = None, variant: str = "", allow_pickle: bool = False) -> Model:
+    """A model by bundled name, alias, diffusers folder, single file or hub id.
 
-    ``revision`` is a hub commit, tag or branch; a tag or branch is resolved to its commit.
+    ``revision`` is a hub commit, tag or branch; a tag or branch is resolved to its commit. ``variant`` chooses among a
+    folder's precisions. Pickled weights are read with ``allow_pickle`` alone, and then as tensors only. Raises
+    ErasecError that says what to give instead.
     """
     if name in BUNDLED:
         return _open(Path(bundled(name)), name, "")
     path = Path(name).expanduser()
     if path.is_dir():
-        return _open(path, str(name), "")
-    if path.is_file() or name.endswith((".safetensors", ".ckpt", ".bin", ".pt")):
-        pickled = not name.endswith(".safetensors")
-        raise ErasecError(
-            f"{name} is a single file" if path.is_file() else f"there is no file {name}",
-            why="pickled weights can run code when opened and are refused" if pickled
-            else "single-file checkpoints are not read yet; a diffusers folder is",
-            fix="StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR), then erasec build DIR",
-        )  # fmt: skip
+        return _open(path, str(name), "", variant, allow_pickle)
+    if path.is_file():
+        return _single(path, name, allow_pickle)
+    if name.endswith((".safetensors", *PICKLES)):
+        raise ErasecError(f"there is no file {name}")
     if name not in HUB and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise ErasecError(
             f"there is no model {name!r}", why=nearest(name, (*BUNDLED, *HUB)),
-            fix="give a bundled name, an alias, a diffusers folder that exists, or a hub id such as owner/model",
+            fix="give a bundled name, an alias, a diffusers folder that exists or a .safetensors file, or a hub id",
         )  # fmt: skip
-    return _from_hub(name, HUB.get(name, name), revision)
+    return _from_hub(name, HUB.get(name, name), revision, variant, allow_pickle)
 
 
-def _open(root: Path, name: str, revision: str) -> Model:
+def _single(path: Path, name: str, allow_pickle: bool) -> Model:
+    from erasec.single_file import open_single
+
+    if path.suffix in PICKLES:
+        if not allow_pickle:
+            raise ErasecError(
+                f"{name} is pickled", why="a pickle can run code when it is opened, and is refused",
+                fix="get the .safetensors file; or --allow-pickle, which reads tensors alone and runs nothing",
+            )  # fmt: skip
+        path = pickles.unpickled(path)
+    elif path.suffix != ".safetensors":
+        raise ErasecError(f"{name} is no checkpoint", why=f"its ending is {path.suffix or 'missing'}, not .safetensors")
+    source = open_single(path)
+    return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
+
+
+def _open(root: Path, name: str, revision: str, variant: str = "", allow_pickle: bool = False) -> Model:
     if not (root / "model_index.json").is_file():
         raise ErasecError(
             f"{name} is no diffusers folder", why="it has no model_index.json", where=str(root),
             fix="give the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/",
         )  # fmt: skip
-    folder = Folder(root)
-    family = detect({key: entry.shape for key, entry in folder.entries("unet").items()})
+    if allow_pickle:
+        root = pickles.unpickled_folder(root)
+    folder = Folder(root, variant)
+    denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
+    family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
+    for component in family.optional:
+        if not folder.index.get(component, [None])[0]:
+            family = family.without(component)
     for component in family.components:
         folder.weight_files(component)
         if not (root / component / "config.json").is_file():
@@ -192,10 +223,16 @@ def _open(root: Path, name: str, revision: str) -> Model:
     return Model(family, folder, name, revision)
 
 
-def _from_hub(name: str, repository: str, revision: str | None) -> Model:
+def _from_hub(name: str, repository: str, revision: str | None, variant: str, allow_pickle: bool) -> Model:
     from huggingface_hub import snapshot_download
 
+    # One precision is fetched: the variant asked for (with the plain files, which parts without it have), or the plain.
+    names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else []
     patterns = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors"]
+    patterns += ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin"] if allow_pickle else []
+    unwanted = [
+        name for name in ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*non_ema*") if not variant or variant not in name
+    ]
     # The cache first: a pinned revision that is already there needs no network at all.
     error: Exception | None = None
     for local in (True, False):
@@ -203,10 +240,10 @@ def _from_hub(name: str, repository: str, revision: str | None) -> Model:
             break
         try:
             root = snapshot_download(
-                repository, revision=revision, allow_patterns=patterns,
-                ignore_patterns=["*.fp16.*", "*non_ema*", "safety_checker/*"], local_files_only=local,
+                repository, revision=revision, allow_patterns=patterns + names,
+                ignore_patterns=[*unwanted, "safety_checker/*"], local_files_only=local,
             )  # fmt: skip
-            return _open(Path(root), name, Path(root).name)
+            return _open(Path(root), name, Path(root).name, variant, allow_pickle)
         except ErasecError:
             if not local or os.environ.get("HF_HUB_OFFLINE") == "1":
                 raise

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, cast
 from erasec import concept as concepts_
 from erasec import doctor, registry
 from erasec import model as models
-from erasec.base import Context, Pass, Target, with_options
+from erasec.base import Context, EditTarget, Pass, Target, with_options
 from erasec.concept import Concept
 from erasec.errors import ErasecError, MissingTool, nearest
-from erasec.recipe import PassUse, Recipe
+from erasec.recipe import PassUse, Recipe, parse_use
 
 if TYPE_CHECKING:
     from erasec.model import Model
@@ -34,7 +34,7 @@ class Plan:
     model: Model
     concepts: tuple[Concept, ...]
     passes: tuple[Pass, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[Target | EditTarget, ...]
     out: Path
     context: Context
 
@@ -50,14 +50,17 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
     concepts = _concepts(recipe)
     uses = recipe.passes or (PassUse(name="uce"),)
     passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
-    targets = tuple(with_options(registry.load_target(name), {}, f"target {name}") for name in recipe.targets)
+    targets = tuple(_target(text) for text in recipe.targets)
+    names = [target.name for target in targets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ErasecError(f"the target {twice[0]!r} is asked for twice", why="each has one folder", fix="name it once")
     for target in targets:
         target.check()
     out = (out or _default_out(recipe.model, concepts)).expanduser()
     _check_out(out)
     context = Context(_device(recipe.device), recipe.seed)
 
-    model = models.load(recipe.model, recipe.revision or None)
+    model = models.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     _check_apart(out, model)
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(
@@ -65,11 +68,6 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
             why=f"its digest is {model.digest[:12]}..., the recipe says {recipe.digest[:12]}...",
             fix="give the model of the recipe, or delete the line `digest` to build from this one",
         )
-    if len(model.family.text_encoders) > 1:
-        raise ErasecError(
-            f"{recipe.model} cannot be edited yet", why=f"{model.family.name} has two text encoders; passes read one",
-            fix="Stable Diffusion 1 and 2 layouts can be edited",
-        )  # fmt: skip
     for step in passes:
         if not step.sites(model):
             why = f"its family is {model.family.name}"
@@ -94,6 +92,13 @@ def _pass(number: int, use: PassUse) -> Pass:
     except ErasecError as error:
         error.where = error.where or f"[[pass]] {number} ({use.name})"
         raise
+
+
+def _target(text: str) -> Target | EditTarget:
+    use = parse_use(text, "--target")
+    found = with_options(registry.load_target(use.name), use.options, f"target {use.name}")
+    assert isinstance(found, Target | EditTarget)  # load_target gives no other
+    return found
 
 
 def _default_out(model: str, concepts: Sequence[Concept]) -> Path:
@@ -188,11 +193,8 @@ def _weights(model: Model, component: str) -> int:
 
 
 def _written(plan: Plan) -> dict[str, int]:
-    """Bytes by target: "hf" copies the model's files, "onnx" holds all weights in float32, as is assumed of others."""
-    root = plan.model.source.root
-    copied = sum((root / name).stat().st_size for name in plan.model.source.files())
-    every = 4 * sum(_weights(plan.model, component) for component in plan.model.family.components)
-    return {target.name: copied if target.name == "hf" else every for target in plan.targets}
+    """Bytes by target, as each estimates them."""
+    return {target.name: target.size(plan.model) for target in plan.targets}
 
 
 def _free(out: Path) -> int:
@@ -246,7 +248,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "out": str(plan.out),
             "needed": sum(written.values()),
             "free": _free(plan.out),
-            "how": "estimate: hf is the size of the model's files, every other target all weights in float32",
+            "how": "estimate of each target; all weights in float32 where it knows no better",
         },
         "memory": _memory(plan),
         "time": _time(plan.out),

@@ -57,13 +57,19 @@ class Recipe(_Table):
     """A build in words. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
 
     ``erase`` are names in ``concepts``, then bundled names, concept files or plain phrases. ``targets`` begins with
-    "hf": the plain checkpoint is always written. ``revision`` and ``digest`` pin the model; empty is not pinned.
+    "hf": the plain checkpoint is always written; each is NAME or NAME:key=value,... as on the command line.
+    ``revision`` and ``digest`` pin the model; empty is not pinned. ``variant`` chooses among a folder's precisions,
+    such as "fp16"; ``allow_pickle`` reads pickled weights, as tensors alone; ``link`` makes hard links of unchanged
+    files.
     """
 
     format: Annotated[str, Field(alias="erasec", pattern=r"^\d+\.\d+$")] = FORMAT
     model: Phrase
     revision: str = ""
     digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    variant: str = ""
+    allow_pickle: bool = False
+    link: bool = False
     erase: tuple[Phrase, ...] = ()
     targets: tuple[Phrase, ...] = Field(default=("hf",), validate_default=True)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -111,27 +117,37 @@ def from_flags(
     targets: Sequence[str] = (),
     device: str | None = None,
     seed: int | None = None,
+    variant: str | None = None,
+    allow_pickle: bool | None = None,
+    link: bool | None = None,
 ) -> Recipe:
     """A recipe from a command line; a ``model`` that ends in .toml is a recipe, and each flag replaces its key."""
     given: dict[str, Any] = {
         "erase": list(erase),
-        "pass": [parse_pass(text).model_dump() for text in passes],
+        "pass": [parse_use(text).model_dump() for text in passes],
         "targets": list(targets),
         "device": device,
         "seed": seed,
+        "variant": variant,
+        "allow_pickle": allow_pickle,
+        "link": link,
     }
-    given = {key: value for key, value in given.items() if value not in (None, [])}
+    given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}
     if model.endswith(".toml"):
         base = from_file(Path(model).expanduser()).model_dump(by_alias=True)
     return _checked({**base, **given}, "the command line")
 
 
-def parse_pass(text: str) -> PassUse:
-    """``NAME[:key=value,...]`` as typed after --pass; values are read as true, false, integers, numbers, else text."""
+def parse_use(text: str, flag: str = "--pass") -> PassUse:
+    """``NAME[:key=value,...]`` as typed after --pass or --target.
+
+    Values are read as true, false, integers, numbers, else text.
+    """
     match = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text.strip())
+    fix = f"erasec list {'passes' if flag == '--pass' else 'targets'}   shows names and options"
     if match is None:
-        raise ErasecError("--pass was given an empty name", fix="erasec list passes   shows names and options")
+        raise ErasecError(f"{flag} was given an empty name", fix=fix)
     name, listed = match[1], match[2]
     pieces = listed.split(",") if listed else []
     loose = [piece for piece in pieces if "=" not in piece]
@@ -140,14 +156,13 @@ def parse_pass(text: str) -> PassUse:
         loose.append(after)
     if loose:
         raise ErasecError(
-            f"--pass {text}: {loose[0]!r} is no option", why="options are written NAME:key=value,key=value",
-            fix="erasec list passes   shows names and options",
+            f"{flag} {text}: {loose[0]!r} is no option", why="options are written NAME:key=value,key=value", fix=fix,
         )  # fmt: skip
     options: dict[str, Option] = {}
     for piece in pieces:
         key, _, value = piece.partition("=")
         if key.strip() in options:
-            raise ErasecError(f"--pass {text}: the option {key.strip()!r} is given twice")
+            raise ErasecError(f"{flag} {text}: the option {key.strip()!r} is given twice")
         options[key.strip()] = _literal(value.strip())
     return PassUse(name=name, options=options)
 

@@ -17,12 +17,22 @@ from typing import TYPE_CHECKING, TypeVar
 from erasec.errors import ErasecError, nearest
 
 if TYPE_CHECKING:
-    from erasec.base import Pass, Target
+    from erasec.base import Output, Pass
 
 T = TypeVar("T")
 
-PASSES = {"uce": "erasec.passes.uce:Uce"}
-TARGETS = {"hf": "erasec.targets.hf:Hf", "onnx": "erasec.targets.ort:Onnx"}
+PASSES = {
+    "mace": "erasec.passes.mace:Mace",
+    "rece": "erasec.passes.rece:Rece",
+    "trce.remap": "erasec.passes.trce:Remap",
+    "uce": "erasec.passes.uce:Uce",
+}
+TARGETS = {
+    "hf": "erasec.targets.hf:Hf",
+    "ldm": "erasec.targets.ldm:Ldm",
+    "lora": "erasec.targets.lora:Lora",
+    "onnx": "erasec.targets.ort:Onnx",
+}
 
 
 def passes() -> dict[str, str]:
@@ -42,11 +52,11 @@ def load_pass(name: str) -> type[Pass]:
     return _load("pass", name, passes(), Pass)  # type: ignore[type-abstract]
 
 
-def load_target(name: str) -> type[Target]:
+def load_target(name: str) -> type[Output]:
     """The class of a target by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
-    from erasec.base import Target
+    from erasec.base import Output
 
-    return _load("target", name, targets(), Target)  # type: ignore[type-abstract]
+    return _load("target", name, targets(), Output)
 
 
 def _named(group: str, table: Mapping[str, str]) -> dict[str, str]:

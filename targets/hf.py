@@ -11,6 +11,7 @@ from erasec.checkpoint import read_header, read_tensor
 
 if TYPE_CHECKING:
     from erasec.checkpoint import Entry, Folder
+    from erasec.model import Model
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -22,8 +23,9 @@ class Hf(Target):
     name: ClassVar[str] = "hf"
     summary: ClassVar[str] = "a diffusers folder, with the base's own keys, dtypes and files"
 
-    def check(self) -> None:
-        """It needs nothing but what erasec needs."""
+    def size(self, model: Model) -> int:
+        """The size of the model's own files."""
+        return sum((model.source.root / name).stat().st_size for name in model.source.files())
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Copy ``checkpoint`` to ``out``, or only check it where it lies there already."""

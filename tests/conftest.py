@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"compiler": "", "passes": "passes", "targets": "targets"}
-SHIPPED = {".py", ".typed", ".j2", ".toml", ".safetensors", ".json", ".txt"}
+SHIPPED = {".py", ".typed", ".j2", ".toml", ".safetensors", ".json", ".txt", ".gz"}
 
 
 def shipped(folder: Path) -> dict[Path, Path]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +135,215 @@ def test_sharded_weights_are_found_and_pickles_refused(tmp_path: Path) -> None:
     written = Folder(tmp_path / "out").entries("unet")
     assert torch.equal(checkpoint.read_tensor(written["y"]), torch.zeros(3))
     assert torch.equal(checkpoint.read_tensor(written["x"]), torch.ones(2))
+
+
+def test_the_bytes_of_a_file_are_these(tmp_path: Path) -> None:
+    content = {
+        "b.weight": torch.arange(15.0).reshape(5, 3), "a.weight": torch.arange(8).reshape(4, 2).half(),
+        "é": torch.zeros(0, 4), "c": torch.tensor(2.5, dtype=torch.float64), "d": torch.arange(7).bfloat16(),
+    }  # fmt: skip
+    checkpoint.save(tmp_path / "x", content, {"zeta": "1", "alpha": "ü"})
+    golden = "413e6db79630f639453bf5046a4efbf53af43cae1e3b8504965b80e815efa6c5"
+    assert checkpoint.file_digest(tmp_path / "x") == golden
+    checkpoint.save(tmp_path / "y", {**content, "c": content["c"] + 1}, {"zeta": "1", "alpha": "ü"})
+    assert checkpoint.file_digest(tmp_path / "y") != golden
+
+
+def test_stream_asks_for_one_tensor_at_a_time_in_order(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def make(key: str) -> torch.Tensor:
+        asked.append(key)
+        return torch.full((2, 3), float(len(asked)))
+
+    checkpoint.stream(tmp_path / "x", {key: ("F32", (2, 3), partial(make, key)) for key in "cab"})
+    assert asked == ["a", "b", "c"]
+    assert {key: float(value[0, 0]) for key, value in load_file(tmp_path / "x").items()} == {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F16", (2, 3)), ("F32", (3, 2))])
+def test_stream_refuses_what_was_not_announced(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ErasecError, match="the new x is float32"):
+        checkpoint.stream(tmp_path / "x", {"x": (dtype, shape, lambda: torch.zeros(2, 3))})
+    with pytest.raises(ErasecError, match="complex64 cannot be written"):
+        checkpoint.save(tmp_path / "x", {"x": torch.zeros(2, dtype=torch.complex64)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_transposed_entry_is_read_and_digested_as_its_logical_self(tmp_path: Path) -> None:
+    matrix = tensors()["b.weight"]
+    checkpoint.save(tmp_path / "plain", {"x": matrix})
+    checkpoint.save(tmp_path / "turned", {"x": matrix.T.contiguous()})
+    plain, turned = (checkpoint.read_header(tmp_path / name)[0]["x"] for name in ("plain", "turned"))
+    logical = replace(turned, shape=(5, 3), transposed=True)
+    read = checkpoint.read_tensor(logical)
+    assert torch.equal(read, matrix) and read.is_contiguous()
+    digests = [checkpoint.content_digest({"x": entry}) for entry in (plain, logical, turned)]
+    assert digests[0] == digests[1] != digests[2]
+    assert digests[0] != checkpoint.content_digest({"x": replace(turned, shape=(5, 3))})
+
+
+@pytest.mark.parametrize("fault", ["none", "missing", "refused", "short"])
+def test_patch_copies_the_same_bytes_however_the_system_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    save_file(tensors(), tmp_path / "base")
+    checkpoint.patch(tmp_path / "base", tmp_path / "expected", {"b.weight": lambda: torch.ones(5, 3)})
+    monkeypatch.setattr(checkpoint, "CHUNK", 7)
+    whole, calls = getattr(os, "copy_file_range", None), 0
+
+    def refused(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if whole is None or fault == "refused" or calls % 2:
+            raise OSError("not between these file systems")
+        copied: int = whole(args[0], args[1], min(args[2], 3), args[3])
+        return copied
+
+    if fault == "missing":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    elif fault != "none":
+        monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
+    checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: torch.ones(5, 3)})
+    checkpoint.copy(tmp_path / "base", tmp_path / "copy")
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "base").read_bytes()
+    assert calls > 20 or fault in ("none", "missing")
+
+
+def test_a_file_that_shrinks_while_it_is_copied_is_an_error(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "base")
+
+    def shrink() -> torch.Tensor:
+        os.truncate(tmp_path / "base", 200)
+        return torch.ones(5, 3)
+
+    with pytest.raises(ErasecError, match="bytes early"):
+        checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": shrink})
+    assert os.listdir(tmp_path) == ["base"]
+
+
+KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_linked_files_are_one_file_and_patched_ones_are_not(random_folder: Path, tmp_path: Path, link: bool) -> None:
+    folder, out = Folder(random_folder), tmp_path / "out"
+    before = {name: (random_folder / name).read_bytes() for name in folder.files()}
+    old = checkpoint.read_tensor(folder.entries("unet")[KEY])
+    try:
+        for _ in range(2):  # the second time, over what is there
+            folder.write(out, {"unet": {KEY: lambda: old * 2}}, link=link)
+        same = {name for name in folder.files() if os.path.samefile(random_folder / name, out / name)}
+        patched = Path("unet/diffusion_pytorch_model.safetensors")
+        assert same == (set(folder.files()) - {patched} if link else set())
+        assert torch.equal(checkpoint.read_tensor(Folder(out).entries("unet")[KEY]), old * 2)
+        folder.write(out, {})  # files that were links become copies, and the base keeps its bytes
+        assert not any(os.path.samefile(random_folder / name, out / name) for name in folder.files())
+    finally:
+        assert {name: (random_folder / name).read_bytes() for name in before} == before
+    assert {path.name for path in out.rglob(".*")} == set()
+
+
+def test_links_are_copies_where_the_file_system_has_none(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    Folder(random_folder).write(tmp_path / "out", {}, link=True)
+    for name in Folder(random_folder).files():
+        assert (tmp_path / "out" / name).read_bytes() == (random_folder / name).read_bytes()
+
+
+def test_a_folder_is_not_written_into_itself(random_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "same").symlink_to(random_folder)
+    with pytest.raises(ErasecError, match="is the model itself"):
+        Folder(random_folder).write(tmp_path / "same", {})
+
+
+def put(root: Path, *names: str) -> Folder:
+    """A folder with one small tensor in each safetensors file, whose value is the file's place in ``names``."""
+    (root / "model_index.json").write_text("{}")
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".json"):
+            shards = [f"{Path(name).name.split('.safetensors')[0]}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+            shards = [shard.replace(".fp16.fp16", ".fp16") for shard in shards]
+            (root / name).write_text(json.dumps({"weight_map": {"x": shards[0], "y": shards[1]}}))
+            for key, shard in zip("xy", shards, strict=True):
+                checkpoint.save((root / name).parent / shard, {key: torch.tensor([number])})
+        else:
+            checkpoint.save(root / name, {"x": torch.tensor([number])})
+    return Folder(root)
+
+
+PLAIN, FP16, NON_EMA = (f"unet/diffusion_pytorch_model{name}.safetensors" for name in ("", ".fp16", ".non_ema"))
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "chosen"),
+    [
+        ([PLAIN, FP16, NON_EMA], "", PLAIN),
+        ([PLAIN, FP16, NON_EMA], "fp16", FP16),
+        ([PLAIN, FP16, NON_EMA], "non_ema", NON_EMA),
+        ([FP16], "", FP16),
+        ([NON_EMA, PLAIN], "", PLAIN),
+        ([PLAIN, "vae/diffusion_pytorch_model.fp16.safetensors"], "fp16", PLAIN),
+        (["unet/model.fp16.safetensors"], "fp16", "unet/model.fp16.safetensors"),
+    ],
+)
+def test_a_variant_is_chosen(tmp_path: Path, names: list[str], variant: str, chosen: str) -> None:
+    put(tmp_path, *names)
+    assert Folder(tmp_path, variant).weight_files("unet") == (tmp_path / chosen,)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16.safetensors.index.json"],
+)
+@pytest.mark.parametrize("variant", ["fp16", ""])
+def test_shards_of_a_variant_are_found_by_either_index(tmp_path: Path, index: str, variant: str) -> None:
+    put(tmp_path, f"unet/{index}")
+    folder = Folder(tmp_path, variant)
+    assert sorted(folder.entries("unet")) == ["x", "y"] and len(folder.weight_files("unet")) == 2
+    assert folder.doubles(["unet"]) == ()
+    put(tmp_path, PLAIN, f"unet/{index}")
+    plain = Folder(tmp_path).doubles(["unet"])
+    assert {path.name for path in plain} == {index, *(path.name for path in folder.root.glob("unet/*-of-*"))}
+    assert Folder(tmp_path, "fp16").doubles(["unet"]) == (Path(PLAIN),)
+
+
+@pytest.mark.parametrize("variant", ["", "bf16"])
+def test_only_several_variants_is_an_error_that_lists_them(tmp_path: Path, variant: str) -> None:
+    put(tmp_path, FP16, NON_EMA, "vae/diffusion_pytorch_model.bf16.safetensors")
+    with pytest.raises(ErasecError, match="no safetensors weights for unet") as caught:
+        Folder(tmp_path, variant).weight_files("unet")
+    assert "fp16, non_ema" in caught.value.why
+    assert 'variant = "fp16"' in caught.value.fix and "--variant fp16" in caught.value.fix
+
+
+def test_a_variant_that_no_component_has_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path, PLAIN, FP16)
+    with pytest.raises(ErasecError, match="no component has the variant 'fp8'") as caught:
+        Folder(tmp_path, "fp8").weight_files("unet")
+    assert "the plain one, fp16" in caught.value.why
+
+
+def test_shards_that_are_not_there_or_overlap_are_errors(tmp_path: Path) -> None:
+    index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    folder = put(tmp_path, index)
+    first, second = folder.weight_files("unet")
+    checkpoint.save(second, {"x": torch.zeros(1), "y": torch.zeros(1)})
+    with pytest.raises(ErasecError, match="unet has x twice"):
+        folder.entries("unet")
+    second.rename(tmp_path / second.name)
+    with pytest.raises(ErasecError, match=f"{second.name} is not there"):
+        folder.entries("unet")
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"x": first.name, "y": f"../{second.name}"}}))
+    with pytest.raises(ErasecError, match="is not there"):
+        folder.entries("unet")
+    (tmp_path / index).write_text("[]")
+    with pytest.raises(ErasecError, match="no index of shards"):
+        folder.entries("unet")

@@ -88,8 +88,8 @@ def test_an_edit_made_for_another_base_is_refused(random_folder: Path) -> None:
     [
         ("glyph", "did you mean 'glyphs'"),
         ("./nowhere", "a diffusers folder that exists"),
-        ("model.ckpt", "run code"),
-        ("model.safetensors", "save_pretrained"),
+        ("model.ckpt", "there is no file model.ckpt"),
+        ("model.safetensors", "there is no file model.safetensors"),
     ],
 )
 def test_an_unknown_name_says_what_to_give(name: str, words: str) -> None:
@@ -115,15 +115,38 @@ def test_an_unknown_layout_stops() -> None:
         detect({"blocks.0.attn.to_k.weight": (8, 8)})
 
 
-def test_families_by_shape() -> None:
-    entry, context = "down_blocks.0.attentions.0.proj_in.weight", "mid_block.attn2.to_k.weight"
-    sd1 = {"conv_in.weight": (4, 4, 3, 3), entry: (320, 320, 1, 1), context: (320, 768)}
-    sd2 = {**sd1, entry: (320, 320)}
-    assert detect(sd1).name == "sd1"
-    assert detect(sd2).name == "sd2"
-    assert detect({**sd2, "add_embedding.linear_1.weight": (1280, 2816)}).name == "sdxl"
-
-
 def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="no diffusers folder"):
         model.load(str(tmp_path))
+
+
+def test_a_pickle_is_refused_and_with_leave_read_as_tensors_alone(random_folder: Path, tmp_path: Path) -> None:
+    pickled = shutil.copytree(random_folder, tmp_path / "pickled")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        file = pickled / part / f"{name}.safetensors"
+        tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(file)[0].items()}
+        torch.save(tensors, file.with_name(f"{name.replace('model', 'pytorch_model') if part != 'unet' else name}.bin"))
+        file.unlink()
+    with pytest.raises(ErasecError, match="no safetensors weights") as caught:
+        model.load(str(pickled))
+    assert "--allow-pickle" in caught.value.fix
+    assert model.load(str(pickled), allow_pickle=True).digest == model.load(str(random_folder)).digest
+
+
+def test_a_single_pickled_file_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"anything")
+    with pytest.raises(ErasecError, match="pickled") as caught:
+        model.load(str(tmp_path / "model.ckpt"))
+    assert "--allow-pickle" in caught.value.fix
+
+
+def test_a_variant_is_taken_where_it_is_asked_for(random_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(random_folder, tmp_path / "copy")
+    for file in copy.glob("*/*.safetensors"):
+        tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(file)[0].items()}
+        checkpoint.save(file.with_suffix(".bf16.safetensors"), {k: v.bfloat16() for k, v in tensors.items()})
+    site = model.load(str(copy)).sites[0]
+    assert model.load(str(copy)).stored(site).dtype == torch.float16
+    assert model.load(str(copy), variant="bf16").stored(site).dtype == torch.bfloat16
+    with pytest.raises(ErasecError, match="no component has the variant 'fp8'"):
+        model.load(str(copy), variant="fp8")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from erasec import recipe as recipes
 from erasec.concept import Concept
 from erasec.errors import ErasecError
-from erasec.recipe import Limits, PassUse, Recipe, from_flags, from_toml, parse_pass, to_toml
+from erasec.recipe import Limits, PassUse, Recipe, from_flags, from_toml, parse_use, to_toml
 
 words = st.text(min_size=1, max_size=12).map(str.strip).filter(bool)
 numbers = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
@@ -78,7 +78,7 @@ def test_flags_replace_the_keys_of_a_recipe_and_nothing_else(tmp_path: Path) -> 
     ],
 )  # fmt: skip
 def test_a_pass_as_typed(text: str, name: str, read: dict[str, object]) -> None:
-    use = parse_pass(text)
+    use = parse_use(text)
     assert use.name == name
     assert {key: (type(value), value) for key, value in use.options.items()} == {
         key: (type(value), value) for key, value in read.items()
@@ -94,7 +94,7 @@ def test_a_pass_as_typed(text: str, name: str, read: dict[str, object]) -> None:
 )  # fmt: skip
 def test_a_pass_mistyped(text: str, words: str) -> None:
     with pytest.raises(ErasecError, match=words):
-        parse_pass(text)
+        parse_use(text)
 
 
 M = 'model = "glyphs"\n'

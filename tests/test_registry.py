@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from erasec import registry
-from erasec.base import Pass, Target, with_options
+from erasec.base import Output, Pass, with_options
 from erasec.errors import ErasecError
 
 MINE = """
@@ -51,7 +51,7 @@ def test_every_pass_in_the_table_loads_under_its_own_name(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(registry.TARGETS))
 def test_every_target_in_the_table_loads_under_its_own_name(name: str) -> None:
     found = registry.load_target(name)
-    assert issubclass(found, Target)
+    assert issubclass(found, Output)
     assert found.name == name
     assert found.summary
 

@@ -1,0 +1,199 @@
+"""Apply edit files to checkpoints, and put edit files of several concepts together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasec import edit as edits_
+from erasec import journal, registry
+from erasec import model as models
+from erasec.checkpoint import patch
+from erasec.errors import CheckFailed, ErasecError
+from erasec.family import FAMILIES
+from erasec.rows import ClosedForm
+from erasec.single_file import SingleFile
+from erasec.staging import put, staged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erasec.edit import Edit
+    from erasec.model import Model
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What ``apply`` wrote: where, how many tensors and bytes it changed, and what it cannot promise."""
+
+    path: Path
+    tensors: int
+    bytes: int
+    notes: tuple[str, ...]
+
+
+def apply(
+    file: Path, name: str, out: Path | None = None, in_place: bool = False, link: bool = False, transfer: bool = False,
+    revision: str | None = None, variant: str = "", allow_pickle: bool = False,
+) -> Applied:  # fmt: skip
+    """Merge the edits of ``file`` into the model ``name``: to ``out``, or in the model's own files.
+
+    A folder gives a folder and a single file a single file, every other byte the same. The base is known by the tensors
+    that the edit changes; another one raises ErasecError, unless ``transfer``: then the family and shapes must agree.
+    """
+    if in_place == (out is not None):
+        raise ErasecError("where to is not clear", fix="give either --out PATH or --in-place")
+    edits, told = edits_.read(file)
+    model = models.load(name, revision, variant, allow_pickle)
+    notes = _fits(model, edits, told, file.name, transfer)
+    for edit in edits:
+        model = model.with_edit(replace(edit, base=""))
+    changed = {
+        component: {key: _finite(key, make) for key, make in tensors.items()}
+        for component, tensors in model.merged().items()
+    }
+    if in_place:
+        if allow_pickle or name in models.BUNDLED:
+            raise ErasecError(
+                f"{name} is not edited in place",
+                why="it ships with erasec" if name in models.BUNDLED else "a pickle is never written",
+                fix="give --out PATH",
+            )
+        journal.patch_in_place_many(model.source.placed(changed))
+        path = Path(name)
+    else:
+        assert out is not None
+        path = out.expanduser()
+        _write(model, path, changed, link)
+    entries = [model.source.entries(component)[key] for component in changed for key in changed[component]]
+    return Applied(path, len(entries), sum(entry.stop - entry.start for entry in entries), notes)
+
+
+def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable[[], Tensor]]], link: bool) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        raise ErasecError(f"the output folder {path} is not empty", fix="give a path that does not exist yet")
+    if isinstance(model.source, SingleFile) and path.suffix == ".safetensors":
+        if path.resolve() == model.source.file.resolve():
+            raise ErasecError(f"{path} is the model itself", fix="give another path, or --in-place")
+        patch(model.source.file, path, model.source.placed(changed)[model.source.file])
+        return
+    if path.suffix == ".safetensors":
+        raise ErasecError(f"{path} would be a single file, and the model is a folder", fix="give a folder: --out DIR")
+    with staged(path) as stage:
+        model.source.write(stage, changed, link)
+        put(stage, path)
+
+
+def _finite(key: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def checked() -> Tensor:
+        tensor = make()
+        if not bool(tensor.isfinite().all()):
+            raise CheckFailed(
+                f"the new {key} is not finite", why=f"a number is too large for {tensor.dtype}",
+                fix="the edit is too strong for this precision: lower its scale or raise its ridge",
+            )  # fmt: skip
+        return tensor
+
+    return checked
+
+
+def _fits(model: Model, edits: Sequence[Edit], told: Mapping[str, Any], file: str, transfer: bool) -> tuple[str, ...]:
+    """Sentences about what cannot be promised. Raises ErasecError where the edit is not for this model."""
+    if told["family"] != model.family.name:
+        raise ErasecError(
+            f"{file} is for {told['family']}, and {model.name} is {model.family.name}",
+            why="their matrices and text states are not the same", fix="solve it again on this model: erasec build",
+        )  # fmt: skip
+    here = {(site.component, site.key): site.shape for site in model.sites}
+    for site in {site for edit in edits for site in edit.deltas}:
+        shape = here.get((site.component, site.key))
+        if shape != site.shape:
+            raise ErasecError(
+                f"{file} changes {site.key} {site.shape}", why=f"in {model.name} it is {shape or 'missing'}"
+            )
+    digests = told["sites"]
+    found = {f"{site.component}/{site.key}": site for edit in edits for site in edit.deltas}
+    other = [key for key, site in sorted(found.items()) if model.site_digest(site) != digests[key]]
+    if not other:
+        return ()
+    if not transfer:
+        raise ErasecError(
+            f"{file} was made for another model ({told['model']})",
+            why=f"{len(other)} of the {len(found)} tensors that it changes are not its base's, such as {other[0]}",
+            fix="solve it again on this model with erasec build; or, for a fine-tune of the same base, --transfer",
+        )
+    remaps = all(isinstance(delta, edits_.Remap) for edit in edits for delta in edit.deltas.values())
+    return (
+        f"{file} was solved on {told['model']}: {len(other)} of the {len(found)} edited tensors are others here.",
+        "It is a map of text states, so it does here what it does there as far as both read the same text encoder."
+        if remaps else "Its changes of the weights were computed for its base, and only added here.",
+        "That the concept is gone and all else is kept was not measured on this model: build on it, or audit it.",
+    )  # fmt: skip
+
+
+def combine(files: Sequence[Path], without: Sequence[str], out: Path) -> Edit:
+    """Solve the concepts of several edit files, less those named in ``without``, as one edit, from their stored sums.
+
+    No model is needed, and the result is what a build of these concepts would have given, in whatever order they come.
+    Raises ErasecError where the files are not of one pass with one set of options on one base.
+    """
+    if out.exists():
+        raise ErasecError(f"{out} exists", fix="give a path that does not exist yet")
+    every = [(file, *edits_.read(file)) for file in files]
+    first, told = every[0][1][0], every[0][2]
+    sums: dict[str, Mapping[str, Tensor]] = {}
+    asked: dict[str, Mapping[str, Sequence[str]]] = {}
+    for file, edits, _ in every:
+        if len(edits) != 1 or not edits[0].sums:
+            raise ErasecError(
+                f"{file.name} cannot be combined", why="it is no single closed-form edit with its sums",
+                fix="erasec build MODEL --erase C --pass uce --target edit   makes one that can",
+            )  # fmt: skip
+        _same(first, edits[0], every[0][0].name, file.name)
+        for concept in edits[0].sums:
+            if concept in sums and concept not in ("", *without):
+                raise ErasecError(f"{concept!r} is in two of the files", fix="give it once")
+        sums |= edits[0].sums
+        asked |= edits[0].asked
+    for concept in without:
+        if concept not in asked:
+            raise ErasecError(f"no file holds {concept!r}", why=f"there are: {', '.join(sorted(asked))}")
+        del sums[concept], asked[concept]
+    if not asked:
+        raise ErasecError("nothing is left to erase", fix="keep at least one concept")
+    _undisputed(asked)
+    kind = registry.load_pass(first.by)
+    assert issubclass(kind, ClosedForm)
+    streams = {
+        stream.name: tuple(s for s in first.deltas if s.attn == stream.attn and s.proj in stream.projections)
+        for stream in FAMILIES[told["family"]].streams
+    }
+    made = replace(kind(**first.params).edit(streams, sums), base=first.base, asked=asked)
+    edits_.write(out, [made], told)
+    return made
+
+
+def _same(one: Edit, other: Edit, name: str, other_name: str) -> None:
+    for what, a, b in (("pass", one.by, other.by), ("base", one.base, other.base)):
+        if a != b:
+            raise ErasecError(f"{name} and {other_name} differ in their {what}", why=f"{a[:24]} and {b[:24]}")
+    params = {key for key in (*one.params, *other.params) if one.params.get(key) != other.params.get(key)}
+    if params:
+        key = min(params)
+        why = f"{key} is {one.params.get(key)!r} in one and {other.params.get(key)!r} in the other"
+        raise ErasecError(f"{name} and {other_name} were made with other options", why=why)
+    shared, others = one.sums.get("", {}), other.sums.get("", {})
+    if shared.keys() != others.keys() or any(not bool((shared[key] == others[key]).all()) for key in shared):
+        raise ErasecError(f"{name} and {other_name} were made with other priors", fix="make them with the same prior")
+
+
+def _undisputed(asked: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    for one, phrases in asked.items():
+        erased = {phrase.casefold() for other in asked if other != one for phrase in asked[other]["erase"]}
+        if both := [phrase for phrase in phrases["keep"] if phrase.casefold() in erased]:
+            raise ErasecError(
+                f"{one} keeps {both[0]!r}, which another of the concepts erases",
+                why="solved together, the two would meet half way", fix="build them together: --erase A --erase B",
+            )  # fmt: skip

@@ -1,0 +1,39 @@
+"""Target edit: what was changed, as one small file for ``erasec apply`` and ``erasec combine``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from erasec import edit as edits
+from erasec.base import Artifact, Check, Context, EditTarget
+
+if TYPE_CHECKING:
+    from erasec.model import Model
+
+
+@dataclass(frozen=True)
+class EditFile(EditTarget):
+    """``sums`` false leaves out what re-solving needs: a smaller file, which cannot be combined with others.
+
+    An edit file is the eraser and its inverse: whoever has it and the erased checkpoint has the base.
+    """
+
+    sums: bool = True
+
+    name: ClassVar[str] = "edit"
+    summary: ClassVar[str] = "the edit alone, a few MB, for erasec apply and erasec combine"
+
+    def size(self, model: Model) -> int:
+        """Two factors and three sums of up to the text width squared for each stream, for one concept."""
+        return sum(5 * 8 * sites[0].shape[1] ** 2 for sites in model.streams.values())
+
+    def export(self, model: Model, out: Path, context: Context) -> Artifact:
+        path = out / f"{'-'.join(name for edit in model.edits for name in edit.concept.split(', '))[:80]}{edits.SUFFIX}"
+        edits.write(path, model.edits, model.about(), self.sums)
+        again = replace(model, edits=edits.read(path)[0])
+        sites = [site for site in model.sites if model.deltas(site)]
+        wrong = [site.key for site in sites if not bool((model.merge(site) == again.merge(site)).all())]
+        how = f"edited tensors that are not the same when the file is read and merged again, of {len(sites)}"
+        return Artifact(self.name, out, (Check("edit/again", float(len(wrong)), 0.0, not wrong, how),))

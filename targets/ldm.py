@@ -1,0 +1,190 @@
+"""Target ldm: one file in the original Stable Diffusion layout, which ComfyUI, A1111 and from_single_file read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from erasec.base import Artifact, Check, Context, Target
+from erasec.checkpoint import Entry, atomic, read_header, read_tensor, tensor_bytes
+from erasec.errors import ErasecError
+from erasec.family import Shape, detect
+from erasec.keys import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
+from erasec.progress import bar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erasec.checkpoint import Folder
+    from erasec.model import Model
+
+FILE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+# The names of the ModelSpec metadata standard, by family and prediction
+ARCHITECTURES = {
+    ("sd1", "epsilon"): "stable-diffusion-v1", ("sd1", "v"): "stable-diffusion-v1",
+    ("sd2", "epsilon"): "stable-diffusion-v2-512", ("sd2", "v"): "stable-diffusion-v2-768-v",
+    ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base", ("sdxl", "v"): "stable-diffusion-xl-v1-base",
+}  # fmt: skip
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+@dataclass(frozen=True)
+class Ldm(Target):
+    """Renames the merged checkpoint's tensors into one safetensors file; every number and dtype is kept.
+
+    A single file has no place for the tokenizer and the sampler's settings: its readers know them by family.
+    """
+
+    name: ClassVar[str] = "ldm"
+    summary: ClassVar[str] = "a single file in the original layout, for ComfyUI, A1111 and from_single_file"
+
+    def size(self, model: Model) -> int:
+        """The size of the weights as they are stored."""
+        components = (model.source.entries(component) for component in model.family.components)
+        return sum(entry.stop - entry.start for entries in components for entry in entries.values())
+
+    def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
+        """Write ``out/model.safetensors``, one tensor in memory at a time, and read all of it back."""
+        if "unet" not in checkpoint.index:
+            raise ErasecError(
+                "this model has no UNet", why=f"single files are written for {', '.join(PREFIXES)}, which have one",
+                where=str(checkpoint.root), fix="take the target hf, which writes every model's folder",
+            )  # fmt: skip
+        family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
+        entries = {component: checkpoint.entries(component) for component in PREFIXES[family]}
+        shapes = {component: {key: entry.shape for key, entry in own.items()} for component, own in entries.items()}
+        pieces: dict[str, list[tuple[Place, Entry]]] = {}
+        for (component, key), place in to_single(family, shapes).items():
+            pieces.setdefault(place.key, []).append((place, entries[component][key]))
+        layout = {key: (_dtype(key, parts), parts[0][0].shape) for key, parts in pieces.items()}
+        about, marks = metadata(checkpoint, family)
+        layout |= dict.fromkeys(marks, ("F32", (0,)))
+
+        def make(key: str) -> Iterable[Tensor]:
+            for place, entry in sorted(pieces.get(key, []), key=lambda piece: piece[0].start):
+                tensor = read_tensor(entry)
+                yield tensor.T if place.transposed else tensor
+
+        stream(out / FILE, layout, make, about)
+        return Artifact(self.name, out, (finite(out / FILE), same_tensors(entries, out / FILE)))
+
+
+def stream(
+    path: Path,
+    layout: Mapping[str, tuple[str, Shape]],
+    make: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor: keys and metadata sorted, so the same content is the same bytes.
+
+    ``layout`` gives the stored dtype and shape of every key. ``make`` gives a key's tensor as pieces along dimension 0,
+    which are written one after the other. Raises ErasecError where they do not add up to the layout's size.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for key, (dtype, shape) in sorted(layout.items()):
+        size = _bytes(dtype, shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as temporary, temporary.open("wb") as file, bar("write", len(layout)) as advance:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, (dtype, shape) in sorted(layout.items()):
+            written = sum(file.write(tensor_bytes(piece)) for piece in make(key))
+            if written != _bytes(dtype, shape):
+                raise ErasecError(f"{key} came as {written} bytes", why=f"{dtype} {shape} is {_bytes(dtype, shape)}")
+            advance()
+
+
+def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The file's metadata, and the keys of the empty tensors by which readers know an SDXL that predicts v.
+
+    Raises ErasecError where the checkpoint does not say what it predicts, or single files cannot say it.
+    """
+    if not (checkpoint.root / "scheduler" / "scheduler_config.json").is_file():
+        raise ErasecError(
+            "the checkpoint has no scheduler/scheduler_config.json", where=str(checkpoint.root),
+            why="it says what the UNet predicts, and the file must say so too",
+        )  # fmt: skip
+    config = checkpoint.config("scheduler", "scheduler_config.json")
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in PREDICTIONS:
+        raise ErasecError(
+            f"the UNet predicts {predicted!r}", why=f"single files are read as {' or '.join(PREDICTIONS)}",
+        )  # fmt: skip
+    prediction = PREDICTIONS[predicted]
+    about = {
+        "format": "pt",
+        "modelspec.architecture": ARCHITECTURES[family, prediction],
+        "modelspec.prediction_type": prediction,
+    }
+    if (family, prediction) != ("sdxl", "v"):
+        return about, ()
+    return about, ("v_pred", "ztsnr") if config.get("rescale_betas_zero_snr") else ("v_pred",)
+
+
+def finite(file: Path) -> Check:
+    """Count the floating tensors of a file that hold a NaN or an infinity; one is read at a time."""
+    floats = {key: entry for key, entry in read_header(file)[0].items() if entry.dtype in FLOATS}
+    bad = sorted(key for key, entry in floats.items() if not bool(read_tensor(entry).isfinite().all()))
+    how = f"tensors with a NaN or an infinity; all {len(floats)} floating tensors read from disk"
+    if bad:
+        how += f"; the first is {bad[0]}"
+    return Check("finite", float(len(bad)), 0.0, not bad, how)
+
+
+def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:
+    """Count what differs between a folder's tensors, {component: {key: entry}}, and those a single file holds.
+
+    A tensor is the same where key, dtype, shape and every byte are; what single files leave out is not counted.
+    """
+    entries = read_header(file)[0]
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    found = from_single(detect_single(shapes), shapes)
+    wanted = {
+        (component, canonical(component, key)): entry
+        for component, own in folder.items()
+        for key, entry in own.items()
+        if canonical(component, key) not in UNUSED_IN_FOLDERS
+    }
+    different = set(wanted) ^ set(found)
+    for name in set(wanted) & set(found):
+        if not _equal(wanted[name], entries[found[name].key], found[name]):
+            different.add(name)
+    how = f"tensors by key, dtype, shape and every byte; {len(wanted)} of the checkpoint, {len(found)} of the file"
+    if different:
+        how += f"; the first that differs is {' '.join(min(different))}"
+    return Check("layout", float(len(different)), 0.0, not different, how)
+
+
+def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
+    if (stored.dtype, place.folder_shape) != (wanted.dtype, wanted.shape):
+        return False
+    # Rows lie together, so a third of a tensor is read alone.
+    rows = place.rows or place.shape[0]
+    row = (stored.stop - stored.start) // place.shape[0]
+    start = stored.start + place.start * row
+    part = read_tensor(replace(stored, shape=(rows, *place.shape[1:]), start=start, stop=start + rows * row))
+    return tensor_bytes(part.T if place.transposed else part) == tensor_bytes(read_tensor(wanted))
+
+
+def _dtype(key: str, parts: list[tuple[Place, Entry]]) -> str:
+    dtypes = sorted({entry.dtype for _, entry in parts})
+    if len(dtypes) > 1:
+        raise ErasecError(
+            f"the parts of {key} have the dtypes {' and '.join(dtypes)}", why="a single file holds q, k and v as one",
+            fix="save the text encoder in one dtype",
+        )  # fmt: skip
+    return dtypes[0]
+
+
+def _bytes(dtype: str, shape: Shape) -> int:
+    size = 1 if dtype == "BOOL" else int(dtype.lstrip("BFIU")) // 8
+    for length in shape:
+        size *= length
+    return size

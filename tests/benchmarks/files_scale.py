@@ -1,0 +1,248 @@
+"""Time and memory from an edit file to files on disk, at the size of Stable Diffusion 1.4, beside plain copies.
+
+    python tests/benchmarks/files_scale.py       writes tests/benchmarks/results/files_scale.json; needs 18 GB of disk
+    ... --keep DIR      makes the random model, its single file and the edit file in DIR, or finds them there
+    ... --size tiny     a model of a few MB: a trial, no benchmark
+
+A random diffusers folder in float32 and an edit file of rank 10 for its 32 K and V matrices. Each step runs in a fresh
+process, in turn, --rounds times; the figures are medians. "seconds" is the time that the step takes once everything is
+imported, for erasec from the parsing of its command line on; "durable" is that until the files are on disk too (fsync
+of each); "process" the whole process, imports included. "peak_mb" is the process's resident peak, VmHWM: ru_maxrss
+would inherit that of its parent. Where DIR or TMPDIR lies is what is measured: it should be the disk that models are on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import machine
+
+RESULT = Path(__file__).parent / "results" / "files_scale.json"
+GOALS = {"ratio": 1.3, "in_place": 1.0, "peak_mb": 600.0}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+RANK = 10
+Told = dict[str, Any]
+
+
+def make(folder: str, size: str) -> Callable[[], None]:
+    """A random SD 1.4."""
+    from erasec.layouts import random_folder
+
+    return lambda: random_folder(Path(folder), "sd1", size)
+
+
+def solve(folder: str, file: str) -> Callable[[], None]:
+    """An edit file for it, from synthetic token states."""
+    from naive import states
+
+    from erasec import closed_form, edit, model, registry
+    from erasec.rows import ClosedForm, mean, pack
+
+    def run() -> None:
+        base = model.load(folder)
+        width = base.sites[0].shape[1] if not base.streams else next(iter(base.streams.values()))[0].shape[1]
+        source, target, keep = (states(RANK, width, seed) for seed in (1, 2, 3))
+        asked = closed_form.system(source, target, mean(source), keep, mean(keep))
+        kind = registry.load_pass("uce")
+        assert issubclass(kind, ClosedForm)
+        made = kind().edit(base.streams, {"synthetic": pack(asked, "context")})
+        edit.write(Path(file), [made], base.with_edit(made).about())
+
+    return run
+
+
+def single(folder: str, out: str) -> Callable[[], None]:
+    """The folder as a single file, in ``out``/model.safetensors."""
+    from erasec import registry
+    from erasec.base import Context
+    from erasec.checkpoint import Folder
+
+    target: Any = registry.load_target("ldm")()
+    return lambda: target.export(Folder(Path(folder)), Path(out), Context())
+
+
+def copy(source: str, out: str) -> Callable[[], None]:
+    """A plain copy of a file or a folder."""
+    whole = Path(source).is_dir()
+    return lambda: (shutil.copytree(source, out) if whole else shutil.copyfile(source, out)) and None
+
+
+def apply(*arguments: str) -> Callable[[], None]:
+    """``erasec apply`` with these arguments."""
+    import torch  # noqa: F401
+
+    from erasec import apply, cli, plan  # noqa: F401
+
+    def run() -> None:
+        if code := cli.app(["apply", *arguments], standalone_mode=False):
+            raise SystemExit(code)
+
+    return run
+
+
+STEPS: dict[str, Callable[..., Callable[[], None]]] = {
+    "make": make, "solve": solve, "single": single, "copy": copy, "apply": apply
+}  # fmt: skip
+
+
+def step(name: str, written: str, *arguments: str) -> Told:
+    """Run one step in this process; ``written`` is the file or folder that it writes, or "" where that is not asked."""
+    run = STEPS[name](*arguments)
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    if written:
+        flush(Path(written))
+    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": machine.status("VmHWM")}
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or all files of a folder, are on disk."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def fresh(name: str, written: str, *arguments: str) -> Told:
+    """``step`` in a fresh process."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--step", name, written, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"step {name} {' '.join(arguments)} failed with exit code {done.returncode}")
+    found: Told = json.loads(done.stdout.splitlines()[-1])
+    return found | {"process": time.perf_counter() - start}
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def one_round(place: Path, run: Callable[..., Told]) -> tuple[dict[str, Told], dict[str, str]]:
+    """Every step once, and the digests of what the steps of erasec wrote."""
+    from erasec.checkpoint import file_digest
+
+    model, edit, file = place / "model", str(place / "synthetic.edit.safetensors"), place / "single/model.safetensors"
+    out, copied, out_file = place / "out", place / "copy", place / "out.safetensors"
+    told: dict[str, Told] = {}
+    digests: dict[str, str] = {}
+    os.sync()
+    told["copy"] = run("copy", str(copied), str(model), str(copied))
+    told["in_place"] = run("apply", str(copied / UNET), edit, str(copied), "--in-place")
+    digests["in_place"] = file_digest(copied / UNET)
+    remove(copied)
+    for name, more in (("apply", ()), ("link", ("--link",))):
+        told[name] = run("apply", str(out), edit, str(model), "--out", str(out), *more)
+        digests[name] = file_digest(out / UNET)
+        remove(out)
+    told["copy_unet"] = run("copy", str(out_file), str(model / UNET), str(out_file))
+    remove(out_file)
+    told["copy_single"] = run("copy", str(out_file), str(file), str(out_file))
+    told["in_place_single"] = run("apply", str(out_file), edit, str(out_file), "--in-place")
+    digests["in_place_single"] = file_digest(out_file)
+    remove(out_file)
+    told["apply_single"] = run("apply", str(out_file), edit, str(file), "--out", str(out_file))
+    digests["apply_single"] = file_digest(out_file)
+    remove(out_file)
+    digests |= {"base": file_digest(model / UNET), "base_single": file_digest(file)}
+    return told, digests
+
+
+def agree(digests: Mapping[str, str]) -> bool:
+    """Whether all ways of applying the edit wrote the same bytes, and not those of the base."""
+    folder = {digests[name] for name in ("in_place", "apply", "link")}
+    file = {digests[name] for name in ("in_place_single", "apply_single")}
+    return len(folder) == len(file) == 1 and digests["base"] not in folder and digests["base_single"] not in file
+
+
+def summary(runs: Sequence[Mapping[str, Told]]) -> dict[str, Told]:
+    """Medians of the times and the highest of the peaks, by step."""
+    found: dict[str, Told] = {}
+    for name in runs[0]:
+        own = [run[name] for run in runs]
+        found[name] = {key: statistics.median(one[key] for one in own) for key in own[0] if key != "peak_mb"}
+        found[name]["peak_mb"] = max(one["peak_mb"] for one in own)
+        found[name]["runs"] = [one["seconds"] for one in own]
+    return found
+
+
+def verdict(rows: Mapping[str, Told]) -> Told:
+    """The figures that have goals, and those that miss them."""
+    pairs = {"apply": "copy", "apply_single": "copy_single"}
+    ratios = {
+        f"{name} / {other}, {key}": rows[name][key] / rows[other][key]
+        for name, other in pairs.items()
+        for key in ("seconds", "durable")
+    }
+    held = [name for name in rows if not name.startswith("copy")]
+    over = [what for what, ratio in ratios.items() if ratio > GOALS["ratio"]]
+    over += [name for name in ("in_place", "in_place_single") if rows[name]["seconds"] > GOALS["in_place"]]
+    over += [f"{name} peak" for name in held if rows[name]["peak_mb"] > GOALS["peak_mb"]]
+    return {"ratios": ratios, "goals": GOALS, "over": over}
+
+
+def main(arguments: Sequence[str] | None = None, run: Callable[..., Told] = fresh) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="where the models lie, and stay (default: a temporary folder)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: RESULT at full size)")
+    parser.add_argument("--step", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.step:
+        print(json.dumps(step(*chosen.step)))
+        return
+    with ExitStack() as stack:
+        place = chosen.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        model, edit = place / "model", place / "synthetic.edit.safetensors"
+        made = {}
+        for name, path, given in (
+            ("make", model, (str(model), chosen.size)),
+            ("solve", edit, (str(model), str(edit))),
+            ("single", place / "single", (str(model), str(place / "single"))),
+        ):
+            if not path.exists():
+                made[name] = run(name, str(path), *given)
+        rounds = [one_round(place, run) for _ in range(chosen.rounds)]
+        sizes = {"model": sum(file.stat().st_size for file in model.rglob("*") if file.is_file())}
+        sizes |= {"unet": (model / UNET).stat().st_size, "edit": edit.stat().st_size}
+    rows = summary([told for told, _ in rounds])
+    result = {
+        "rows": rows, "made": made, **verdict(rows), "same_bytes": all(agree(digests) for _, digests in rounds),
+        "bytes": sizes, "rounds": chosen.rounds, "size": chosen.size, "machine": machine.about(),
+    }  # fmt: skip
+    print("| step | seconds | on disk | whole process | peak MB |\n|---|---|---|---|---|")
+    for name, row in (made | rows).items():
+        times = " | ".join(f"{row[key]:.2f}" for key in ("seconds", "durable", "process"))
+        print(f"| {name} | {times} | {row['peak_mb']:.0f} |")
+    for what, ratio in result["ratios"].items():
+        print(f"{what}: {ratio:.2f} (≤ {GOALS['ratio']})")
+    print("all ways wrote the same bytes" if result["same_bytes"] else "OVER: NOT THE SAME BYTES")
+    print(f"OVER: {', '.join(result['over'])}" if result["over"] else "all goals are met")
+    out = chosen.out or (RESULT if chosen.size == "full" else None)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

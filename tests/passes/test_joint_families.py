@@ -1,0 +1,300 @@
+"""sd3 and flux: text states as their pipelines make them, and closed-form edits of the matrices through which text
+enters, biases and all. On small models with random weights, built from the libraries' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from erasec import checkpoint, closed_form, registry
+from erasec import model as models
+from erasec.base import Context
+from erasec.concept import Concept
+from erasec.edit import Delta, Edit, Remap
+from erasec.errors import ErasecError
+from erasec.family import Site
+from erasec.joint import captured, transformer
+from erasec.model import Model
+from erasec.passes.uce import Uce
+from erasec.rows import EMPTY, pairs, spans
+
+CONTEXT, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
+WORDS = ("a", "an", "photo", "drawing", "image", "of", "on", "navy", "star", "circle", "square", "heart")
+PROMPTS = ["", "a star", "a photo of a pentagram on navy"]
+CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle", keep=("square",))
+BARE = Concept(name="star", erase=("star",), anchor="circle", templates=("a photo of a {}",))
+CLOSED = ("uce", "rece", "mace", "trce.remap")
+
+
+def t5_tokenizer(length: int) -> Any:
+    """T5's tokenizer with a vocabulary of whole words, and of letters for all others."""
+    tokens = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(ord("a"), ord("z") + 1)), *(f"▁{word}" for word in WORDS)]
+    scores = [0.0] * 3 + [-9.0] * 27 + [-2.0] * len(WORDS)
+    return transformers.T5Tokenizer(list(zip(tokens, scores, strict=True)), extra_ids=0, model_max_length=length)
+
+
+def clip(width: int, kind: Any) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=855, hidden_size=width, intermediate_size=32, projection_dim=width, num_hidden_layers=3,
+        num_attention_heads=2, bos_token_id=853, eos_token_id=854, pad_token_id=854, initializer_factor=4.0,
+    )  # fmt: skip
+    return kind(config)
+
+
+def t5() -> Any:
+    config = transformers.T5Config(vocab_size=42, d_model=48, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(config)
+
+
+def pipeline(family: str) -> Any:
+    torch.manual_seed(0)
+    words = transformers.CLIPTokenizer.from_pretrained(models.bundled("glyphs") / "tokenizer")
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1, use_quant_conv=False,
+                                  use_post_quant_conv=False)  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    shape: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 48}
+    if family == "flux":
+        transformer: Any = diffusers.FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=1, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True, **shape,
+        )  # fmt: skip
+        return diffusers.FluxPipeline(
+            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=clip(16, transformers.CLIPTextModel),
+            tokenizer=words, text_encoder_2=t5(), tokenizer_2=t5_tokenizer(512),
+        )  # fmt: skip
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, caption_projection_dim=32, pooled_projection_dim=40,
+        pos_embed_max_size=8, dual_attention_layers=(0,), **shape,
+    )  # fmt: skip
+    kind = transformers.CLIPTextModelWithProjection
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=clip(16, kind), tokenizer=words,
+        text_encoder_2=clip(24, kind), tokenizer_2=words, text_encoder_3=None if family == "sd3-no-t5" else t5(),
+        tokenizer_3=None if family == "sd3-no-t5" else t5_tokenizer(256),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sd3", "sd3-no-t5", "flux"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline(request.param).save_pretrained(folder)
+    return models.load(str(folder))
+
+
+def parts(base: Model) -> int:
+    return len(base.family.streams[0].parts)
+
+
+def opened(base: Model, folder: Path) -> Any:
+    """The folder as diffusers opens it; that there is no T5 must be said."""
+    without = base.family.name == "sd3" and parts(base) == 1
+    return diffusers.DiffusionPipeline.from_pretrained(
+        folder, **({"text_encoder_3": None, "tokenizer_3": None} if without else {})
+    )
+
+
+@torch.no_grad()
+def test_states_are_those_of_the_pipeline(base: Model) -> None:
+    pipe = opened(base, base.source.root)
+    if base.family.name == "flux":
+        context, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu")
+    else:
+        context, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, "cpu", do_classifier_free_guidance=False)
+    found, short = base.encode(PROMPTS), base.encode(PROMPTS, "pooled")
+    length = found.states.shape[1]
+    assert length == {"flux": 512, "sd3": 77 + 256 * (parts(base) - 1)}[base.family.name]
+    assert torch.allclose(found.states, context[:, :length], atol=1e-5)
+    assert not context[:, length:].any()  # zeros stand where T5 is left out: no matrix moves them
+    assert torch.allclose(short.states, pooled[:, None], atol=1e-5)
+    for states in (found.states, short.states):
+        assert not torch.allclose(states[1], states[2], atol=1e-2)
+
+
+def test_places_of_a_phrase_are_its_own_in_every_part(base: Model) -> None:
+    prompts = BARE.prompts(["star", "pentagram"])
+    for part, found in zip(base.family.streams[0].parts, spans(base, prompts, "context"), strict=True):
+        tokenizer = base._texts.tokenizer(part.encoders[0])
+        ids = base._texts.ids([prompt.text for prompt in prompts], part.encoders[0], part.length)
+        for row, word in enumerate(("star", "pentagram")):
+            own = ids[row, found.first[row] : found.last[row] + 1]
+            assert tokenizer.decode(own).strip() == word
+            assert int(ids[row, found.end[row]]) == tokenizer.eos_token_id
+            assert found.end[row] == found.last[row] + 1
+        if not tokenizer.bos_token:  # "pentagram" is no word of the small T5: it is a token for each letter, and more
+            assert found.last[1] - found.first[1] + 1 >= len("pentagram")
+
+
+def test_the_empty_prompts_place_is_its_end_token(base: Model) -> None:
+    for part, found in zip(base.family.streams[0].parts, spans(base, [EMPTY], "context"), strict=True):
+        first = 0 if part.encoders[0] == base.family.text_encoders[-1] and part.length else 1
+        assert (found.last, found.end) == ([first], [first])
+        tokenizer = base._texts.tokenizer(part.encoders[0])
+        assert int(base._texts.ids([""], part.encoders[0], part.length)[0, first]) == tokenizer.eos_token_id
+
+
+def test_rows_of_all_parts_make_one_system(base: Model) -> None:
+    prompts, goals = BARE.prompts(["star"]), BARE.prompts(["circle"])
+    rows, becomes = pairs(base, prompts, goals, "last", "context")
+    assert len(rows) == len(becomes) == parts(base)
+    for part, own in enumerate(spans(base, prompts, "context")):
+        assert torch.equal(rows[part], own.states[0, own.last[0]])
+    assert len(pairs(base, prompts, goals, "all", "context")[0]) == base.encode([""]).states.shape[1]
+    for selector in ("last", "tail", "all", "context", "words", "eot"):
+        assert len(pairs(base, prompts, goals, selector, "pooled")[0]) == 1
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_only_the_two_matrices_that_read_text_move(name: str, base: Model, tmp_path: Path) -> None:
+    edited = base.with_edit(registry.load_pass(name)().solve(base, CONCEPT, Context()))
+    base.source.write(tmp_path, edited.merged())
+    merged = models.load(str(tmp_path))
+    moved = set()
+    for component in base.family.components:
+        old, new = base.source.entries(component), merged.source.entries(component)
+        assert old.keys() == new.keys()
+        for key in old:
+            before, after = checkpoint.read_tensor(old[key]), checkpoint.read_tensor(new[key])
+            assert bool(after.isfinite().all())
+            if not torch.equal(before, after):
+                moved.add((component, key))
+    assert moved == {("transformer", CONTEXT), ("transformer", POOLED)}
+
+
+def bias(base: Model, site: Site) -> Tensor:
+    key = site.key.removesuffix("weight") + "bias"
+    return checkpoint.read_tensor(base.source.entries("transformer")[key]).double()
+
+
+def reference(weight: Tensor, c: Tensor, wanted: Tensor) -> Tensor:
+    """The least change of a weight after which it takes the rows ``c`` to the rows ``wanted``."""
+    return weight + (wanted - c @ weight.T).T @ torch.linalg.pinv(c).T
+
+
+@pytest.mark.parametrize("stream", ["context", "pooled"])
+def test_the_layer_gives_the_anchors_output_for_the_erased_state_and_its_bias_counts_once(
+    base: Model, stream: str
+) -> None:
+    """layer'(c) = layer(v). A target that holds the bias, for a layer that adds it again, gives layer(v) + b."""
+    edited = base.with_edit(Uce(rows="last", keep=0.0, ridge=1e-10).solve(base, BARE, Context()))
+    (site,) = base.streams[stream]
+    rows = pairs(base, BARE.prompts(["star"]), BARE.prompts(["circle"]), "last", stream)
+    c, v = (side.double() for side in rows)
+    before, after, b = base.weight(site), edited.weight(site), bias(base, site)
+    goal = v @ before.T + b
+    assert torch.allclose(c @ after.T + b, goal, atol=1e-4)
+    assert not torch.allclose(c @ before.T + b, goal, atol=1e-2)
+    assert torch.allclose(after, reference(before, c, v @ before.T), atol=1e-4)
+    twice = c @ reference(before, c, goal).T + b
+    assert not torch.allclose(twice, goal, atol=1e-2)
+    assert torch.allclose(twice, goal + b, atol=1e-4)
+
+
+def test_kept_states_stay(base: Model) -> None:
+    """With few rows and a heavy keep weight what is kept moves less than with none, in both streams."""
+    kept, free = (
+        base.with_edit(Uce(rows="last", keep=weight).solve(base, CONCEPT, Context())) for weight in (100.0, 0.0)
+    )
+    for stream, (site,) in base.streams.items():
+        prompts = CONCEPT.prompts(["square"])
+        rows = pairs(base, prompts, prompts, "last", stream)[0].double()
+        drift = [float((rows @ (edited.weight(site) - base.weight(site)).T).norm()) for edited in (kept, free)]
+        assert drift[0] < 0.5 * drift[1]
+
+
+def test_the_merged_folder_runs_in_diffusers(base: Model, tmp_path: Path) -> None:
+    edited = base.with_edit(Uce().solve(base, CONCEPT, Context()))
+    base.source.write(tmp_path, edited.merged())
+    images = []
+    (site,) = base.streams["context"]
+    for folder, view in ((base.source.root, base), (tmp_path, edited)):
+        pipe = opened(base, folder)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe(
+            "a star", num_inference_steps=2, height=16, width=16, generator=generator, output_type="latent",
+        ).images)  # fmt: skip
+        assert torch.allclose(pipe.transformer.context_embedder.weight.double(), view.weight(site), atol=1e-6)
+    assert all(bool(image.isfinite().all()) for image in images)
+    assert not torch.allclose(images[0], images[1], atol=1e-5)
+
+
+def test_t5_is_read_by_either_name_of_its_token_embeddings(base: Model, tmp_path: Path) -> None:
+    """Files hold the shared matrix once, by one of two names."""
+    name = base.family.text_encoders[-1]
+    if base._texts.encoder(name).config.model_type != "t5":
+        pytest.skip("this folder has no T5")
+    base.source.write(tmp_path, {})
+    path = tmp_path / name / "model.safetensors"
+    tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(path)[0].items()}
+    assert "encoder.embed_tokens.weight" not in tensors
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    checkpoint.save(path, tensors)
+    assert torch.equal(models.load(str(tmp_path)).encode(PROMPTS).states, base.encode(PROMPTS).states)
+
+
+def keys_and_values(base: Model) -> list[Site]:
+    return list(base.select("context", ("k", "v")))
+
+
+def test_what_inner_keys_and_values_read_is_taken_as_the_transformer_runs(base: Model) -> None:
+    """At the first block it is the embedded text under that block's norm: a matter of the timestep, not of the seed."""
+    first, last = ([site.key for site in keys_and_values(base) if site.proj == "k"][at] for at in (0, -1))
+    found = captured(base, PROMPTS, [first, last], (0.2, 1.0), side=2)
+    length = base.encode([""]).states.shape[1]
+    assert {rows.shape for rows in found.values()} == {(2, 3, length, 32)}
+    network = transformer(base)
+    block = network.transformer_blocks[0]
+    states, pooled = base.encode(PROMPTS).states, base.encode(PROMPTS, "pooled").states[:, 0]
+    with torch.no_grad():
+        text = network.context_embedder(states)
+        for time, rows in zip((0.2, 1.0), found[first], strict=True):
+            steered = [torch.full((3,), 3500.0)] if base.family.name == "flux" else []
+            state = network.time_text_embed(torch.full((3,), time * 1000), *steered, pooled)
+            assert torch.allclose(block.norm1_context(text, emb=state)[0], rows, atol=1e-4)
+    assert not torch.allclose(found[first][0], found[first][1], atol=1e-3)
+    other = captured(base, PROMPTS, [first, last], (0.2, 1.0), seed=1, side=2)
+    assert torch.equal(other[first], found[first])
+    assert not torch.allclose(other[last], found[last], atol=1e-5)
+
+
+def test_inner_keys_and_values_can_be_solved_from_what_they_read(base: Model) -> None:
+    """Run again with the edit, each layer gives for the erased prompt what it gave for its anchor, at that step."""
+    prompts, goals = (BARE.prompts([word]) for word in ("star", "circle"))
+    place, to = spans(base, prompts, "context")[0].last[0], spans(base, goals, "context")[0].last[0]
+    sites = [site for site in keys_and_values(base) if site.key.startswith("transformer_blocks.0.")]
+    keys = [site.key for site in sites]
+    rows = captured(base, [prompts[0].text, goals[0].text], keys, (0.5,), side=2)
+    deltas: dict[Site, Delta] = {}
+    for site in sites:
+        c, v = rows[site.key][0, 0, place][None], rows[site.key][0, 1, to][None]
+        asked = closed_form.system(c, v, torch.ones(1), c[:0], torch.ones(0))
+        solution = closed_form.solve(asked, 1e-10)
+        deltas[site] = Remap(solution.left, solution.right)
+    edited = base.with_edit(Edit(deltas, "test", "star"))
+    again = captured(edited, [prompts[0].text], keys, (0.5,), side=2)
+    for site in sites:
+        c, v = again[site.key][0, 0, place].double(), rows[site.key][0, 1, to].double()
+        goal = base.weight(site) @ v + bias(base, site)
+        assert torch.allclose(edited.weight(site) @ c + bias(base, site), goal, atol=1e-4)
+        assert not torch.allclose(base.weight(site) @ c + bias(base, site), goal, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "time", "words"),
+    [(CONTEXT, 0.5, "reads no text states"), ("transformer_blocks.0.attn.add_k_proj.weight", 7.0, "no time 7")],
+)
+def test_captures_that_cannot_be_are_refused(base: Model, key: str, time: float, words: str) -> None:
+    with pytest.raises(ErasecError, match=words):
+        captured(base, ["a star"], [key], (time,))
+
+
+def test_families_without_joint_attention_have_nothing_to_capture() -> None:
+    with pytest.raises(ErasecError, match="no keys and values of text inside") as caught:
+        captured(models.load("glyphs"), ["a star"], [], (0.5,))
+    assert "sd3, flux" in caught.value.why

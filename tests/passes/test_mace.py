@@ -1,0 +1,101 @@
+"""MACE on a random-weights model: refinement and fusion against sums over states at every site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasec import model as models
+from erasec.base import Context
+from erasec.concept import Concept
+from erasec.errors import ErasecError
+from erasec.model import Model
+from erasec.passes.mace import Mace
+from erasec.rows import goals, pairs
+
+STAR = Concept(
+    name="star", erase=("five-pointed spark",), anchor="circle", keep=("square",), templates=("{}", "red {} on gray")
+)
+HEART = Concept(name="heart", erase=("heart",), anchor="ring", keep=("box",), templates=("{}", "a blue {}"))
+
+
+@pytest.fixture(scope="module")
+def model(random_folder: Path) -> Model:
+    return models.load(str(random_folder))
+
+
+def rows(model: Model, concept: Concept, selector: str) -> tuple[Tensor, Tensor]:
+    found = pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), selector, "context")
+    return found[0].double(), found[1].double()
+
+
+def kept(model: Model, concept: Concept) -> Tensor:
+    texts = ["", *(prompt.text for prompt in concept.prompts(concept.keep))]
+    states = model.encode(texts).states.flatten(0, 1).double()
+    return states / len(states) ** 0.5
+
+
+def naive(weight: Tensor, source: Tensor, target: Tensor, keep: Tensor, ridge: float) -> Tensor:
+    gram = source.T @ source + keep.T @ keep
+    lam = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    left = weight @ lam + (weight @ target.T) @ source + (weight @ keep.T) @ keep
+    return left @ torch.linalg.inv(gram + lam)
+
+
+def test_own_tokens_and_context_part_the_prompt_between_them(model: Model) -> None:
+    """Together they are every token once, and the phrase's own tokens are in "words" alone."""
+    prompts = STAR.prompts(STAR.phrases)
+    ids = model._texts.ids([prompt.text for prompt in prompts], "text_encoder")
+    own = [model._texts.ids([phrase], "text_encoder")[0] for phrase in STAR.phrases]
+    count = int((own[0] == ids.max()).int().argmax()) - 1
+    words, _ = rows(model, STAR, "words")
+    context, _ = rows(model, STAR, "context")
+    assert len(words) == count * len(prompts) > len(prompts)
+    trimmed = (count - 1) * len(prompts)  # the anchor is one token: what the longer side has more is left over
+    assert len(words) + len(context) == 77 * len(prompts)
+    assert trimmed > 0
+    states = model.encode([prompts[1].text]).states[0].double()
+    place = int(model.last_tokens([prompts[1].before])[0]) + 1
+    assert any(torch.equal(states[place], row) for row in words)
+    assert not any(torch.equal(states[place], row) for row in context)
+
+
+def test_refinement_alone_is_the_naive_edit_of_the_words_around(model: Model) -> None:
+    edit = Mace(own=0.0, ridge=0.05).solve(model, STAR, Context())
+    source, target = (side / len(rows(model, STAR, "context")[0]) ** 0.5 for side in rows(model, STAR, "context"))
+    for site in model.streams["context"]:
+        weight = model.stored(site).double()
+        wanted = naive(weight, source, target, kept(model, STAR), 0.05)
+        found = weight + edit.deltas[site].change(weight)
+        assert float((found - wanted).norm() / (wanted - weight).norm()) < 1e-6
+
+
+def test_two_concepts_are_refined_together_and_their_own_edits_fused(model: Model) -> None:
+    """Equation 8 at every site, W refined: least squares of (W' - W_i) states_i, of (W' - W) kept and of W' - W."""
+    ridge, concepts = 0.05, (STAR, HEART)
+    edit = next(Mace(ridge=ridge).solve_all(model, concepts, Context()))
+    refined = next(Mace(ridge=ridge, own=0.0).solve_all(model, concepts, Context()))
+    keep = torch.cat([kept(model, concept) for concept in (HEART, STAR)])
+    for site in model.streams["context"][:6]:
+        weight = model.stored(site).double()
+        weight = weight + refined.deltas[site].change(weight)
+        left, gram = weight @ keep.T @ keep, keep.T @ keep
+        for concept in concepts:
+            source, target = rows(model, concept, "words")
+            scale = len(source) ** 0.5
+            own = naive(weight, source / scale, target / scale, keep, ridge)
+            every = model.encode([prompt.text for prompt in concept.prompts(concept.phrases)]).states.flatten(0, 1)
+            states = every.double() / len(every) ** 0.5
+            left, gram = left + own @ states.T @ states, gram + states.T @ states
+        lam = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        wanted = (left + weight @ lam) @ torch.linalg.inv(gram + lam)
+        found = model.stored(site).double() + edit.deltas[site].change(model.stored(site))
+        assert float((found - wanted).norm() / (wanted - weight).norm()) < 1e-6
+
+
+def test_bad_options_are_errors() -> None:
+    with pytest.raises(ErasecError, match="mace"):
+        Mace(own=-1.0)

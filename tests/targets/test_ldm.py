@@ -1,0 +1,264 @@
+"""Target ldm: what single-file readers load is what the folder holds, and what differs is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erasec import registry
+from erasec.base import Artifact, Check, Context
+from erasec.checkpoint import Folder, patch, read_header, read_tensor
+from erasec.errors import ErasecError
+from erasec.keys import PREFIXES
+from erasec.layouts import random_folder as write_random
+from erasec.model import bundled, load
+from erasec.targets.ldm import FILE, Ldm, finite, metadata, same_tensors, stream
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Artifact]]:
+    """A random folder of every family, in half precision, and glyphs; and what the target makes of each."""
+    root = tmp_path_factory.mktemp("families")
+    for number, family in enumerate(PREFIXES):
+        write_random(root / family, family, seed=number, dtype="float16")
+    shutil.copytree(bundled("glyphs"), root / "glyphs")
+    artifacts = {
+        name: Ldm().export(Folder(root / name), root / f"{name}-ldm", Context()) for name in (*PREFIXES, "glyphs")
+    }
+    return {path.name: path for path in root.iterdir()}, artifacts
+
+
+@pytest.fixture(scope="module")
+def folders(models: tuple[dict[str, Path], dict[str, Artifact]]) -> dict[str, Path]:
+    """Each folder by its name, and the one of its single file by its name and "-ldm"."""
+    return models[0]
+
+
+def entries(folder: Path, family: str) -> dict[str, Any]:
+    return {component: Folder(folder).entries(component) for component in PREFIXES[family]}
+
+
+def with_scheduler(folder: Path, out: Path, **settings: object) -> Path:
+    """A copy of a folder with other scheduler settings; all else are links."""
+    (out / "scheduler").mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.name != "scheduler":
+            (out / path.name).symlink_to(path)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, **settings}))
+    return out
+
+
+def failed(check: Check) -> float:
+    assert not check.passed
+    return check.value
+
+
+def test_the_registry_names_it() -> None:
+    assert registry.load_target("ldm") is Ldm
+
+
+def test_the_size_is_told_before(folders: dict[str, Path]) -> None:
+    told, written = Ldm().size(load("glyphs")), (folders["glyphs-ldm"] / FILE).stat().st_size
+    assert told < written < 1.02 * told
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "glyphs"])
+def test_what_single_file_readers_load_is_the_folder(folders: dict[str, Path], name: str) -> None:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
+    wanted = kind.from_pretrained(folders[name], torch_dtype=torch.float32)
+    found = kind.from_single_file(
+        folders[f"{name}-ldm"] / FILE, config=str(folders[name]), local_files_only=True, torch_dtype=torch.float32
+    )
+    for component in PREFIXES["sd1" if name == "glyphs" else name]:
+        tensors, others = getattr(wanted, component).state_dict(), getattr(found, component).state_dict()
+        assert tensors.keys() == others.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, others[key]), f"{component} {key}"
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "glyphs"])
+def test_checks_read_every_tensor_back(models: tuple[dict[str, Path], dict[str, Artifact]], name: str) -> None:
+    folders, artifacts = models
+    artifact = artifacts[name]
+    assert (artifact.target, artifact.path) == ("ldm", folders[f"{name}-ldm"])
+    assert [path.name for path in artifact.path.iterdir()] == [FILE]
+    assert [(check.name, check.value, check.limit, check.passed) for check in artifact.checks] == [
+        ("finite", 0, 0, True), ("layout", 0, 0, True)
+    ]  # fmt: skip
+    own = entries(folders[name], "sd1" if name == "glyphs" else name)
+    count = sum("position_ids" not in key for component in own.values() for key in component)
+    assert f"{count} of the checkpoint, {count} of the file" in artifact.checks[1].how
+
+
+def test_a_second_export_is_the_same_bytes(folders: dict[str, Path], tmp_path: Path) -> None:
+    Ldm().export(Folder(folders["sdxl"]), tmp_path, Context())
+    assert (tmp_path / FILE).read_bytes() == (folders["sdxl-ldm"] / FILE).read_bytes()
+
+
+def test_the_library_reads_the_same_tensors_in_their_dtypes(folders: dict[str, Path]) -> None:
+    file = folders["sdxl-ldm"] / FILE
+    found = load_file(file)
+    text = load_file(folders["sdxl"] / "text_encoder_2" / "model.safetensors")
+    layer = "text_model.encoder.layers.1.self_attn"
+    joint = torch.cat([text[f"{layer}.{part}_proj.weight"] for part in "qkv"])
+    assert torch.equal(found["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"], joint)
+    assert torch.equal(found["conditioner.embedders.1.model.text_projection"], text["text_projection.weight"].T)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+    keys = list(read_header(file)[0])
+    assert keys == sorted(keys)
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "architecture"),
+    [
+        ("sd1", "epsilon", "stable-diffusion-v1"),
+        ("sd2", "epsilon", "stable-diffusion-v2-512"),
+        ("sd2", "v_prediction", "stable-diffusion-v2-768-v"),
+        ("sdxl", "epsilon", "stable-diffusion-xl-v1-base"),
+    ],
+)
+def test_metadata_say_what_it_is(
+    folders: dict[str, Path], tmp_path: Path, family: str, prediction: str, architecture: str
+) -> None:
+    folder = with_scheduler(folders[family], tmp_path, prediction_type=prediction)
+    wanted = {
+        "format": "pt",
+        "modelspec.architecture": architecture,
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[prediction],
+    }
+    assert metadata(Folder(folder), family) == (wanted, ())
+
+
+def test_metadata_are_in_the_file(folders: dict[str, Path]) -> None:
+    for name in PREFIXES:
+        assert read_header(folders[f"{name}-ldm"] / FILE)[1] == metadata(Folder(folders[name]), name)[0]
+
+
+def test_an_sdxl_that_predicts_v_is_marked(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = with_scheduler(folders["sdxl"], tmp_path / "model", prediction_type="v_prediction")
+    assert metadata(Folder(folder), "sdxl")[1] == ("v_pred",)
+    folder = with_scheduler(folder, tmp_path / "rescaled", rescale_betas_zero_snr=True)
+    artifact = Ldm().export(Folder(folder), tmp_path / "out", Context())
+    assert all(check.passed for check in artifact.checks)
+    marks = {key: tensor.numel() for key, tensor in load_file(tmp_path / "out" / FILE).items() if "." not in key}
+    assert marks == {"v_pred": 0, "ztsnr": 0}
+
+
+def test_unknown_predictions_and_missing_settings_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = with_scheduler(folders["sd1"], tmp_path / "model", prediction_type="sample")
+    with pytest.raises(ErasecError, match="the UNet predicts 'sample'"):
+        metadata(Folder(folder), "sd1")
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ErasecError, match="no scheduler/scheduler_config"):
+        Ldm().export(Folder(folder), tmp_path / "out", Context())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight",
+        "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_bias",
+        "first_stage_model.decoder.mid.attn_1.k.weight",
+    ],
+)
+def test_one_other_number_is_found(folders: dict[str, Path], tmp_path: Path, key: str) -> None:
+    file = folders["sd2-ldm"] / FILE
+    tensor = read_tensor(read_header(file)[0][key])
+    tensor.view(-1)[tensor.numel() // 2] += 1
+    patch(file, tmp_path / FILE, {key: lambda: tensor})
+    check = same_tensors(entries(folders["sd2"], "sd2"), tmp_path / FILE)
+    assert failed(check) == 1
+    assert check.limit == 0
+
+
+def test_another_dtype_shape_or_set_of_keys_is_found(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = entries(folders["sdxl"], "sdxl")
+    tensors = load_file(folders["sdxl-ldm"] / FILE)
+    conv, head = "model.diffusion_model.out.2.bias", "conditioner.embedders.1.model.text_projection"
+    damaged = {
+        "dtype": {**tensors, conv: tensors[conv].bfloat16()},
+        "shape": {**tensors, conv: tensors[conv].reshape(1, -1)},
+        "turned": {**tensors, head: tensors[head].T.contiguous()},
+        "missing": {key: tensor for key, tensor in tensors.items() if key != conv},
+    }
+    for name, content in damaged.items():
+        save_file(content, tmp_path / name)
+        assert failed(same_tensors(own, tmp_path / name)) == 1, name
+    save_file({**tensors, conv.replace("bias", "bais"): tensors[conv].clone()}, tmp_path / "renamed")
+    with pytest.raises(ErasecError, match=r"out\.2\.bais is no tensor"):
+        same_tensors(own, tmp_path / "renamed")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_fails(folders: dict[str, Path], tmp_path: Path, value: float) -> None:
+    key = "first_stage_model.decoder.conv_in.weight"
+    tensor = read_tensor(read_header(folders["sd1-ldm"] / FILE)[0][key])
+    tensor.view(-1)[7] = value
+    patch(folders["sd1-ldm"] / FILE, tmp_path / FILE, {key: lambda: tensor})
+    check = finite(tmp_path / FILE)
+    assert failed(check) == 1
+    assert key in check.how
+
+
+def test_parts_of_one_tensor_in_two_dtypes_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["sd2"], tmp_path / "model"))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    key = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, key: tensors[key].float()}, file)
+    with pytest.raises(ErasecError, match="in_proj_weight have the dtypes F16 and F32"):
+        Ldm().export(Folder(folder), tmp_path / "out", Context())
+
+
+def test_a_model_without_a_unet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "SD3Transformer2DModel"]}')
+    with pytest.raises(ErasecError, match="this model has no UNet"):
+        Ldm().export(Folder(tmp_path), tmp_path / "out", Context())
+
+
+def test_pieces_that_do_not_fill_a_tensor_leave_nothing(tmp_path: Path) -> None:
+    layout = {"a": ("F32", (4, 2)), "flag": ("BOOL", (3,))}
+    pieces = {"a": [torch.zeros(1, 2), torch.ones(3, 2)], "flag": [torch.tensor([True, False, True])]}
+    stream(tmp_path / "whole", layout, lambda key: pieces[key], {"format": "pt"})
+    found = load_file(tmp_path / "whole")
+    assert torch.equal(found["a"], torch.cat(pieces["a"])) and torch.equal(found["flag"], pieces["flag"][0])
+    pieces["a"].pop()
+    with pytest.raises(ErasecError, match="a came as 8 bytes"):
+        stream(tmp_path / "part", layout, lambda key: pieces[key], {"format": "pt"})
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a tensor is read for writing, none is still alive but the part that stands above it in a joint tensor."""
+    import gc
+    import weakref
+
+    from erasec.targets import ldm
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(entry: Any) -> torch.Tensor:
+        nonlocal most
+        tensor = read_tensor(entry)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(each() is not None for each in alive[-8:]))
+        return tensor
+
+    monkeypatch.setattr(ldm, "read_tensor", counted)
+    monkeypatch.setattr(ldm, "finite", lambda file: None)
+    monkeypatch.setattr(ldm, "same_tensors", lambda own, file: None)
+    gc.collect()
+    Ldm().export(Folder(folders["sd2"]), tmp_path, Context())
+    assert len(alive) > 500
+    assert most <= 2

@@ -1,0 +1,236 @@
+"""Edit files on checkpoints: folders, single files, other bases, in place; and edits put together from their sums."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasec import apply as applies
+from erasec import checkpoint, journal
+from erasec import edit as edits
+from erasec import model as models
+from erasec.base import Context, Pass
+from erasec.checkpoint import Folder, file_digest
+from erasec.concept import Concept
+from erasec.edit import Dense, Edit
+from erasec.errors import CheckFailed, ErasecError
+from erasec.glyphs.assemble import random_pipeline
+from erasec.layouts import random_folder as random_layout
+from erasec.model import Model
+from erasec.passes.mace import Mace
+from erasec.passes.rece import Rece
+from erasec.passes.trce import Remap
+from erasec.passes.uce import Uce
+from erasec.targets.edit_file import EditFile
+from erasec.targets.ldm import Ldm
+
+STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
+HEART = Concept(name="heart", erase=("heart",), anchor="ring", keep=("square", "box"))
+RING = Concept(name="ring", erase=("ring",), anchor="box", keep=("arrow",))
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(random_folder: Path) -> Model:
+    return models.load(str(random_folder))
+
+
+@pytest.fixture(scope="module")
+def star(base: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("edits") / "star.edit.safetensors"
+    edited = base.with_edit(Uce().solve(base, STAR, Context()))
+    edits.write(path, edited.edits, edited.about())
+    return path
+
+
+def write(model: Model, step: Pass, concepts: list[Concept], path: Path) -> Path:
+    for edit in step.solve_all(model, concepts, Context()):
+        model = model.with_edit(edit)
+    edits.write(path, model.edits, model.about())
+    return path
+
+
+def merged(model: Model, file: Path, out: Path) -> Path:
+    """What a build writes: the folder of the model with the file's edits."""
+    for edit in edits.read(file)[0]:
+        model = model.with_edit(edit)
+    model.source.write(out, model.merged())
+    return out
+
+
+def test_a_folder_gets_what_a_build_writes(base: Model, star: Path, tmp_path: Path) -> None:
+    done = applies.apply(star, str(base.source.root), tmp_path / "out")
+    assert (done.tensors, done.notes) == (14, ())
+    wanted = merged(base, star, tmp_path / "wanted")
+    for name in base.source.files():
+        assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes()
+    assert (wanted / UNET).read_bytes() != (base.source.root / UNET).read_bytes()
+    assert (wanted / UNET).stat().st_size == (base.source.root / UNET).stat().st_size
+
+
+def test_in_place_gives_the_same_bytes_and_leaves_no_journal(base: Model, star: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(base.source.root, tmp_path / "copy")
+    before = file_digest(copy / UNET)
+    applies.apply(star, str(copy), in_place=True)
+    assert (copy / UNET).read_bytes() == (merged(base, star, tmp_path / "wanted") / UNET).read_bytes()
+    assert file_digest(copy / UNET) != before
+    assert not journal.pending(copy)
+    with pytest.raises(ErasecError, match="another model"):
+        applies.apply(star, str(copy), in_place=True)  # a second time is another base
+
+
+def test_links_are_made_where_asked_and_nowhere_else(base: Model, star: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(base.source.root, tmp_path / "copy")
+    applies.apply(star, str(copy), tmp_path / "out", link=True)
+    vae = Path("vae/diffusion_pytorch_model.safetensors")
+    assert os.path.samefile(copy / vae, tmp_path / "out" / vae)
+    assert not os.path.samefile(copy / UNET, tmp_path / "out" / UNET)
+    with pytest.raises(ErasecError, match="in place") as caught:
+        journal.patch_in_place(copy / vae, {"quant_conv.bias": lambda: torch.zeros(8).half()})
+    assert "2 names" in caught.value.why
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_single_file_stays_one_with_every_other_byte(family: str, tmp_path: Path) -> None:
+    random_layout(tmp_path / "base", family, "tiny", dtype="float16")
+    Ldm().export(Folder(tmp_path / "base"), tmp_path / "ldm", Context())
+    file = tmp_path / "ldm" / "model.safetensors"
+    folder, single = models.load(str(tmp_path / "base")), models.load(str(file))
+    edit = write(folder, Uce(), [STAR], tmp_path / "star.edit.safetensors")
+    done = applies.apply(edit, str(file), tmp_path / "out.safetensors")
+    assert done.tensors == len(folder.streams["context"])
+    old, new = (checkpoint.read_header(path)[0] for path in (file, tmp_path / "out.safetensors"))
+    moved = {key for key in old if not torch.equal(*(checkpoint.read_tensor(each[key]) for each in (old, new)))}
+    assert len(moved) == done.tensors
+    assert all(".attn2.to_" in key for key in moved)
+    view = models.load(str(tmp_path / "out.safetensors"))
+    wanted = folder.with_edit(edits.read(edit)[0][0])
+    for site in folder.streams["context"]:
+        assert torch.equal(view.stored(site), wanted.merge(site))
+    assert torch.equal(single.encode(["a star"]).states, folder.encode(["a star"]).states)
+    applies.apply(edit, str(file), in_place=True)
+    assert file.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+
+
+def test_another_base_is_refused_and_with_transfer_told(base: Model, star: Path, tmp_path: Path) -> None:
+    random_pipeline(tmp_path / "other", seed=1, dtype=torch.float16)
+    with pytest.raises(ErasecError, match="another model") as caught:
+        applies.apply(star, str(tmp_path / "other"), tmp_path / "out")
+    assert "14 of the 14" in caught.value.why and "--transfer" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+    done = applies.apply(star, str(tmp_path / "other"), tmp_path / "out", transfer=True)
+    assert "not measured" in " ".join(done.notes) and "others here" in done.notes[0]
+    site = base.streams["context"][0]
+    other = models.load(str(tmp_path / "other"))
+    wanted = other.stored(site).double() + edits.read(star)[0][0].deltas[site].change(other.stored(site))
+    assert torch.equal(models.load(str(tmp_path / "out")).stored(site), wanted.half())
+
+
+def test_another_family_is_refused_even_with_transfer(star: Path, tmp_path: Path) -> None:
+    random_layout(tmp_path / "sd2", "sd2", "tiny")
+    with pytest.raises(ErasecError, match="sd2"):
+        applies.apply(star, str(tmp_path / "sd2"), tmp_path / "out", transfer=True)
+
+
+def test_where_to_must_be_clear_and_free(base: Model, star: Path, tmp_path: Path) -> None:
+    root = str(base.source.root)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    tries: list[tuple[Callable[[], object], str]] = [
+        (lambda: applies.apply(star, root), "not clear"),
+        (lambda: applies.apply(star, root, tmp_path / "out", in_place=True), "not clear"),
+        (lambda: applies.apply(star, root, tmp_path / "full"), "not empty"),
+        (lambda: applies.apply(star, root, tmp_path / "a.safetensors"), "a single file"),
+        (lambda: applies.apply(star, "glyphs", in_place=True, transfer=True), "not edited in place"),
+    ]
+    for attempt, words in tries:
+        with pytest.raises(ErasecError, match=words):
+            attempt()
+
+
+def test_numbers_that_overflow_stop_everything(base: Model, tmp_path: Path) -> None:
+    site = base.streams["context"][0]
+    wild = Edit({site: Dense(torch.full(site.shape, 1e6))}, "wild", "star")
+    edits.write(tmp_path / "wild.edit.safetensors", [wild], base.with_edit(wild).about())
+    copy = shutil.copytree(base.source.root, tmp_path / "copy")
+    before = file_digest(copy / UNET)
+    for out, in_place in ((tmp_path / "out", False), (None, True)):
+        with pytest.raises(CheckFailed, match="not finite"):
+            applies.apply(tmp_path / "wild.edit.safetensors", str(copy), out, in_place)
+    assert file_digest(copy / UNET) == before
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("step", [Uce(), Uce(rows="last"), Remap(), Rece(), Mace()], ids=lambda step: f"{step}"[:24])
+def test_concepts_added_and_taken_out_again_are_the_joint_edit_bit_by_bit(
+    step: Pass, base: Model, tmp_path: Path
+) -> None:
+    files = {c.name: write(base, step, [c], tmp_path / f"{c.name}.edit.safetensors") for c in (STAR, HEART, RING)}
+    wanted = edits.read(write(base, step, [STAR, HEART], tmp_path / "joint.edit.safetensors"))[0][0]
+    one = applies.combine([files["heart"], files["star"]], [], tmp_path / "one.edit.safetensors")
+    all_three = applies.combine([files["ring"], files["star"], files["heart"]], [], tmp_path / "three.edit.safetensors")
+    back = applies.combine([tmp_path / "three.edit.safetensors"], ["ring"], tmp_path / "back.edit.safetensors")
+    alone = edits.read(files["star"])[0][0]
+    for site in wanted.deltas:
+        weight = base.stored(site)
+        assert torch.equal(one.deltas[site].change(weight), wanted.deltas[site].change(weight))
+        assert torch.equal(back.deltas[site].change(weight), wanted.deltas[site].change(weight))
+        assert not torch.allclose(all_three.deltas[site].change(weight), wanted.deltas[site].change(weight))
+        assert not torch.allclose(alone.deltas[site].change(weight), wanted.deltas[site].change(weight))
+    assert back.concept == "heart, star"
+    done = applies.apply(tmp_path / "back.edit.safetensors", str(base.source.root), tmp_path / "out")
+    assert done.tensors == 14
+
+
+def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.edit.safetensors"
+    heart = write(base, Uce(), [HEART], tmp_path / "heart")
+    disputed = write(
+        base, Uce(), [HEART.model_copy(update={"name": "other", "keep": ("star",)})], tmp_path / "disputed"
+    )
+    stronger = write(base, Uce(scale=2.0), [HEART], tmp_path / "stronger")
+    remap = write(base, Remap(), [HEART], tmp_path / "remap")
+    bare = tmp_path / "bare"
+    edits.write(bare, edits.read(heart)[0], base.about(), sums=False)
+    tries: list[tuple[list[Path], list[str], str]] = [
+        ([star, star], [], "in two of the files"),
+        ([star, disputed], [], "keeps 'star'"),
+        ([star, stronger], [], "other options"),
+        ([star, remap], [], "differ in their pass"),
+        ([star, bare], [], "cannot be combined"),
+        ([star, heart], ["moon"], "no file holds 'moon'"),
+        ([star], ["star"], "nothing is left"),
+    ]
+    for files, without, words in tries:
+        with pytest.raises(ErasecError, match=words):
+            applies.combine(files, without, out)
+        assert not out.exists()
+    with pytest.raises(ErasecError, match="exists"):
+        applies.combine([star, heart], [], star)
+
+
+def test_the_target_writes_a_file_that_makes_the_same_checkpoint(base: Model, tmp_path: Path) -> None:
+    model = base.with_edit(Uce().solve(base, STAR, Context()))
+    artifact = EditFile().export(model, tmp_path, Context())
+    assert [(check.name, check.value, check.passed) for check in artifact.checks] == [("edit/again", 0.0, True)]
+    file = tmp_path / "star.edit.safetensors"
+    assert file.stat().st_size <= 1.1 * EditFile().size(base)
+    small = tmp_path / "small"
+    EditFile(sums=False).export(model, small, Context())
+    assert (small / file.name).stat().st_size < file.stat().st_size
+
+
+def test_the_targets_check_notices_a_file_that_makes_another(
+    base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = base.with_edit(Uce().solve(base, STAR, Context()))
+    other = base.with_edit(Uce().solve(base, HEART, Context()))
+    monkeypatch.setattr("erasec.edit.read", lambda path: (other.edits, {}))
+    check = EditFile().export(model, tmp_path, Context()).checks[0]
+    assert (check.value, check.passed) == (14.0, False)

@@ -1,0 +1,134 @@
+"""Edits as data: how they meet weights, how they compose, and the file that holds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasec import edit as edits
+from erasec import model as models
+from erasec.base import Context
+from erasec.checkpoint import file_digest, read_header, save
+from erasec.concept import Concept
+from erasec.edit import Dense, Edit, LowRank, Remap, composed, merge
+from erasec.errors import ErasecError
+from erasec.model import Model
+from erasec.passes.uce import Uce
+
+CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def base(random_folder: Path) -> Model:
+    return models.load(str(random_folder))
+
+
+@pytest.fixture(scope="module")
+def star(base: Model) -> Edit:
+    return Uce().solve(base, CONCEPT, Context())
+
+
+def test_remaps_compose_in_their_order() -> None:
+    maps = [Remap(draw(seed, 8, rank) / 4, draw(seed + 1, rank, 8) / 4) for seed, rank in ((0, 1), (10, 3), (20, 8))]
+    weight, unit = draw(30, 5, 8), torch.eye(8, dtype=torch.float64)
+    wanted = weight
+    for step in maps:
+        wanted = wanted @ (unit + step.left @ step.right)
+    one = composed(tuple(maps))
+    assert torch.allclose(weight + one.change(weight), wanted, atol=1e-12)
+    assert torch.allclose(merge(weight, maps), wanted, atol=1e-12)
+    assert not torch.allclose(merge(weight, maps[::-1]), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 30, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_merged_remap_is_the_float64_one_to_a_millionth_of_the_edit(rank: int, dtype: torch.dtype) -> None:
+    weight = draw(0, 40, 64).to(dtype)
+    step = Remap(draw(1, 64, rank) / 64**0.5, draw(2, rank, 64) / 64**0.5)
+    wanted = weight.double() + step.change(weight)
+    found = merge(weight, [step])
+    assert found.dtype == dtype
+    if dtype == torch.float32:
+        assert float((found.double() - wanted).norm() / (wanted - weight.double()).norm()) < 1e-6
+    else:  # the storage rounds more than the product does
+        assert float((found.double() - wanted.to(dtype).double()).abs().max()) <= 2 * float(
+            torch.finfo(dtype).eps * wanted.abs().max()
+        )
+
+
+def test_other_deltas_start_from_what_came_before(base: Model) -> None:
+    weight = draw(0, 5, 8)
+    steps = [LowRank(draw(1, 5, 2), draw(2, 2, 8)), Remap(draw(3, 8, 2), draw(4, 2, 8)), Dense(draw(5, 5, 8))]
+    first = weight + steps[0].change(weight)
+    wanted = first + first @ steps[1].left @ steps[1].right + steps[2].change(first)
+    assert torch.allclose(merge(weight, steps), wanted, atol=1e-12)
+
+
+def test_nothing_to_merge_is_the_weight_itself() -> None:
+    weight = draw(0, 3, 3).half()
+    assert torch.equal(merge(weight, []), weight)
+
+
+def test_a_file_gives_back_the_same_edits_and_the_same_bytes(base: Model, star: Edit, tmp_path: Path) -> None:
+    site = base.select("self", "q")[0]
+    more = Edit(
+        {site: LowRank(draw(0, site.shape[0], 2), draw(1, 2, site.shape[1]))},
+        "mine",
+        "heart",
+        {"rank": 2},
+        stats={"a": 1.0},
+    )
+    last = Edit({site: Dense(draw(2, *site.shape).float())}, "other", "ring")
+    model = base.with_edit(star).with_edit(more).with_edit(last)
+    for name in ("one", "two"):
+        edits.write(tmp_path / name, model.edits, model.about())
+    assert file_digest(tmp_path / "one") == file_digest(tmp_path / "two")
+    found, about = edits.read(tmp_path / "one")
+    assert about == model.about()
+    assert [(e.by, e.concept, dict(e.params), e.base, dict(e.stats)) for e in found] == [
+        (e.by, e.concept, dict(e.params), e.base, dict(e.stats)) for e in model.edits
+    ]
+    assert found[0].asked == {"star": {"erase": ["star"], "keep": ["square"]}}
+    again = Model(base.family, base.source, base.name, edits=found)
+    edited = [site for site in base.sites if model.deltas(site)]
+    assert len(edited) == 15
+    for site in edited:
+        assert torch.equal(again.merge(site), model.merge(site))
+        assert not torch.equal(model.merge(site), base.stored(site))
+    assert len({id(delta) for delta in found[0].deltas.values()}) == 1
+
+
+def test_a_remap_is_stored_once_for_all_its_sites(base: Model, star: Edit, tmp_path: Path) -> None:
+    edits.write(tmp_path / "with", [star], {"family": "sd1"})
+    edits.write(tmp_path / "without", [star], {"family": "sd1"}, sums=False)
+    names = set(read_header(tmp_path / "without")[0])
+    assert names == {"0/remap.0.left", "0/remap.0.right"}
+    assert {name for name in read_header(tmp_path / "with")[0] if "sums" in name} == {
+        f"0/sums/star/context.{part}" for part in ("source", "shift", "keep", "lost")
+    }
+    assert edits.read(tmp_path / "without")[0][0].sums == {}
+
+
+def test_files_that_are_none_are_errors_in_words(base: Model, star: Edit, tmp_path: Path) -> None:
+    with pytest.raises(ErasecError, match="there is no edit file"):
+        edits.read(tmp_path / "nothing")
+    save(tmp_path / "plain", {"a": draw(0, 2)})
+    with pytest.raises(ErasecError, match="no edit file of erasec"):
+        edits.read(tmp_path / "plain")
+    save(tmp_path / "newer", {"a": draw(0, 2)}, {"erasec.edit": json.dumps({"format": 99})})
+    with pytest.raises(ErasecError, match="format 99") as caught:
+        edits.read(tmp_path / "newer")
+    assert "upgrade" in caught.value.fix
+    edits.write(tmp_path / "good", [star], {})
+    data = (tmp_path / "good").read_bytes()
+    (tmp_path / "cut").write_bytes(data[:-8])
+    with pytest.raises(ErasecError, match="no whole safetensors"):
+        edits.read(tmp_path / "cut")
