@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -204,6 +204,12 @@ def patch(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -
             _write(target, made(key, entry.dtype, entry.shape, changed[key]))
             done = entry.stop
         _copy(source, target, done, size)
+        written = {key: replace(entry, file=base) for key, entry in read_header(temporary)[0].items()}
+        if written != entries or temporary.stat().st_size != size:
+            raise ErasecError(
+                f"{path.name} was not written as {base.name} is", why="its keys, dtypes, shapes or size are others",
+                fix="the disk or the base changed meanwhile: look at both, and try again",
+            )  # fmt: skip
 
 
 def copy(source: Path, path: Path) -> None:

@@ -286,18 +286,20 @@ def list_(
 def _passes() -> None:
     from erasec import registry
 
-    rows = []
-    for name in registry.passes():
-        kind = registry.load_pass(name)
-        options = (f"{field.name}={field.default}" for field in dataclasses.fields(kind))  # type: ignore[arg-type]
-        rows.append([name, kind.summary, kind.paper, ", ".join(options)])
+    kinds = {name: registry.load_pass(name) for name in registry.passes()}
+    rows = [[name, kind.summary, kind.paper, _options(kind)] for name, kind in kinds.items()]
     _table(["pass", "summary", "paper", "options with defaults"], rows)
 
 
 def _targets() -> None:
     from erasec import registry
 
-    _table(["target", "summary"], [[name, registry.load_target(name).summary] for name in registry.targets()])
+    kinds = {name: registry.load_target(name) for name in registry.targets()}
+    _table(["target", "summary", "options with defaults"], [[n, k.summary, _options(k)] for n, k in kinds.items()])
+
+
+def _options(kind: Any) -> str:
+    return ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(kind))
 
 
 def _concepts() -> None:
@@ -306,8 +308,11 @@ def _concepts() -> None:
     rows = []
     for name, path in concept.library().items():
         found = concept.from_file(path)
-        rows.append([name, ", ".join(found.phrases), found.anchor, str(path)])
-    _table(["concept", "erases", "anchor", "file"], rows)
+        more = f", and {len(found.phrases) - 3} more" if len(found.phrases) > 3 else ""
+        rows.append(
+            [name, found.kind or path.parent.name, ", ".join(found.phrases[:3]) + more, found.anchor, str(path)]
+        )
+    _table(["concept", "kind", "erases", "anchor", "file"], rows)
 
 
 def _models() -> None:

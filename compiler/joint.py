@@ -7,7 +7,8 @@ at which they were taken, and no others; the matrices have them as inputs, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,17 @@ from torch import Tensor
 from erasec.checkpoint import read_tensor
 from erasec.errors import ErasecError, nearest
 from erasec.progress import bar, hush
+from erasec.rows import Spans, chosen, spans
 
 if TYPE_CHECKING:
+    from erasec.concept import Prompt
+    from erasec.family import Site
     from erasec.model import Model
 
 CLASSES = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
 STEPS = 1000
 GUIDANCE = 3.5
+TIMES = (0.9, 0.7, 0.5)
 
 
 def captured(
@@ -32,8 +37,9 @@ def captured(
     """The inputs of the sites ``keys`` for every prompt, (times, n, t, d) in float32 by key.
 
     ``times`` are between 0, an image, and 1, noise. The latents are noise at all of them, ``side`` by ``side`` patches
-    of the same ``seed`` for every prompt, so that prompts differ by their text alone. The whole transformer is held in
-    float32, with the model's edits. Raises ErasecError for another family, and for a key that is no site of text.
+    (fewer where the model has fewer) of the same ``seed`` for every prompt, so that prompts differ by their text alone.
+    The whole transformer is held in float32, with the model's edits. Raises ErasecError for another family, and for a
+    key that is no site of text.
     """
     if model.family.name not in CLASSES:
         why = f"its family is {model.family.name}; those with joint attention: {', '.join(CLASSES)}"
@@ -64,6 +70,42 @@ def captured(
     return {key: torch.stack(rows).unflatten(0, (len(times), len(prompts))) for key, rows in found.items()}
 
 
+@dataclass(frozen=True)
+class Block:
+    """K and V of one block, which read the same, and rows of what they read: to erase, what they become, to keep."""
+
+    sites: tuple[Site, ...]
+    source: Tensor
+    target: Tensor
+    keep: Tensor
+
+
+def blocks(
+    model: Model, prompts: Sequence[Prompt], goals: Sequence[Prompt], kept: Sequence[str], selector: str, seed: int
+) -> Iterator[Block]:
+    """Rows for a closed-form edit of every block's ``add_k_proj`` and ``add_v_proj``, taken at ``TIMES``."""
+    pairs: dict[str, list[Site]] = {}
+    for site in model.sites:
+        if site.attn == "context" and site.proj in ("k", "v"):
+            pairs.setdefault(site.block, []).append(site)
+    places = spans(model, prompts, "context"), spans(model, goals, "context")
+    texts = [prompt.text for prompt in (*prompts, *goals)] + list(kept)
+    states = captured(model, texts, [sites[0].key for sites in pairs.values()], TIMES, seed)
+    for sites in pairs.values():
+        found = [
+            chosen(_at(places[0], one[: len(prompts)]), _at(places[1], one[len(prompts) : 2 * len(prompts)]), selector)
+            for one in states[sites[0].key]
+        ]
+        keep = states[sites[0].key][:, 2 * len(prompts) :].flatten(0, 2)
+        yield Block(tuple(sites), torch.cat([rows for rows, _ in found]), torch.cat([goal for _, goal in found]), keep)
+
+
+def _at(parts: Sequence[Spans], states: Tensor) -> list[Spans]:
+    """The same places in other states (n, t, d), which hold the rows of all parts one part after another."""
+    lengths = [part.states.shape[1] for part in parts]
+    return [replace(part, states=rows) for part, rows in zip(parts, states.split(lengths, 1), strict=True)]
+
+
 def transformer(model: Model) -> Any:
     """The denoiser of a model with joint attention as diffusers builds it, in float32, with the model's edits."""
     import diffusers
@@ -86,7 +128,7 @@ def _noise(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _sd3(network: Any, context: Tensor, pooled: Tensor, time: float, seed: int, side: int) -> None:
-    edge = side * network.config.patch_size
+    edge = min(side, network.config.pos_embed_max_size) * network.config.patch_size
     latents = _noise((1, network.config.in_channels, edge, edge), seed)
     network(latents, context, pooled, torch.tensor([time * STEPS]))
 

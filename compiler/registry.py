@@ -28,6 +28,7 @@ PASSES = {
     "uce": "erasec.passes.uce:Uce",
 }
 TARGETS = {
+    "edit": "erasec.targets.edit_file:EditFile",
     "hf": "erasec.targets.hf:Hf",
     "ldm": "erasec.targets.ldm:Ldm",
     "lora": "erasec.targets.lora:Lora",

@@ -102,20 +102,22 @@ SELECTORS: dict[str, Callable[[Spans, Spans, int], list[tuple[int, int]]]] = {
 }
 
 
-def pairs(model: Model, prompts: Sequence[Prompt], goals: Sequence[Prompt], selector: str, stream: str) -> tuple[
-    Tensor, Tensor
-]:  # fmt: skip
-    """Rows (n, d) of ``prompts``, and the rows of ``goals`` that they are to become: of all parts of a stream, as one
-    matrix reads them all."""
+def pairs(
+    model: Model, prompts: Sequence[Prompt], goals: Sequence[Prompt], selector: str, stream: str
+) -> tuple[Tensor, Tensor]:
+    """Rows (n, d) of ``prompts``, and the rows of ``goals`` that they are to become."""
+    return chosen(spans(model, prompts, stream), spans(model, goals, stream), selector)
+
+
+def chosen(sources: Sequence[Spans], goals: Sequence[Spans], selector: str) -> tuple[Tensor, Tensor]:
+    """The rows that a selector takes of each part of a stream: together, as one matrix reads them all."""
     rows: list[Tensor] = []
     becomes: list[Tensor] = []
-    for source, goal in zip(spans(model, prompts, stream), spans(model, goals, stream), strict=True):
-        chosen = [
-            (row, *places)
-            for row in range(len(prompts))
-            for places in (SELECTORS[selector](source, goal, row) or [(0, 0)] * (source.states.shape[1] == 1))
-        ]
-        index = torch.tensor(chosen, dtype=torch.long).reshape(-1, 3)
+    for source, goal in zip(sources, goals, strict=True):
+        # A pooled state is the one row there is, whatever the selector.
+        take = _last if source.states.shape[1] == 1 else SELECTORS[selector]
+        places = [(row, *pair) for row in range(len(source.states)) for pair in take(source, goal, row)]
+        index = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
         rows.append(source.states[index[:, 0], index[:, 1]])
         becomes.append(goal.states[index[:, 0], index[:, 2]])
     return torch.cat(rows), torch.cat(becomes)

@@ -62,6 +62,8 @@ class Rece(ClosedForm):
     def solution(self, asked: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Solution:
         """M of all epochs. Every step starts from the weights edited so far, so the maps multiply: M = M_0 M_1 ..."""
         first = super().solution(asked, stream, sums)
+        if not len(first.right):  # nothing is to move, so nothing can be brought back
+            return first
         energy, matrix, worst = sums[""][f"{stream}.energy"], first.matrix(), first.condition
         held = [asked.keep, asked.source]
         for _ in range(self.epochs):

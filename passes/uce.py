@@ -6,27 +6,39 @@ arXiv:2308.14761. Cross-attention keys and values of the erased phrases become t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from erasec import closed_form, joint
+from erasec.edit import Edit, Remap
 from erasec.errors import ErasecError
 from erasec.rows import EMPTY, ClosedForm, goals, mean, pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from erasec.base import Context
     from erasec.concept import Concept
+    from erasec.family import Site
     from erasec.model import Model
 
 ROWS = ("tail", "last")
+PLACES = ("text", "blocks")
 
 
 @dataclass(frozen=True)
 class Uce(ClosedForm):
     """``rows`` "tail" edits from the phrase's last token to the end, pads included, and keeps all states of a kept
-    prompt (the 2023 code); "last" edits and keeps the last token of a phrase alone (the 2025 code)."""
+    prompt (the 2023 code); "last" edits and keeps the last token of a phrase alone (the 2025 code).
+
+    ``at`` "text" edits what reads the text states: cross-attention keys and values, or the context embedder and the
+    pooled projection of sd3 and flux, through which all text goes. "blocks", for those two alone, edits the text's keys
+    and values in every block instead, on what they read at a few times of seeded noise.
+    """
 
     rows: str = "tail"
+    at: str = "text"
 
     name: ClassVar[str] = "uce"
     version: ClassVar[str] = "2"
@@ -37,6 +49,37 @@ class Uce(ClosedForm):
         super().__post_init__()
         if self.rows not in ROWS:
             raise ErasecError(f"uce: option rows is {self.rows!r}", why=f"it takes {' or '.join(ROWS)}")
+        if self.at not in PLACES:
+            raise ErasecError(f"uce: option at is {self.at!r}", why=f"it takes {' or '.join(PLACES)}")
+
+    def sites(self, model: Model) -> tuple[Site, ...]:
+        if self.at == "text":
+            return super().sites(model)
+        return tuple(site for site in model.sites if site.attn == "context" and site.proj in ("k", "v"))
+
+    def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
+        if self.at == "text":
+            yield from super().solve_all(model, concepts, context)
+            return
+        for concept in concepts:
+            edit = self._blocks(model, concept, context)
+            model = model.with_edit(edit)
+            yield edit
+
+    def _blocks(self, model: Model, concept: Concept, context: Context) -> Edit:
+        """One map for K and V of each block; each of the stats is the largest of all blocks."""
+        kept = ["", *(prompt.text for prompt in concept.prompts(concept.keep))]
+        prompts, becomes = concept.prompts(concept.phrases), goals(concept, concept.phrases)
+        deltas: dict[Site, Remap] = {}
+        told: dict[str, float] = {}
+        for block in joint.blocks(model, prompts, becomes, kept, self.rows, context.seed):
+            weight = mean(block.source, self.scale * concept.scale)
+            asked = closed_form.system(block.source, block.target, weight, block.keep, mean(block.keep))
+            solution = self.solution(asked, "context", {})
+            deltas |= dict.fromkeys(block.sites, Remap(*closed_form.reduced(solution.left, solution.right)))
+            found = closed_form.stats(asked, solution)
+            told = {key: max(value, told.get(key, value)) for key, value in found.items()}
+        return Edit(deltas, self.name, concept.name, asdict(self), model.digest, told)
 
     def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
         return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), self.rows, stream)

@@ -119,7 +119,7 @@ def test_another_world_says_that_nothing_was_measured(random_folder: Path, tmp_p
 def test_glyphs_never_star_and_two_concepts_at_once(tmp_path: Path) -> None:
     limits = QUICK.model_copy(update={"steps": 12})
     report = make(tmp_path / "out", model="glyphs-never-star", erase=("heart", "ring"), checks=limits)
-    assert [item.concept for item in report.applied] == ["heart", "ring"]
+    assert [item.concept for item in report.applied] == ["heart, ring"]
 
 
 def test_unedited_copies_of_edited_weights_are_left_out_and_told(random_folder: Path, tmp_path: Path) -> None:

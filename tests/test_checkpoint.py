@@ -66,6 +66,21 @@ def test_patch_refuses_another_dtype_or_shape_and_leaves_nothing(tmp_path: Path,
     assert os.listdir(tmp_path) == ["base"]
 
 
+def test_a_patch_that_came_out_with_another_layout_is_no_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "base", tensors())
+    whole = checkpoint._copy
+
+    def other(source: Any, target: Any, start: int, stop: int) -> None:
+        whole(source, target, start, stop)
+        if start == 0:
+            os.pwrite(target.fileno(), b"I", os.pread(target.fileno(), 400, 0).index(b'"F16"') + 1)
+
+    monkeypatch.setattr(checkpoint, "_copy", other)
+    with pytest.raises(ErasecError, match="not written as base is"):
+        checkpoint.patch(tmp_path / "base", tmp_path / "out", {"b.weight": lambda: torch.zeros(5, 3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_failure_half_way_leaves_the_old_file(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "base")
     (tmp_path / "new").write_bytes(b"old")

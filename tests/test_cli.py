@@ -173,8 +173,8 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
     ("what", "words"),
     [
         ("passes", ["uce", "arXiv:2308.14761", "rows=tail"]),
-        ("targets", ["hf", "onnx"]),
-        ("concepts", ["star", "pentagram", "circle", "star.toml"]),
+        ("targets", ["hf", "onnx", "ldm", "lora", "edit", "rank=0"]),
+        ("concepts", ["star", "pentagram", "circle", "star.toml", "nudity", "safety", "celebrity"]),
         ("models", ["glyphs-never-star", "sd14", "CompVis/stable-diffusion-v1-4"]),
     ],
 )
@@ -183,6 +183,48 @@ def test_lists(run: Any, what: str, words: list[str]) -> None:
     assert found.exit_code == 0
     for word in words:
         assert word in found.stdout
+
+
+def test_an_edit_goes_from_build_to_file_to_model_and_back(run: Any, random_folder: Path) -> None:
+    """Two builds, their edits combined and taken apart again, applied to a copy in place; every command once."""
+    for phrase in ("zebra", "house"):
+        asked = ("--erase", phrase, "--pass", "uce:rows=last", "--target", "edit:sums=true", "--out", phrase)
+        assert run("build", random_folder, *asked).exit_code == 0
+    zebra, house = Path("zebra/edit/zebra.edit.safetensors"), Path("house/edit/house.edit.safetensors")
+    both = run("combine", zebra, house, "--out", "both.edit.safetensors")
+    assert both.exit_code == 0, both.output
+    assert both.stdout.splitlines() == ["both.edit.safetensors", "erases house, zebra"]
+    back = run("combine", "both.edit.safetensors", "--without", "house", "--out", "again.edit.safetensors")
+    assert back.stdout.splitlines()[1] == "erases zebra"
+    done = run("apply", "again.edit.safetensors", random_folder, "--out", "applied")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[1].startswith("changed 14 tensors, ")
+    unet = Path("unet/diffusion_pytorch_model.safetensors")
+    assert (Path("applied") / unet).read_bytes() == (Path("zebra/hf") / unet).read_bytes()
+    shutil.copytree(random_folder, "copy")
+    assert run("apply", zebra, "copy", "--in-place").exit_code == 0
+    assert (Path("copy") / unet).read_bytes() == (Path("zebra/hf") / unet).read_bytes()
+    assert run("recover", "copy").stdout == "nothing was left unfinished\n"
+    again = run("apply", zebra, "copy", "--out", "twice")
+    assert again.exit_code == 2 and "another model" in again.stderr and not Path("twice").exists()
+    transferred = run("apply", zebra, "copy", "--out", "twice", "--transfer")
+    assert transferred.exit_code == 0 and "not measured" in transferred.stderr
+
+
+def test_a_prior_is_built_and_used(run: Any, random_folder: Path) -> None:
+    Path("captions.txt").write_text("a photo of a box\na ring\n")
+    found = run("prior", random_folder, "captions.txt", "--out", "my.prior.safetensors")
+    assert found.stdout.splitlines() == ["my.prior.safetensors", "2 captions"]
+    asked = ("--erase", "star", "--pass", "trce.remap:prior=my.prior.safetensors", "--target", "lora:rank=2")
+    built = run("build", random_folder, *asked, "--target", "ldm", "--out", "out")
+    assert built.exit_code == 0, built.output
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["applied"][0]["params"]["prior"] == "my.prior.safetensors"
+    assert {"lora/loss", "layout"} <= {check["name"] for check in report["checks"]}
+    assert Path("out/ldm/model.safetensors").is_file()
+    assert (
+        run("plan", "out/ldm/model.safetensors", "--erase", "star").exit_code == 2
+    )  # glyphs' vocabulary is not CLIP's
 
 
 def test_doctor_exits_with_4_only_where_erasec_cannot_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

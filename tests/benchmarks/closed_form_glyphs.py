@@ -1,10 +1,12 @@
 """Erase each of the ten shapes in turn with every closed-form pass and measure what went and what stayed.
 
     python tests/benchmarks/closed_form_glyphs.py      writes tests/benchmarks/results/closed_form_glyphs.json
+    ... --jobs 2                                       two shapes at a time, each with one thread
     ... --shapes star --passes uce --picture docs/star.png     also draws pictures of each group, before and after
 
-Every pass at its shipped defaults erases the concept as bundled, synonyms too. "by name alone" erases the same concept
-without its synonyms: what then happens to synonyms and to implicit prompts was not asked for by any row of the system.
+Every pass at its shipped defaults erases the concept as bundled, synonyms and all templates. "one word" erases the name
+alone in the template "{}", keep phrases as bundled: then no row of the system speaks of synonyms, implicit prompts or
+other contexts, and what happens to them shows how far a method reaches.
 Judge B, same prompts and seeds before and after: 30 by name, 30 by synonym, 16 implicit, 6 for every other shape.
 """
 
@@ -12,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,9 @@ RESULT = Path(__file__).parent / "results" / "closed_form_glyphs.json"
 ASKED = {"name": 30, "synonym": 30, "implicit": 16}
 DRAWN = {"name": ("by name", 3), "synonym": ("by synonym", 2), "implicit": ("implied", 2), "keep": ("the rest", 9)}
 KEPT_EACH = 6
-ALONE = " by name alone"
-PASSES = ("uce", "rece", "mace", "trce.remap", "uce" + ALONE, "trce.remap" + ALONE)
+ONE_WORD = ", one word"
+PASSES = ("uce", "uce:rows=last", "rece", "mace", "trce.remap")
+PASSES += ("uce" + ONE_WORD, "uce:rows=last" + ONE_WORD, "trce.remap" + ONE_WORD)
 
 
 def questions(panel: tuple[Question, ...]) -> list[Question]:
@@ -70,18 +76,18 @@ def draw(path: Path, asked: list[Question], before: Images, after: Images, zoom:
 
 
 def measure(
-    shape: str, passes: list[str], chosen: dict[str, Any], sampling: Sampling, seed: int, judge: GlyphJudge,
-    picture: Path | None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    base, item = model.load("glyphs"), concept.find(shape)
+    shape: str, passes: list[str], chosen: dict[str, Any], sampling: Sampling, seed: int, picture: Path | None
+) -> dict[str, dict[str, Any]]:
+    base, item, judge = model.load("glyphs"), concept.find(shape), GlyphJudge()
     asked = questions(judge.panel(item, max(ASKED.values()), seed))
     prompts, seeds = [q.prompt for q in asked], [q.seed for q in asked]
     before = generate(base.source.root, prompts, seeds, sampling, f"{shape} before")
     found = {}
     for name in passes:
-        kind = registry.load_pass(name.removesuffix(ALONE))
-        given = item.model_copy(update={"synonyms": ()}) if name.endswith(ALONE) else item
-        edit = kind(**chosen).solve(base, given, Context(seed=seed))
+        use = parse_use(name.removesuffix(ONE_WORD))
+        bare = {"synonyms": (), "templates": ("{}",)} if name.endswith(ONE_WORD) else {}
+        step = registry.load_pass(use.name)(**{**use.options, **chosen})
+        edit = step.solve(base, item.model_copy(update=bare), Context(seed=seed))
         with tempfile.TemporaryDirectory() as scratch:
             base.source.write(Path(scratch) / "hf", base.with_edit(edit).merged())
             after = generate(Path(scratch) / "hf", prompts, seeds, sampling, f"{shape} {name}")
@@ -103,23 +109,26 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(world.SHAPES), choices=list(world.SHAPES))
     parser.add_argument("--passes", nargs="*", default=list(PASSES))
     parser.add_argument("--seed", type=int, default=21)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--option", nargs="*", default=[], help="pass options, key=value, instead of the defaults")
     parser.add_argument("--picture", type=Path, help="draw before and after of the last shape and pass to this PNG")
     parser.add_argument("--out", type=Path, help="JSON to write (default: RESULT when everything is measured)")
     options = parser.parse_args()
     chosen = parse_use("x:" + ",".join(options.option)).options if options.option else {}
     limits, judge = Limits(), GlyphJudge()
-    sampling = Sampling(limits.steps, limits.guidance)
+    given = (options.passes, chosen, Sampling(limits.steps, limits.guidance), options.seed, options.picture)
     rows: dict[str, Any] = {}
     print("| erased | pass | by name | by synonym | implicit | other shapes |\n|---|---|---|---|---|---|")
-    for shape in options.shapes:
-        rows[shape] = measure(shape, options.passes, chosen, sampling, options.seed, judge, options.picture)
-        for name, row in rows[shape].items():
-            cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*ASKED, "keep")]
-            print(f"| {shape} | {name} | {' | '.join(cells)} |", flush=True)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        running = {shape: pool.submit(measure, shape, *given) for shape in options.shapes}
+        for shape, future in running.items():
+            rows[shape] = future.result()
+            for name, row in rows[shape].items():
+                cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*ASKED, "keep")]
+                print(f"| {shape} | {name} | {' | '.join(cells)} |", flush=True)
     result = {
         "rows": rows, "options": chosen, "seed": options.seed, "judge": f"{judge.name} {judge.digest}",
-        "sampling": f"{sampling.steps} steps, guidance {sampling.guidance}", "machine": platform.machine(),
+        "sampling": f"{limits.steps} steps, guidance {limits.guidance}", "machine": platform.machine(),
     }  # fmt: skip
     whole = options.shapes == list(world.SHAPES) and options.passes == list(PASSES) and not options.option
     out = options.out or (RESULT if whole else None)
@@ -129,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that measure
     main()

@@ -8,7 +8,7 @@ A random diffusers folder in float32 and an edit file of rank 10 for its 32 K an
 process, in turn, --rounds times; the figures are medians. "seconds" is the time that the step takes once everything is
 imported, for erasec from the parsing of its command line on; "durable" is that until the files are on disk too (fsync
 of each); "process" the whole process, imports included. "peak_mb" is the process's resident peak, VmHWM: ru_maxrss
-would inherit that of its parent. Where DIR or TMPDIR lies is what is measured: it should be the disk that models are on.
+would inherit that of its parent. What is measured is the disk where DIR or TMPDIR lies.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def solve(folder: str, file: str) -> Callable[[], None]:
 
     def run() -> None:
         base = model.load(folder)
-        width = base.sites[0].shape[1] if not base.streams else next(iter(base.streams.values()))[0].shape[1]
+        width = base.streams["context"][0].shape[1]
         source, target, keep = (states(RANK, width, seed) for seed in (1, 2, 3))
         asked = closed_form.system(source, target, mean(source), keep, mean(keep))
         kind = registry.load_pass("uce")
@@ -75,8 +75,14 @@ def single(folder: str, out: str) -> Callable[[], None]:
 
 def copy(source: str, out: str) -> Callable[[], None]:
     """A plain copy of a file or a folder."""
-    whole = Path(source).is_dir()
-    return lambda: (shutil.copytree(source, out) if whole else shutil.copyfile(source, out)) and None
+
+    def run() -> None:
+        if Path(source).is_dir():
+            shutil.copytree(source, out)
+        else:
+            shutil.copyfile(source, out)
+
+    return run
 
 
 def apply(*arguments: str) -> Callable[[], None]:

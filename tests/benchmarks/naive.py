@@ -17,7 +17,8 @@ from erasec.closed_form import Solution
 NORM = 28.0
 OWN = (5, 7)  # a concept's own tokens in its prompts, first and behind the last
 
-Prompt = tuple[Tensor, Tensor, float]  # rows (t, d), the rows (t, d) whose projections they get, weight
+# Rows (n, d) or (t, n, d), see ``products``; the rows whose projections they get; weight.
+Prompt = tuple[Tensor, Tensor, float]
 
 
 @cache
@@ -33,20 +34,19 @@ def states(rows: int, width: int, seed: int) -> Tensor:
     """Synthetic token states (rows, width) in float32."""
     mean, spread = _shape(width)
     found = mean + torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) @ spread
-    return NORM * found / found.norm(dim=1, keepdim=True)
+    found *= NORM / found.norm(dim=1, keepdim=True)
+    return found
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """sum_i left_i right_i^T of rows (t, m) and (t, n), each product materialised."""
-    if len(left) == 1:
-        return torch.outer(left[0], right[0])
-    return torch.bmm(left[:, :, None], right[:, None, :]).sum(0)
+    """The product left^T right (m, d) of rows (n, m) and (n, d); of rows (t, n, .) the sum of t, all materialised."""
+    return left.T @ right if left.dim() == 2 else torch.bmm(left.mT, right).sum(0)
 
 
 def normal_equation(
     weight: Tensor, rows: Iterable[Prompt], lam: float, cached: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """[lam W + sum s t c^T] [lam I + sum s c c^T]^-1 over (c, t, s), t (rows, d_out); ``cached`` sums are added."""
+    """[lam W + sum s t c^T] [lam I + sum s c c^T]^-1 over (c, t, s), rows t of d_out; ``cached`` sums are added."""
     top, gram = lam * weight, lam * torch.eye(weight.shape[1], dtype=weight.dtype)
     if cached:
         top, gram = top + cached[0], gram + cached[1]
@@ -62,12 +62,12 @@ def edited(weight: Tensor, prompts: Sequence[Prompt], lam: float) -> Tensor:
 
 
 def rece_edited(weights: Sequence[Tensor], source: Tensor, target: Tensor, kept: Prompt, lam: float) -> list[Tensor]:
-    """The edit of all 77 rows, then one epoch: the rows that would bring them back are derived and edited too."""
+    """The edit of all rows (77, 1, d), then one epoch: the rows that would bring them back are derived and edited too."""
     current = [edited(weight, [(source, target, 1.0), kept], lam) for weight in weights]
-    gram, cross = lam * torch.eye(source.shape[1], dtype=source.dtype), torch.zeros(())
+    gram, cross = lam * torch.eye(source.shape[-1], dtype=source.dtype), torch.zeros(())
     for old, new in zip(weights, current, strict=True):
         gram, cross = gram + new.T @ new, cross + new.T @ old
-    back = (torch.inverse(gram) @ cross @ source.T).T
+    back = source @ (torch.inverse(gram) @ cross).T
     return [edited(weight, [(back, target, 1.0), kept, (source, source, 1.0)], lam) for weight in current]
 
 
@@ -75,23 +75,22 @@ def mace_edited(
     weights: Sequence[Tensor], concepts: Sequence[tuple[Tensor, Tensor]], own: Sequence[Solution], kept: Prompt,
     lam: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Refinement with all rows but the concepts' own; then fusion of each concept's low-rank edit on all its rows."""
-    around = [
-        (context(one), context(goal), 1.0)
-        for source, target in concepts
-        for one, goal in zip(source, target, strict=True)
-    ]
+    """Refinement with all rows but the concepts' own; then fusion of each concept's low-rank edit on all its rows.
+
+    ``concepts`` are prompts (77, n, d) and their goals, so that an outer product is of one place in all n prompts.
+    """
+    around = [(context(source), context(target), 1.0) for source, target in concepts]
     found = []
     for weight in weights:
         refined = edited(weight, [*around, kept], lam)
         rows = [(kept[0], kept[0] @ refined.T, kept[2])]
         for (source, _), solution in zip(concepts, own, strict=True):
             alone = refined + (refined @ solution.left) @ solution.right
-            rows += [(prompt, prompt @ alone.T, 1.0) for prompt in source]
+            rows.append((source, source @ alone.T, 1.0))
         found.append(normal_equation(refined, rows, lam))
     return found
 
 
-def context(prompt: Tensor) -> Tensor:
-    """The rows of a prompt (..., 77, d) but for the concept's own."""
-    return torch.cat([prompt[..., : OWN[0], :], prompt[..., OWN[1] :, :]], -2)
+def context(prompts: Tensor) -> Tensor:
+    """The rows of prompts (77, ...) but for the concept's own."""
+    return torch.cat([prompts[: OWN[0]], prompts[OWN[1] :]])

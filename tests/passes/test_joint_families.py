@@ -3,6 +3,7 @@ enters, biases and all. On small models with random weights, built from the libr
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from erasec.concept import Concept
 from erasec.edit import Delta, Edit, Remap
 from erasec.errors import ErasecError
 from erasec.family import Site
-from erasec.joint import captured, transformer
+from erasec.joint import TIMES, captured, transformer
 from erasec.model import Model
 from erasec.passes.uce import Uce
 from erasec.rows import EMPTY, pairs, spans
@@ -298,3 +299,29 @@ def test_families_without_joint_attention_have_nothing_to_capture() -> None:
     with pytest.raises(ErasecError, match="no keys and values of text inside") as caught:
         captured(models.load("glyphs"), ["a star"], [], (0.5,))
     assert "sd3, flux" in caught.value.why
+
+
+def test_uce_edits_keys_and_values_of_every_block_on_what_they_read(base: Model) -> None:
+    """W' c = W v at the times that were taken, bias or not; nothing but add_k_proj and add_v_proj moves."""
+    step = Uce(at="blocks", rows="last", keep=1e-9, ridge=1e-9)
+    concept = BARE.model_copy(update={"templates": ("{}",)})
+    edit = step.solve(base, concept, Context())
+    sites = keys_and_values(base)
+    assert set(edit.deltas) == set(sites) == set(step.sites(base))
+    assert all(site.key.endswith(("add_k_proj.weight", "add_v_proj.weight")) for site in sites)
+    prompts, goals = (concept.prompts([word]) for word in ("star", "circle"))
+    place, to = spans(base, prompts, "context")[0].last[0], spans(base, goals, "context")[0].last[0]
+    first = [site for site in sites if site.block == sites[0].block]
+    rows = captured(base, [prompts[0].text, goals[0].text], [first[0].key], TIMES)[first[0].key]
+    for site, states in itertools.product(first, rows):
+        c, v = states[0, place].double(), states[1, to].double()
+        weight = base.weight(site)
+        found = (weight + edit.deltas[site].change(weight)) @ c
+        assert float((found - weight @ v).norm()) < 1e-2 * float((weight @ c - weight @ v).norm())
+
+
+def test_blocks_are_no_place_in_other_families() -> None:
+    with pytest.raises(ErasecError, match="no keys and values of text inside"):
+        Uce(at="blocks").solve(models.load("glyphs"), BARE, Context())
+    with pytest.raises(ErasecError, match="option at is 'everywhere'"):
+        Uce(at="everywhere")

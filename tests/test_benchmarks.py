@@ -1,0 +1,193 @@
+"""The benchmarks compare like with like, and write what they promise; at sizes where their times mean nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PARTS = {"seconds", "cpu", "peak_mb", "error", "worst_error", "worst_site"}
+STEPS = {
+    "copy", "in_place", "apply", "link", "copy_unet", "copy_single", "in_place_single", "apply_single"
+}  # fmt: skip
+
+
+@pytest.fixture
+def load(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """A module of tests/benchmarks by name."""
+    monkeypatch.syspath_prepend(root / "tests" / "benchmarks")
+    return importlib.import_module
+
+
+@pytest.fixture
+def scale(load) -> ModuleType:
+    return load("closed_form_scale")
+
+
+@pytest.fixture
+def few(scale: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of few tokens, so that the naive ones take no time."""
+    monkeypatch.setattr(scale, "PROMPTS", 2)
+    monkeypatch.setattr(scale, "TOKENS", 9)
+
+
+def by_pass(scale: ModuleType, case, weights: list[torch.Tensor]) -> torch.Tensor:
+    """M of the pass's own code, float64."""
+    energy = sum(weight.T @ weight for weight in weights)
+    sums = case.sums({"context.energy": energy})
+    joined = scale.closed_form.joint(scale.unpack(sums[name], "context") for name in sorted(sums) if name)
+    keep = torch.cat([joined.keep, sums[""].get("context.prior", joined.keep[:0])])
+    asked = scale.System(joined.source, joined.shift, keep, joined.lost)
+    return case.method.solution(asked, "context", sums).matrix()
+
+
+@pytest.mark.parametrize("row", ["uce:1", "uce:5", "uce:40", "rece:1", "mace:1", "mace:2", "trce.remap:6"])
+@pytest.mark.usefixtures("few")
+def test_in_float64_the_naive_form_and_the_pass_are_the_same_edit(scale: ModuleType, row: str) -> None:
+    name, count = row.split(":")
+    case = scale.CASES[name](int(count), 24)
+    weights = [
+        torch.randn(rows, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(rows)) for rows in (8, 40)
+    ]
+    matrix = by_pass(scale, case, weights)
+    for weight, naive in zip(weights, case.naive(weights)(), strict=True):
+        edit = (naive - weight).norm()
+        assert edit > 0.01 * weight.norm()
+        assert (weight @ matrix - naive).norm() < 1e-8 * edit
+    # Another seed of the states, or the edit of another pass, is not the same.
+    other = scale.CASES["uce"](7, 24).naive(weights)()
+    assert (weights[0] @ matrix - other[0]).norm() > 1e-2 * (other[0] - weights[0]).norm()
+
+
+def test_products_of_rows_and_of_stacks_of_rows_are_sums_of_outer_products(load) -> None:
+    products = load("naive").products
+    left, right = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, 5, dtype=torch.float64)
+    each = [sum(torch.outer(*rows) for rows in zip(a, b, strict=True)) for a, b in zip(left, right, strict=True)]
+    assert torch.allclose(products(left[0], right[0]), each[0])
+    assert torch.allclose(products(left, right), each[0] + each[1] + each[2])
+    assert not torch.allclose(products(left, right), each[0] + each[1])
+
+
+def test_states_have_clips_norm_a_common_mean_and_a_decaying_spectrum(load) -> None:
+    rows = load("naive").states(400, 32, 5)
+    assert torch.allclose(rows.norm(dim=1), torch.full((400,), 28.0))
+    assert rows.mean(0).norm() > 0.5 * 28
+    values = torch.linalg.svdvals(rows - rows.mean(0))
+    assert values[0] > 3 * values[-1]
+    assert not torch.equal(rows, load("naive").states(400, 32, 6))
+    assert torch.equal(rows, load("naive").states(400, 32, 5))
+
+
+def test_the_matrices_are_those_of_stable_diffusion_1(scale: ModuleType) -> None:
+    shapes = [site.shape for site in scale.matrices("full")]
+    assert {shape: shapes.count(shape) for shape in shapes} == {(320, 768): 10, (640, 768): 10, (1280, 768): 12}
+    assert sum(rows * width for rows, width in shapes) == 19_169_280
+
+
+def test_error_is_a_part_of_the_edit_and_names_the_worst_site(scale: ModuleType) -> None:
+    one, other = list(scale.matrices("tiny"))[:2]
+    old = {one: torch.zeros(2, 2), other: torch.zeros(2, 2)}
+    true = {site: torch.ones(2, 2, dtype=torch.float64) for site in old}
+    told = scale.error({one: torch.ones(2, 2), other: torch.full((2, 2), 1.1)}, true, old)
+    assert told["worst_site"] == other.label
+    assert told["worst_error"] == pytest.approx(0.1, rel=1e-5)
+    assert told["error"] == pytest.approx(0.1 / 2**0.5, rel=1e-5)
+    assert scale.error(true, true, old)["error"] == 0.0
+
+
+@pytest.mark.usefixtures("few")
+def test_closed_form_scale_writes_a_row_for_each_pass(
+    scale: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "uce:2,rece:1,mace:1,trce.remap:3"
+    monkeypatch.setitem(scale.GOALS, "uce:2", 1e9)
+    monkeypatch.setattr(scale, "LONG", ("mace:1",))
+    threads = str(torch.get_num_threads())
+    scale.main(["--size", "tiny", "--rows", names, "--threads", threads, "--out", str(tmp_path / "out.json")])
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert list(told["rows"]) == names.split(",")
+    for row in told["rows"].values():
+        assert all(row[part].keys() >= PARTS for part in ("ours", "whole", "naive32"))
+        assert row["naive64"].keys() >= {"seconds", "cpu", "peak_mb", "sites", "extrapolated"}
+        assert set(row["ours"]["parts"]) == {"sums", "solve", "merge", "reduced", "stats"}
+        assert row["whole"]["error"] < 1e-6 and row["ours"]["error"] < 1e-6 < row["naive32"]["error"]
+        assert row["ours"]["ratio32"] == pytest.approx(row["naive32"]["seconds"] / row["ours"]["seconds"])
+    assert told["rows"]["mace:1"]["naive32"]["extrapolated"] and told["rows"]["mace:1"]["naive32"]["sites"] == 2
+    assert not told["rows"]["uce:2"]["naive32"]["extrapolated"] and told["rows"]["uce:2"]["naive32"]["sites"] == 32
+    assert told["rows"]["uce:2"]["over"] == ["ratio"] and told["rows"]["trce.remap:3"]["over"] == []
+    assert told["threads"] == int(threads) and told["machine"]["versions"]["torch"]
+    printed = capsys.readouterr().out.splitlines()
+    assert ["OVER" in line for line in printed[2:]] == [True, False, False, False]
+
+
+def test_files_scale_applies_in_every_way_and_writes_its_figures(load, tmp_path: Path) -> None:
+    files = load("files_scale")
+
+    def here(name: str, written: str, *arguments: str) -> dict[str, float]:
+        return files.step(name, written, *arguments) | {"process": 0.0}
+
+    arguments = [
+        "--size",
+        "tiny",
+        "--rounds",
+        "1",
+        "--keep",
+        str(tmp_path / "keep"),
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    files.main(arguments, here)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert set(told["rows"]) == STEPS and set(told["made"]) == {"make", "solve", "single"}
+    for row in told["rows"].values():
+        assert row.keys() == {"seconds", "durable", "process", "peak_mb", "runs"}
+        assert 0 < row["seconds"] <= row["durable"] and row["peak_mb"] > 0
+    assert told["same_bytes"] is True
+    assert told["bytes"]["model"] > told["bytes"]["unet"] > told["bytes"]["edit"] > 0
+    assert set(told["ratios"]) == {
+        f"{name} / {other}, {key}"
+        for name, other in (("apply", "copy"), ("apply_single", "copy_single"))
+        for key in ("seconds", "durable")
+    }
+    left = {path.name for path in (tmp_path / "keep").iterdir()}
+    assert left == {"model", "single", "synthetic.edit.safetensors"}
+
+
+def test_a_step_runs_in_a_process_of_its_own(load, tmp_path: Path) -> None:
+    files = load("files_scale")
+    (tmp_path / "a").write_bytes(b"weights")
+    told = files.fresh("copy", str(tmp_path / "b"), str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (tmp_path / "b").read_bytes() == b"weights"
+    assert told["process"] > told["durable"] >= told["seconds"] and 0 < told["peak_mb"] < 100
+    with pytest.raises(SystemExit, match=r"step copy .* failed with exit code 1"):
+        files.fresh("copy", "", str(tmp_path / "missing"), str(tmp_path / "c"))
+
+
+def test_files_that_differ_or_are_still_the_base_are_not_the_same_bytes(load) -> None:
+    agree = load("files_scale").agree
+    good = dict.fromkeys(("in_place", "apply", "link"), "new") | dict.fromkeys(
+        ("in_place_single", "apply_single"), "one"
+    )
+    good |= {"base": "old", "base_single": "two"}
+    assert agree(good)
+    assert not agree(good | {"link": "other"})
+    assert not agree(good | {"base": "new"})
+    assert not agree(good | {"apply_single": "two", "in_place_single": "two"})
+
+
+def test_goals_that_are_missed_are_named(load) -> None:
+    files = load("files_scale")
+    rows = {name: {"seconds": 1.0, "durable": 1.0, "peak_mb": 10.0} for name in STEPS}
+    assert files.verdict(rows)["over"] == []
+    rows["apply"] = {"seconds": 1.2, "durable": 1.4, "peak_mb": 700.0}
+    rows["in_place"] = {"seconds": 1.1, "durable": 1.1, "peak_mb": 10.0}
+    assert files.verdict(rows)["over"] == ["apply / copy, durable", "in_place", "apply peak"]
+
+
+def test_figures_are_medians_and_the_highest_peak(load) -> None:
+    runs = [{"copy": {"seconds": float(s), "peak_mb": float(m)}} for s, m in ((3, 5), (1, 9), (2, 4))]
+    assert load("files_scale").summary(runs)["copy"] == {"seconds": 2.0, "peak_mb": 9.0, "runs": [3.0, 1.0, 2.0]}

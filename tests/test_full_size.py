@@ -1,0 +1,72 @@
+"""Stable Diffusion 1.4 and SDXL at full size, with random weights: minutes and gigabytes, so marked slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from erasec import layouts
+from erasec import model as models
+from erasec.checkpoint import file_digest
+
+pytestmark = pytest.mark.slow
+
+# Runs a command line of erasec and tells the peak of its memory, in bytes.
+MEASURED = (
+    "import resource, sys; from erasec import cli\n"
+    "try: cli.app(sys.argv[1:], standalone_mode=False)\n"
+    "finally: print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
+)
+
+
+def run(*words: object) -> int:
+    """Peak memory of ``erasec WORDS``, which must end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(next(line for line in done.stderr.splitlines() if line.startswith("PEAK")).split()[1])
+
+
+@pytest.fixture(scope="module")
+def sd14(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd14") / "sd14"
+    layouts.random_folder(folder, "sd1", "full", dtype="float32")
+    return folder
+
+
+def test_a_whole_build_of_sd14_stays_below_4_gb_and_an_edit_below_600_mb(sd14: Path, tmp_path: Path) -> None:
+    """The build encodes prompts, solves, merges and writes folder, single file, LoRA and edit; apply only merges."""
+    targets = ("--target", "ldm", "--target", "lora:rank=16", "--target", "edit")
+    peak = run("build", sd14, "--erase", "golf-ball", "--erase", "church", *targets, "--out", tmp_path / "out")
+    assert peak < 4e9
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["moves"]) == 32
+    edit = next((tmp_path / "out" / "edit").iterdir())
+    unet = Path("unet/diffusion_pytorch_model.safetensors")
+    assert run("apply", edit, sd14, "--out", tmp_path / "applied", "--link") < 600e6
+    assert file_digest(tmp_path / "applied" / unet) == file_digest(tmp_path / "out" / "hf" / unet)
+    single = tmp_path / "out" / "ldm" / "model.safetensors"
+    assert models.load(str(single)).family.name == "sd1"
+    os.unlink(tmp_path / "applied" / unet)
+    assert (sd14 / unet).is_file()
+
+
+def test_sdxl_is_solved_and_edited(tmp_path: Path) -> None:
+    layouts.random_folder(tmp_path / "sdxl", "sdxl", "full", dtype="float16")
+    (tmp_path / "small.toml").write_text(
+        'name = "ball"\nerase = ["golf ball"]\nanchor = "apple"\nkeep = ["tennis ball"]\ntemplates = ["{}", "a {}"]\n'
+    )
+    asked = ("--erase", tmp_path / "small.toml", "--target", "edit", "--link", "--out", tmp_path / "out")
+    run("build", tmp_path / "sdxl", *asked)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report["moves"]) == 140
+    assert {move["shape"][1] for move in report["moves"]} == {2048}
+    assert run("apply", next((tmp_path / "out" / "edit").iterdir()), tmp_path / "sdxl", "--in-place") < 900e6
+    unet = Path("unet/diffusion_pytorch_model.safetensors")
+    assert file_digest(tmp_path / "sdxl" / unet) == file_digest(tmp_path / "out" / "hf" / unet)
