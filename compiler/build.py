@@ -97,6 +97,10 @@ def _build(plan: Plan, stage: Path) -> Report:
             f"No judge can see {', '.join(unseen)} in this model's pictures: that it is gone was not measured."
             + ("" if evidence else " The checks below say only that the files are sound.")
         )
+    if variants := sorted({built.variant_of(component) for component in plan.model.family.components} - {""}):
+        notes.append(
+            f'The folder hf has its weights as the variant {variants[0]}: load it with variant="{variants[0]}".'
+        )
     if left := plan.model.source.doubles(model.merged()):
         notes.append(
             f"Left out of the plain checkpoint, as unedited copies of edited weights: {', '.join(map(str, left))}."

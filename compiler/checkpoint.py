@@ -308,6 +308,11 @@ class Folder:
             return chosen
         raise self._no_weights(folder, sorted(found))
 
+    def variant_of(self, component: str) -> str:
+        """The variant that is taken of a component's weights; "" for the plain ones."""
+        chosen = self.weights(component)
+        return next(name for name, path in _variants(self.root / component).items() if path == chosen)
+
     def weight_files(self, component: str) -> tuple[Path, ...]:
         """The safetensors files that hold a component's weights. Raises ErasecError where there are only pickles."""
         chosen = self.weights(component)

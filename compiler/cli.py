@@ -48,6 +48,7 @@ TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAM
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
 SEED = Annotated[int | None, typer.Option("--seed", help="seed of everything that draws numbers  [default: 0]")]
+REVISION = Annotated[str | None, typer.Option("--revision", help="commit, tag or branch of a hub model")]
 VARIANT = Annotated[str | None, typer.Option("--variant", help="which precision of a folder's weights, such as fp16")]
 PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights, as tensors alone")]
 LINK = Annotated[bool, typer.Option("--link", help="hard links in place of copies of unchanged files")]
@@ -79,12 +80,13 @@ def _start(
 @app.command()
 def build(
     model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
-    device: DEVICE = None, seed: SEED = None, variant: VARIANT = None, allow_pickle: PICKLE = False, link: LINK = False,
+    device: DEVICE = None, seed: SEED = None, revision: REVISION = None, variant: VARIANT = None,
+    allow_pickle: PICKLE = False, link: LINK = False,
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Erase concepts, write the checkpoint and every target, check them, and report."""
     with _told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed, variant, allow_pickle, link)
+        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link)
         from erasec import build as builds
         from erasec import plan as plans
 
@@ -124,12 +126,13 @@ def _verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
 @app.command()
 def plan(
     model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
-    device: DEVICE = None, seed: SEED = None, variant: VARIANT = None, allow_pickle: PICKLE = False, link: LINK = False,
+    device: DEVICE = None, seed: SEED = None, revision: REVISION = None, variant: VARIANT = None,
+    allow_pickle: PICKLE = False, link: LINK = False,
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Say what a build would do: sites, memory, disk, tools. Writes nothing."""
     with _told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed, variant, allow_pickle, link)
+        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link)
         from erasec import plan as plans
 
         told = plans.describe(plans.make(recipe, out, pin=False))
@@ -178,14 +181,15 @@ def apply(
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="folder, or file for a file")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="change the model's own files, with a journal")] = False,
     transfer: Annotated[bool, typer.Option("--transfer", help="onto a fine-tune of the edit's base")] = False,
-    variant: VARIANT = None, allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
+    revision: REVISION = None, variant: VARIANT = None,
+    allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Merge an edit file into a model: seconds, no text encoder, nothing else read."""
     with _told(verbose):
         from erasec import apply as applies
         from erasec.plan import size
 
-        done = applies.apply(edit, model, out, in_place, link, transfer, None, variant or "", allow_pickle)
+        done = applies.apply(edit, model, out, in_place, link, transfer, revision, variant or "", allow_pickle)
         print(done.path)
         print(f"changed {done.tensors} tensors, {size(done.bytes)}")
         for sentence in done.notes:
@@ -213,14 +217,15 @@ def prior(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="whose text encoders read the captions")],
     captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one a line; or .csv with prompt or caption")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="such as coco.prior.safetensors")],
-    variant: VARIANT = None, allow_pickle: PICKLE = False, verbose: VERBOSE = False,
+    revision: REVISION = None, variant: VARIANT = None,
+    allow_pickle: PICKLE = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Build a prior, the Gram of a caption file, for the option prior of closed-form passes."""
     with _told(verbose):
         from erasec import model as models
         from erasec import priors
 
-        count = priors.write(out, models.load(model, None, variant or "", allow_pickle), captions)
+        count = priors.write(out, models.load(model, revision, variant or "", allow_pickle), captions)
         print(out)
         print(f"{count} captions")
 
@@ -337,13 +342,22 @@ def doctor(verbose: VERBOSE = False) -> None:
 
 def _recipe(
     model: str, erase: list[str] | None, passes: list[str] | None, targets: list[str] | None, device: str | None,
-    seed: int | None, variant: str | None, allow_pickle: bool, link: bool,
+    seed: int | None, revision: str | None, variant: str | None, allow_pickle: bool, link: bool,
 ) -> Recipe:  # fmt: skip
     from erasec import recipe
 
     # A flag that is not given does not replace the key of a recipe.
     return recipe.from_flags(
-        model, erase or (), passes or (), targets or (), device, seed, variant, allow_pickle or None, link or None
+        model,
+        erase or (),
+        passes or (),
+        targets or (),
+        device,
+        seed,
+        revision,
+        variant,
+        allow_pickle or None,
+        link or None,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from erasec import modules
+from erasec.configs import OLD_VAE
 from erasec.errors import ErasecError
 from erasec.family import Shape
 from erasec.modules import Pair
@@ -22,8 +23,6 @@ PREFIXES: dict[str, dict[str, str]] = {
              "text_encoder": "conditioner.embedders.0.transformer.",
              "text_encoder_2": "conditioner.embedders.1.model."},
 }  # fmt: skip
-
-VAE_ATTENTION_BEFORE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # Parts of both layouts that are constants, training state, or that no pipeline reads
 UNUSED_IN_FOLDERS = ("text_model.embeddings.position_ids",)
@@ -90,7 +89,7 @@ def canonical(component: str, key: str) -> str:
         return bare if bare.startswith("text_projection.") else f"text_model.{bare}"
     parts = key.split(".")
     if component == "vae" and len(parts) > 1 and "attentions" in parts:
-        parts[-2] = VAE_ATTENTION_BEFORE.get(parts[-2], parts[-2])
+        parts[-2] = OLD_VAE.get(parts[-2], parts[-2])
     return ".".join(parts)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint import Entry, atomic, read_header, read_tensor, tensor_bytes
+from erasec.checkpoint import Entry, read_header, read_tensor, stream, tensor_bytes
 from erasec.errors import ErasecError
-from erasec.family import Shape, detect
+from erasec.family import detect
 from erasec.keys import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
 from erasec.progress import bar
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from erasec.checkpoint import Folder
     from erasec.model import Model
+    from erasec.progress import Advance
 
 FILE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -49,6 +50,8 @@ class Ldm(Target):
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write ``out/model.safetensors``, one tensor in memory at a time, and read all of it back."""
+        import torch
+
         if "unet" not in checkpoint.index:
             raise ErasecError(
                 "this model has no UNet", why=f"single files are written for {', '.join(PREFIXES)}, which have one",
@@ -60,45 +63,15 @@ class Ldm(Target):
         pieces: dict[str, list[tuple[Place, Entry]]] = {}
         for (component, key), place in to_single(family, shapes).items():
             pieces.setdefault(place.key, []).append((place, entries[component][key]))
-        layout = {key: (_dtype(key, parts), parts[0][0].shape) for key, parts in pieces.items()}
         about, marks = metadata(checkpoint, family)
-        layout |= dict.fromkeys(marks, ("F32", (0,)))
-
-        def make(key: str) -> Iterable[Tensor]:
-            for place, entry in sorted(pieces.get(key, []), key=lambda piece: piece[0].start):
-                tensor = read_tensor(entry)
-                yield tensor.T if place.transposed else tensor
-
-        stream(out / FILE, layout, make, about)
+        empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
+        with bar("write", len(pieces)) as advance:
+            tensors = {
+                key: (_dtype(key, parts), parts[0][0].shape, partial(_joined, parts, advance))
+                for key, parts in pieces.items()
+            }
+            stream(out / FILE, {**tensors, **empty}, about)
         return Artifact(self.name, out, (finite(out / FILE), same_tensors(entries, out / FILE)))
-
-
-def stream(
-    path: Path,
-    layout: Mapping[str, tuple[str, Shape]],
-    make: Callable[[str], Iterable[Tensor]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write a safetensors file tensor by tensor: keys and metadata sorted, so the same content is the same bytes.
-
-    ``layout`` gives the stored dtype and shape of every key. ``make`` gives a key's tensor as pieces along dimension 0,
-    which are written one after the other. Raises ErasecError where they do not add up to the layout's size.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for key, (dtype, shape) in sorted(layout.items()):
-        size = _bytes(dtype, shape)
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic(path) as temporary, temporary.open("wb") as file, bar("write", len(layout)) as advance:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key, (dtype, shape) in sorted(layout.items()):
-            written = sum(file.write(tensor_bytes(piece)) for piece in make(key))
-            if written != _bytes(dtype, shape):
-                raise ErasecError(f"{key} came as {written} bytes", why=f"{dtype} {shape} is {_bytes(dtype, shape)}")
-            advance()
 
 
 def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -173,6 +146,16 @@ def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
     return tensor_bytes(part.T if place.transposed else part) == tensor_bytes(read_tensor(wanted))
 
 
+def _joined(parts: list[tuple[Place, Entry]], advance: Advance) -> Tensor:
+    """The single file's tensor, from its parts along dimension 0."""
+    import torch
+
+    advance()
+    ordered = sorted(parts, key=lambda part: part[0].start)
+    found = [read_tensor(entry).T if place.transposed else read_tensor(entry) for place, entry in ordered]
+    return torch.cat(found).reshape(parts[0][0].shape)
+
+
 def _dtype(key: str, parts: list[tuple[Place, Entry]]) -> str:
     dtypes = sorted({entry.dtype for _, entry in parts})
     if len(dtypes) > 1:
@@ -181,10 +164,3 @@ def _dtype(key: str, parts: list[tuple[Place, Entry]]) -> str:
             fix="save the text encoder in one dtype",
         )  # fmt: skip
     return dtypes[0]
-
-
-def _bytes(dtype: str, shape: Shape) -> int:
-    size = 1 if dtype == "BOOL" else int(dtype.lstrip("BFIU")) // 8
-    for length in shape:
-        size *= length
-    return size

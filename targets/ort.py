@@ -247,6 +247,7 @@ def _load(checkpoint: Folder, graph: Graph) -> Any:
     library, dtype = (transformers, "dtype") if graph.component == "text_encoder" else (diffusers, "torch_dtype")
     kind: Any = getattr(library, CLASSES[graph.component])
     options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options["variant"] = checkpoint.variant_of(graph.component) or None
     module, info = kind.from_pretrained(checkpoint.root / graph.component, **options)
     if missing := sorted(info["missing_keys"]):
         raise ErasecError(

@@ -135,6 +135,18 @@ def test_unedited_copies_of_edited_weights_are_left_out_and_told(random_folder: 
     assert all(str(path) in report.notes[-1] for path in gone)
 
 
+def test_a_folder_of_one_variant_stays_one_and_says_how_to_load_it(random_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(random_folder, tmp_path / "base")
+    for file in base.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    report = make(tmp_path / "out", model=str(base), targets=("hf", "onnx"))
+    assert any('variant="fp16"' in note for note in report.notes)
+    assert (tmp_path / "out/hf/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert {"parity/unet", "parity/text_encoder"} <= {check.name for check in report.checks}
+    plain = make(tmp_path / "plain", model=str(random_folder))
+    assert not any("variant" in note for note in plain.notes)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "erasec", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]

@@ -12,13 +12,13 @@ trce.remap with 60 prompts and a prior, lambda 0. lambda and weights are the ref
 are about. "whole" is all that a build does from token states on: the sums too (for rece, that of W^T W), rank reduction
 and statistics. Each has its error and its ratio to the naive ones, which start from token states. They work as the
 references do, once in float32 and once in float64, the truth: per layer, targets projected one by one, outer products
-materialised and accumulated one by one (mace: 77 of a concept's 30 prompts at once), an explicit inverse. What the references compute and throw away (copies of all
-weights, the other 31 projections, rows of weight 0) is left out, as are caches and the training of mace's own edits, so
-the ratios are rather low. One process, the same number of threads; ours is the best of a few runs. Errors are
-|W' - W'64| / |W'64 - W|, Frobenius, over all sites together and of the worst one. Peak memory is the rise of the
-process's resident peak (VmHWM, reset before each run), new matrices included. Unless --whole, the longest naive rows
-run on --sites matrices of each shape and their times are scaled up, which the JSON marks as extrapolated: memory is
-then that of a part, and errors are over those sites.
+materialised and accumulated one by one (mace: one of all prompts for each of 77 places), an explicit inverse. What the
+references compute and throw away (copies of all weights, the other 31 projections, rows of weight 0) is left out, as
+are caches and the training of mace's own edits, so the ratios are rather low. One process, the same number of threads;
+ours is the best of a few runs. Errors are |W' - W'64| / |W'64 - W|, Frobenius, over all sites together and of the worst
+one. Peak memory is the rise of the process's resident peak (VmHWM, reset before each run), new matrices included.
+Unless --whole, the longest naive rows run on --sites matrices of each shape and their times are scaled up, which the
+JSON marks as extrapolated: memory is then that of a part, and errors are over those sites.
 """
 
 from __future__ import annotations

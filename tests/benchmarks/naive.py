@@ -62,7 +62,7 @@ def edited(weight: Tensor, prompts: Sequence[Prompt], lam: float) -> Tensor:
 
 
 def rece_edited(weights: Sequence[Tensor], source: Tensor, target: Tensor, kept: Prompt, lam: float) -> list[Tensor]:
-    """The edit of all rows (77, 1, d), then one epoch: the rows that would bring them back are derived and edited too."""
+    """The edit of all rows (77, 1, d), then one epoch: rows that would bring them back are derived and edited too."""
     current = [edited(weight, [(source, target, 1.0), kept], lam) for weight in weights]
     gram, cross = lam * torch.eye(source.shape[-1], dtype=source.dtype), torch.zeros(())
     for old, new in zip(weights, current, strict=True):

@@ -18,7 +18,7 @@ from erasec.errors import ErasecError
 from erasec.keys import PREFIXES
 from erasec.layouts import random_folder as write_random
 from erasec.model import bundled, load
-from erasec.targets.ldm import FILE, Ldm, finite, metadata, same_tensors, stream
+from erasec.targets.ldm import FILE, Ldm, finite, metadata, same_tensors
 
 
 @pytest.fixture(scope="module")
@@ -226,20 +226,8 @@ def test_a_model_without_a_unet_is_refused(tmp_path: Path) -> None:
         Ldm().export(Folder(tmp_path), tmp_path / "out", Context())
 
 
-def test_pieces_that_do_not_fill_a_tensor_leave_nothing(tmp_path: Path) -> None:
-    layout = {"a": ("F32", (4, 2)), "flag": ("BOOL", (3,))}
-    pieces = {"a": [torch.zeros(1, 2), torch.ones(3, 2)], "flag": [torch.tensor([True, False, True])]}
-    stream(tmp_path / "whole", layout, lambda key: pieces[key], {"format": "pt"})
-    found = load_file(tmp_path / "whole")
-    assert torch.equal(found["a"], torch.cat(pieces["a"])) and torch.equal(found["flag"], pieces["flag"][0])
-    pieces["a"].pop()
-    with pytest.raises(ErasecError, match="a came as 8 bytes"):
-        stream(tmp_path / "part", layout, lambda key: pieces[key], {"format": "pt"})
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
-
-
 def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a tensor is read for writing, none is still alive but the part that stands above it in a joint tensor."""
+    """When a tensor is read for writing, none is still alive but the parts that stand above it in a joint tensor."""
     import gc
     import weakref
 
@@ -261,4 +249,4 @@ def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypa
     gc.collect()
     Ldm().export(Folder(folders["sd2"]), tmp_path, Context())
     assert len(alive) > 500
-    assert most <= 2
+    assert most <= 3
