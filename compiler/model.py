@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from erasec.checkpoint import Entry
     from erasec.family import Stream
     from erasec.text import Texts, Tokens
 
@@ -46,8 +47,18 @@ class Model:
     edits: tuple[Edit, ...] = ()
 
     @cached_property
+    def _entries(self) -> dict[str, dict[str, Entry]]:
+        return {}
+
+    def entries(self, component: str) -> dict[str, Entry]:
+        """Where a component's tensors lie; headers are read once, and no tensor."""
+        if component not in self._entries:
+            self._entries[component] = self.source.entries(component)
+        return self._entries[component]
+
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
-        entries = self.source.entries(self.family.denoiser)
+        entries = self.entries(self.family.denoiser)
         return sites(self.family.denoiser, {key: entry.shape for key, entry in entries.items()})
 
     def select(self, attn: str, projections: Sequence[str]) -> tuple[Site, ...]:
@@ -71,7 +82,7 @@ class Model:
             )  # fmt: skip
         view = replace(self, edits=(*self.edits, edit))
         # The files are the same, so what was read of them stays valid.
-        kept = ("sites", "streams", "digest", "_digests", "_texts")
+        kept = ("_entries", "sites", "streams", "digest", "_digests", "_texts")
         view.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return view
 
@@ -80,7 +91,7 @@ class Model:
 
     def stored(self, site: Site) -> Tensor:
         """The base's own weight, as stored, (d_out, d_in)."""
-        return read_tensor(self.source.entries(site.component)[site.key])
+        return read_tensor(self.entries(site.component)[site.key])
 
     def weight(self, site: Site) -> Tensor:
         """The weight with earlier edits, float64 (d_out, d_in), not rounded in between."""
@@ -110,7 +121,7 @@ class Model:
 
     def site_digest(self, site: Site) -> str:
         """sha256 of the content of one stored tensor."""
-        return content_digest({site.key: self.source.entries(site.component)[site.key]})
+        return content_digest({site.key: self.entries(site.component)[site.key]})
 
     @cached_property
     def digest(self) -> str:
@@ -125,7 +136,7 @@ class Model:
     def component_digest(self, component: str) -> str:
         """sha256 of the content of one component's weights."""
         if component not in self._digests:
-            self._digests[component] = content_digest(self.source.entries(component))
+            self._digests[component] = content_digest(self.entries(component))
         return self._digests[component]
 
     @cached_property
@@ -187,7 +198,7 @@ def load(name: str, revision: str | None = None, variant: str = "", allow_pickle
 
 
 def _single(path: Path, name: str, allow_pickle: bool) -> Model:
-    from erasec.single_file import open_single
+    from erasec.single_file import SingleFile
 
     if path.suffix in PICKLES:
         if not allow_pickle:
@@ -198,8 +209,11 @@ def _single(path: Path, name: str, allow_pickle: bool) -> Model:
         path = pickles.unpickled(path)
     elif path.suffix != ".safetensors":
         raise ErasecError(f"{name} is no checkpoint", why=f"its ending is {path.suffix or 'missing'}, not .safetensors")
-    source = open_single(path)
-    return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
+    source = SingleFile(path)
+    family = detect({key: entry.shape for key, entry in source.entries("unet").items()})
+    for component in family.components:
+        source.entries(component)
+    return Model(family, source, name)
 
 
 def _open(root: Path, name: str, revision: str, variant: str = "", allow_pickle: bool = False) -> Model:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +22,33 @@ from erasec.progress import bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Changed = Mapping[str, Mapping[str, Callable[[], Tensor]]]
+    from erasec.checkpoint import Changed
 
 
-@dataclass(frozen=True)
 class SingleFile(Folder):
-    """``root`` holds the small files, ``file`` the weights of every component."""
+    """``file`` holds the weights of every component. Raises ErasecError where it is no Stable Diffusion checkpoint."""
 
-    file: Path = Path()
+    file: Path
+    family: str
+
+    def __init__(self, file: Path) -> None:
+        shapes = {key: entry.shape for key, entry in read_header(file)[0].items()}
+        self.__dict__.update(file=file, variant="", family=keys.detect_single(shapes))
+
+    @cached_property
+    def root(self) -> Path:  # type: ignore[override]
+        """A temporary folder with configs and tokenizers, made when something in it is first asked for."""
+        root = Path(tempfile.mkdtemp(prefix="erasec-"))
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        shapes = {name: {key: entry.shape for key, entry in part.items()} for name, part in self._all.items()}
+        prediction = read_header(self.file)[1].get("modelspec.prediction_type", "")
+        layouts.write_skeleton(root, self.family, shapes, "v_prediction" if prediction == "v" else prediction)
+        return root
 
     @cached_property
     def _places(self) -> dict[tuple[str, str], keys.Place]:
         shapes = {key: entry.shape for key, entry in read_header(self.file)[0].items()}
-        return keys.from_single(keys.detect_single(shapes), shapes)
+        return keys.from_single(self.family, shapes)
 
     @cached_property
     def _all(self) -> dict[str, dict[str, Entry]]:
@@ -49,6 +62,11 @@ class SingleFile(Folder):
         return (self.file,)
 
     def entries(self, component: str) -> dict[str, Entry]:
+        if component not in self._all:
+            raise ErasecError(
+                f"{self.file.name} holds no {component}", why=f"it has {', '.join(sorted(self._all))}",
+                fix="give the whole model: one file with text encoder, UNet and VAE, or a diffusers folder",
+            )  # fmt: skip
         return self._all[component]
 
     def placed(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:
@@ -95,16 +113,3 @@ def _entry(whole: Entry, place: keys.Place) -> Entry:
     rows = place.rows or place.shape[0]
     start = whole.start + place.start * size
     return Entry(whole.file, whole.dtype, shape, start, start + rows * size, place.transposed)
-
-
-def open_single(file: Path) -> SingleFile:
-    """Raises ErasecError where the file is no Stable Diffusion checkpoint, with what it looks like instead."""
-    entries, metadata = read_header(file)
-    family = keys.detect_single({key: entry.shape for key, entry in entries.items()})
-    root = Path(tempfile.mkdtemp(prefix="erasec-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    found = SingleFile(root, file=file)
-    shapes = {name: {key: entry.shape for key, entry in part.items()} for name, part in found._all.items()}
-    prediction = metadata.get("modelspec.prediction_type", "")
-    layouts.write_skeleton(root, family, shapes, "v_prediction" if prediction == "v" else prediction)
-    return found

@@ -1,0 +1,88 @@
+"""Single files seen as folders: same tensors, text states and pipelines, and nothing written before it is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from erasec import checkpoint, layouts
+from erasec import model as models
+from erasec.base import Context
+from erasec.checkpoint import Folder, read_header, read_tensor
+from erasec.errors import ErasecError
+from erasec.keys import canonical
+from erasec.single_file import SingleFile
+from erasec.targets.ldm import Ldm
+
+FAMILIES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny random folder, and the single file written of it."""
+    root = tmp_path_factory.mktemp(request.param)
+    layouts.random_folder(root / "folder", request.param, "tiny", dtype="float16")
+    Ldm().export(Folder(root / "folder"), root, Context())
+    return root / "folder", root / "model.safetensors"
+
+
+def test_every_tensor_is_the_folders(pair: tuple[Path, Path]) -> None:
+    folder, single = models.load(str(pair[0])), models.load(str(pair[1]))
+    assert single.family == folder.family
+    for component in folder.family.components:
+        wanted = {canonical(component, key): entry for key, entry in folder.entries(component).items()}
+        found = single.entries(component)
+        assert set(wanted) - set(found) <= {"text_model.embeddings.position_ids"}
+        assert not set(found) - set(wanted)
+        assert all(torch.equal(read_tensor(found[key]), read_tensor(wanted[key])) for key in found)
+
+
+def test_it_becomes_a_folder_that_pipelines_load(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Configs and tokenizers come from the family and the shapes: equal to those of the folder it came from."""
+    single = models.load(str(pair[1]))
+    single.source.write(tmp_path / "out", {})
+    for component in single.family.components:
+        assert json.loads((tmp_path / "out" / component / "config.json").read_text()) == json.loads(
+            (pair[0] / component / "config.json").read_text()
+        )
+    kind = FAMILIES[single.family.name]
+    ours, wanted = (kind.from_pretrained(path, torch_dtype=torch.float16) for path in (tmp_path / "out", pair[0]))
+    for component in single.family.components:
+        states = (getattr(pipe, component).state_dict() for pipe in (ours, wanted))
+        assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+    assert ours.tokenizer("a garbage truck").input_ids == wanted.tokenizer("a garbage truck").input_ids
+
+
+def test_text_states_are_the_folders(pair: tuple[Path, Path]) -> None:
+    folder, single = models.load(str(pair[0])), models.load(str(pair[1]))
+    prompts = ["", "a photo of a garbage truck"]
+    assert torch.equal(single.encode(prompts).states, folder.encode(prompts).states)
+
+
+def test_small_files_are_not_written_before_they_are_asked_for(pair: tuple[Path, Path]) -> None:
+    source = SingleFile(pair[1])
+    source.entries("unet")
+    source.placed({"unet": {"conv_in.weight": lambda: torch.zeros(1)}})
+    assert "root" not in vars(source)
+    assert source.config("unet")["_class_name"] == "UNet2DConditionModel"
+    assert (source.root / "tokenizer" / "vocab.json").is_file()
+
+
+def test_what_is_joined_or_reshaped_in_the_file_is_not_replaced_there(pair: tuple[Path, Path]) -> None:
+    source = SingleFile(pair[1])
+    attention = "decoder.mid_block.attentions.0.to_q.weight"
+    with pytest.raises(ErasecError, match="cannot be replaced") as caught:
+        source.placed({"vae": {attention: lambda: torch.zeros(1)}})
+    assert "first_stage_model" in caught.value.why
+
+
+def test_a_file_without_a_part_says_what_it_has(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    kept = {k: read_tensor(e) for k, e in read_header(pair[1])[0].items() if not k.startswith("first_stage_model.")}
+    checkpoint.save(tmp_path / "half.safetensors", kept)
+    with pytest.raises(ErasecError, match="holds no vae") as caught:
+        models.load(str(tmp_path / "half.safetensors"))
+    assert caught.value.why
