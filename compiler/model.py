@@ -210,10 +210,7 @@ def _single(path: Path, name: str, allow_pickle: bool) -> Model:
     elif path.suffix != ".safetensors":
         raise ErasecError(f"{name} is no checkpoint", why=f"its ending is {path.suffix or 'missing'}, not .safetensors")
     source = SingleFile(path)
-    family = detect({key: entry.shape for key, entry in source.entries("unet").items()})
-    for component in family.components:
-        source.entries(component)
-    return Model(family, source, name)
+    return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
 
 
 def _open(root: Path, name: str, revision: str, variant: str = "", allow_pickle: bool = False) -> Model:

@@ -36,7 +36,7 @@ class SingleFile(Folder):
         self.__dict__.update(file=file, variant="", family=keys.detect_single(shapes))
 
     @cached_property
-    def root(self) -> Path:  # type: ignore[override]
+    def root(self) -> Path:
         """A temporary folder with configs and tokenizers, made when something in it is first asked for."""
         root = Path(tempfile.mkdtemp(prefix="erasec-"))
         atexit.register(shutil.rmtree, root, ignore_errors=True)
@@ -62,11 +62,6 @@ class SingleFile(Folder):
         return (self.file,)
 
     def entries(self, component: str) -> dict[str, Entry]:
-        if component not in self._all:
-            raise ErasecError(
-                f"{self.file.name} holds no {component}", why=f"it has {', '.join(sorted(self._all))}",
-                fix="give the whole model: one file with text encoder, UNet and VAE, or a diffusers folder",
-            )  # fmt: skip
         return self._all[component]
 
     def placed(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:

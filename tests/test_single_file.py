@@ -83,6 +83,6 @@ def test_what_is_joined_or_reshaped_in_the_file_is_not_replaced_there(pair: tupl
 def test_a_file_without_a_part_says_what_it_has(pair: tuple[Path, Path], tmp_path: Path) -> None:
     kept = {k: read_tensor(e) for k, e in read_header(pair[1])[0].items() if not k.startswith("first_stage_model.")}
     checkpoint.save(tmp_path / "half.safetensors", kept)
-    with pytest.raises(ErasecError, match="holds no vae") as caught:
+    with pytest.raises(ErasecError, match="has no vae") as caught:
         models.load(str(tmp_path / "half.safetensors"))
     assert caught.value.why

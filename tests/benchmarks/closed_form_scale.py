@@ -2,6 +2,7 @@
 
     python tests/benchmarks/closed_form_scale.py        writes tests/benchmarks/results/closed_form_scale.json
     ... --rows uce:1,rece:1 --threads 1 --whole         some rows; one thread; no row of the naive ones scaled up
+    ... --family sdxl                                   closed_form_scale_sdxl.json: 140 matrices, text states 2048 wide
 
 The 32 K and V matrices of SD 1.4 in their exact shapes, random, and synthetic token states as CLIP's are: a common
 mean, a decaying spectrum, rows of norm 28. Rows of the table: uce with 1 to 1000 concepts, one row each and as many
@@ -50,7 +51,10 @@ from erasec.rows import ClosedForm, pack, unpack
 RESULT = Path(__file__).parent / "results" / "closed_form_scale.json"
 GOALS = {"uce:1": 30.0, "uce:100": 100.0, "uce:1000": 300.0}
 MAX_ERROR = 1e-6
-ROWS = ("uce:1", "uce:10", "uce:100", "uce:1000", "rece:1", "mace:1", "mace:2", "trce.remap:60")
+ROWS = {
+    "sd1": ("uce:1", "uce:10", "uce:100", "uce:1000", "rece:1", "mace:1", "mace:2", "trce.remap:60"),
+    "sdxl": ("uce:1", "uce:10"),
+}
 LONG = ("uce:1000",)
 TOKENS, PROMPTS = 77, 30
 PRIOR_ROWS, PRIOR_WEIGHT, EOT_WEIGHT = 4096, 7.7e-3, 72.0
@@ -59,10 +63,10 @@ T = TypeVar("T")
 Sums = dict[str, dict[str, Tensor]]
 
 
-def matrices(size: str = "full", seed: int = 0) -> dict[Site, Tensor]:
+def matrices(size: str = "full", seed: int = 0, family: str = "sd1") -> dict[Site, Tensor]:
     """Random K and V of Stable Diffusion 1, float32 (d_out, d_in), by site."""
     draw = torch.Generator().manual_seed(seed)
-    every = sites("unet", random_shapes("sd1", size)["unet"])
+    every = sites("unet", random_shapes(family, size)["unet"])
     chosen = (site for site in every if site.attn == "cross" and site.proj in ("k", "v"))
     return {site: torch.randn(site.shape, generator=draw) * site.shape[1] ** -0.5 for site in chosen}
 
@@ -302,7 +306,8 @@ def line(name: str, row: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="such as uce:1,uce:10: pass and number of concepts")
+    parser.add_argument("--family", choices=tuple(ROWS), default="sd1")
+    parser.add_argument("--rows", help="such as uce:1,uce:10: pass and number of concepts (default: all of the family)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     parser.add_argument("--whole", action="store_true", help="scale no naive row up; many minutes")
     parser.add_argument("--sites", type=int, default=1, help="matrices of each shape in rows that are scaled up")
@@ -310,16 +315,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON to write (default: RESULT when everything is measured)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    names = chosen.rows.split(",")
-    weights = matrices(chosen.size)
+    names = chosen.rows.split(",") if chosen.rows else list(ROWS[chosen.family])
+    weights = matrices(chosen.size, family=chosen.family)
     print("| row | ours / whole, s | naive 32, s | naive 64, s | ratio to 32 | to 64 | peak MB: ours / 32 / 64 "
           "| error: ours / whole | naive 32 | goals missed |\n|" + "---|" * 10)  # fmt: skip
     rows: dict[str, Any] = {}
     for name in names:
         rows[name] = measure(name, weights, 0 if chosen.whole or name not in LONG else chosen.sites)
         print(line(name, rows[name]), flush=True)
-    result = {"rows": rows, "size": chosen.size, "threads": torch.get_num_threads(), "machine": machine.about()}
-    out = chosen.out or (RESULT if names == list(ROWS) and chosen.size == "full" else None)
+    result = {
+        "rows": rows,
+        "family": chosen.family,
+        "size": chosen.size,
+        "threads": torch.get_num_threads(),
+        "machine": machine.about(),
+    }
+    shipped = RESULT if chosen.family == "sd1" else RESULT.with_stem(f"{RESULT.stem}_{chosen.family}")
+    out = chosen.out or (shipped if names == list(ROWS[chosen.family]) and chosen.size == "full" else None)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n")
