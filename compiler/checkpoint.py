@@ -287,6 +287,10 @@ class Folder:
         found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
         return tuple(sorted(path for path in found if not any(part.startswith(".") for part in path.parts)))
 
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum((self.root / name).stat().st_size for name in self.files())
+
     def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
         config: dict[str, Any] = json.loads((self.root / component / name).read_text())
         return config

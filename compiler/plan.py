@@ -136,10 +136,12 @@ def _is_build(out: Path) -> bool:
 
 
 def _check_apart(out: Path, model: Model) -> None:
-    target, source = out.resolve(), model.source.root.resolve()
+    given = Path(model.name).expanduser()
+    source = (given if model.name not in models.BUNDLED and given.exists() else model.source.root).resolve()
+    target = out.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
         raise ErasecError(
-            f"the output folder {out} and the model's folder {source} lie in each other",
+            f"the output folder {out} and the model {source} lie in each other",
             why="a build replaces its output folder as a whole, and never touches its model",
             fix="give another folder with --out",
         )

@@ -58,6 +58,10 @@ class SingleFile(Folder):
             found.setdefault(component, {})[key] = _entry(entries[place.key], place)
         return found
 
+    def size(self) -> int:
+        """Bytes of the weights; what comes beside them are a few small files."""
+        return self.file.stat().st_size
+
     def weight_files(self, component: str) -> tuple[Path, ...]:
         return (self.file,)
 

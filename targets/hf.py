@@ -25,7 +25,7 @@ class Hf(Target):
 
     def size(self, model: Model) -> int:
         """The size of the model's own files."""
-        return sum((model.source.root / name).stat().st_size for name in model.source.files())
+        return model.source.size()
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Copy ``checkpoint`` to ``out``, or only check it where it lies there already."""

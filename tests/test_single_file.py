@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from erasec import checkpoint, layouts
+from erasec import checkpoint, layouts, plan
 from erasec import model as models
 from erasec.base import Context
 from erasec.checkpoint import Folder, read_header, read_tensor
 from erasec.errors import ErasecError
 from erasec.keys import canonical
+from erasec.recipe import Recipe
 from erasec.single_file import SingleFile
 from erasec.targets.ldm import Ldm
 
@@ -86,3 +87,17 @@ def test_a_file_without_a_part_says_what_it_has(pair: tuple[Path, Path], tmp_pat
     with pytest.raises(ErasecError, match="has no vae") as caught:
         models.load(str(tmp_path / "half.safetensors"))
     assert caught.value.why
+
+
+def test_a_build_does_not_replace_the_folder_that_its_model_lies_in(pair: tuple[Path, Path]) -> None:
+    asked = Recipe(model=str(pair[1]), erase=("golf ball",))
+    with pytest.raises(ErasecError, match="lie in each other"):
+        plan.make(asked, pair[1].parent / "model.safetensors" / "out")
+    with pytest.raises(ErasecError, match="not empty"):
+        plan.make(asked, pair[1].parent)
+
+
+def test_a_plan_knows_its_size_and_sites(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    told = plan.describe(plan.make(Recipe(model=str(pair[1]), erase=("golf ball",)), tmp_path / "out", pin=False))
+    assert told["targets"][0]["bytes"] == pair[1].stat().st_size
+    assert len(told["passes"][0]["sites"]) in (32, 34)
