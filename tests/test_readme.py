@@ -88,7 +88,7 @@ def speed(name: str, row: dict[str, Any]) -> str:
     mark = "~" if naive[0]["extrapolated"] else ""
     seconds = [f"{mark}{part['seconds']:.3g} s" for part in naive]
     ratios = [f"{mark}{ours[f'ratio{bits}']:.0f}×" for bits in (32, 64)]
-    memory = f"{ours['peak_mb']:.0f} MB, {naive[0]['peak_mb']:.0f} MB"
+    memory = f"{ours['peak_mb']:.0f} MB, " + ("–" if mark else f"{naive[0]['peak_mb']:.0f} MB")  # of a part: not told
     errors = [f"{part['error']:.0e}" for part in (ours, naive[0])]
     cells = (name, f"{ours['seconds']:.3f} s", *seconds, *ratios, memory, *errors)
     return f"| {' | '.join(cells)} |"
