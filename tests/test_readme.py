@@ -94,6 +94,19 @@ def speed(name: str, row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def test_the_table_of_files_is_the_result_and_meets_its_goals(root: Path) -> None:
+    """Within 1.3 of a copy, in place within a second of the imports, 600 MB at most."""
+    rows = json.loads((root / "tests/benchmarks/results/files_scale.json").read_text())["rows"]
+    page = (root / "docs/closed_form.md").read_text(encoding="utf-8")
+    for step in ("copy", "apply", "link", "in_place", "copy_single", "apply_single", "in_place_single"):
+        row = rows[step]
+        seconds = " | ".join(f"{row[part]:.1f} s" for part in ("seconds", "durable", "process"))
+        assert f"| {seconds} | {row['peak_mb']:.0f} MB |" in page, step
+        assert row["peak_mb"] <= 600
+    assert rows["apply"]["durable"] <= 1.3 * rows["copy"]["durable"]
+    assert rows["in_place"]["durable"] <= 1.0
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(root: Path, page: str) -> None:
     text = (root / page).read_text(encoding="utf-8")
