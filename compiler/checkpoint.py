@@ -287,6 +287,9 @@ class Folder:
         found = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
         return tuple(sorted(path for path in found if not any(part.startswith(".") for part in path.parts)))
 
+    def prepare(self) -> None:
+        """Make what a build will need and is not there; a folder has it all."""
+
     def size(self) -> int:
         """Bytes of all its files."""
         return sum((self.root / name).stat().st_size for name in self.files())

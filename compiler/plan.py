@@ -61,6 +61,7 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
     context = Context(_device(recipe.device), recipe.seed)
 
     model = models.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
+    model.source.prepare()
     _check_apart(out, model)
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(

@@ -58,6 +58,10 @@ class SingleFile(Folder):
             found.setdefault(component, {})[key] = _entry(entries[place.key], place)
         return found
 
+    def prepare(self) -> None:
+        """Write the small files. Raises ErasecError where they cannot be told from the tensors."""
+        self.root  # noqa: B018
+
     def size(self) -> int:
         """Bytes of the weights; what comes beside them are a few small files."""
         return self.file.stat().st_size

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint import Entry, read_header, read_tensor, stream, tensor_bytes
+from erasec.checkpoint import Entry, read_header, read_tensor, stream
 from erasec.errors import ErasecError
 from erasec.family import detect
 from erasec.keys import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
@@ -108,7 +108,7 @@ def finite(file: Path) -> Check:
     how = f"tensors with a NaN or an infinity; all {len(floats)} floating tensors read from disk"
     if bad:
         how += f"; the first is {bad[0]}"
-    return Check("finite", float(len(bad)), 0.0, not bad, how)
+    return Check("ldm/finite", float(len(bad)), 0.0, not bad, how)
 
 
 def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:
@@ -132,10 +132,12 @@ def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check
     how = f"tensors by key, dtype, shape and every byte; {len(wanted)} of the checkpoint, {len(found)} of the file"
     if different:
         how += f"; the first that differs is {' '.join(min(different))}"
-    return Check("layout", float(len(different)), 0.0, not different, how)
+    return Check("ldm/layout", float(len(different)), 0.0, not different, how)
 
 
 def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
+    import torch
+
     if (stored.dtype, place.folder_shape) != (wanted.dtype, wanted.shape):
         return False
     # Rows lie together, so a third of a tensor is read alone.
@@ -143,7 +145,9 @@ def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
     row = (stored.stop - stored.start) // place.shape[0]
     start = stored.start + place.start * row
     part = read_tensor(replace(stored, shape=(rows, *place.shape[1:]), start=start, stop=start + rows * row))
-    return tensor_bytes(part.T if place.transposed else part) == tensor_bytes(read_tensor(wanted))
+    part = part.T if place.transposed else part
+    # Compared as bytes, so that a NaN is equal to itself.
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (part, read_tensor(wanted))))
 
 
 def _joined(parts: list[tuple[Place, Entry]], advance: Advance) -> Tensor:

@@ -220,7 +220,7 @@ def test_a_prior_is_built_and_used(run: Any, random_folder: Path) -> None:
     assert built.exit_code == 0, built.output
     report = json.loads(Path("out/report.json").read_text())
     assert report["applied"][0]["params"]["prior"] == "my.prior.safetensors"
-    assert {"lora/loss", "layout"} <= {check["name"] for check in report["checks"]}
+    assert {"lora/loss", "ldm/layout"} <= {check["name"] for check in report["checks"]}
     assert Path("out/ldm/model.safetensors").is_file()
     assert (
         run("plan", "out/ldm/model.safetensors", "--erase", "star").exit_code == 2

@@ -92,7 +92,7 @@ def test_checks_read_every_tensor_back(models: tuple[dict[str, Path], dict[str, 
     assert (artifact.target, artifact.path) == ("ldm", folders[f"{name}-ldm"])
     assert [path.name for path in artifact.path.iterdir()] == [FILE]
     assert [(check.name, check.value, check.limit, check.passed) for check in artifact.checks] == [
-        ("finite", 0, 0, True), ("layout", 0, 0, True)
+        ("ldm/finite", 0, 0, True), ("ldm/layout", 0, 0, True)
     ]  # fmt: skip
     own = entries(folders[name], "sd1" if name == "glyphs" else name)
     count = sum("position_ids" not in key for component in own.values() for key in component)
