@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from erasec import edit as edits_
 from erasec import journal, registry
 from erasec import model as models
+from erasec.base import with_options
 from erasec.checkpoint import patch
 from erasec.errors import CheckFailed, ErasecError
 from erasec.family import FAMILIES
+from erasec.plan import check_apart, check_not_around
 from erasec.rows import ClosedForm
 from erasec.single_file import SingleFile
 from erasec.staging import put, staged
@@ -47,6 +49,11 @@ def apply(
         raise ErasecError("where to is not clear", fix="give either --out PATH or --in-place")
     edits, told = edits_.read(file)
     model = models.load(name, revision, variant, allow_pickle)
+    if out is None:
+        _check_in_place(model, allow_pickle, link)
+    else:
+        out = out.expanduser()
+        _check_out(out, model, link)
     notes = _fits(model, edits, told, file.name, transfer)
     for edit in edits:
         model = model.with_edit(replace(edit, base=""))
@@ -54,33 +61,76 @@ def apply(
         component: {key: _finite(key, make) for key, make in tensors.items()}
         for component, tensors in model.merged().items()
     }
-    if in_place:
-        if allow_pickle or name in models.BUNDLED:
+    copies = model.source.doubles(changed)
+    if out is None:
+        if copies:
             raise ErasecError(
-                f"{name} is not edited in place",
-                why="it ships with erasec" if name in models.BUNDLED else "a pickle is never written",
-                fix="give --out PATH",
-            )
+                f"{name} is not edited in place", where=str(model.source.root),
+                why=f"further copies of the weights would keep what the edit takes away: {_listed(copies)}",
+                fix="delete them or move them elsewhere, or give --out DIR, which leaves them out",
+            )  # fmt: skip
         journal.patch_in_place_many(model.source.placed(changed))
-        path = Path(name)
     else:
-        assert out is not None
-        path = out.expanduser()
-        _write(model, path, changed, link)
-    entries = [model.source.entries(component)[key] for component in changed for key in changed[component]]
-    return Applied(path, len(entries), sum(entry.stop - entry.start for entry in entries), notes)
+        _write(model, out, changed, link)
+        if copies:
+            notes += (f"Left out, as unedited copies of edited weights: {_listed(copies)}.",)
+    notes += _read_as(model, out)
+    entries = [model.entries(component)[key] for component in changed for key in changed[component]]
+    size = sum(entry.stop - entry.start for entry in entries)
+    return Applied(Path(name).expanduser() if out is None else out, len(entries), size, notes)
+
+
+def _check_in_place(model: Model, allow_pickle: bool, link: bool) -> None:
+    why = ""
+    if model.name in models.BUNDLED:
+        why = "it ships with erasec"
+    elif allow_pickle:
+        why = "a pickle is never written"
+    elif model.revision:
+        why = "its files lie in the hub's cache, where other programs take them for the published ones"
+    if why:
+        raise ErasecError(f"{model.name} is not edited in place", why=why, fix="give --out PATH")
+    if link:
+        raise ErasecError("--link is for copies", why="--in-place makes none", fix="leave out --link")
+
+
+def _check_out(out: Path, model: Model, link: bool) -> None:
+    """Raise ErasecError for a path that is taken, lies in or around the model, or is named as what it will not be."""
+    check_not_around(out)
+    check_apart(out, model)
+    suffix, single = out.suffix.lower(), _is_file(model, out)
+    if suffix in models.PICKLES:
+        raise ErasecError(f"{out} is named as a pickle", why="a pickle is never written", fix="give --out PATH")
+    if suffix == ".safetensors" and not single:
+        raise ErasecError(f"{out} would be a single file, and the model is a folder", fix="give a folder: --out DIR")
+    if single and link:
+        raise ErasecError("--link is for folders", why=f"{out} would be a single file", fix="leave out --link")
+    if out.is_dir() and any(out.iterdir()):
+        raise ErasecError(f"the output folder {out} is not empty", fix="give a path that does not exist yet")
+    if out.is_symlink() or (out.exists() and (single or not out.is_dir())):
+        raise ErasecError(f"{out} exists", fix="give a path that does not exist yet")
+
+
+def _is_file(model: Model, out: Path) -> bool:
+    return isinstance(model.source, SingleFile) and out.suffix.lower() == ".safetensors"
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(path.as_posix() for path in paths)
+
+
+def _read_as(model: Model, out: Path | None) -> tuple[str, ...]:
+    """Sentences on how what was written must be read."""
+    if isinstance(model.source, SingleFile):
+        return () if out is None or _is_file(model, out) else model.source.notes
+    variants = {model.source.variant_of(component) for component in model.family.components} - {""}
+    return tuple(f'Its weights are the variant {name}: load it with variant="{name}".' for name in sorted(variants))
 
 
 def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable[[], Tensor]]], link: bool) -> None:
-    if path.is_dir() and any(path.iterdir()):
-        raise ErasecError(f"the output folder {path} is not empty", fix="give a path that does not exist yet")
-    if isinstance(model.source, SingleFile) and path.suffix == ".safetensors":
-        if path.resolve() == model.source.file.resolve():
-            raise ErasecError(f"{path} is the model itself", fix="give another path, or --in-place")
+    if isinstance(model.source, SingleFile) and _is_file(model, path):
         patch(model.source.file, path, model.source.placed(changed)[model.source.file])
         return
-    if path.suffix == ".safetensors":
-        raise ErasecError(f"{path} would be a single file, and the model is a folder", fix="give a folder: --out DIR")
     with staged(path) as stage:
         model.source.write(stage, changed, link)
         put(stage, path)
@@ -170,7 +220,7 @@ def combine(files: Sequence[Path], without: Sequence[str], out: Path) -> Edit:
         stream.name: tuple(s for s in first.deltas if s.attn == stream.attn and s.proj in stream.projections)
         for stream in FAMILIES[told["family"]].streams
     }
-    made = replace(kind(**first.params).edit(streams, sums), base=first.base, asked=asked)
+    made = replace(with_options(kind, first.params, first.by).edit(streams, sums), base=first.base, asked=asked)
     edits_.write(out, [made], told)
     return made
 

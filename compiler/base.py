@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from erasec.checkpoint import read_tensor
 from erasec.errors import ErasecError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from erasec.checkpoint import Folder
+    from erasec.checkpoint import Entry
     from erasec.concept import Concept
     from erasec.edit import Edit
     from erasec.family import Site
+    from erasec.folder import Folder
     from erasec.model import Model
 
 
 T = TypeVar("T")
+FLOATS = ("F64", "F32", "F16", "BF16")
+NAME_BYTES = 120
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,25 @@ class EditTarget(Output):
     @abstractmethod
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
         """Write the edits of ``model`` below ``out`` (a folder of its own) and check what was written."""
+
+
+def finite(name: str, entries: Mapping[str, Entry]) -> Check:
+    """Count the floating tensors on disk that hold a NaN or an infinity; one is read at a time."""
+    floats = {key: entry for key, entry in entries.items() if entry.dtype in FLOATS}
+    bad = [key for key, entry in floats.items() if not bool(read_tensor(entry).isfinite().all())]
+    how = f"tensors with a NaN or an infinity; all {len(floats)} floating tensors read from disk"
+    if bad:
+        how += f"; the first is {bad[0]}"
+    return Check(name, float(len(bad)), 0.0, not bad, how)
+
+
+def file_name(words: Iterable[str]) -> str:
+    """The words as one name of a file or folder, of at most 120 bytes: letters, digits, "_", "." and "-" alone.
+
+    It neither leaves its folder nor is hidden; empty where the words have no letter or digit.
+    """
+    name = "-".join(filter(None, (re.sub(r"[^\w.]+", "-", word).strip("-.") for word in words)))
+    return name.encode()[:NAME_BYTES].decode(errors="ignore").rstrip("-.")
 
 
 def with_options(kind: type[T], options: Mapping[str, object], label: str) -> T:

@@ -15,9 +15,11 @@ from erasec import recipe as recipes
 from erasec import report as reports
 from erasec import validate
 from erasec.base import Check, EditTarget
-from erasec.checkpoint import Folder, file_digest
+from erasec.checkpoint import file_digest
 from erasec.errors import CheckFailed
+from erasec.folder import Folder
 from erasec.judge import Sampling
+from erasec.single_file import SingleFile
 from erasec.staging import put, staged
 
 if TYPE_CHECKING:
@@ -65,11 +67,12 @@ def _build(plan: Plan, stage: Path) -> Report:
                     )
                 )
                 advance(edit.concept.count(", ") + 1)
+    model.forget_texts()
     seconds["solve"] = sum(item.seconds for item in applied)
 
     with _timed(seconds, "merge and write"):
         model.source.write(stage / "hf", model.merged(), plan.recipe.link)
-    built = Folder(stage / "hf")
+    built = Folder(stage / "hf", plan.model.source.variant)
 
     checks: list[Check] = []
     for target in plan.targets:
@@ -79,7 +82,7 @@ def _build(plan: Plan, stage: Path) -> Report:
             else:
                 checks += target.export(built, stage / target.name, plan.context).checks
 
-    notes: list[str] = []
+    notes = list(plan.model.source.notes) if isinstance(plan.model.source, SingleFile) else []
     limits, evidence = plan.recipe.checks, None
     judge = validate.judge_of(plan.model)
     if judge is not None:

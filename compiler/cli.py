@@ -9,14 +9,15 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, nearest
+from erasec import show
+from erasec.errors import BAD_INPUT, TOOL_MISSING, CheckFailed, ErasecError, nearest
 
 if TYPE_CHECKING:
     from erasec.recipe import Recipe
@@ -104,23 +105,9 @@ def build(
             print((plan.out / "report.json").read_text(encoding="utf-8"))
             return
         print(f"{plan.out}\n{plan.out / 'report.html'}")
-        print(_verdict(sum(check.limit is not None for check in report.checks), report.rates))
+        print(show.verdict(sum(check.limit is not None for check in report.checks), report.rates))
         for sentence in report.notes:
             print(f" note: {sentence}", file=sys.stderr)
-
-
-def _verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
-    """One line: that it passed, and how often the judge saw what, before and after, by group of prompts."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rates:
-        groups.setdefault(row["group"], []).append(row)
-    words = {"name": "by name", "synonym": "by synonym", "implicit": "implicitly", "keep": "everything else"}
-    parts = []
-    for group, rows in groups.items():
-        images = sum(row["images"] for row in rows)
-        before, after = (sum(row[when] * row["images"] for row in rows) / images for when in ("before", "after"))
-        parts.append(f"{words.get(group, group)} {before:.0%} -> {after:.0%}")
-    return f"passed all {checks} checks" + (f"; shown {', '.join(parts)}" if parts else "")
 
 
 @app.command()
@@ -139,39 +126,7 @@ def plan(
         if as_json:
             print(json.dumps(told, indent=2))
         else:
-            _print_plan(told)
-
-
-def _print_plan(told: dict[str, Any]) -> None:
-    from erasec.plan import size
-
-    found, disk, memory = told["model"], told["disk"], told["memory"]
-    lines = [("model", f"{found['name']} ({found['family']})" + (f" at {found['revision']}" * bool(found["revision"])))]
-    for concept in told["concepts"]:
-        phrases = ", ".join((*concept["erase"], *concept["synonyms"]))
-        lines.append(("erase", f"{concept['name']}: {phrases} -> {concept['anchor'] or 'nothing'}"))
-        lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
-    for step in told["passes"]:
-        options = ", ".join(f"{key}={value}" for key, value in step["options"].items())
-        lines.append(("pass", f"{step['name']} ({step['paper']}) {options}; {len(step['sites'])} sites, listed below"))
-    for target in told["targets"]:
-        lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
-    seconds = told["time"]["seconds"]
-    lines += [
-        ("out", disk["out"]),
-        ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
-        ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
-        ("time", (f"{seconds:.0f} s, " if seconds else "") + told["time"]["how"]),
-        ("device", f"{told['device']}, seed {told['seed']}"),
-        ("tools", ", ".join(f"{name} {version}" for name, version in told["tools"].items())),
-        *(("note", note) for note in told["notes"]),
-    ]
-    for label, text in lines:
-        print(f"{label:>6}  {text}")
-    for step in told["passes"]:
-        rows = [[s["block"], s["attn"], s["proj"], "x".join(map(str, s["shape"])), step["name"]] for s in step["sites"]]
-        print()
-        _table(["block", "attention", "projection", "shape", "pass"], rows)
+            show.print_plan(told)
 
 
 @app.command()
@@ -262,18 +217,14 @@ def diff(
             return
         moved = [item for item in found if item.kind != "file"]
         if moved:
-            _table(
+            show.table(
                 ["tensor", "what", "change", "largest", "rank", "note"],
-                [[item.key, item.kind, _number(item.change), _number(item.largest),
+                [[item.key, item.kind, show.number(item.change), show.number(item.largest),
                   "-" if item.rank is None else str(item.rank), item.note] for item in moved],
             )  # fmt: skip
         if files := [item for item in found if item.kind == "file"]:
-            _table(["file", "note"], [[item.key, item.note] for item in files])
+            show.table(["file", "note"], [[item.key, item.note] for item in files])
         print(f"{len(moved)} tensors differ" if moved else "no tensor moved")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
 
 
 @app.command("list")
@@ -282,49 +233,10 @@ def list_(
 ) -> None:
     """List the passes, targets, concepts or models that can be named."""
     with _told(verbose):
-        lists = {"passes": _passes, "targets": _targets, "concepts": _concepts, "models": _models}
+        lists = {"passes": show.passes, "targets": show.targets, "concepts": show.concepts, "models": show.models}
         if what not in lists:
             raise ErasecError(f"there is no list of {what!r}", why=nearest(what, lists))
         lists[what]()
-
-
-def _passes() -> None:
-    from erasec import registry
-
-    kinds = {name: registry.load_pass(name) for name in registry.passes()}
-    rows = [[name, kind.summary, kind.paper, _options(kind)] for name, kind in kinds.items()]
-    _table(["pass", "summary", "paper", "options with defaults"], rows)
-
-
-def _targets() -> None:
-    from erasec import registry
-
-    kinds = {name: registry.load_target(name) for name in registry.targets()}
-    _table(["target", "summary", "options with defaults"], [[n, k.summary, _options(k)] for n, k in kinds.items()])
-
-
-def _options(kind: Any) -> str:
-    return ", ".join(f"{field.name}={field.default}" for field in dataclasses.fields(kind))
-
-
-def _concepts() -> None:
-    from erasec import concept
-
-    rows = []
-    for name, path in concept.library().items():
-        found = concept.from_file(path)
-        more = f", and {len(found.phrases) - 3} more" if len(found.phrases) > 3 else ""
-        rows.append(
-            [name, found.kind or path.parent.name, ", ".join(found.phrases[:3]) + more, found.anchor, str(path)]
-        )
-    _table(["concept", "kind", "erases", "anchor", "file"], rows)
-
-
-def _models() -> None:
-    from erasec import model
-
-    rows = [[name, "bundled" if model.bundled(name).is_dir() else "bundled, missing here"] for name in model.BUNDLED]
-    _table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in model.HUB.items()])
 
 
 @app.command()
@@ -335,7 +247,7 @@ def doctor(verbose: VERBOSE = False) -> None:
 
         found = doctors.examine(Path.cwd())
         rows = [[item.name, "ok" if item.there else "missing", item.found, item.fix] for item in found]
-        _table(["what", "state", "found", "fix"], rows)
+        show.table(["what", "state", "found", "fix"], rows)
         if any(item.required and not item.there for item in found):
             raise typer.Exit(TOOL_MISSING)
 
@@ -378,27 +290,19 @@ def _told(verbose: bool) -> Iterator[None]:
         if verbose:
             traceback.print_exc()
         print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
+        stopped = isinstance(error.__cause__, KeyboardInterrupt)
+        raise typer.Exit(STOPPED if stopped else error.exit_code) from error
     except KeyboardInterrupt:
         print("stopped; nothing was left behind", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
+    except BrokenPipeError:  # the reader of stdout has seen enough; typer ends quietly
+        raise
+    except OSError as error:
+        if verbose:
+            traceback.print_exc()
+        why = error.strerror or str(error) or type(error).__name__
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        print(ErasecError("a file or a connection failed", why=why, where=where), file=sys.stderr)
+        raise typer.Exit(BAD_INPUT) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal, aligned plain text elsewhere."""
-    if sys.stdout.isatty():
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*header, box=box.SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*(Text(cell, overflow="fold") for cell in row))
-        Console().print(table)
-        return
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

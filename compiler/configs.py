@@ -89,11 +89,16 @@ SIZES = {
 }  # fmt: skip
 
 
-def config_files(family: str, sizes: Sizes, prediction: str = "") -> dict[str, dict[str, Any]]:
-    """The JSON files of a diffusers folder by their path in it, tokenizers left out."""
-    layout, inpaints = LAYOUTS[family], sizes.inputs != sizes.latents
+def usual_prediction(family: str, sizes: Sizes) -> str:
+    """What a UNet of this family and these sizes is taken to predict, "epsilon" or "v_prediction"."""
     # Of SD 2 only the 768-pixel model predicts v; its 512-pixel base and inpainting models are trained as SD 1 is.
-    prediction = prediction or ("v_prediction" if family == "sd2" and not inpaints else "epsilon")
+    return "v_prediction" if family == "sd2" and sizes.inputs == sizes.latents else "epsilon"
+
+
+def config_files(family: str, sizes: Sizes, prediction: str = "", rescaled: bool = False) -> dict[str, dict[str, Any]]:
+    """The JSON files of a diffusers folder by their path in it, tokenizers left out; see ``write_skeleton``."""
+    layout, inpaints = LAYOUTS[family], sizes.inputs != sizes.latents
+    prediction = prediction or usual_prediction(family, sizes)
     smaller = family == "sd2" and prediction == "epsilon"
     image, scheduler = (512, PNDM) if smaller else (layout.image, layout.scheduler)
     index: dict[str, Any] = {
@@ -116,6 +121,8 @@ def config_files(family: str, sizes: Sizes, prediction: str = "") -> dict[str, d
         files[f"{name}/config.json"] = _text(family, text, activation)
         index[name] = ["transformers", files[f"{name}/config.json"]["architectures"][0]]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    if rescaled:
+        files["scheduler/scheduler_config.json"]["rescale_betas_zero_snr"] = True
     return files
 
 

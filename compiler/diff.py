@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint import CHUNK, DTYPES, WEIGHTS, Entry, read_header, read_tensor
+from erasec.checkpoint import CHUNK, DTYPES, Entry, read_header, read_tensor
 from erasec.errors import ErasecError
+from erasec.folder import WEIGHTS
 from erasec.model import BUNDLED, bundled
 from erasec.progress import bar
 

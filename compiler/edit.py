@@ -55,12 +55,11 @@ class Remap:
         return int(self.right.shape[0])
 
     @cached_property
-    def single(self) -> tuple[Tensor, Tensor]:
-        """left and right in float32; or left @ right and nothing, where the product is cheaper to apply."""
+    def single(self) -> tuple[Tensor, Tensor | None]:
+        """left and right in float32; or left @ right and None, where the product is cheaper to apply."""
         if 2 * self.rank < self.left.shape[0]:
             return self.left.float(), self.right.float()
-        product = (self.left @ self.right).float()
-        return product, product[:0]
+        return (self.left @ self.right).float(), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +115,8 @@ def merge(weight: Tensor, deltas: Iterable[Delta]) -> Tensor:
     if len(maps) == len(steps) and weight.dtype != torch.float64:
         wide = weight.float()
         left, right = composed(maps).single
-        product = wide if not len(right) else wide @ left
-        return torch.addmm(wide, product, right if len(right) else left).to(weight.dtype)
+        changed = torch.addmm(wide, wide, left) if right is None else torch.addmm(wide, wide @ left, right)
+        return changed.to(weight.dtype)
     total = weight.double()
     for step in steps:
         total = total + step.change(total)

@@ -81,23 +81,29 @@ class Block:
 
 
 def blocks(
-    model: Model, prompts: Sequence[Prompt], goals: Sequence[Prompt], kept: Sequence[str], selector: str, seed: int
+    model: Model, prompts: Sequence[Prompt], goals: Sequence[Prompt], kept: Sequence[Prompt], selector: str, seed: int
 ) -> Iterator[Block]:
-    """Rows for a closed-form edit of every block's ``add_k_proj`` and ``add_v_proj``, taken at ``TIMES``."""
+    """Rows for a closed-form edit of every block's ``add_k_proj`` and ``add_v_proj``, taken at ``TIMES``.
+
+    Of the kept prompts all rows, or with the selector "last" those of their phrases' last tokens.
+    """
     pairs: dict[str, list[Site]] = {}
     for site in model.sites:
         if site.attn == "context" and site.proj in ("k", "v"):
             pairs.setdefault(site.block, []).append(site)
-    places = spans(model, prompts, "context"), spans(model, goals, "context")
-    texts = [prompt.text for prompt in (*prompts, *goals)] + list(kept)
+    sides = (prompts, goals, kept)
+    places = [spans(model, side, "context") for side in sides]
+    texts = [prompt.text for side in sides for prompt in side]
     states = captured(model, texts, [sites[0].key for sites in pairs.values()], TIMES, seed)
     for sites in pairs.values():
-        found = [
-            chosen(_at(places[0], one[: len(prompts)]), _at(places[1], one[len(prompts) : 2 * len(prompts)]), selector)
-            for one in states[sites[0].key]
-        ]
-        keep = states[sites[0].key][:, 2 * len(prompts) :].flatten(0, 2)
-        yield Block(tuple(sites), torch.cat([rows for rows, _ in found]), torch.cat([goal for _, goal in found]), keep)
+        source, target, keep = [], [], []
+        for one in states[sites[0].key]:
+            erased, goal, held = map(_at, places, one.split([len(side) for side in sides]))
+            rows, becomes = chosen(erased, goal, selector)
+            source.append(rows)
+            target.append(becomes)
+            keep.append(chosen(held, held, "last" if selector == "last" else "all")[0])
+        yield Block(tuple(sites), torch.cat(source), torch.cat(target), torch.cat(keep))
 
 
 def _at(parts: Sequence[Spans], states: Tensor) -> list[Spans]:

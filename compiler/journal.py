@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -53,7 +53,8 @@ def patch_in_place_many(changed: Mapping[Path, Mapping[str, Callable[[], Tensor]
     ``changed`` maps files and keys to functions, called one at a time, that give the new tensor in the old one's dtype
     and shape. Meanwhile one journal, as large as the new tensors, lies in the folder that holds all the files.
     Raises ErasecError, and nothing is changed, for a link, a file with a second name or without write permission, an
-    unfinished earlier edit, no room for the journal, and a tensor that does not fit.
+    unfinished earlier edit, no room for the journal, and a tensor that does not fit; and, with the files left for
+    ``recover``, where a signal or the disk stops it after the journal is whole.
     """
     for file in changed:
         _refuse(file)
@@ -63,22 +64,28 @@ def patch_in_place_many(changed: Mapping[Path, Mapping[str, Callable[[], Tensor]
     home = Path(os.path.commonpath([file.parent for file in makers]))
     journal = home / f".{home.name if len(makers) > 1 else next(iter(makers)).name}{ENDING}"
     try:
-        handle = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = _create(journal)
     except FileExistsError as error:
         raise _unfinished(home) from error
     except OSError as error:
         raise _not_in_place("no journal can be written", error) from error
-    with _locked(handle, journal):
-        try:
-            targets = _record(handle, home, makers)
-            _sync(home)
-        except BaseException as error:
-            os.unlink(journal)
-            if isinstance(error, OSError):
-                raise _not_in_place("the journal cannot be written", error) from error
-            raise
+    whole = False
+    try:
+        targets = _record(handle, home, makers)
+        _sync(home)
+        whole = True
         _redo(handle, targets)
         _remove(journal)
+    except BaseException as error:
+        if whole and isinstance(error, (KeyboardInterrupt, OSError)):
+            raise _stopped(home, error) from error
+        if not whole:
+            os.unlink(journal)
+        if isinstance(error, OSError):
+            raise _not_in_place("the journal cannot be written", error) from error
+        raise
+    finally:
+        os.close(handle)
 
 
 def pending(path: Path) -> list[Path]:
@@ -96,17 +103,30 @@ def pending(path: Path) -> list[Path]:
 def recover(path: Path) -> list[Path]:
     """Finish interrupted in-place edits of a file, or of all in a folder; returns the files that were finished now.
 
-    A journal that is not whole is removed: its files had not been touched. Raises ErasecError where the edit is still
-    running, a file is not the one that was edited, or an interrupted file's journal is gone.
+    A journal that is not whole is removed: its files had not been touched. Raises ErasecError where there is nothing of
+    that name, the edit is still running, a file is not the one that was edited, a journal is another user's, or an
+    interrupted file's journal is gone; and where it is stopped itself, which leaves the rest for the next time.
     """
     finished: list[Path] = []
-    for journal in pending(path):
-        with _locked(os.open(journal, os.O_RDWR), journal) as handle:
+    journals = pending(path)
+    if not journals and not path.exists():
+        raise ErasecError(
+            f"there is no folder or file {path}", why="nor does a journal name it",
+            fix="give the folder or the file that --in-place was changing",
+        )  # fmt: skip
+    for journal in journals:
+        if (handle := _reopen(journal)) is None:  # its edit came to its end meanwhile
+            continue
+        try:
             targets = _read(handle, journal)
             if targets and _unmoved(targets, journal):
                 _redo(handle, targets)
                 finished += [target.file for target in targets]
             _remove(journal)
+        except (KeyboardInterrupt, OSError) as error:
+            raise _stopped(path.resolve(), error) from error
+        finally:
+            os.close(handle)
     blank = path.rglob("*.safetensors") if path.is_dir() else [path]
     if lost := [file for file in blank if file.is_file() and _head(file) == BLANK]:
         raise ErasecError(
@@ -141,16 +161,60 @@ def _unfinished(path: Path) -> ErasecError:
     )  # fmt: skip
 
 
-@contextmanager
-def _locked(handle: int, journal: Path) -> Iterator[int]:
-    """Hold a journal for this process alone, and close it at the end. Raises ErasecError where another one has it."""
+def _stopped(path: Path, error: KeyboardInterrupt | OSError) -> ErasecError:
+    return ErasecError(
+        f"the in-place edit of {path.name} was interrupted", where=str(path),
+        why=(error.strerror or str(error) if isinstance(error, OSError) else "it was told to stop")
+        + "; its tensors may be partly old and partly new", fix=f"erasec recover {path}   finishes it",
+    )  # fmt: skip
+
+
+def _create(journal: Path) -> int:
+    """A new journal, held by this process. Raises FileExistsError where there is one."""
+    while True:
+        handle = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        # A recovery that finds it empty, before it is held here, removes it: wait for that, and start over.
+        try:
+            if _held(handle, journal, wait=True):
+                return handle
+        except OSError:  # a file system without locks, on which no recovery can have removed it
+            os.unlink(journal)
+            raise
+
+
+def _reopen(journal: Path) -> int | None:
+    """A journal that was left, held by this process, or None where it is gone. Raises ErasecError for another's."""
+    while True:
+        try:
+            handle = os.open(journal, os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        except PermissionError as error:
+            raise ErasecError(
+                f"the journal {journal.name} may not be opened", why="another user's in-place edit left it",
+                fix="let that user run erasec recover", where=str(journal),
+            ) from error  # fmt: skip
+        try:
+            if _held(handle, journal, wait=False):
+                return handle
+        except BlockingIOError as error:
+            raise ErasecError(
+                "an in-place edit is still running", where=str(journal), fix="wait for its end"
+            ) from error
+
+
+def _held(handle: int, journal: Path, wait: bool) -> bool:
+    """Lock a journal for this process alone. It is closed, and the answer is False, where the file of that name is
+    gone or another one by then. Raises BlockingIOError where another process has it, unless ``wait``."""
+    held = False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield handle
-    except BlockingIOError as error:
-        raise ErasecError("an in-place edit is still running", where=str(journal), fix="wait for its end") from error
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with suppress(FileNotFoundError):
+            held = os.path.samestat(os.fstat(handle), os.stat(journal))
     finally:
-        os.close(handle)
+        if not held:
+            os.close(handle)
+    return held
 
 
 def _record(handle: int, home: Path, makers: Mapping[Path, Mapping[str, Callable[[], Tensor]]]) -> list[Target]:
@@ -185,14 +249,15 @@ def _read(handle: int, journal: Path) -> list[Target] | None:
     digest = hashlib.sha256()
     for at in range(0, end, CHUNK):
         digest.update(os.pread(handle, min(CHUNK, end - at), at))
-    return _targets(journal) if end > 0 and os.pread(handle, DIGEST, end) == digest.digest() else None
+    return _targets(handle, journal) if end > 0 and os.pread(handle, DIGEST, end) == digest.digest() else None
 
 
-def _targets(journal: Path) -> list[Target]:
-    with journal.open("rb") as stream:
-        if stream.read(len(MAGIC)) != MAGIC:
-            raise ErasecError(f"{journal.name} is no journal of this version", where=str(journal))
-        listed = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+def _targets(handle: int, journal: Path) -> list[Target]:
+    head = os.pread(handle, len(MAGIC) + 8, 0)
+    if not head.startswith(MAGIC):
+        raise ErasecError(f"{journal.name} is no journal of this version", where=str(journal))
+    length = min(int.from_bytes(head[len(MAGIC) :], "little"), os.fstat(handle).st_size)
+    listed = json.loads(os.pread(handle, length, len(head)))
     return [
         Target(
             journal.parent / name, size, mtime, bytes.fromhex(first), tuple((start, length) for start, length in ranges)
@@ -204,7 +269,8 @@ def _targets(journal: Path) -> list[Target]:
 def _named(journal: Path) -> list[Path]:
     """The files that a journal names; none where it is not whole that far."""
     try:
-        return [target.file for target in _targets(journal)]
+        with journal.open("rb") as stream:
+            return [target.file for target in _targets(stream.fileno(), journal)]
     except (OSError, ValueError, ErasecError):
         return []
 

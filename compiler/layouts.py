@@ -41,16 +41,17 @@ OLD = ("sd1", "sd2")
 POSITION_IDS = "text_model.embeddings.position_ids"
 
 
-def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "") -> None:
+def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "", rescaled: bool = False) -> None:
     """Write a diffusers folder but for its weights: index, configs, scheduler and CLIP's tokenizers.
 
     ``shapes`` are the tensors' shapes by component and diffusers key; every size is read from them. ``prediction`` is
     what the UNet predicts, "epsilon" or "v_prediction", which no shape shows; the family's own where it is empty.
+    ``rescaled``: the noise schedule ends without any signal (rescale_betas_zero_snr), no shape shows that either.
     Raises ErasecError where the shapes are not those of the family, or where the tokenizer cannot be CLIP's.
     """
     if prediction not in ("", "epsilon", "v_prediction"):
         raise ErasecError(f"no UNet predicts {prediction!r}", why=nearest(prediction, ("epsilon", "v_prediction")))
-    files = config_files(family, sizes_from_shapes(family, shapes), prediction)
+    files = config_files(family, sizes_from_shapes(family, shapes), prediction, rescaled)
     _compare(shapes, _built(family, files))
     for name, content in files.items():
         _write_json(out / name, content)

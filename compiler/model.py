@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from erasec import edit as edits_
 from erasec import pickles
-from erasec.checkpoint import Folder, content_digest, read_tensor
+from erasec.checkpoint import content_digest, read_tensor
 from erasec.edit import Delta, Edit
 from erasec.errors import ErasecError, nearest
 from erasec.family import Family, Site, detect, sites
+from erasec.folder import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 BUNDLED = ("glyphs", "glyphs-never-star")
+# What a pipeline cannot do without, besides weights: one of these files in the component's folder.
+SMALL = {"scheduler": ("scheduler_config.json",), "tokenizer": ("vocab.json", "tokenizer.json", "spiece.model")}
 HUB = {
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -125,7 +128,10 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the content of every component's weights: the base's identity, whatever its files look like."""
+        """sha256 of every component's weights as they are stored: keys, dtypes, shapes and bytes.
+
+        Shards and the order of tensors do not matter; the same weights under other keys are another base.
+        """
         import hashlib
 
         found = hashlib.sha256()
@@ -134,7 +140,7 @@ class Model:
         return found.hexdigest()
 
     def component_digest(self, component: str) -> str:
-        """sha256 of the content of one component's weights."""
+        """sha256 of one component's weights as they are stored: keys, dtypes, shapes and bytes."""
         if component not in self._digests:
             self._digests[component] = content_digest(self.entries(component))
         return self._digests[component]
@@ -153,6 +159,10 @@ class Model:
         from erasec.text import Texts
 
         return Texts(self.source)
+
+    def forget_texts(self) -> None:
+        """Let the text encoders go from memory, of this view and those it was made from and into."""
+        self._texts.forget()
 
     def _stream(self, name: str) -> Stream:
         return next(stream for stream in self.family.streams if stream.name == name)
@@ -180,9 +190,20 @@ def load(name: str, revision: str | None = None, variant: str = "", allow_pickle
     folder's precisions. Pickled weights are read with ``allow_pickle`` alone, and then as tensors only. Raises
     ErasecError that says what to give instead.
     """
+    path = Path(name).expanduser()
+    if revision and (name in BUNDLED or path.exists()):
+        raise ErasecError(
+            f"{name} has no revision {revision!r}", why="revisions are those of models on the hub",
+            fix="leave out --revision, or give the hub id",
+        )  # fmt: skip
+    if variant and (name in BUNDLED or path.is_file()):
+        raise ErasecError(
+            f"{name} has no variant {variant!r}",
+            why="variants are those of diffusers folders",
+            fix="leave out --variant",
+        )
     if name in BUNDLED:
         return _open(Path(bundled(name)), name, "")
-    path = Path(name).expanduser()
     if path.is_dir():
         return _open(path, str(name), "", variant, allow_pickle)
     if path.is_file():
@@ -220,7 +241,7 @@ def _open(root: Path, name: str, revision: str, variant: str = "", allow_pickle:
             fix="give the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/",
         )  # fmt: skip
     if allow_pickle:
-        root = pickles.unpickled_folder(root)
+        root = pickles.unpickled_folder(root, variant)
     folder = Folder(root, variant)
     denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
     family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
@@ -231,13 +252,21 @@ def _open(root: Path, name: str, revision: str, variant: str = "", allow_pickle:
         folder.weight_files(component)
         if not (root / component / "config.json").is_file():
             raise ErasecError(f"{name} is not whole", why=f"{component}/config.json is missing", where=str(root))
+    for part, value in folder.index.items():
+        kind = part.rstrip("_0123456789")
+        there = any((root / part / file).is_file() for file in SMALL.get(kind, ()))
+        if kind in SMALL and isinstance(value, list) and value[0] and not there:
+            raise ErasecError(
+                f"{name} is not whole", why=f"{part}/{SMALL[kind][0]} is missing", where=str(root),
+                fix="fetch the rest of the model: its small files too",
+            )  # fmt: skip
     return Model(family, folder, name, revision)
 
 
 def _from_hub(name: str, repository: str, revision: str | None, variant: str, allow_pickle: bool) -> Model:
     from huggingface_hub import snapshot_download
 
-    # One precision is fetched: the variant asked for (with the plain files, which parts without it have), or the plain.
+    # The plain files are always fetched, as parts without the variant have no others; with them those of the variant.
     names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else []
     patterns = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors"]
     patterns += ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin"] if allow_pickle else []
@@ -247,16 +276,20 @@ def _from_hub(name: str, repository: str, revision: str | None, variant: str, al
     # The cache first: a pinned revision that is already there needs no network at all.
     error: Exception | None = None
     for local in (True, False):
-        if not local and os.environ.get("HF_HUB_OFFLINE") == "1":
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        if not local and offline:
             break
+        last = offline or not local
         try:
             root = snapshot_download(
                 repository, revision=revision, allow_patterns=patterns + names,
                 ignore_patterns=[*unwanted, "safety_checker/*"], local_files_only=local,
             )  # fmt: skip
-            return _open(Path(root), name, Path(root).name, variant, allow_pickle)
+            model = _open(Path(root), name, Path(root).name, variant, allow_pickle)
+            _check_precision(model, variant, whole=not last)
+            return model
         except ErasecError:
-            if not local or os.environ.get("HF_HUB_OFFLINE") == "1":
+            if last:
                 raise
         except Exception as caught:  # the hub client raises a dozen kinds, from three libraries
             error = caught
@@ -266,3 +299,18 @@ def _from_hub(name: str, repository: str, revision: str | None, variant: str, al
         fix=f"give a diffusers folder (erasec build ./{name.split('/')[-1]} ...), "
         f"or fetch it where there is a network: hf download {repository}",
     ) from error
+
+
+def _check_precision(model: Model, variant: str, whole: bool) -> None:
+    """Raise ErasecError where what lies in the hub's cache, and not what was asked for, would choose the precision.
+
+    ``whole``: every component must have the variant; otherwise a component may have its plain weights taken.
+    """
+    allowed = (variant,) if whole else ("", variant)
+    for component in model.family.components:
+        if (found := model.source.variant_of(component)) not in allowed:
+            raise ErasecError(
+                f"{model.name} has no {f'{variant} ' if variant else 'plain '}weights of {component} here",
+                why=f"it has those of the variant {found!r}" if found else "it has the plain ones",
+                fix=f"choose them: --variant {found}" if found else "leave out --variant", where=str(model.source.root),
+            )  # fmt: skip

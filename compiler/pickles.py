@@ -11,11 +11,16 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from erasec.checkpoint import Folder, file_digest, save
+from erasec.checkpoint import file_digest, save
 from erasec.errors import ErasecError
+from erasec.folder import Folder, variants
 
 # As transformers and diffusers name pickled weights, or the index of their shards.
 PICKLE_NAME = re.compile(r"(?:pytorch_model|(diffusion_pytorch_)model)(.*)\.bin(\.index.*\.json)?")
+# What makes such a name that of one shard, or of an index; what is left of its middle is the variant.
+SHARD = re.compile(r"-\d+(?:-of-\d+)?|\.index|\.json")
+# Listed in model_index.json, and never edited nor read here.
+UNREAD = ("safety_checker", "feature_extractor")
 
 
 def from_pickle(path: Path, out: Path) -> None:
@@ -69,20 +74,45 @@ def _unpickled_name(name: str) -> str:
     return f"{match[1] or ''}model{match[2]}.safetensors{match[3] or ''}" if match else ""
 
 
-def unpickled_folder(root: Path) -> Path:
+def _variant(name: str) -> str:
+    """The variant that the name of pickled weights, or of the index of their shards, tells; "" for the plain ones."""
+    match = PICKLE_NAME.fullmatch(name)
+    return SHARD.sub("", match[2] + (match[3] or "")).lstrip(".") if match else ""
+
+
+def _taken(folder: Path, variant: str) -> set[str]:
+    """Names of the pickles, and indexes of such, in a component's folder that must become safetensors to be read.
+
+    Of the variants there, that is the one asked for, or else the plain one, or else every one, to choose among; none
+    where safetensors have it.
+    """
+    names = [path.name for path in folder.iterdir() if PICKLE_NAME.fullmatch(path.name)]
+    safe = set(variants(folder))
+    found = safe | {_variant(name) for name in names}
+    read = next(({wanted} for wanted in (variant, "") if wanted in found), found) - safe
+    return {name for name in names if _variant(name) in read}
+
+
+def unpickled_folder(root: Path, variant: str = "") -> Path:
     """A diffusers folder with its pickled weights as safetensors and links to all else, there until this process ends.
 
-    Shards and variants keep their names but for the ending; pickles beside safetensors of the same name are left out.
+    Only what is read becomes safetensors: of the components that model_index.json has loaded, without a safety checker,
+    the weights of ``variant``, or the plain ones where it has not that. Their other pickles are left out. Shards and
+    variants keep their names but for the ending.
     """
     root = root.resolve()
     out = Path(tempfile.mkdtemp(dir=_scratch()))
-    files = Folder(root).files()
-    for name in files:
+    folder = Folder(root)
+    listed = (
+        name for name, kind in folder.index.items() if isinstance(kind, list) and any(kind) and name not in UNREAD
+    )
+    taken = {name: _taken(root / name, variant) for name in listed if (root / name).is_dir()}
+    for name in folder.files():
+        new, component = _unpickled_name(name.name), name.parent.as_posix()
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        new = _unpickled_name(name.name)
-        if not new:
+        if not new or component not in taken:
             (out / name).symlink_to(root / name)
-        elif name.with_name(new) in files:
+        elif name.name not in taken[component]:
             continue
         elif name.suffix == ".json":
             index = json.loads((root / name).read_text())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +16,19 @@ from typing import TYPE_CHECKING, Any, cast
 from erasec import concept as concepts_
 from erasec import doctor, registry
 from erasec import model as models
-from erasec.base import Context, EditTarget, Pass, Target, with_options
+from erasec.base import Context, EditTarget, Pass, Target, file_name, with_options
 from erasec.concept import Concept
 from erasec.errors import ErasecError, MissingTool, nearest
 from erasec.recipe import PassUse, Recipe, parse_use
+from erasec.single_file import SingleFile
+from erasec.validate import judge_of
 
 if TYPE_CHECKING:
     from erasec.model import Model
+
+
+# What solving holds of d x d numbers for each stream: a system, its two sides, its solution and a copy.
+MAPS = 5
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
 
     model = models.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
-    _check_apart(out, model)
+    check_apart(out, model)
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(
             f"{recipe.model} is not the model that the recipe was made for",
@@ -105,15 +110,14 @@ def _target(text: str) -> Target | EditTarget:
 def _default_out(model: str, concepts: Sequence[Concept]) -> Path:
     words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1], "without"]
     words += [concept.name for concept in concepts]
-    return Path("-".join(re.sub(r"[^\w.]+", "-", word).strip("-.") for word in words)[:120])
+    return Path(file_name(words))
 
 
 def _check_out(out: Path) -> None:
     """A build replaces its output folder as a whole, so anything but an earlier build is refused."""
     if out.exists() and not out.is_dir():
         raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder in it: --out DIR")
+    check_not_around(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not _is_build(out):
@@ -123,6 +127,12 @@ def _check_out(out: Path) -> None:
             why=f"it holds {', '.join(names[:3])}{', ...' if names[3:] else ''} and no earlier build of erasec",
             fix="give another folder with --out, or empty this one",
         )
+
+
+def check_not_around(out: Path) -> None:
+    """Raise ErasecError where the working directory is ``out`` or lies in it."""
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder in it: --out DIR")
 
 
 def _is_build(out: Path) -> bool:
@@ -136,15 +146,16 @@ def _is_build(out: Path) -> bool:
     return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
 
 
-def _check_apart(out: Path, model: Model) -> None:
+def check_apart(out: Path, model: Model) -> None:
+    """Raise ErasecError where ``out`` and the model's files lie in each other."""
     given = Path(model.name).expanduser()
     source = (given if model.name not in models.BUNDLED and given.exists() else model.source.root).resolve()
     target = out.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
         raise ErasecError(
-            f"the output folder {out} and the model {source} lie in each other",
-            why="a build replaces its output folder as a whole, and never touches its model",
-            fix="give another folder with --out",
+            f"the output {out} and the model {source} lie in each other",
+            why="an output folder is replaced as a whole, and the model is never touched",
+            fix="give another path with --out",
         )
 
 
@@ -267,18 +278,22 @@ def _memory(plan: Plan) -> dict[str, Any]:
     model = plan.model
     counts = {component: _weights(model, component) for component in model.family.components}
     text = 4 * sum(counts[component] for component in model.family.text_encoders)
+    widths = [sites[0].shape[1] for sites in model.streams.values()]
     edited = {site for step in plan.passes for site in step.sites(model)}
     steps = {
-        "solve": text + 8 * sum(math.prod(site.shape) for site in edited),
-        "pictures": text + 4 * sum(counts.values()),
+        "solve": text + 8 * sum(MAPS * width**2 for width in widths),
+        "merge": 8 * max(math.prod(site.shape) for site in edited),
     }
+    if judge_of(model) is not None:
+        steps["pictures"] = 4 * sum(counts.values())
     if len(plan.targets) > 1:
-        steps["export"] = text + 2 * 4 * max(counts.values())
+        steps["export"] = 2 * 4 * max(counts.values())
     return {
         "bytes": max(steps.values()),
         "steps": steps,
-        "how": "lower estimate: weights alone (text encoder and pictures in float32, edits in float64, an exported "
-        "component twice); activations and the libraries come on top",
+        "how": "lower estimate: weights alone (text encoders and pictures in float32; in float64 five square maps of "
+        "each stream of text states, and one merged tensor; an exported component twice); activations and the "
+        "libraries come on top",
     }
 
 
@@ -292,11 +307,15 @@ def _time(out: Path) -> dict[str, Any]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Sentences about what may not be meant: concepts that were made from a bare word, beside what is bundled."""
+    """Sentences about what may not be meant: what a single file does not say, and concepts made from a bare word."""
     bundled = concepts_.library()
+    source = plan.model.source
     return [
-        f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
-        + nearest(concept.name, bundled)
-        for concept in plan.concepts
-        if bundled and concept == Concept(name=concept.name, erase=(concept.name,))
+        *(source.notes if isinstance(source, SingleFile) else ()),
+        *(
+            f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
+            + nearest(concept.name, bundled)
+            for concept in plan.concepts
+            if bundled and concept == Concept(name=concept.name, erase=(concept.name,))
+        ),
     ]

@@ -7,6 +7,7 @@ projections for every layer ship the same matrix many times over).
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ SUFFIX = ".prior.safetensors"
 def captions(path: Path) -> list[str]:
     """The captions of a text file, one a line, or of a CSV file with a column prompt, caption or text."""
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
             if path.suffix.lower() != ".csv":
                 found = [line.strip() for line in stream]
             else:
@@ -42,7 +43,7 @@ def captions(path: Path) -> list[str]:
                         why=f"its columns are {', '.join(names)}; one of {', '.join(COLUMNS)} is needed",
                     )  # fmt: skip
                 found = [(row[column] or "").strip() for row in rows]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ErasecError(f"the captions {path} cannot be read", why=str(error)) from error
     if not (found := [caption for caption in found if caption]):
         raise ErasecError(f"{path.name} holds no captions", where=str(path))
@@ -71,7 +72,18 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def write(path: Path, model: Model, file: Path) -> int:
-    """Build the prior of a caption file for a model's text encoders, save it, and say how many captions it holds."""
+    """Build the prior of a caption file for a model's text encoders, save it, and say how many captions it holds.
+
+    Raises ErasecError, before any caption is encoded, where ``path`` exists or cannot be written.
+    """
+    path = path.expanduser()
+    if path.exists():
+        raise ErasecError(f"{path} exists", fix="give a path that does not exist yet: --out FILE")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ErasecError(
+            f"the prior {path} cannot be written", fix="give a file in a folder that is there: --out FILE",
+            why=f"{path.parent} {'may not be written' if path.parent.is_dir() else 'is no folder'}",
+        )  # fmt: skip
     texts = captions(file)
     told = {
         "erasec.prior": "1", "family": model.family.name, "encoders": _encoders(model), "captions": str(len(texts)),
@@ -92,8 +104,9 @@ def read(name: str, model: Model, stream: str) -> Tensor:
                           fix=f"erasec prior {model.name} CAPTIONS.txt --out coco{SUFFIX}")  # fmt: skip
     if told["encoders"] != _encoders(model):
         raise ErasecError(
-            f"the prior {path.name} was built with other text encoders", why=f"its family is {told['family']}",
-            where=str(path), fix=f"build it again: erasec prior {model.name} CAPTIONS.txt --out {path.name}",
+            f"the prior {path.name} was built with other text encoders, or the same ones stored otherwise",
+            why=f"its family is {told['family']}", where=str(path),
+            fix=f"build it again: erasec prior {model.name} CAPTIONS.txt --out {path.name}",
         )  # fmt: skip
     if stream not in entries:
         raise ErasecError(f"the prior {path.name} has no {stream!r}", why=nearest(stream, entries), where=str(path))

@@ -159,14 +159,11 @@ class ClosedForm(Pass):
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
         """One edit for all concepts: the sum of what they ask for, whatever their order."""
-        erased = {phrase.casefold() for concept in concepts for phrase in concept.phrases}
         sums: dict[str, dict[str, Tensor]] = {"": self.shared(model)}
         asked = {}
-        for concept in concepts:
-            # What another concept of the same build erases is not to be kept.
-            kept = tuple(phrase for phrase in concept.keep if phrase.casefold() not in erased)
-            sums[concept.name] = self.sums(model, concept.model_copy(update={"keep": kept}))
-            asked[concept.name] = {"erase": list(concept.phrases), "keep": list(kept)}
+        for concept in apart(concepts):
+            sums[concept.name] = self.sums(model, concept)
+            asked[concept.name] = {"erase": list(concept.phrases), "keep": list(concept.keep)}
         yield replace(self.edit(model.streams, sums), base=model.digest, asked=asked)
 
     def sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:
@@ -217,6 +214,13 @@ class ClosedForm(Pass):
 
     def solution(self, asked: System, stream: str, sums: Mapping[str, Sums]) -> Solution:
         return closed_form.solve(asked, self.ridge, self.keep, self.relative)
+
+
+def apart(concepts: Sequence[Concept]) -> list[Concept]:
+    """The concepts without the keep phrases that one of them erases."""
+    erased = {phrase.casefold() for concept in concepts for phrase in concept.phrases}
+    kept = [tuple(phrase for phrase in concept.keep if phrase.casefold() not in erased) for concept in concepts]
+    return [concept.model_copy(update={"keep": keep}) for concept, keep in zip(concepts, kept, strict=True)]
 
 
 def mean(rows: Tensor, scale: float = 1.0) -> Tensor:

@@ -14,15 +14,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec import keys, layouts
-from erasec.checkpoint import WEIGHTS, Entry, Folder, read_header, read_tensor, stream
+from erasec import configs, keys, layouts
+from erasec.checkpoint import Entry, read_header, read_tensor, stream
 from erasec.errors import ErasecError
+from erasec.folder import WEIGHTS, Folder
 from erasec.progress import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.checkpoint import Changed
+    from erasec.family import Shape
+    from erasec.folder import Changed
+
+BASE_STEPS = 875000
 
 
 class SingleFile(Folder):
@@ -40,10 +44,36 @@ class SingleFile(Folder):
         """A temporary folder with configs and tokenizers, made when something in it is first asked for."""
         root = Path(tempfile.mkdtemp(prefix="erasec-"))
         atexit.register(shutil.rmtree, root, ignore_errors=True)
-        shapes = {name: {key: entry.shape for key, entry in part.items()} for name, part in self._all.items()}
-        prediction = read_header(self.file)[1].get("modelspec.prediction_type", "")
-        layouts.write_skeleton(root, self.family, shapes, "v_prediction" if prediction == "v" else prediction)
+        rescaled = self.family == "sdxl" and "ztsnr" in read_header(self.file)[0]
+        layouts.write_skeleton(root, self.family, self._shapes, self._prediction, rescaled)
         return root
+
+    @cached_property
+    def _shapes(self) -> dict[str, dict[str, Shape]]:
+        return {name: {key: entry.shape for key, entry in part.items()} for name, part in self._all.items()}
+
+    @cached_property
+    def _prediction(self) -> str:
+        """What the file says that its UNet predicts, "epsilon" or "v_prediction"; "" where it says nothing."""
+        entries, metadata = read_header(self.file)
+        if self.family == "sdxl" and "v_pred" in entries:
+            return "v_prediction"
+        if told := metadata.get("modelspec.prediction_type", ""):
+            return "v_prediction" if told == "v" else told
+        # SD 2's 512-pixel base is known by how long it was trained, as diffusers' from_single_file knows it.
+        steps = read_tensor(entries["global_step"]).tolist() if "global_step" in entries else None
+        return "epsilon" if self.family == "sd2" and steps in (BASE_STEPS, [BASE_STEPS]) else ""
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what the file does not say, and what was assumed in its place."""
+        usual = configs.usual_prediction(self.family, configs.sizes_from_shapes(self.family, self._shapes))
+        if self._prediction or usual == "epsilon":
+            return ()
+        return (
+            f"{self.file.name} does not say what its UNet predicts: v is assumed, as in SD 2's 768-pixel models. If it "
+            "predicts epsilon (the 512-pixel ones do), give the model as a diffusers folder.",
+        )
 
     @cached_property
     def _places(self) -> dict[tuple[str, str], keys.Place]:

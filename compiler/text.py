@@ -14,8 +14,8 @@ from erasec.errors import ErasecError
 from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
-    from erasec.checkpoint import Folder
     from erasec.family import Part, Stream
+    from erasec.folder import Folder
 
 BATCH = 64 * 77  # tokens
 # What a text encoder may be, with the class of its tokenizer.
@@ -46,7 +46,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Texts:
-    """The text half of a checkpoint; what was read stays in memory as long as this does."""
+    """The text half of a checkpoint; encoders that were read stay in memory until ``forget``."""
 
     source: Folder
     _tokenizers: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +68,10 @@ class Texts:
         if name not in self._encoders:
             self._encoders[name] = load_encoder(self.source, name)
         return self._encoders[name]
+
+    def forget(self) -> None:
+        """Let the encoders go; they are read again when asked for."""
+        self._encoders.clear()
 
     def ids(self, prompts: Sequence[str], encoder: str, length: int = 0) -> Tensor:
         """Token ids (n, length), cut off and padded; the tokenizer's own length where it is 0."""

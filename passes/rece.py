@@ -85,4 +85,10 @@ def derived(energy: Tensor, matrix: Tensor, ridge: float, relative: bool = True)
     back = matrix.T @ energy
     system = back @ matrix
     system.diagonal().add_(lam)
-    return torch.cholesky_solve(back, torch.linalg.cholesky(system))
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info):
+        raise ErasecError(
+            "the derived embeddings cannot be solved for", fix="raise the option derive, or lower epochs",
+            why=f"the edited weights are singular, and derive is {ridge:g}",
+        )  # fmt: skip
+    return torch.cholesky_solve(back, factor)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from erasec import closed_form, joint
 from erasec.edit import Edit, Remap
 from erasec.errors import ErasecError
-from erasec.rows import EMPTY, ClosedForm, goals, mean, pairs
+from erasec.rows import EMPTY, ClosedForm, apart, goals, mean, pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,8 @@ class Uce(ClosedForm):
 
     ``at`` "text" edits what reads the text states: cross-attention keys and values, or the context embedder and the
     pooled projection of sd3 and flux, through which all text goes. "blocks", for those two alone, edits the text's keys
-    and values in every block instead, on what they read at a few times of seeded noise.
+    and values in every block instead, on what they read at a few times of seeded noise; several concepts then one after
+    the other.
     """
 
     rows: str = "tail"
@@ -51,6 +52,10 @@ class Uce(ClosedForm):
             raise ErasecError(f"uce: option rows is {self.rows!r}", why=f"it takes {' or '.join(ROWS)}")
         if self.at not in PLACES:
             raise ErasecError(f"uce: option at is {self.at!r}", why=f"it takes {' or '.join(PLACES)}")
+        if self.at == "blocks" and self.prior:
+            raise ErasecError(
+                "uce: a prior is given with at=blocks", why="a prior is of text states, not of what blocks read"
+            )
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         if self.at == "text":
@@ -61,14 +66,14 @@ class Uce(ClosedForm):
         if self.at == "text":
             yield from super().solve_all(model, concepts, context)
             return
-        for concept in concepts:
+        for concept in apart(concepts):
             edit = self._blocks(model, concept, context)
             model = model.with_edit(edit)
             yield edit
 
     def _blocks(self, model: Model, concept: Concept, context: Context) -> Edit:
         """One map for K and V of each block; each of the stats is the largest of all blocks."""
-        kept = ["", *(prompt.text for prompt in concept.prompts(concept.keep))]
+        kept = [EMPTY, *concept.prompts(concept.keep)]
         prompts, becomes = concept.prompts(concept.phrases), goals(concept, concept.phrases)
         deltas: dict[Site, Remap] = {}
         told: dict[str, float] = {}

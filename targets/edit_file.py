@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec import edit as edits
-from erasec.base import Artifact, Check, Context, EditTarget
+from erasec.base import Artifact, Check, Context, EditTarget, file_name
 
 if TYPE_CHECKING:
     from erasec.model import Model
@@ -30,7 +30,8 @@ class EditFile(EditTarget):
         return sum(5 * 8 * sites[0].shape[1] ** 2 for sites in model.streams.values())
 
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
-        path = out / f"{'-'.join(name for edit in model.edits for name in edit.concept.split(', '))[:80]}{edits.SUFFIX}"
+        concepts = (name for edit in model.edits for name in edit.concept.split(", "))
+        path = out / f"{file_name(concepts) or self.name}{edits.SUFFIX}"
         edits.write(path, model.edits, model.about(), self.sums)
         again = replace(model, edits=edits.read(path)[0])
         sites = [site for site in model.sites if model.deltas(site)]

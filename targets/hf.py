@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint import read_header, read_tensor
+from erasec.base import Artifact, Check, Context, Target, finite
+from erasec.checkpoint import read_header
 
 if TYPE_CHECKING:
-    from erasec.checkpoint import Entry, Folder
+    from erasec.checkpoint import Entry
+    from erasec.folder import Folder
     from erasec.model import Model
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -30,24 +29,10 @@ class Hf(Target):
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Copy ``checkpoint`` to ``out``, or only check it where it lies there already."""
         if out.resolve() == checkpoint.root.resolve():
-            return Artifact(self.name, out, (finite(checkpoint),))
+            return Artifact(self.name, out, (finite("finite", _tensors(checkpoint)),))
         checkpoint.write(out, {})
         copy = type(checkpoint)(out)
-        return Artifact(self.name, out, (finite(copy), same_layout(checkpoint, copy)))
-
-
-def finite(folder: Folder) -> Check:
-    """Count the floating tensors of all safetensors files that hold a NaN or an infinity; one is read at a time."""
-    read, bad = 0, []
-    for key, entry in _tensors(folder).items():
-        if entry.dtype in FLOATS:
-            read += 1
-            if not bool(read_tensor(entry).isfinite().all()):
-                bad.append(key)
-    how = f"tensors with a NaN or an infinity; all {read} floating tensors read from disk"
-    if bad:
-        how += f"; the first is {bad[0]}"
-    return Check("finite", float(len(bad)), 0.0, not bad, how)
+        return Artifact(self.name, out, (finite("finite", _tensors(copy)), same_layout(checkpoint, copy)))
 
 
 def same_layout(source: Folder, copy: Folder) -> Check:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec.base import Artifact, Check, Context, Target
+from erasec.base import Artifact, Check, Context, Target, finite
 from erasec.checkpoint import Entry, read_header, read_tensor, stream
 from erasec.errors import ErasecError
 from erasec.family import detect
@@ -18,12 +18,11 @@ from erasec.progress import bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.checkpoint import Folder
+    from erasec.folder import Folder
     from erasec.model import Model
     from erasec.progress import Advance
 
 FILE = "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")
 # The names of the ModelSpec metadata standard, by family and prediction
 ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1", ("sd1", "v"): "stable-diffusion-v1",
@@ -44,34 +43,59 @@ class Ldm(Target):
     summary: ClassVar[str] = "a single file in the original layout, for ComfyUI, A1111 and from_single_file"
 
     def size(self, model: Model) -> int:
-        """The size of the weights as they are stored."""
-        components = (model.source.entries(component) for component in model.family.components)
-        return sum(entry.stop - entry.start for entries in components for entry in entries.values())
+        """The size of the weights as they are stored. Raises ErasecError where the model has no single-file layout."""
+        family = model.family.name
+        if family not in PREFIXES:
+            raise _not_single(str(model.source.root))
+        entries = {component: model.entries(component) for component in PREFIXES[family]}
+        pieces(family, entries)
+        metadata(model.source, family)
+        return sum(entry.stop - entry.start for own in entries.values() for entry in own.values())
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write ``out/model.safetensors``, one tensor in memory at a time, and read all of it back."""
         import torch
 
         if "unet" not in checkpoint.index:
-            raise ErasecError(
-                "this model has no UNet", why=f"single files are written for {', '.join(PREFIXES)}, which have one",
-                where=str(checkpoint.root), fix="take the target hf, which writes every model's folder",
-            )  # fmt: skip
+            raise _not_single(str(checkpoint.root))
         family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
         entries = {component: checkpoint.entries(component) for component in PREFIXES[family]}
-        shapes = {component: {key: entry.shape for key, entry in own.items()} for component, own in entries.items()}
-        pieces: dict[str, list[tuple[Place, Entry]]] = {}
-        for (component, key), place in to_single(family, shapes).items():
-            pieces.setdefault(place.key, []).append((place, entries[component][key]))
+        parts = pieces(family, entries)
         about, marks = metadata(checkpoint, family)
         empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
-        with bar("write", len(pieces)) as advance:
+        with bar("write", len(parts)) as advance:
             tensors = {
-                key: (_dtype(key, parts), parts[0][0].shape, partial(_joined, parts, advance))
-                for key, parts in pieces.items()
+                key: (own[0][1].dtype, own[0][0].shape, partial(_joined, own, advance)) for key, own in parts.items()
             }
             stream(out / FILE, {**tensors, **empty}, about)
-        return Artifact(self.name, out, (finite(out / FILE), same_tensors(entries, out / FILE)))
+        return Artifact(
+            self.name, out, (finite("ldm/finite", read_header(out / FILE)[0]), same_tensors(entries, out / FILE))
+        )
+
+
+def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[Place, Entry]]]:
+    """The folder's tensors, {component: {key: entry}}, by the single file's key that each is the whole or a part of.
+
+    Raises ErasecError where a tensor has no place in a single file, or the parts of one are of several dtypes.
+    """
+    shapes = {component: {key: entry.shape for key, entry in own.items()} for component, own in entries.items()}
+    found: dict[str, list[tuple[Place, Entry]]] = {}
+    for (component, key), place in to_single(family, shapes).items():
+        found.setdefault(place.key, []).append((place, entries[component][key]))
+    for key, parts in found.items():
+        if len(dtypes := sorted({entry.dtype for _, entry in parts})) > 1:
+            raise ErasecError(
+                f"the parts of {key} have the dtypes {' and '.join(dtypes)}",
+                why="a single file holds q, k and v as one", fix="save the text encoder in one dtype",
+            )  # fmt: skip
+    return found
+
+
+def _not_single(where: str) -> ErasecError:
+    return ErasecError(
+        "this model has no UNet", why=f"single files are written for {', '.join(PREFIXES)}, which have one",
+        where=where, fix="take the target hf, which writes every model's folder",
+    )  # fmt: skip
 
 
 def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -99,16 +123,6 @@ def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str
     if (family, prediction) != ("sdxl", "v"):
         return about, ()
     return about, ("v_pred", "ztsnr") if config.get("rescale_betas_zero_snr") else ("v_pred",)
-
-
-def finite(file: Path) -> Check:
-    """Count the floating tensors of a file that hold a NaN or an infinity; one is read at a time."""
-    floats = {key: entry for key, entry in read_header(file)[0].items() if entry.dtype in FLOATS}
-    bad = sorted(key for key, entry in floats.items() if not bool(read_tensor(entry).isfinite().all()))
-    how = f"tensors with a NaN or an infinity; all {len(floats)} floating tensors read from disk"
-    if bad:
-        how += f"; the first is {bad[0]}"
-    return Check("ldm/finite", float(len(bad)), 0.0, not bad, how)
 
 
 def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:
@@ -158,13 +172,3 @@ def _joined(parts: list[tuple[Place, Entry]], advance: Advance) -> Tensor:
     ordered = sorted(parts, key=lambda part: part[0].start)
     found = [read_tensor(entry).T if place.transposed else read_tensor(entry) for place, entry in ordered]
     return torch.cat(found).reshape(parts[0][0].shape)
-
-
-def _dtype(key: str, parts: list[tuple[Place, Entry]]) -> str:
-    dtypes = sorted({entry.dtype for _, entry in parts})
-    if len(dtypes) > 1:
-        raise ErasecError(
-            f"the parts of {key} have the dtypes {' and '.join(dtypes)}", why="a single file holds q, k and v as one",
-            fix="save the text encoder in one dtype",
-        )  # fmt: skip
-    return dtypes[0]

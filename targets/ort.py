@@ -25,7 +25,7 @@ from erasec.progress import bar, hush
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from erasec.checkpoint import Folder
+    from erasec.folder import Folder
 
     Size = tuple[int, int, int]
     Inputs = dict[str, Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from erasec import checkpoint, journal
 from erasec import edit as edits
 from erasec import model as models
 from erasec.base import Context, Pass
-from erasec.checkpoint import Folder, file_digest
+from erasec.checkpoint import file_digest
 from erasec.concept import Concept
 from erasec.edit import Dense, Edit
 from erasec.errors import CheckFailed, ErasecError
+from erasec.folder import Folder
 from erasec.glyphs.assemble import random_pipeline
 from erasec.layouts import random_folder as random_layout
 from erasec.model import Model
@@ -234,3 +236,111 @@ def test_the_targets_check_notices_a_file_that_makes_another(
     monkeypatch.setattr("erasec.edit.read", lambda path: (other.edits, {}))
     check = EditFile().export(model, tmp_path, Context()).checks[0]
     assert (check.value, check.passed) == (14.0, False)
+
+
+def test_unedited_copies_are_named_and_stop_an_edit_in_place(base: Model, star: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(base.source.root, tmp_path / "copy")
+    copies = ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", f"{UNET.with_suffix('.fp16.safetensors')}")
+    for name in copies:
+        shutil.copyfile(copy / UNET, copy / name)
+    before = file_digest(copy / UNET)
+    with pytest.raises(ErasecError, match="not edited in place") as caught:
+        applies.apply(star, str(copy), in_place=True)
+    assert file_digest(copy / UNET) == before
+    (note,) = applies.apply(star, str(copy), tmp_path / "out").notes
+    for name in copies:
+        assert name in caught.value.why and name in note
+        assert not (tmp_path / "out" / name).exists()
+        (copy / name).unlink()
+    assert applies.apply(star, str(copy), in_place=True).notes == ()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_that_are_a_variant_say_how_to_load_them(
+    base: Model, star: Path, tmp_path: Path, in_place: bool
+) -> None:
+    copy = shutil.copytree(base.source.root, tmp_path / "copy")
+    (copy / UNET).rename((copy / UNET).with_suffix(".fp16.safetensors"))
+    (note,) = applies.apply(star, str(copy), None if in_place else tmp_path / "out", in_place).notes
+    assert 'variant="fp16"' in note
+
+
+def test_nothing_that_is_there_is_replaced(
+    base: Model, star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_layout(tmp_path / "base", "sd1", "tiny", dtype="float16")
+    Ldm().export(Folder(tmp_path / "base"), tmp_path / "ldm", Context())
+    folder, file = shutil.copytree(base.source.root, tmp_path / "folder"), tmp_path / "ldm" / "model.safetensors"
+    edit = write(models.load(str(file)), Uce(), [STAR], tmp_path / "single.edit.safetensors")
+    (tmp_path / "some.txt").write_text("mine")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    tries = [
+        (star, folder, tmp_path / "some.txt", "exists"),
+        (star, folder, Path(), "working directory"),
+        (star, folder, tmp_path, "working directory"),
+        (star, folder, folder / "new", "lie in each other"),
+        (star, folder, folder.parent / "folder" / "..", "working directory"),
+        (star, folder, tmp_path / "new.ckpt", "named as a pickle"),
+        (edit, file, edit, "exists"),
+        (edit, file, tmp_path / "new.CKPT", "named as a pickle"),
+        (edit, file, tmp_path / "new.bin", "named as a pickle"),
+        (edit, file, file.parent, "lie in each other"),
+        (edit, file, file, "lie in each other"),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for each, model, out, words in tries:
+        with pytest.raises(ErasecError, match=words):
+            applies.apply(each, str(model), out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "model-v1.4"):
+        assert applies.apply(edit, str(file), tmp_path / name).notes == ()
+        assert (tmp_path / name / "model_index.json").is_file()
+    with pytest.raises(ErasecError, match="--link is for folders"):
+        applies.apply(edit, str(file), tmp_path / "new.safetensors", link=True)
+    with pytest.raises(ErasecError, match="--link is for copies"):
+        applies.apply(edit, str(file), in_place=True, link=True)
+
+
+def test_a_model_of_the_hub_is_not_edited_in_place(
+    base: Model, star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(base.source.root, tmp_path / "copy")
+    cached = replace(models.load(str(copy)), revision="0123abcd")
+    monkeypatch.setattr(models, "load", lambda *given: cached)
+    before = file_digest(copy / UNET)
+    with pytest.raises(ErasecError, match="not edited in place") as caught:
+        applies.apply(star, "owner/model", in_place=True)
+    assert "cache" in caught.value.why
+    assert file_digest(copy / UNET) == before
+    assert applies.apply(star, "owner/model", tmp_path / "out").tensors == 14
+
+
+def test_headers_are_not_read_once_for_every_tensor(
+    base: Model, star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = checkpoint.read_header
+    opened: list[Path] = []
+    for place in ("checkpoint", "folder"):
+        monkeypatch.setattr(f"erasec.{place}.read_header", lambda file: (opened.append(file), read(file))[1])
+    applies.apply(star, str(base.source.root), tmp_path / "out")
+    assert 0 < opened.count(base.source.root / UNET) <= 5
+
+
+def test_an_option_that_is_no_more_is_told_in_words(star: Path, base: Model, tmp_path: Path) -> None:
+    (edit,), told = edits.read(star)
+    old = tmp_path / "old.edit.safetensors"
+    edits.write(old, [replace(edit, params={**edit.params, "lamb": 0.1})], told)
+    with pytest.raises(ErasecError, match="uce has no option 'lamb'"):
+        applies.combine([old], [], tmp_path / "out.edit.safetensors")
+    assert applies.combine([star], [], tmp_path / "out.edit.safetensors").concept == "star"
+
+
+@pytest.mark.parametrize("concept", ["AC/DC logo", "../x", "/x", "\u732b" * 80, "///"])
+def test_the_target_names_its_file_safely(base: Model, tmp_path: Path, concept: str) -> None:
+    edit = Edit({base.sites[0]: Dense(torch.zeros(base.sites[0].shape))}, "mine", concept)
+    EditFile().export(base.with_edit(edit), tmp_path / "deep" / "out", Context())
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert file.parent == tmp_path / "deep" / "out"
+    assert edits.read(file)[0][0].concept == concept

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
-from erasec.base import with_options
+from erasec.base import NAME_BYTES, file_name, finite, with_options
+from erasec.checkpoint import read_header, save
 from erasec.errors import ErasecError
 
 
@@ -49,3 +52,34 @@ def test_a_field_without_default_is_the_authors_error() -> None:
 
     with pytest.raises(ErasecError, match="has no default"):
         with_options(Bare, {}, "mine")
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_counted(tmp_path: Path, value: float) -> None:
+    tensors = {"a": torch.ones(3), "b": torch.tensor([0.0, value], dtype=torch.bfloat16), "c": torch.ones(2).long()}
+    save(tmp_path / "some.safetensors", tensors)
+    check = finite("some/finite", read_header(tmp_path / "some.safetensors")[0])
+    bad = value != 1.0
+    assert (check.name, check.value, check.limit, check.passed) == ("some/finite", float(bad), 0.0, not bad)
+    assert "all 2 floating tensors" in check.how
+    assert check.how.endswith("the first is b") == bad
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["star", "golf ball"], "star-golf-ball"),
+        (["AC/DC logo"], "AC-DC-logo"),
+        (["../x"], "x"),
+        (["/x", "..", "///"], "x"),
+        ([".hidden", "v1.4"], "hidden-v1.4"),
+        (["///"], ""),
+    ],
+)
+def test_file_names_stay_in_their_folder(words: list[str], name: str) -> None:
+    assert file_name(words) == name
+
+
+def test_file_names_are_cut_by_bytes() -> None:
+    assert file_name(["\u732b" * 80]) == "\u732b" * (NAME_BYTES // 3)
+    assert file_name(["a" * 119, "b"]) == "a" * 119

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from erasec import build, checkpoint, model, plan, recipe
-from erasec.checkpoint import Folder
 from erasec.errors import CheckFailed
+from erasec.folder import Folder
 from erasec.judge import Sampling, generate
 from erasec.recipe import Limits, Recipe
 from erasec.report import Report
@@ -145,6 +145,17 @@ def test_a_folder_of_one_variant_stays_one_and_says_how_to_load_it(random_folder
     assert {"parity/unet", "parity/text_encoder"} <= {check.name for check in report.checks}
     plain = make(tmp_path / "plain", model=str(random_folder))
     assert not any("variant" in note for note in plain.notes)
+
+
+def test_every_target_is_made_of_the_variant_that_was_asked_for(random_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(random_folder, tmp_path / "base")
+    for file in base.glob("*/*.safetensors"):
+        entries = checkpoint.read_header(file)[0]
+        wide = {key: checkpoint.read_tensor(entry) for key, entry in entries.items()}
+        checkpoint.save(file.with_suffix(".bf16.safetensors"), {k: v.bfloat16() for k, v in wide.items() if v.dim()})
+    make(tmp_path / "out", model=str(base), variant="bf16", targets=("hf", "ldm"))
+    single = checkpoint.read_header(tmp_path / "out/ldm/model.safetensors")[0]
+    assert {entry.dtype for entry in single.values()} == {"BF16"}
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

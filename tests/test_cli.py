@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from erasec import apply as applies
 from erasec import build as builds
-from erasec import cli
+from erasec import cli, journal, show
+from erasec.checkpoint import BLANK
 from erasec.errors import CheckFailed, MissingTool
 
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}
@@ -158,6 +161,61 @@ class TestEndings:
         assert found.stdout == ""
         assert signal.getsignal(number) is before
 
+    @pytest.mark.parametrize("more", [(), ("-v",)])
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (OSError(28, "No space left on device", "out/x"), ["why: No space left on device", "in: out/x"]),
+            (OSError(18, "Invalid link", "a", None, "b"), ["why: Invalid link", "in: a -> b"]),
+            (TimeoutError(), ["why: TimeoutError"]),
+            (OSError("no such tokenizer"), ["why: no such tokenizer"]),
+        ],
+    )
+    def test_what_the_system_refuses_is_2_in_words(
+        self, ends: Any, error: OSError, words: list[str], more: tuple[str, ...]
+    ) -> None:
+        def refused(plan: Any) -> None:
+            raise error
+
+        found = ends(refused, *more)
+        assert found.exit_code == 2 and "error: " in found.stderr
+        assert all(word in found.stderr for word in words)
+        assert ("Traceback" in found.stderr) is bool(more)
+
+    def test_a_reader_that_leaves_is_no_error(self, ends: Any) -> None:
+        def left(plan: Any) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+        found = ends(left)
+        assert found.exit_code == 1 and "error" not in found.stderr
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_an_edit_in_place_that_is_stopped_is_130_and_says_what_is_left(
+        self, run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    ) -> None:
+        shutil.copytree(random_folder, "copy")
+        file = Path("copy/vae/diffusion_pytorch_model.safetensors")
+        whole, old = journal._write_all, file.read_bytes()
+
+        def write_all(files: list[int], heads: list[bytes]) -> None:
+            whole(files, heads)
+            if heads[0] == BLANK:
+                os.kill(os.getpid(), number)
+
+        def edit(*_: object) -> None:
+            journal.patch_in_place(file, {"quant_conv.bias": lambda: torch.ones(8).half()})
+
+        monkeypatch.setattr(applies, "apply", edit)
+        with monkeypatch.context() as patched:
+            patched.setattr(journal, "_write_all", write_all)
+            found = run("apply", "any.edit.safetensors", "copy", "--in-place")
+        assert found.exit_code == 130 and file.read_bytes()[:8] == BLANK
+        assert "nothing was left behind" not in found.stderr and "fix: erasec recover " in found.stderr
+        done = run("recover", "copy")
+        assert done.exit_code == 0 and done.stdout.splitlines()[-1] == "1 files made whole"
+        assert file.read_bytes() != old and file.read_bytes()[:8] == old[:8]
+        assert run("recover", "cpoy").exit_code == 2
+
 
 def test_the_verdict_weighs_rows_by_their_images() -> None:
     rows = [
@@ -165,8 +223,8 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
         {"group": "keep", "looked_for": "ring", "images": 1, "before": 1.0, "after": 0.0},
         {"group": "keep", "looked_for": "heart", "images": 3, "before": 1.0, "after": 1.0},
     ]
-    assert cli._verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
-    assert cli._verdict(5, []) == "passed all 5 checks"
+    assert show.verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
+    assert show.verdict(5, []) == "passed all 5 checks"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from erasec import checkpoint
-from erasec.checkpoint import Folder
 from erasec.diff import Difference, compare, locate, rank
 from erasec.errors import ErasecError
+from erasec.folder import Folder
 from erasec.model import load
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -75,6 +75,9 @@ def test_other_deltas_start_from_what_came_before(base: Model) -> None:
 def test_nothing_to_merge_is_the_weight_itself() -> None:
     weight = draw(0, 3, 3).half()
     assert torch.equal(merge(weight, []), weight)
+    nothing = Remap(draw(1, 3, 0), draw(2, 0, 3))
+    assert torch.equal(merge(weight, [nothing]), weight)
+    assert torch.equal(merge(weight, [nothing, nothing]), weight)
 
 
 def test_a_file_gives_back_the_same_edits_and_the_same_bytes(base: Model, star: Edit, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from erasec import checkpoint, layouts
-from erasec.checkpoint import Folder
 from erasec.configs import LAYOUTS, SIZES, sizes_from_shapes
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES, Shape, detect
+from erasec.folder import Folder
 
 Changed = dict[str, dict[str, Shape]]
 

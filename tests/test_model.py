@@ -150,3 +150,99 @@ def test_a_variant_is_taken_where_it_is_asked_for(random_folder: Path, tmp_path:
     assert model.load(str(copy), variant="bf16").stored(site).dtype == torch.bfloat16
     with pytest.raises(ErasecError, match="no component has the variant 'fp8'"):
         model.load(str(copy), variant="fp8")
+
+
+def test_flags_that_mean_nothing_are_refused(random_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for name in ("glyphs", str(random_folder), str(tmp_path / "model.safetensors")):
+        with pytest.raises(ErasecError, match="has no revision 'main'"):
+            model.load(name, revision="main")
+    for name in ("glyphs", str(tmp_path / "model.safetensors")):
+        with pytest.raises(ErasecError, match="has no variant 'fp16'"):
+            model.load(name, variant="fp16")
+
+
+@pytest.mark.parametrize(("part", "file"), [("scheduler", "scheduler_config.json"), ("tokenizer", "vocab.json")])
+def test_a_folder_without_its_small_files_is_not_whole(
+    random_folder: Path, tmp_path: Path, part: str, file: str
+) -> None:
+    copy = shutil.copytree(random_folder, tmp_path / "copy")
+    assert model.load(str(copy)).sites
+    shutil.rmtree(copy / part)
+    with pytest.raises(ErasecError, match="not whole") as caught:
+        model.load(str(copy))
+    assert f"{part}/{file}" in caught.value.why
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, cached: Path, fetched: Path) -> list[bool]:
+    """A hub that has one folder in its cache and gives another one over the network; the list says which were asked."""
+    asked: list[bool] = []
+
+    def download(repository: str, local_files_only: bool, **other: object) -> str:
+        asked.append(local_files_only)
+        return str(cached if local_files_only else fetched)
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return asked
+
+
+def with_fp16(folder: Path, out: Path, plain: tuple[str, ...] = ()) -> Path:
+    """A copy with weights as the variant fp16 alone, but for the components in ``plain``."""
+    shutil.copytree(folder, out)
+    for file in out.glob("*/*.safetensors"):
+        if file.parent.name not in plain:
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    return out
+
+
+def test_what_the_cache_happens_to_hold_does_not_choose_the_precision(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, mixed = with_fp16(random_folder, tmp_path / "half"), with_fp16(random_folder, tmp_path / "mixed", ("vae",))
+    assert model.load(str(half)).source.variant_of("unet") == "fp16"  # a folder of one's own has but these
+
+    asked = hub(monkeypatch, half, random_folder)
+    assert model.load("owner/model").source.root == random_folder
+    assert asked == [True, False]
+    asked = hub(monkeypatch, random_folder, half)
+    assert model.load("owner/model").source.root == random_folder
+    assert asked == [True]
+    hub(monkeypatch, half, half)
+    with pytest.raises(ErasecError, match="no plain weights of text_encoder") as caught:
+        model.load("owner/model")
+    assert "--variant fp16" in caught.value.fix
+
+    asked = hub(monkeypatch, mixed, half)
+    assert model.load("owner/model", variant="fp16").source.root == half
+    assert asked == [True, False]
+    hub(monkeypatch, mixed, mixed)
+    assert model.load("owner/model", variant="fp16").source.variant_of("vae") == ""
+
+
+def test_a_cache_without_the_small_files_is_no_reason_to_stop(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = shutil.copytree(random_folder, tmp_path / "partial")
+    shutil.rmtree(partial / "tokenizer")
+    asked = hub(monkeypatch, partial, random_folder)
+    assert model.load("owner/model").source.root == random_folder
+    assert asked == [True, False]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ErasecError, match="not whole"):
+        model.load("owner/model")
+
+
+def test_the_same_weights_under_other_keys_have_another_digest(random_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(random_folder, tmp_path / "copy")
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(file)[0].items()}
+    start = "text_model."
+    renamed = {
+        key.removeprefix(start) if key.startswith(start) else start + key: value for key, value in tensors.items()
+    }
+    checkpoint.save(file, renamed)
+    one, two = model.load(str(random_folder)), model.load(str(copy))
+    assert one.component_digest("unet") == two.component_digest("unet")
+    assert one.component_digest("text_encoder") != two.component_digest("text_encoder")
+    assert one.digest != two.digest

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from erasec import checkpoint, pickles
-from erasec.checkpoint import Folder
 from erasec.errors import ErasecError
+from erasec.folder import Folder
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -79,15 +79,16 @@ def test_an_unpickled_file_is_named_by_its_content_and_ends_with_the_process(tmp
 def test_a_folder_of_pickles_is_read_as_one_of_safetensors(tmp_path: Path) -> None:
     for name in ("unet", "text_encoder", "vae"):
         (tmp_path / name).mkdir()
-    (tmp_path / "model_index.json").write_text('{"a": 1}')
+    index = {name: ["diffusers", "Any"] for name in ("unet", "text_encoder", "vae", "scheduler")} | {"a": 1}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     (tmp_path / "unet" / "config.json").write_text("{}")
     torch.save({"x": torch.ones(2)}, tmp_path / "unet" / "diffusion_pytorch_model.bin")
     torch.save({"x": torch.ones(2).half()}, tmp_path / "unet" / "diffusion_pytorch_model.fp16.bin")
     torch.save({"step": torch.ones(2)}, tmp_path / "unet" / "optimizer.bin")
     for number, key in ((1, "x"), (2, "y")):
         torch.save({key: torch.full((2,), float(number))}, tmp_path / f"text_encoder/pytorch_model-{number}.bin")
-    index = {"metadata": {}, "weight_map": {"x": "pytorch_model-1.bin", "y": "pytorch_model-2.bin"}}
-    (tmp_path / "text_encoder" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    shards = {"metadata": {}, "weight_map": {"x": "pytorch_model-1.bin", "y": "pytorch_model-2.bin"}}
+    (tmp_path / "text_encoder" / "pytorch_model.bin.index.json").write_text(json.dumps(shards))
     torch.save({"x": torch.zeros(2)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
     checkpoint.save(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {"x": torch.ones(2)})
     with pytest.raises(ErasecError, match="no safetensors weights") as caught:
@@ -96,11 +97,65 @@ def test_a_folder_of_pickles_is_read_as_one_of_safetensors(tmp_path: Path) -> No
 
     out = pickles.unpickled_folder(tmp_path)
     folder = Folder(out)
-    assert folder.index == {"a": 1} and folder.config("unet") == {}
+    assert folder.index == index and folder.config("unet") == {}
     assert checkpoint.read_tensor(folder.entries("unet")["x"]).dtype == torch.float32
-    assert checkpoint.read_tensor(Folder(out, "fp16").entries("unet")["x"]).dtype == torch.float16
+    fp16 = Folder(pickles.unpickled_folder(tmp_path, "fp16"), "fp16")
+    assert checkpoint.read_tensor(fp16.entries("unet")["x"]).dtype == torch.float16
+    assert sorted(fp16.entries("text_encoder")) == ["x", "y"]
     text = {key: float(checkpoint.read_tensor(entry)[0]) for key, entry in folder.entries("text_encoder").items()}
     assert text == {"x": 1.0, "y": 2.0}
     assert torch.equal(checkpoint.read_tensor(folder.entries("vae")["x"]), torch.ones(2))
     assert {path.name for path in out.rglob("*.bin")} == {"optimizer.bin"}
-    assert sum(path.is_symlink() for path in out.rglob("*")) == 8
+    assert sum(path.is_symlink() for path in out.rglob("*")) == 7
+
+
+def pickled(root: Path, *names: str, index: object = None) -> Path:
+    """A diffusers folder of empty weights: a pickle among them that is opened is an error."""
+    components = {Path(name).parent.as_posix() for name in names}
+    index = {name: ["diffusers", "Any"] for name in components} if index is None else index
+    (root / "model_index.json").write_text(json.dumps(index))
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "variant", "read"),
+    [
+        (["unet/diffusion_pytorch_model.bin"], "", ["unet/diffusion_pytorch_model.bin"]),
+        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"], "",
+         ["unet/diffusion_pytorch_model.bin"]),
+        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"], "fp16",
+         ["unet/diffusion_pytorch_model.fp16.bin"]),
+        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.bin"], "bf16",
+         ["unet/diffusion_pytorch_model.bin"]),
+        (["vae/diffusion_pytorch_model.fp16.bin", "vae/diffusion_pytorch_model.bf16.bin"], "",
+         ["vae/diffusion_pytorch_model.bf16.bin", "vae/diffusion_pytorch_model.fp16.bin"]),
+        (["unet/diffusion_pytorch_model-1.fp16.bin", "unet/diffusion_pytorch_model.fp16-00002-of-00002.bin",
+          "unet/diffusion_pytorch_model.bin"], "", ["unet/diffusion_pytorch_model.bin"]),
+        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors"], "", []),
+        (["text_encoder/pytorch_model-00001-of-00002.bin", "text_encoder/model.safetensors.index.json"], "", []),
+        (["text_encoder/pytorch_model.fp16.bin", "text_encoder/model.safetensors"], "fp16",
+         ["text_encoder/pytorch_model.fp16.bin"]),
+        (["safety_checker/pytorch_model.bin", "unet/optimizer.bin"], "", []),
+    ],
+)  # fmt: skip
+def test_only_what_is_read_is_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], variant: str, read: list[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(pickles, "unpickled", lambda path: opened.append(path.relative_to(tmp_path).as_posix()) or path)
+    out = pickles.unpickled_folder(pickled(tmp_path, *names), variant)
+    assert sorted(opened) == sorted(read)
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*.bin")}
+    assert left == {name for name in names if name.startswith("safety_checker") or "optimizer" in name}
+
+
+def test_a_component_that_is_not_loaded_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "text_encoder_2/pytorch_model.bin"
+    for index in ({"text_encoder_2": [None, None]}, {}):
+        out = pickles.unpickled_folder(pickled(tmp_path, name, index=index))
+        assert (out / name).is_symlink()
+    with pytest.raises(ErasecError, match="cannot be read as weights alone"):
+        pickles.unpickled_folder(pickled(tmp_path, name))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from erasec import doctor, plan, registry
+from erasec import checkpoint, doctor, plan, registry
 from erasec.base import Pass
 from erasec.concept import Concept
 from erasec.errors import ErasecError, MissingTool
+from erasec.layouts import random_folder as random_layout
 from erasec.recipe import Recipe, from_flags, from_toml, to_toml
 
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
@@ -64,6 +66,29 @@ def test_estimates_come_from_the_files(here: Path, random_folder: Path) -> None:
     assert told["memory"]["bytes"] == max(told["memory"]["steps"].values()) > onnx
     assert "estimate" in told["memory"]["how"]
     assert "estimate" in told["disk"]["how"]
+
+
+def test_memory_is_that_of_the_maps_and_pictures_count_where_they_are_made(here: Path, random_folder: Path) -> None:
+    told = [
+        plan.describe(plan.make(recipe(model), pin=False))["memory"]["steps"] for model in (random_folder, "glyphs")
+    ]
+    assert set(told[0]) == {"solve", "merge"}
+    assert set(told[1]) == {"solve", "merge", "pictures"}
+    made = plan.make(recipe(random_folder), pin=False)
+    text = 4 * plan._weights(made.model, "text_encoder")
+    assert told[0]["solve"] == text + 5 * 8 * 128**2
+    assert told[0]["merge"] == 8 * max(math.prod(site.shape) for site in made.model.select("cross", "kv"))
+
+
+def test_a_model_that_a_target_cannot_write_is_refused(here: Path) -> None:
+    random_layout(here / "sd1", "sd1", "tiny")
+    assert plan.make(recipe(here / "sd1", targets=("hf", "ldm")), pin=False).targets[1].name == "ldm"
+    file = here / "sd1" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(file)[0].items()}
+    checkpoint.save(file, {**tensors, "adapter.weight": tensors["conv_in.bias"]})
+    with pytest.raises(ErasecError, match=r"adapter\.weight has no place in a single file"):
+        plan.make(recipe(here / "sd1", targets=("hf", "ldm")), pin=False)
+    assert plan.make(recipe(here / "sd1"), pin=False).out == Path("sd1-without-star")
 
 
 def test_time_is_told_where_it_was_measured(here: Path, random_folder: Path) -> None:
@@ -219,6 +244,7 @@ class TestOutputFolder:
 def test_names_of_output_folders(here: Path) -> None:
     words = [Concept(name="in the style of X", erase=("x",)), Concept(name="b/..", erase=("b",))]
     assert plan._default_out("owner/model", words) == Path("model-without-in-the-style-of-X-b")
+    assert len(str(plan._default_out("owner/model", [Concept(name="\u732b" * 100, erase=("x",))])).encode()) <= 120
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,35 @@ def test_a_bad_prior_is_an_error_in_words(model: Model, captions: Path, tmp_path
         (tmp_path / name).write_text(text)
         with pytest.raises(ErasecError, match=word):
             priors.captions(tmp_path / name)
+
+
+def test_a_prior_replaces_nothing_and_says_so_before_it_encodes(
+    model: Model, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(priors, "build", lambda model, texts: {"context": torch.eye(2)})
+    before = captions.read_bytes()
+    assert priors.write(tmp_path / "new", model, captions) == 80
+    (tmp_path / "shut").mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shut" and may(path, mode))
+    monkeypatch.delattr(priors, "build")
+    for out, words in (
+        (captions, "exists"), (tmp_path / "new", "exists"), (tmp_path, "exists"),
+        (tmp_path / "no" / "new", "no folder"), (tmp_path / "shut" / "new", "may not be written"),
+    ):  # fmt: skip
+        with pytest.raises(ErasecError, match=words):
+            priors.write(out, model, captions)
+    assert captions.read_bytes() == before
+    assert not (tmp_path / "no").exists()
+
+
+def test_captions_of_spreadsheets_and_damaged_ones(tmp_path: Path) -> None:
+    marked, plain = tmp_path / "marked.csv", tmp_path / "marked.txt"
+    marked.write_text("caption\na dog\n", encoding="utf-8-sig")
+    plain.write_text("a dog\n", encoding="utf-8-sig")
+    assert priors.captions(marked) == priors.captions(plain) == ["a dog"]
+    long = "a" * (csv.field_size_limit() + 1)
+    (tmp_path / "long.csv").write_text(f"caption\n{long}\n")
+    with pytest.raises(ErasecError, match="cannot be read") as caught:
+        priors.captions(tmp_path / "long.csv")
+    assert "field larger" in caught.value.why

@@ -9,12 +9,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from erasec import apply as applies
 from erasec import checkpoint, layouts, plan
+from erasec import edit as edits
 from erasec import model as models
 from erasec.base import Context
-from erasec.checkpoint import Folder, read_header, read_tensor
+from erasec.checkpoint import read_header, read_tensor
+from erasec.concept import Concept
 from erasec.errors import ErasecError
+from erasec.folder import Folder
 from erasec.keys import canonical
+from erasec.passes.uce import Uce
 from erasec.recipe import Recipe
 from erasec.single_file import SingleFile
 from erasec.targets.ldm import Ldm
@@ -101,3 +106,65 @@ def test_a_plan_knows_its_size_and_sites(pair: tuple[Path, Path], tmp_path: Path
     told = plan.describe(plan.make(Recipe(model=str(pair[1]), erase=("golf ball",)), tmp_path / "out", pin=False))
     assert told["targets"][0]["bytes"] == pair[1].stat().st_size
     assert len(told["passes"][0]["sites"]) in (32, 34)
+
+
+def saved(file: Path, out: Path, more: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> SingleFile:
+    """The tensors of a file with more of them, and other metadata."""
+    tensors = {key: read_tensor(entry) for key, entry in read_header(file)[0].items()}
+    checkpoint.save(out, {**tensors, **more}, metadata)
+    return SingleFile(out)
+
+
+def settings(source: Folder) -> tuple[object, object]:
+    config = source.config("scheduler", "scheduler_config.json")
+    return config["prediction_type"], config.get("rescale_betas_zero_snr", False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny single files of two families."""
+    root = tmp_path_factory.mktemp("files")
+    for family in ("sd2", "sdxl"):
+        layouts.random_folder(root / f"{family}-folder", family, "tiny", dtype="float16")
+        Ldm().export(Folder(root / f"{family}-folder"), root / family, Context())
+    return {family: root / family / "model.safetensors" for family in ("sd2", "sdxl")}
+
+
+def test_marks_of_an_sdxl_that_predicts_v_survive_the_round_trip(files: dict[str, Path], tmp_path: Path) -> None:
+    empty = torch.zeros(0)
+    cases = {"plain": {}, "v": {"v_pred": empty}, "both": {"v_pred": empty, "ztsnr": empty}}
+    wanted = {"plain": ("epsilon", False), "v": ("v_prediction", False), "both": ("v_prediction", True)}
+    for name, marks in cases.items():
+        source = saved(files["sdxl"], tmp_path / f"{name}.safetensors", marks)
+        assert settings(source) == wanted[name]
+        assert source.notes == ()
+        if not marks:
+            continue
+        source.write(tmp_path / name, {})
+        Ldm().export(Folder(tmp_path / name), tmp_path / f"{name}-again", Context())
+        again = read_header(tmp_path / f"{name}-again" / "model.safetensors")[0]
+        assert {"v_pred", "ztsnr"} & again.keys() == marks.keys()
+
+
+def test_an_sd2_that_does_not_say_what_it_predicts_is_noted(files: dict[str, Path], tmp_path: Path) -> None:
+    told = {"modelspec.prediction_type": "epsilon"}
+    steps = {"global_step": torch.tensor(875000)}
+    other = {"global_step": torch.tensor([110000])}
+    cases = [({}, told, "epsilon", False), (steps, None, "epsilon", False), ({}, None, "v_prediction", True),
+             (other, None, "v_prediction", True)]  # fmt: skip
+    for number, (more, metadata, prediction, noted) in enumerate(cases):
+        file = tmp_path / f"{number}.safetensors"
+        saved(files["sd2"], file, more, metadata)
+        made = plan.make(Recipe(model=str(file), erase=("star",)), tmp_path / "out", pin=False)
+        assert settings(made.model.source)[0] == prediction
+        assert any("does not say what its UNet predicts" in note for note in plan.notes(made)) == noted
+
+
+def test_apply_says_what_was_assumed_where_it_writes_a_folder(files: dict[str, Path], tmp_path: Path) -> None:
+    saved(files["sd2"], tmp_path / "silent.safetensors", {})
+    model = models.load(str(tmp_path / "silent.safetensors"))
+    edited = model.with_edit(Uce().solve(model, Concept(name="star", erase=("star",), anchor="ball"), Context()))
+    file = tmp_path / "star.edit.safetensors"
+    edits.write(file, edited.edits, edited.about())
+    assert "v is assumed" in applies.apply(file, str(model.source.file), tmp_path / "out").notes[0]
+    assert applies.apply(file, str(model.source.file), tmp_path / "out.safetensors").notes == ()

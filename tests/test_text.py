@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from erasec import checkpoint, layouts, model, text
-from erasec.checkpoint import Folder
+from erasec.edit import Edit
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
+from erasec.folder import Folder
 from erasec.text import Texts
 
 PROMPTS = ["", "a star", "a photo of a pentagram on navy, " * 20]
@@ -67,6 +68,15 @@ def test_batches_do_not_matter(folders: Path, monkeypatch: pytest.MonkeyPatch) -
     whole = texts.encode(PROMPTS, stream, 64).states
     monkeypatch.setattr(text, "BATCH", 1)
     assert torch.allclose(texts.encode(PROMPTS, stream, 64).states, whole, atol=1e-6)
+
+
+def test_forgotten_encoders_are_read_again(folders: Path) -> None:
+    base = model.load(str(folders / "sdxl"))
+    before = base.encode(PROMPTS).states
+    view = base.with_edit(Edit({}, "nobody", "nothing"))
+    view.forget_texts()
+    assert not base._texts._encoders
+    assert torch.equal(base.encode(PROMPTS).states, before)
 
 
 def test_states_of_another_width_are_refused(folders: Path) -> None:

@@ -67,7 +67,7 @@ def single(folder: str, out: str) -> Callable[[], None]:
     """The folder as a single file, in ``out``/model.safetensors."""
     from erasec import registry
     from erasec.base import Context
-    from erasec.checkpoint import Folder
+    from erasec.folder import Folder
 
     target: Any = registry.load_target("ldm")()
     return lambda: target.export(Folder(Path(folder)), Path(out), Context())

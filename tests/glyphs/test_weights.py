@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from erasec.checkpoint import Folder, read_header
+from erasec.checkpoint import read_header
+from erasec.folder import Folder
 from erasec.glyphs import evaluate, world
 from erasec.glyphs.judging import GlyphJudge, prompt
 from erasec.judge import Sampling, generate

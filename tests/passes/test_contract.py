@@ -66,6 +66,7 @@ def test_a_concept_that_becomes_itself_moves_nothing(name: str, base: Model) -> 
     same = Concept(name="star", erase=("star",), anchor="star", keep=("square",))
     edit = registry.load_pass(name)().solve(base, same, Context())
     assert all(float(moved(base, edit, site).abs().max()) < 1e-9 for site in edit.deltas)
+    assert all(torch.equal(base.with_edit(edit).merge(site), base.stored(site)) for site in edit.deltas)
 
 
 def test_it_starts_from_what_it_is_given(name: str, base: Model) -> None:

@@ -325,3 +325,20 @@ def test_blocks_are_no_place_in_other_families() -> None:
         Uce(at="blocks").solve(models.load("glyphs"), BARE, Context())
     with pytest.raises(ErasecError, match="option at is 'everywhere'"):
         Uce(at="everywhere")
+    with pytest.raises(ErasecError, match="prior is given with at=blocks"):
+        Uce(at="blocks", prior="some.prior.safetensors")
+
+
+def test_blocks_do_not_keep_what_another_concept_erases(base: Model) -> None:
+    """With "circle" kept for the star and erased next, the kept rows are those of a star that keeps nothing."""
+    circle = Concept(name="circle", erase=("circle",), anchor="square", templates=("{}",))
+    star = BARE.model_copy(update={"keep": ("circle",), "templates": ("{}",)})
+    step = Uce(at="blocks", rows="last")
+    together = list(step.solve_all(base, [star, circle], Context()))
+    alone = step.solve(base, star.model_copy(update={"keep": ()}), Context())
+    kept = step.solve(base, star, Context())
+    assert [edit.concept for edit in together] == ["star", "circle"]
+    site = keys_and_values(base)[0]
+    weight = base.stored(site)
+    assert torch.equal(together[0].deltas[site].change(weight), alone.deltas[site].change(weight))
+    assert not torch.allclose(kept.deltas[site].change(weight), alone.deltas[site].change(weight))

@@ -85,6 +85,12 @@ def test_epochs_make_the_concept_harder_to_bring_back(model: Model) -> None:
     assert distances[0] < distances[1]
 
 
+def test_a_singular_system_names_the_knob() -> None:
+    with pytest.raises(ErasecError, match="derived embeddings") as caught:
+        derived(torch.zeros(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64), 0.0, relative=False)
+    assert "derive" in caught.value.fix
+
+
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"derive": 0.0}, {"scale": 0.0}])
 def test_bad_options_are_errors(options: dict[str, object]) -> None:
     with pytest.raises(ErasecError, match="rece"):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from erasec.base import Check, Context
-from erasec.checkpoint import Folder, patch, read_header, read_tensor
-from erasec.targets.hf import Hf, finite, same_layout
+from erasec.checkpoint import patch, read_header, read_tensor
+from erasec.folder import Folder
+from erasec.targets.hf import Hf, same_layout
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,11 +48,13 @@ def test_the_copy_has_every_byte_of_the_checkpoint(random_folder: Path, tmp_path
     assert all(check.passed and check.value == 0 == check.limit for check in artifact.checks)
 
 
-def test_every_floating_tensor_is_read(random_folder: Path) -> None:
+def test_every_floating_tensor_is_read(random_folder: Path, tmp_path: Path) -> None:
     folder = Folder(random_folder)
     entries = [entry for part in ("text_encoder", "unet", "vae") for entry in folder.entries(part).values()]
     count = sum(entry.dtype == "F16" for entry in entries)
-    assert f"all {count} floating tensors" in finite(folder).how
+    assert (
+        f"all {count} floating tensors" in named(Hf().export(folder, tmp_path / "hf", Context()).checks, "finite").how
+    )
 
 
 def test_a_checkpoint_that_lies_there_already_is_only_checked(copy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from erasec import registry
-from erasec.base import Artifact, Check, Context
-from erasec.checkpoint import Folder, patch, read_header, read_tensor
+from erasec.base import Artifact, Check, Context, finite
+from erasec.checkpoint import patch, read_header, read_tensor
 from erasec.errors import ErasecError
+from erasec.family import FAMILIES
+from erasec.folder import Folder
 from erasec.keys import PREFIXES
 from erasec.layouts import random_folder as write_random
 from erasec.model import bundled, load
-from erasec.targets.ldm import FILE, Ldm, finite, metadata, same_tensors
+from erasec.targets.ldm import FILE, Ldm, metadata, same_tensors
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +208,7 @@ def test_a_number_that_is_not_finite_fails(folders: dict[str, Path], tmp_path: P
     tensor = read_tensor(read_header(folders["sd1-ldm"] / FILE)[0][key])
     tensor.view(-1)[7] = value
     patch(folders["sd1-ldm"] / FILE, tmp_path / FILE, {key: lambda: tensor})
-    check = finite(tmp_path / FILE)
+    check = finite("ldm/finite", read_header(tmp_path / FILE)[0])
     assert failed(check) == 1
     assert key in check.how
 
@@ -226,6 +229,40 @@ def test_a_model_without_a_unet_is_refused(tmp_path: Path) -> None:
         Ldm().export(Folder(tmp_path), tmp_path / "out", Context())
 
 
+def with_tensors(folder: Path, out: Path, file: str, more: dict[str, torch.Tensor]) -> Path:
+    """A copy of a folder with further tensors in one of its files."""
+    shutil.copytree(folder, out)
+    save_file({**load_file(out / file), **more}, out / file)
+    return out
+
+
+def test_what_no_single_file_can_hold_is_refused_by_the_size(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A plan asks for the size, so nothing is solved and written first."""
+    for family in PREFIXES:
+        assert Ldm().size(load(str(folders[family]))) > 0
+    with pytest.raises(ErasecError, match="this model has no UNet"):
+        Ldm().size(replace(load(str(folders["sd1"])), family=FAMILIES["flux"]))
+    unet, text = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+    extra = with_tensors(folders["sd1"], tmp_path / "extra", unet, {"adapter.weight": torch.zeros(1)})
+    with pytest.raises(ErasecError, match=r"adapter\.weight has no place"):
+        Ldm().size(load(str(extra)))
+    first = "text_model.encoder.layers.0."
+    layer = {key: value for key, value in load_file(folders["sd2"] / text).items() if key.startswith(first)}
+    for count in (23, 24):
+        more = {
+            key.replace(".0.", f".{number}.", 1): value.clone()
+            for number in range(3, count) for key, value in layer.items()
+        }  # fmt: skip
+        model = load(str(with_tensors(folders["sd2"], tmp_path / str(count), text, more)))
+        if count == 23:
+            assert Ldm().size(model) > 0
+            continue
+        with pytest.raises(ErasecError, match="this text_encoder has 24 layers"):
+            Ldm().size(model)
+    with pytest.raises(ErasecError, match="predicts 'sample'"):
+        Ldm().size(load(str(with_scheduler(folders["sd1"], tmp_path / "sample", prediction_type="sample"))))
+
+
 def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a tensor is read for writing, none is still alive but the parts that stand above it in a joint tensor."""
     import gc
@@ -244,7 +281,7 @@ def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypa
         return tensor
 
     monkeypatch.setattr(ldm, "read_tensor", counted)
-    monkeypatch.setattr(ldm, "finite", lambda file: None)
+    monkeypatch.setattr(ldm, "finite", lambda name, entries: None)
     monkeypatch.setattr(ldm, "same_tensors", lambda own, file: None)
     gc.collect()
     Ldm().export(Folder(folders["sd2"]), tmp_path, Context())

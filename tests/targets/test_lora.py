@@ -14,11 +14,12 @@ from torch import Tensor
 from erasec import layouts
 from erasec import model as models
 from erasec.base import Check, Context, with_options
-from erasec.checkpoint import Folder, patch, read_header, read_tensor, save
+from erasec.checkpoint import patch, read_header, read_tensor, save
 from erasec.concept import Concept
 from erasec.edit import Dense, Edit, LowRank, Remap
 from erasec.errors import ErasecError
 from erasec.family import Family, Site
+from erasec.folder import Folder
 from erasec.model import Model
 from erasec.passes.uce import Uce
 from erasec.targets.lora import FILE, Lora, cut, edited, factors, loss, named

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from erasec.base import Artifact, Check, Context
-from erasec.checkpoint import Folder, patch, read_tensor
+from erasec.checkpoint import patch, read_tensor
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
+from erasec.folder import Folder
 from erasec.targets import ort
 from erasec.targets.ort import Onnx, graphs, pack, parity
 
