@@ -9,12 +9,13 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint import atomic, tensor_bytes
+from erasec.checkpoint import read_header, stream
 from erasec.configs import (
     END,
     LAYOUTS,
@@ -32,8 +33,10 @@ from erasec.configs import (
 from erasec.errors import ErasecError, nearest
 from erasec.family import FAMILIES, Shape
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-BLOCK = 4 * 1024 * 1024
 
 # The published SD 1 and SD 2 were saved by older libraries: the VAE's attention has other names, and the text encoder
 # stores the numbers of its positions.
@@ -66,7 +69,7 @@ def random_folder(
 
     ``size`` is "full", the published model's shapes and keys, or "tiny", the same kinds of blocks at reduced width.
     ``shards`` is the number of files of the UNet. Matrices and convolutions are normal with variance 1 / fan-in, norms
-    near the identity. Memory: a few million numbers at a time.
+    near the identity. Memory: one tensor at a time.
     """
     tensors = random_shapes(family, size)
     if dtype not in FLOATS:
@@ -171,40 +174,25 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_random(path: Path, shapes: Mapping[str, Shape], component: str, seed: int, dtype: str) -> int:
-    """Write one safetensors file of random tensors, keys in order; returns the bytes of its tensors."""
-    import torch
-
-    width = getattr(torch, dtype).itemsize
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
+    """Write one safetensors file of random tensors, one in memory at a time; returns the bytes of its tensors."""
+    tensors: dict[str, tuple[str, Shape, Callable[[], Tensor]]] = {}
     for key, shape in shapes.items():
-        kind, size = ("I64", 8) if key == POSITION_IDS else (FLOATS[dtype], width)
-        stop = position + math.prod(shape) * size
-        header[key] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, stop]}
-        position = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic(path) as temporary, temporary.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for key, shape in shapes.items():
-            _write_tensor(stream, key, shape, [seed, zlib.crc32(f"{component}.{key}".encode())], dtype)
-    return position
+        kind = "I64" if key == POSITION_IDS else FLOATS[dtype]
+        # Every tensor has a seed of its own, so that its values depend neither on shards nor on other tensors.
+        own = [seed, zlib.crc32(f"{component}.{key}".encode())]
+        tensors[key] = (kind, shape, partial(_random, key, shape, own, dtype))
+    stream(path, tensors)
+    return sum(entry.stop - entry.start for entry in read_header(path)[0].values())
 
 
-def _write_tensor(stream: IO[bytes], key: str, shape: Shape, seed: list[int], dtype: str) -> None:
+def _random(key: str, shape: Shape, seed: list[int], dtype: str) -> Tensor:
     import numpy as np
     import torch
 
     if key == POSITION_IDS:
-        stream.write(tensor_bytes(torch.arange(POSITIONS)))
-        return
-    # Every tensor has a stream of its own, so that its values depend neither on shards nor on other tensors.
-    draw = np.random.default_rng(seed)
+        return torch.arange(POSITIONS)[None]
     matrix = len(shape) > 1
-    scale = math.prod(shape[1:]) ** -0.5 if matrix else 0.02
-    middle = 1.0 if key.endswith("weight") and not matrix else 0.0
-    for left in range(math.prod(shape), 0, -BLOCK):
-        block = draw.standard_normal(min(left, BLOCK), dtype=np.float32)
-        block *= scale
-        block += middle
-        stream.write(tensor_bytes(torch.from_numpy(block).to(getattr(torch, dtype))))
+    numbers = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    numbers *= math.prod(shape[1:]) ** -0.5 if matrix else 0.02
+    numbers += 1.0 if key.endswith("weight") and not matrix else 0.0
+    return torch.from_numpy(numbers).to(getattr(torch, dtype))
