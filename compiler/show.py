@@ -19,7 +19,8 @@ def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
         images = sum(row["images"] for row in rows)
         before, after = (sum(row[when] * row["images"] for row in rows) / images for when in ("before", "after"))
         parts.append(f"{words.get(group, group)} {before:.0%} -> {after:.0%}")
-    return f"passed all {checks} checks" + (f"; shown {', '.join(parts)}" if parts else "")
+    passed = "its one check" if checks == 1 else f"all {checks} checks"
+    return f"passed {passed}" + (f"; shown {', '.join(parts)}" if parts else "")
 
 
 def print_plan(told: dict[str, Any]) -> None:

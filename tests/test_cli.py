@@ -225,6 +225,7 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
     ]
     assert show.verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
     assert show.verdict(5, []) == "passed all 5 checks"
+    assert show.verdict(1, []) == "passed its one check"
 
 
 @pytest.mark.parametrize(
