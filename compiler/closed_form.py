@@ -96,6 +96,11 @@ def gram(rows: Tensor) -> Tensor:
     return rows.T @ rows
 
 
+def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
+    """sum_i weight_i x_i x_i^T over rows x_i: (n, d), (n,) -> (d, d), float64."""
+    return gram(rows.double() * weight.double().sqrt()[:, None])
+
+
 def root(gram: Tensor) -> Tensor:
     """Rows (r, d) whose Gram is ``gram`` (d, d), r its numerical rank."""
     values, vectors = torch.linalg.eigh(gram.double())

@@ -31,6 +31,10 @@ class LowRank:
         """The change of W, float64 (d_out, d_in)."""
         return self.left.double() @ self.right.double()
 
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """B (d_out, r) and A (r, d_in), float64, whose product is the change of W."""
+        return self.left.double(), self.right.double()
+
     @property
     def rank(self) -> int:
         return int(self.right.shape[0])
@@ -49,6 +53,10 @@ class Remap:
     def change(self, weight: Tensor) -> Tensor:
         """The change of W (d_out, d_in), float64."""
         return (weight.double() @ self.left) @ self.right
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """B (d_out, r) and A (r, d_in), float64, whose product is the change of W."""
+        return weight.double() @ self.left, self.right
 
     @property
     def rank(self) -> int:
@@ -71,6 +79,12 @@ class Dense:
     def change(self, weight: Tensor) -> Tensor:
         """The change of W, float64 (d_out, d_in)."""
         return self.value.double()
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """B (d_out, d_in) and A (d_in, d_in), float64, whose product is the change of W."""
+        import torch
+
+        return self.value.double(), torch.eye(self.value.shape[1], dtype=torch.float64)
 
     @property
     def rank(self) -> int:

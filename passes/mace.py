@@ -7,30 +7,40 @@ concept's own low-rank edit, of its own tokens, is fused with the others so that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from erasec import closed_form
+from erasec import edit as edits_
 from erasec.closed_form import Solution, System
+from erasec.edit import Edit, LowRank
 from erasec.errors import ErasecError
-from erasec.rows import ClosedForm, goals, mean, pack, pairs, unpack
+from erasec.rows import ClosedForm, apart, goals, mean, pack, pairs, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from erasec.base import Context
     from erasec.concept import Concept
+    from erasec.family import Site
     from erasec.model import Model
 
 
 @dataclass(frozen=True)
 class Mace(ClosedForm):
     """The paper trains each concept's low-rank edit on attention maps; here it is closed-form too: the concept's own
-    tokens become the last token of its anchor. ``own`` weighs these rows; 0 leaves the refinement alone."""
+    tokens become the last token of its anchor. ``own`` weighs these rows; 0 leaves the refinement alone.
+
+    ``edits`` are edit files, one for each concept, separated by ";": their changes, of whatever pass, are then fused in
+    place of these.
+    """
 
     own: float = 1.0
+    edits: str = ""
 
     name: ClassVar[str] = "mace"
     version: ClassVar[str] = "1"
@@ -41,6 +51,65 @@ class Mace(ClosedForm):
         super().__post_init__()
         if self.own < 0:
             raise ErasecError(f"mace: own is {self.own:g}", why="own >= 0")
+
+    def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
+        if not self.edits:
+            yield from super().solve_all(model, concepts, context)
+            return
+        given = self._given(model, concepts)
+        for edit in replace(self, own=0.0, edits="").solve_all(model, concepts, context):
+            model = model.with_edit(edit)
+            yield replace(edit, params=asdict(self), sums={})
+        yield self._fused(model, apart(concepts), given)
+
+    def _given(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Edit]:
+        """The one edit of each concept, by its name. Raises ErasecError where the files are not for these."""
+        paths = [Path(name.strip()).expanduser() for name in self.edits.split(";") if name.strip()]
+        every = [(path, edit) for path in paths for edit in edits_.read(path)[0]]
+        found = {edit.concept: edit for _, edit in every}
+        wanted = sorted(concept.name for concept in concepts)
+        if len(every) != len(found) or sorted(found) != wanted:
+            raise ErasecError(
+                f"mace: the edit files erase {', '.join(edit.concept for _, edit in every) or 'nothing'}",
+                why=f"one edit is needed for each of {', '.join(wanted)}",
+                fix="erasec build MODEL --erase C --pass P --target edit   makes one for C",
+            )
+        readable = {site for sites in model.streams.values() for site in sites}
+        for path, edit in every:
+            if edit.base and edit.base != model.digest:
+                raise ErasecError(f"mace: {path.name} was made for another model", fix="make it on this one")
+            if other := [site for site in edit.deltas if site not in readable]:
+                raise ErasecError(f"mace: {path.name} changes {other[0].key}", why="only what reads text can be fused")
+        return found
+
+    def _fused(self, model: Model, concepts: Sequence[Concept], given: Mapping[str, Edit]) -> Edit:
+        """W + sum_i B_i A_i K_i [lam I + sum_i K_i + P]^-1 at every site (equation 8), W refined."""
+        shared = self.shared(model)
+        deltas: dict[Site, LowRank] = {}
+        worst = 1.0
+        for stream, sites in model.streams.items():
+            prior = shared.get(f"{stream}.prior", torch.zeros(0, sites[0].shape[1]))
+            keep = self.keep * self.prior_weight * closed_form.gram(prior)
+            grams = []
+            for concept in concepts:
+                texts = [prompt.text for prompt in concept.prompts(concept.phrases)]
+                every = model.encode(texts, stream).states.flatten(0, 1)
+                grams.append(closed_form.weighted_gram(every, mean(every, self.scale * concept.scale)))
+                keep += self.keep * closed_form.weighted_gram(*self.kept(model, concept, stream))
+            for site in sites:
+                weight = model.weight(site)
+                none = (weight[:, :0], weight[:0])
+                parts = [
+                    given[concept.name].deltas[site].factors(weight) if site in given[concept.name].deltas else none
+                    for concept in concepts
+                ]
+                own = [right for _, right in parts]
+                rights, condition = closed_form.fuse(own, grams, keep, self.ridge, self.relative)
+                worst = max(worst, condition)
+                if len(fused := torch.cat(rights)):
+                    deltas[site] = LowRank(torch.cat([left for left, _ in parts], 1), fused)
+        names = ", ".join(sorted(given))
+        return Edit(deltas, self.name, names, asdict(self), model.digest, {"condition": worst})
 
     def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
         return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), "context", stream)

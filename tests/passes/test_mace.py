@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from erasec import edit as edit_files
 from erasec import model as models
 from erasec.base import Context
 from erasec.concept import Concept
+from erasec.edit import Edit, LowRank
 from erasec.errors import ErasecError
 from erasec.model import Model
 from erasec.passes.mace import Mace
+from erasec.passes.uce import Uce
 from erasec.rows import goals, pairs
 
 STAR = Concept(
@@ -94,6 +97,55 @@ def test_two_concepts_are_refined_together_and_their_own_edits_fused(model: Mode
         wanted = (left + weight @ lam) @ torch.linalg.inv(gram + lam)
         found = model.stored(site).double() + edit.deltas[site].change(model.stored(site))
         assert float((found - wanted).norm() / (wanted - weight).norm()) < 1e-6
+
+
+def test_given_edits_are_fused_as_the_paper_does(model: Model, tmp_path: Path) -> None:
+    """Equation 8 with B_i A_i from files: a low-rank one at two sites, and a closed-form one at all."""
+    draw = torch.Generator().manual_seed(0)
+    sites = model.streams["context"]
+    some = {
+        site: LowRank(*(torch.randn(*shape, generator=draw).double() / 10 for shape in ((site.shape[0], 2), (2, 128))))
+        for site in sites[:2]
+    }
+    edits = {"star": Edit(some, "mine", "star", base=model.digest), "heart": Uce().solve(model, HEART, Context())}
+    for name, edit in edits.items():
+        edit_files.write(tmp_path / name, [edit], {"family": "sd1"})
+    step = Mace(ridge=0.05, edits=f"{tmp_path / 'star'}; {tmp_path / 'heart'}")
+    refined, fused = step.solve_all(model, (STAR, HEART), Context())
+    edited = model.with_edit(refined)
+    keep = torch.cat([kept(model, concept) for concept in (STAR, HEART)])
+    for site in sites[:4]:
+        weight = edited.weight(site)
+        left, gram = weight @ keep.T @ keep, keep.T @ keep
+        for concept in (STAR, HEART):
+            every = model.encode([prompt.text for prompt in concept.prompts(concept.phrases)]).states.flatten(0, 1)
+            states = every.double() / len(every) ** 0.5
+            delta = edits[concept.name].deltas.get(site)
+            own = weight + delta.change(weight) if delta else weight
+            left, gram = left + own @ states.T @ states, gram + states.T @ states
+        lam = 0.05 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        wanted = (left + weight @ lam) @ torch.linalg.inv(gram + lam)
+        found = weight + fused.deltas[site].change(weight)
+        assert float((found - wanted).norm() / (wanted - weight).norm()) < 1e-6
+    assert fused.concept == "heart, star"
+    assert list(refined.deltas) and model.with_edit(refined).with_edit(fused).merged()
+
+
+def test_files_that_are_not_for_these_concepts_are_errors(model: Model, tmp_path: Path) -> None:
+    edit_files.write(tmp_path / "star", [Uce().solve(model, STAR, Context())], {})
+    site = model.select("self", "q")[0]
+    strange = Edit({site: LowRank(torch.zeros(site.shape[0], 1), torch.zeros(1, site.shape[1]))}, "mine", "heart")
+    edit_files.write(tmp_path / "self", [strange], {})
+    other = Edit({}, "mine", "heart", base="0" * 64)
+    edit_files.write(tmp_path / "other", [other], {})
+    tries = {
+        "erase star": ["star"], "erase star, star": ["star", "star"], "changes": ["star", "self"],
+        "another model": ["star", "other"], "there is no edit file": ["star", "none"],
+    }  # fmt: skip
+    for words, names in tries.items():
+        step = Mace(edits=";".join(str(tmp_path / name) for name in names))
+        with pytest.raises(ErasecError, match=words):
+            list(step.solve_all(model, (STAR, HEART), Context()))
 
 
 def test_bad_options_are_errors() -> None:
