@@ -42,8 +42,9 @@ def apply(
 ) -> Applied:  # fmt: skip
     """Merge the edits of ``file`` into the model ``name``: to ``out``, or in the model's own files.
 
-    A folder gives a folder and a single file a single file, every other byte the same. The base is known by the tensors
-    that the edit changes; another one raises ErasecError, unless ``transfer``: then the family and shapes must agree.
+    A folder gives a folder, a single file a single file or, where ``out`` is not named .safetensors, the folder that it
+    amounts to; every other byte is the same. The base is known by the tensors that the edit changes; another one raises
+    ErasecError, unless ``transfer``: then the family and shapes must agree.
     """
     if in_place == (out is not None):
         raise ErasecError("where to is not clear", fix="give either --out PATH or --in-place")
