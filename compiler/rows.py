@@ -109,6 +109,11 @@ def pairs(
     return chosen(spans(model, prompts, stream), spans(model, goals, stream), selector)
 
 
+def erased(model: Model, concept: Concept, selector: str, stream: str) -> tuple[Tensor, Tensor]:
+    """Rows (n, d) of the concept's phrases in its templates, and the rows of their goals."""
+    return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), selector, stream)
+
+
 def chosen(sources: Sequence[Spans], goals: Sequence[Spans], selector: str) -> tuple[Tensor, Tensor]:
     """The rows that a selector takes of each part of a stream: together, as one matrix reads them all."""
     rows: list[Tensor] = []

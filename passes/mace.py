@@ -19,7 +19,7 @@ from erasec import edit as edits_
 from erasec.closed_form import Solution, System
 from erasec.edit import Edit, LowRank
 from erasec.errors import ErasecError
-from erasec.rows import ClosedForm, apart, goals, mean, pack, pairs, unpack
+from erasec.rows import ClosedForm, apart, erased, mean, pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +92,7 @@ class Mace(ClosedForm):
             keep = self.keep * self.prior_weight * closed_form.gram(prior)
             grams = []
             for concept in concepts:
-                texts = [prompt.text for prompt in concept.prompts(concept.phrases)]
-                every = model.encode(texts, stream).states.flatten(0, 1)
+                every = _states(model, concept, stream)
                 grams.append(closed_form.weighted_gram(every, mean(every, self.scale * concept.scale)))
                 keep += self.keep * closed_form.weighted_gram(*self.kept(model, concept, stream))
             for site in sites:
@@ -112,16 +111,15 @@ class Mace(ClosedForm):
         return Edit(deltas, self.name, names, asdict(self), model.digest, {"condition": worst})
 
     def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), "context", stream)
+        return erased(model, concept, "context", stream)
 
     def sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:
         """Beside the refinement's system: that of the own tokens, and all states of the concept's prompts."""
         found = super().sums(model, concept)
-        prompts, becomes = concept.prompts(concept.phrases), goals(concept, concept.phrases)
         scale = self.scale * concept.scale
         for stream in model.streams:
-            source, target = pairs(model, prompts, becomes, "words", stream)
-            every = model.encode([prompt.text for prompt in prompts], stream).states.flatten(0, 1)
+            source, target = erased(model, concept, "words", stream)
+            every = _states(model, concept, stream)
             weight = mean(source, self.own * scale)
             own = closed_form.system(source, target, weight, every, mean(every, scale)).compact()
             found |= pack(own, f"{stream}.own")  # kept here are the states of the concept's own prompts
@@ -146,3 +144,9 @@ class Mace(ClosedForm):
         fused = sum((edit.left @ right for edit, right in zip(edits, rights, strict=True)), start=identity)
         matrix = refined.matrix() @ fused
         return Solution(matrix - identity, identity, refined.ridge, max(refined.condition, condition))
+
+
+def _states(model: Model, concept: Concept, stream: str) -> Tensor:
+    """All token states (n, d) of the concept's prompts."""
+    texts = [prompt.text for prompt in concept.prompts(concept.phrases)]
+    return model.encode(texts, stream).states.flatten(0, 1)

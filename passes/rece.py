@@ -16,7 +16,7 @@ import torch
 from erasec import closed_form
 from erasec.closed_form import Solution, System
 from erasec.errors import ErasecError
-from erasec.rows import ClosedForm, goals, pairs
+from erasec.rows import ClosedForm, erased
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class Rece(ClosedForm):
             )
 
     def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), "all", stream)
+        return erased(model, concept, "all", stream)
 
     def shared(self, model: Model) -> dict[str, Tensor]:
         """sum W^T W over the sites of each stream: the one time that the weights are touched."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec.rows import ClosedForm, goals, pairs
+from erasec.rows import ClosedForm, erased
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,4 +29,4 @@ class Remap(ClosedForm):
     summary: ClassVar[str] = "stage 1 of TRCE: closed-form remap of the end token's keys and values"
 
     def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), "eot", stream)
+        return erased(model, concept, "eot", stream)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from erasec import closed_form, joint
 from erasec.edit import Edit, Remap
 from erasec.errors import ErasecError
-from erasec.rows import EMPTY, ClosedForm, apart, goals, mean, pairs
+from erasec.rows import EMPTY, ClosedForm, apart, erased, goals, mean, pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ class Uce(ClosedForm):
         return Edit(deltas, self.name, concept.name, asdict(self), model.digest, told)
 
     def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return pairs(model, concept.prompts(concept.phrases), goals(concept, concept.phrases), self.rows, stream)
+        return erased(model, concept, self.rows, stream)
 
     def kept(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
         if self.rows == "tail":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, EditTarget
 from erasec.checkpoint import Entry, read_header, read_tensor, save, stream
-from erasec.edit import LowRank, Remap
+from erasec.edit import Remap
 from erasec.errors import ErasecError, nearest
 from erasec.progress import bar
 
@@ -126,10 +126,8 @@ def factors(weight: Tensor, deltas: Iterable[Delta]) -> tuple[Tensor, Tensor]:
             # (W + L R) D E, without forming the edited weight
             moved = delta.left.double()
             new, reads = weight @ moved + left @ (right @ moved), delta.right.double()
-        elif isinstance(delta, LowRank):
-            new, reads = delta.left.double(), delta.right.double()
         else:
-            new, reads = delta.value.double(), torch.eye(weight.shape[1], dtype=torch.float64)
+            new, reads = delta.factors(weight)
         left, right = torch.cat([left, new], 1), torch.cat([right, reads])
     return left, right
 

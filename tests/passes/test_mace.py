@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from erasec import edit as edit_files
 from erasec import model as models
+from erasec import priors
 from erasec.base import Context
 from erasec.concept import Concept
 from erasec.edit import Edit, LowRank
@@ -99,8 +101,9 @@ def test_two_concepts_are_refined_together_and_their_own_edits_fused(model: Mode
         assert float((found - wanted).norm() / (wanted - weight).norm()) < 1e-6
 
 
-def test_given_edits_are_fused_as_the_paper_does(model: Model, tmp_path: Path) -> None:
-    """Equation 8 with B_i A_i from files: a low-rank one at two sites, and a closed-form one at all."""
+@pytest.mark.parametrize("captions", [(), ("a photo of an arrow", "a big box")])
+def test_given_edits_are_fused_as_the_paper_does(model: Model, tmp_path: Path, captions: tuple[str, ...]) -> None:
+    """Equation 8 with B_i A_i from files: a low-rank one at two sites, and a closed-form one at all; P with a prior."""
     draw = torch.Generator().manual_seed(0)
     sites = model.streams["context"]
     some = {
@@ -111,9 +114,16 @@ def test_given_edits_are_fused_as_the_paper_does(model: Model, tmp_path: Path) -
     for name, edit in edits.items():
         edit_files.write(tmp_path / name, [edit], {"family": "sd1"})
     step = Mace(ridge=0.05, edits=f"{tmp_path / 'star'}; {tmp_path / 'heart'}")
+    if captions:
+        (tmp_path / "captions.txt").write_text("\n".join(captions))
+        priors.write(tmp_path / "prior", model, tmp_path / "captions.txt")
+        step = replace(step, prior=str(tmp_path / "prior"), prior_weight=3.0)
     refined, fused = step.solve_all(model, (STAR, HEART), Context())
     edited = model.with_edit(refined)
     keep = torch.cat([kept(model, concept) for concept in (STAR, HEART)])
+    if captions:
+        crowd = model.encode(captions).states.flatten(0, 1).double()
+        keep = torch.cat([keep, crowd * (3.0 / len(crowd)) ** 0.5])
     for site in sites[:4]:
         weight = edited.weight(site)
         left, gram = weight @ keep.T @ keep, keep.T @ keep
