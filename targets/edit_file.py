@@ -23,7 +23,7 @@ class EditFile(EditTarget):
     sums: bool = True
 
     name: ClassVar[str] = "edit"
-    summary: ClassVar[str] = "the edit alone, a few MB, for erasec apply and erasec combine"
+    summary: ClassVar[str] = "the edit alone, for erasec apply and erasec combine"
 
     def size(self, model: Model) -> int:
         """Two factors and three sums of up to the text width squared for each stream, for one concept."""
