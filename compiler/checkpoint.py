@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
 CHUNK = 16 * 1024 * 1024
 # The first 8 bytes, a header's length, of a file in the middle of an in-place edit: no loader accepts them.
 BLANK = b"\xff" * 8

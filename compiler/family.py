@@ -13,7 +13,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One weight matrix that a pass may edit; ``shape`` is (d_out, d_in)."""
+    """One tensor that a pass may edit; of a matrix, ``shape`` is (d_out, d_in).
+
+    ``attn`` says what an attention projection attends to ("self", "cross", "joint", "context"), "text" marks the text
+    encoders' tensors and "other" everything else; ``proj`` is what it makes of it, "" where it is no projection.
+    """
 
     component: str
     key: str
@@ -89,6 +93,8 @@ JOINT = {"to_q": ("joint", "q"), "to_k": ("joint", "k"), "to_v": ("joint", "v"),
          "add_q_proj": ("context", "q"), "add_k_proj": ("context", "k"), "add_v_proj": ("context", "v"),
          "to_add_out": ("context", "out")}  # fmt: skip
 ATTENTIONS = {"unet": {"attn1": SELF, "attn2": CROSS}, "transformer": {"attn": JOINT, "attn2": SELF}}
+# Of a CLIP text encoder, by module.
+TEXT = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "fc1": "mlp", "fc2": "mlp"}
 # The matrices through which all text enters a transformer, with what they embed.
 CONTEXT, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
 EMBEDDINGS = {CONTEXT: "context", POOLED: "pooled"}
@@ -146,6 +152,30 @@ def detect(denoiser: Mapping[str, Shape]) -> Family:
         why=f"it has {len(denoiser)} tensors ({seen}, ...); known: {', '.join(FAMILIES)}",
         fix="a family is one row in compiler/family.py and a rule in detect(); there is no switch to go on regardless",
     )
+
+
+def parameters(component: str, tensors: Mapping[str, Shape], denoiser: str) -> tuple[Site, ...]:
+    """Every tensor of a component as a Site, biases and convolutions too, in the order of their keys.
+
+    Those that ``sites`` finds in the denoiser are the very same; a bias has the attention and projection of its matrix.
+    """
+    known = {site.key: site for site in sites(component, tensors)} if component == denoiser else {}
+    found = []
+    for key, shape in sorted(tensors.items()):
+        matrix = known.get(key.removesuffix(".bias") + ".weight") if key.endswith(".bias") else None
+        if key in known:
+            found.append(known[key])
+        elif matrix is not None:
+            found.append(replace(matrix, key=key, shape=shape))
+        else:
+            parts = key.removeprefix("text_model.").split(".")
+            block = ".".join(parts[:-2]).replace("_blocks", "") or parts[0]
+            found.append(
+                Site(component, key, shape, "other", "", block)
+                if component == denoiser
+                else Site(component, key, shape, "text", TEXT.get(parts[-2], ""), f"{component} {block}")
+            )
+    return tuple(found)
 
 
 def sites(component: str, tensors: Mapping[str, Shape]) -> tuple[Site, ...]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from erasec import edit as edits_
 from erasec import pickles
-from erasec.checkpoint import content_digest, read_tensor
+from erasec.checkpoint import FLOATS, content_digest, read_tensor
 from erasec.edit import Delta, Edit
 from erasec.errors import ErasecError, nearest
-from erasec.family import Family, Site, detect, sites
+from erasec.family import Family, Site, detect, parameters, sites
 from erasec.folder import Folder
 
 if TYPE_CHECKING:
@@ -64,6 +64,15 @@ class Model:
         entries = self.entries(self.family.denoiser)
         return sites(self.family.denoiser, {key: entry.shape for key, entry in entries.items()})
 
+    @cached_property
+    def parameters(self) -> tuple[Site, ...]:
+        """Every floating tensor of the denoiser and the text encoders: what a pass may edit at all."""
+        found: list[Site] = []
+        for component in (self.family.denoiser, *self.family.text_encoders):
+            entries = {key: e.shape for key, e in self.entries(component).items() if e.dtype in FLOATS}
+            found += parameters(component, entries, self.family.denoiser)
+        return tuple(found)
+
     def select(self, attn: str, projections: Sequence[str]) -> tuple[Site, ...]:
         """Sites of one kind of attention, such as ``select("cross", "kv")`` or ``select("self", ("q", "out"))``.
 
@@ -75,7 +84,7 @@ class Model:
         return found
 
     def with_edit(self, edit: Edit) -> Model:
-        known = set(self.sites)
+        known = set(self.parameters)
         if strange := [site for site in edit.deltas if site not in known]:
             raise ErasecError(f"the edit by {edit.by} changes {strange[0].key}", why=f"{self.name} has no such site")
         if edit.base and edit.base != self.digest:
@@ -83,9 +92,19 @@ class Model:
                 f"the edit by {edit.by} was made for another model", why=f"its base is {edit.base[:12]}...",
                 fix=f"solve it again on {self.name} ({self.digest[:12]}...)",
             )  # fmt: skip
-        view = replace(self, edits=(*self.edits, edit))
+        return self._with((*self.edits, edit), (edit,))
+
+    @property
+    def original(self) -> Model:
+        """The view without any edit; itself, where there is none."""
+        return self._with((), self.edits) if self.edits else self
+
+    def _with(self, edits: tuple[Edit, ...], differ: Sequence[Edit]) -> Model:
+        view = replace(self, edits=edits)
         # The files are the same, so what was read of them stays valid.
-        kept = ("_entries", "sites", "streams", "digest", "_digests", "_texts")
+        kept = ["_entries", "sites", "parameters", "streams", "digest", "_digests"]
+        text = any(site.component in self.family.text_encoders for edit in differ for site in edit.deltas)
+        kept += [] if text else ["_texts"]
         view.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return view
 
@@ -103,7 +122,7 @@ class Model:
     def merged(self) -> dict[str, dict[str, Callable[[], Tensor]]]:
         """For every edited tensor, by component and key, a function that gives it merged in its own dtype."""
         changed: dict[str, dict[str, Callable[[], Tensor]]] = {}
-        for site in self.sites:
+        for site in self.parameters:
             if self.deltas(site):
                 changed.setdefault(site.component, {})[site.key] = partial(self.merge, site)
         return changed
@@ -158,7 +177,8 @@ class Model:
     def _texts(self) -> Texts:
         from erasec.text import Texts
 
-        return Texts(self.source)
+        changed = {name: made for name, made in self.merged().items() if name in self.family.text_encoders}
+        return Texts(self.source, changed)
 
     def forget_texts(self) -> None:
         """Let the text encoders go from memory, of this view and those it was made from and into."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
     from erasec.family import Part, Stream
-    from erasec.folder import Folder
+    from erasec.folder import Changed, Folder
 
 BATCH = 64 * 77  # tokens
 # What a text encoder may be, with the class of its tokenizer.
@@ -46,9 +46,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Texts:
-    """The text half of a checkpoint; encoders that were read stay in memory until ``forget``."""
+    """The text half of a checkpoint; encoders that were read stay in memory until ``forget``.
+
+    ``changed`` are new tensors by encoder and key, as edits of it make them.
+    """
 
     source: Folder
+    changed: Changed = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _encoders: dict[str, Any] = field(default_factory=dict)
 
@@ -66,7 +70,7 @@ class Texts:
     def encoder(self, name: str) -> Any:
         """The encoder in float32, its weights read tensor by tensor. Raises ErasecError where some are missing."""
         if name not in self._encoders:
-            self._encoders[name] = load_encoder(self.source, name)
+            self._encoders[name] = load_encoder(self.source, name, self.changed.get(name, {}))
         return self._encoders[name]
 
     def forget(self) -> None:
@@ -135,8 +139,11 @@ def architecture(source: Folder, name: str) -> str:
     return kind
 
 
-def load_encoder(source: Folder, name: str) -> Any:
-    """A text encoder from a checkpoint's config and tensors, float32, whatever the files' layout or dtype."""
+def load_encoder(source: Folder, name: str, changed: Mapping[str, Callable[[], Tensor]] | None = None) -> Any:
+    """A text encoder from a checkpoint's config and tensors, float32, whatever the files' layout or dtype.
+
+    ``changed`` gives new tensors by the keys of the files.
+    """
     import transformers
 
     hush()
@@ -154,7 +161,10 @@ def load_encoder(source: Folder, name: str) -> Any:
             f"{name} has no tensor {missing[0]}", where=str(source.root),
             why=f"{len(missing)} of {len(wanted)} that its config asks for are missing",
         )  # fmt: skip
-    state = {key: read_tensor(entries[bare]).float() for bare, key in wanted.items()}
+    made = {_bare(key): make for key, make in (changed or {}).items()}
+    state = {
+        key: (made[bare]() if bare in made else read_tensor(entries[bare])).float() for bare, key in wanted.items()
+    }
     model.load_state_dict(state, assign=True)
     for module in model.modules():  # what is computed and not stored was made on no device
         ids = module._buffers.get("position_ids")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from erasec import edit as edits
 from erasec.base import Artifact, Check, Context, EditTarget, file_name
+from erasec.extras import KINDS
 
 if TYPE_CHECKING:
     from erasec.model import Model
@@ -24,6 +25,7 @@ class EditFile(EditTarget):
 
     name: ClassVar[str] = "edit"
     summary: ClassVar[str] = "the edit alone, for erasec apply and erasec combine"
+    holds: ClassVar[frozenset[str]] = KINDS
 
     def size(self, model: Model) -> int:
         """Two factors and three sums of up to the text width squared for each stream, for one concept."""
@@ -34,7 +36,7 @@ class EditFile(EditTarget):
         path = out / f"{file_name(concepts) or self.name}{edits.SUFFIX}"
         edits.write(path, model.edits, model.about(), self.sums)
         again = replace(model, edits=edits.read(path)[0])
-        sites = [site for site in model.sites if model.deltas(site)]
+        sites = [site for site in model.parameters if model.deltas(site)]
         wrong = [site.key for site in sites if not bool((model.merge(site) == again.merge(site)).all())]
         how = f"edited tensors that are not the same when the file is read and merged again, of {len(sites)}"
         return Artifact(self.name, out, (Check("edit/again", float(len(wrong)), 0.0, not wrong, how),))

@@ -1,0 +1,132 @@
+"""Every pass at its defaults on glyphs: what goes, what stays, in how long; beside the base and the never-star model.
+
+    python tests/benchmarks/passes_glyphs.py --jobs 2      writes tests/benchmarks/results/passes_glyphs.json
+    ... --concepts star --setups esd trce+safegen          measures these rows again, and keeps the others
+
+A row is a pass, or several joined by "+", each starting from what the one before it left, as a build does it. Rows are
+written as they are finished. Every row runs in a process of its own with one thread, which the seconds and the peak of
+resident memory are of; seconds are those of solving alone, trajectories, pictures and teachers included.
+Judge B, same prompts and seeds before and after: for each group as many pictures as "images" says, half as many for
+every other shape. The watermark is looked for in pictures of all shapes; no prompt names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+
+RESULT = Path(__file__).parent / "results" / "passes_glyphs.json"
+CONCEPTS = ("star", "heart", "ring")
+BASE, NEVER = "base", "never-star model"
+SINGLE = ("uce", "rece", "mace", "trce.remap", "esd", "esd:train=u", "trce.steer", "trce", "kpop", "safegen", "few_shot",
+          "eiup")  # fmt: skip
+CHAINS = ("uce+kpop", "trce+safegen")
+MARKED = ("geom_erasing", "negative prompt")
+IMAGES, SEED = 48, 31
+
+
+def measure(concept: str, setup: str) -> dict[str, Any]:
+    from erasec import concept as concepts
+    from erasec import extras, model, recipe, registry, validate
+    from erasec.base import Context, with_options
+    from erasec.edit import Edit
+    from erasec.judge import Sampling
+
+    base, item = model.load("glyphs"), concepts.find(concept)
+    judge, limits = validate.judge_of(base), recipe.Limits()
+    assert judge is not None
+    view, row, began = base, {}, time.perf_counter()
+    if setup == "negative prompt":  # what geom_erasing has to beat: the concept's words alone
+        view = base.with_edit(Edit({}, "hand", concept, negative=", ".join(item.phrases)))
+    elif setup not in (BASE, NEVER):
+        for use in map(recipe.parse_use, setup.split("+")):
+            step = with_options(registry.load_pass(use.name), use.options, use.name)
+            for edit in step.solve_all(view, [item], Context(seed=SEED)):
+                view = view.with_edit(edit)
+                row.setdefault("stats", {})[use.name] = dict(edit.stats)
+                row.setdefault("options", {})[use.name] = asdict(step)
+        row["seconds"] = time.perf_counter() - began
+        row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "bundle"
+        if setup == NEVER:
+            root = model.bundled("glyphs-never-star")
+        else:
+            base.source.write(root, view.merged())
+            if more := extras.gathered(view.edits):
+                extras.write(root, more)
+        sampling = Sampling(limits.steps, limits.guidance)
+        found = validate.gather(judge, [item], base.source.root, root, IMAGES, SEED, sampling)
+    assert found is not None
+    for group in ("name", "synonym", "implicit", "keep"):
+        rows = found.rows(group)
+        if rows.any():
+            row[group] = [
+                float(found.shown_before[rows].mean()),
+                float(found.shown_after[rows].mean()),
+                int(rows.sum()),
+            ]
+    keep = found.rows("keep")
+    worst = max(validate.rates(found, "keep"), key=lambda rate: rate["before"] - rate["after"])
+    coloured = keep & np.array([bool(question.colour) for question in found.questions])
+    row["worst"] = [worst["looked_for"], worst["before"], worst["after"], worst["images"]]
+    row["colours"] = [float(found.colour_before[coloured].mean()), float(found.colour_after[coloured].mean())]
+    row["agreement"] = [float(found.agreement_before[keep].mean()), float(found.agreement_after[keep].mean())]
+    row["drift"] = float(np.abs(found.after[keep].astype(np.float64) - found.before[keep]).mean() / 255)
+    return row
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[str, str]]:
+    rows = []
+    for concept in options.concepts:
+        own = (BASE, *((NEVER,) if concept == "star" else ()), *SINGLE, *CHAINS)
+        rows += [(concept, setup) for setup in (options.setups or (MARKED if concept == "watermark" else own))]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", nargs="*", default=[*CONCEPTS, "watermark"])
+    parser.add_argument("--setups", nargs="*", default=[])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--missing", action="store_true", help="measure only rows that the file does not have")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"rows": {}}
+    if options.out.exists():
+        result = json.loads(options.out.read_text())
+    asked = wanted(options)
+    if options.missing:
+        asked = [(concept, setup) for concept, setup in asked if setup not in result["rows"].get(concept, {})]
+
+    def save(concept: str, setup: str, future: Future[dict[str, Any]]) -> None:
+        row = result["rows"].setdefault(concept, {})[setup] = future.result()
+        cells = [
+            f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in ("name", "synonym", "implicit", "keep")
+        ]
+        print(f"| {concept} | {setup} | {' | '.join(cells)} | {row.get('seconds', 0):.0f} s |", flush=True)
+        result.update(images=IMAGES, seed=SEED, threads=1, jobs=options.jobs, machine=machine.about())
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = [(concept, setup, pool.submit(measure, concept, setup)) for concept, setup in asked]
+        for concept, setup, future in running:
+            save(concept, setup, future)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that measure
+    main()
