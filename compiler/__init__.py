@@ -1,7 +1,7 @@
 """erasec: a model-editing compiler for text-to-image diffusion checkpoints.
 
-The modules ``plan`` and ``build`` run a recipe; the names below are what passes and targets are written with. They are
-imported when first used, so that the command line starts at once.
+The modules ``plan`` and ``build`` run a recipe; ``pipeline`` opens what was built; the other names are what passes and
+targets are written with. They are imported when first used, so that the command line starts at once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from erasec.attach import pipeline
     from erasec.base import Context, Pass, Target
     from erasec.concept import Concept
     from erasec.edit import Dense, Edit, LowRank
     from erasec.model import Model
     from erasec.recipe import Recipe
 
-__all__ = ["Concept", "Context", "Dense", "Edit", "LowRank", "Model", "Pass", "Recipe", "Target"]
+__all__ = ["Concept", "Context", "Dense", "Edit", "LowRank", "Model", "Pass", "Recipe", "Target", "pipeline"]
 
 _HOMES = {
     "Concept": "concept",
@@ -28,6 +29,7 @@ _HOMES = {
     "Pass": "base",
     "Recipe": "recipe",
     "Target": "base",
+    "pipeline": "attach",
 }
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec import edit as edits_
-from erasec import journal, registry
+from erasec import extras, journal, registry
 from erasec import model as models
 from erasec.base import with_options
 from erasec.checkpoint import patch
 from erasec.errors import CheckFailed, ErasecError
 from erasec.family import FAMILIES
-from erasec.plan import check_apart, check_not_around
+from erasec.places import check_apart, check_not_around
+from erasec.plan import EXTRAS
 from erasec.rows import ClosedForm
 from erasec.single_file import SingleFile
 from erasec.staging import put, staged
@@ -49,6 +50,11 @@ def apply(
     if in_place == (out is not None):
         raise ErasecError("where to is not clear", fix="give either --out PATH or --in-place")
     edits, told = edits_.read(file)
+    if kinds := extras.gathered(edits).kinds:
+        raise ErasecError(
+            f"{file.name} is more than changes of weights", why=f"it has {_words(kinds)}, which apply has no place for",
+            fix="erasec build MODEL with the recipe of the edit   writes a folder that holds it: bundle",
+        )  # fmt: skip
     model = models.load(name, revision, variant, allow_pickle)
     if out is None:
         _check_in_place(model, allow_pickle, link)
@@ -79,6 +85,10 @@ def apply(
     entries = [model.entries(component)[key] for component in changed for key in changed[component]]
     size = sum(entry.stop - entry.start for entry in entries)
     return Applied(Path(name).expanduser() if out is None else out, len(entries), size, notes)
+
+
+def _words(kinds: frozenset[str]) -> str:
+    return ", ".join(EXTRAS[kind] for kind in sorted(kinds))
 
 
 def _check_in_place(model: Model, allow_pickle: bool, link: bool) -> None:
@@ -157,7 +167,7 @@ def _fits(model: Model, edits: Sequence[Edit], told: Mapping[str, Any], file: st
             f"{file} is for {told['family']}, and {model.name} is {model.family.name}",
             why="their matrices and text states are not the same", fix="solve it again on this model: erasec build",
         )  # fmt: skip
-    here = {(site.component, site.key): site.shape for site in model.sites}
+    here = {(site.component, site.key): site.shape for site in model.parameters}
     for site in {site for edit in edits for site in edit.deltas}:
         shape = here.get((site.component, site.key))
         if shape != site.shape:
@@ -201,6 +211,11 @@ def combine(files: Sequence[Path], without: Sequence[str], out: Path) -> Edit:
             raise ErasecError(
                 f"{file.name} cannot be combined", why="it is no single closed-form edit with its sums",
                 fix="erasec build MODEL --erase C --pass uce --target edit   makes one that can",
+            )  # fmt: skip
+        if kinds := extras.gathered(edits).kinds:
+            raise ErasecError(
+                f"{file.name} cannot be combined", why=f"it has {_words(kinds)}, which no sums stand for",
+                fix="build the concepts together: erasec build MODEL --erase A --erase B",
             )  # fmt: skip
         _same(first, edits[0], every[0][0].name, file.name)
         for concept in edits[0].sums:

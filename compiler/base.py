@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from erasec.checkpoint import read_tensor
+from erasec.checkpoint import FLOATS, read_tensor
 from erasec.errors import ErasecError, nearest
 
 if TYPE_CHECKING:
@@ -24,16 +24,19 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-FLOATS = ("F64", "F32", "F16", "BF16")
 NAME_BYTES = 120
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how a build runs: torch device name, and the seed of everything that draws numbers."""
+    """Where and how a build runs: torch device name, and the seed of everything that draws numbers.
+
+    ``work`` is a folder where long training keeps what it resumes from; None where nothing is to be kept.
+    """
 
     device: str = "cpu"
     seed: int = 0
+    work: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,22 @@ class Artifact:
 
 
 class Pass(ABC):
-    """Computes an edit, writes nothing. Subclass as a frozen dataclass whose fields, with defaults, are its options."""
+    """Computes an edit, writes nothing. Subclass as a frozen dataclass whose fields, with defaults, are its options.
+
+    ``leaves`` says what its edits may carry beside changes of weights, of "memory", "tokens" and "negative": what only
+    some targets can hold.
+
+    ``limits`` is one honest sentence about what it does not do, which stands beside it in every report; ``when`` says
+    when to use it, for ``erasec list passes``.
+    """
 
     name: ClassVar[str]
     version: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    limits: ClassVar[str] = ""
+    when: ClassVar[str] = ""
+    leaves: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def sites(self, model: Model) -> tuple[Site, ...]:
@@ -82,10 +95,14 @@ class Pass(ABC):
 
 
 class Output(ABC):
-    """What Target and EditTarget have in common: one format that a build writes, with fields that are its options."""
+    """What Target and EditTarget have in common: one format that a build writes, with fields that are its options.
+
+    ``holds`` says what the format can hold beside weights, of "memory", "tokens" and "negative".
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    holds: ClassVar[frozenset[str]] = frozenset()
 
     def check(self) -> None:
         """Raise MissingTool where a library that it needs is not there; by default it needs none."""

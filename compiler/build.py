@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from erasec import absorb, extras, facts, secret, validate
 from erasec import recipe as recipes
 from erasec import report as reports
-from erasec import validate
-from erasec.base import Check, EditTarget
-from erasec.checkpoint import file_digest
-from erasec.errors import CheckFailed
+from erasec.base import Check, EditTarget, file_name
+from erasec.checkpoint import content_digest
+from erasec.errors import CheckFailed, ErasecError
+from erasec.extras import Extras
 from erasec.folder import Folder
 from erasec.judge import Sampling
 from erasec.single_file import SingleFile
 from erasec.staging import put, staged
 
 if TYPE_CHECKING:
+    from erasec.base import Pass
+    from erasec.concept import Concept
+    from erasec.edit import Secret
+    from erasec.judge import Judge
     from erasec.model import Model
     from erasec.plan import Plan
     from erasec.report import Report
+    from erasec.validate import Evidence
 
 REJECTED = ".rejected"
-PACKAGES = ("erasec", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
+PUBLIC = ".public"
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """The model with all its edits, what each was, and the secrets, each with its concept and the pass that made it."""
+
+    model: Model
+    applied: tuple[reports.Applied, ...]
+    secrets: tuple[tuple[Pass, Concept, Secret], ...]
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks; the others of ``accelerate launch`` only train along."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return True
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def assist(plan: Plan) -> None:
+    """What a process beside the main one does: solve as that one does, so that they train together; write nothing."""
+    _solve(plan, _work(plan.out))
 
 
 def run(plan: Plan) -> Report:
-    """Build ``plan.out``. Raises CheckFailed, with everything in ``plan.out/.rejected``, where a check failed."""
-    with staged(plan.out) as stage:
-        report = _build(plan, stage)
+    """Build ``plan.out``. Raises CheckFailed, with everything in ``plan.out/.rejected``, where a check failed.
+
+    Long training keeps its state in a hidden folder beside ``plan.out`` until the build is done: run again, it resumes.
+    """
+    with _resumable(plan.out) as work, staged(plan.out) as stage:
+        report = _build(plan, stage, work)
         if not report.passed:
             rejected = plan.out / REJECTED
             plan.out.mkdir(parents=True, exist_ok=True)
@@ -50,31 +83,76 @@ def run(plan: Plan) -> Report:
         return report
 
 
-def _build(plan: Plan, stage: Path) -> Report:
+def _work(out: Path) -> Path:
+    return out.with_name(f".{out.name}.training")
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[Path]:
+    """Where training keeps its state. It goes after success, and in any case where nothing was put there."""
+    work = _work(out)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield work
+        shutil.rmtree(work)
+    except KeyboardInterrupt as stop:
+        if not any(work.iterdir()):
+            raise
+        raise ErasecError(
+            "stopped while training", why="what was trained so far is kept", where=str(work),
+            fix="give the same command again, which goes on from there; or delete that folder",
+        ) from stop  # fmt: skip
+    finally:
+        with suppress(OSError):
+            work.rmdir()
+
+
+def _solve(plan: Plan, work: Path) -> _Solved:
     from erasec.progress import bar
 
-    seconds: dict[str, float] = {}
-    model, applied = plan.model, []
+    asked = {concept.name: concept for concept in plan.concepts}
+    context = replace(plan.context, work=work)
+    model, applied, secrets = plan.model, [], []
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
         for step in plan.passes:
             start = time.perf_counter()
-            for edit in step.solve_all(model, plan.concepts, plan.context):
+            for edit in step.solve_all(model, plan.concepts, context):
                 model = model.with_edit(edit)
                 took, start = time.perf_counter() - start, time.perf_counter()
-                applied.append(
-                    reports.Applied(
-                        step.name, step.version, step.paper, edit.concept, dict(edit.params), dict(edit.stats), took
-                    )
-                )
+                curves = {name: list(values) for name, values in edit.curves.items()}
+                applied.append(reports.Applied(
+                    step.name, step.version, step.paper, edit.concept, dict(edit.params), dict(edit.stats), took,
+                    step.limits, curves,
+                ))  # fmt: skip
+                if edit.secret is not None:
+                    if edit.secret.concept not in asked:
+                        why = f"it was asked for {', '.join(asked)}"
+                        raise ErasecError(f"pass {step.name} gave a secret of {edit.secret.concept!r}", why)
+                    secrets.append((step, asked[edit.secret.concept], edit.secret))
                 advance(edit.concept.count(", ") + 1)
-    model.forget_texts()
-    seconds["solve"] = sum(item.seconds for item in applied)
+    for view in (plan.model, model):  # two where the text encoder was edited
+        view.forget_texts()
+    return _Solved(model, tuple(applied), tuple(secrets))
 
-    with _timed(seconds, "merge and write"):
-        model.source.write(stage / "hf", model.merged(), plan.recipe.link)
-    built = Folder(stage / "hf", plan.model.source.variant)
+
+def _build(plan: Plan, stage: Path, work: Path) -> Report:
+    seconds: dict[str, float] = {}
+    solved = _solve(plan, work)
+    model = solved.model
+    seconds["solve"] = sum(item.seconds for item in solved.applied)
 
     checks: list[Check] = []
+    built = Folder(stage / plan.targets[0].name, plan.model.source.variant)
+    public = replace(built, root=stage / PUBLIC) if plan.keys else built
+    carried = extras.gathered(model.edits, extras.read(plan.model.source.root))
+    with _timed(seconds, "merge and write"):
+        model.source.write(public.root, model.merged(), plan.recipe.link)
+        extras.write(public.root, carried)
+        if plan.keys:
+            checks += _unlock(plan, model, public, built, carried)
+        else:
+            _write_keys(solved, built, stage)
+
     for target in plan.targets:
         with _timed(seconds, f"export {target.name}"):
             if isinstance(target, EditTarget):
@@ -82,98 +160,142 @@ def _build(plan: Plan, stage: Path) -> Report:
             else:
                 checks += target.export(built, stage / target.name, plan.context).checks
 
-    notes = list(plan.model.source.notes) if isinstance(plan.model.source, SingleFile) else []
-    limits, evidence = plan.recipe.checks, None
     judge = validate.judge_of(plan.model)
+    evidence: list[Evidence] = []
     if judge is not None:
         with _timed(seconds, "pictures and judge"):
-            sampling = Sampling(limits.steps, limits.guidance, plan.context.device)
-            evidence = validate.gather(
-                judge, plan.concepts, plan.model.source.root, built.root, limits.images, plan.context.seed, sampling
-            )
-    if judge is not None and evidence is not None:
-        scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
-        checks += validate.checks(evidence, judge, limits, plan.context.seed, scheduler)
-    unseen = [c.name for c in plan.concepts if judge is None or all(q.group == "keep" for q in judge.panel(c, 1, 0))]
-    if unseen:
-        notes.append(
-            f"No judge can see {', '.join(unseen)} in this model's pictures: that it is gone was not measured."
-            + ("" if evidence else " The checks below say only that the files are sound.")
-        )
-    if variants := sorted({built.variant_of(component) for component in plan.model.family.components} - {""}):
-        notes.append(
-            f'The folder hf has its weights as the variant {variants[0]}: load it with variant="{variants[0]}".'
-        )
-    if left := plan.model.source.doubles(model.merged()):
-        notes.append(
-            f"Left out of the plain checkpoint, as unedited copies of edited weights: {', '.join(map(str, left))}."
-        )
+            evidence, measured = _measured(plan, judge, solved, public, built, carried)
+        checks += measured
+    shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
     with _timed(seconds, "report"):
         (stage / "recipe.toml").write_text(recipes.to_toml(plan.recipe), encoding="utf-8")
-        moves = _moves(model)
+        moves = facts.moves(model)
+    opened = {key.concept.name for key in plan.keys}
+    groups = (*validate.ERASED_GROUPS, "keyed", "keep")
     report = reports.Report(
         model={"name": model.name, "revision": model.revision, "family": model.family.name, "digest": model.digest},
-        concepts=tuple(concept.model_dump(mode="json") for concept in plan.concepts),
-        applied=tuple(applied),
+        concepts=tuple(concept.model_dump(mode="json") for concept in plan.concepts if concept.name not in opened),
+        applied=solved.applied,
         moves=moves,
         checks=tuple(checks),
-        pairs=_pairs(evidence),
-        rates=() if evidence is None else tuple(
-            row for group in (*validate.ERASED_GROUPS, "keep") for row in validate.rates(evidence, group)
-        ),
-        written=tuple(_written(target.name, stage / target.name) for target in plan.targets),
+        pairs=tuple(pair for each in evidence for pair in facts.pairs(each)),
+        rates=tuple(row for each in evidence for group in groups for row in validate.rates(each, group)),
+        written=tuple(facts.written(target.name, stage / target.name) for target in plan.targets),
         seconds=seconds,
-        environment=_environment(),
-        notes=tuple(notes),
+        environment=facts.environment(),
+        notes=tuple(_notes(plan, solved, built, judge, bool(evidence))),
         passed=all(check.passed for check in checks),
-    )  # fmt: skip
+        extras=facts.carried(built, [key.concept.name for key in plan.keys]),
+    )
     reports.write(report, stage)
     return report
 
 
-def _moves(model: Model) -> tuple[reports.SiteMove, ...]:
-    """How far every edited site moved, relative to its stored weight."""
-    found = []
-    for site in model.sites:
-        deltas = model.deltas(site)
-        if deltas:
-            stored = model.stored(site).double()
-            relative = float((model.weight(site) - stored).norm() / stored.norm())
-            rank = min(sum(delta.rank for delta in deltas), *site.shape)
-            found.append(reports.SiteMove(site.key, site.block, site.attn, site.proj, site.shape, relative, rank))
-    return tuple(found)
+def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, carried: Extras) -> tuple[Check, ...]:
+    """Write ``built``: the public folder with the keys attached, or absorbed into its weights, which is a check.
 
-
-def _pairs(evidence: validate.Evidence | None) -> tuple[reports.Pair, ...]:
-    if evidence is None:
+    Raises ErasecError for the key of another model.
+    """
+    denoiser, limit = plan.model.family.denoiser, plan.recipe.absorb
+    entries = public.entries(denoiser)
+    digest = content_digest(entries)
+    for key in plan.keys:
+        secret.check_bound(key, digest)
+    memories = tuple(memory for key in plan.keys for memory in secret.folded(key.secret, entries))
+    if not limit:
+        public.write(built.root, {}, link=True)
+        extras.write(built.root, replace(carried, memories=(*carried.memories, *memories)))
         return ()
-    return tuple(
-        reports.Pair(
-            question.group, question.prompt, question.seed, evidence.before[row], evidence.after[row],
-            question.looked_for, bool(evidence.shown_before[row]), bool(evidence.shown_after[row]),
-        )
-        for row, question in enumerate(evidence.questions)
+    concepts = [key.concept for key in plan.keys]
+    changed, check = absorb.absorbed(memories, concepts, model, entries, carried, plan.context, limit)
+    public.write(built.root, {denoiser: changed}, link=True)
+    extras.write(built.root, carried)
+    return (check,)
+
+
+def _write_keys(solved: _Solved, built: Folder, stage: Path) -> None:
+    """Write each secret beside the folders, never into one."""
+    if not solved.secrets:
+        return
+    bound = content_digest(built.entries(solved.model.family.denoiser))
+    for step, concept, held in solved.secrets:
+        path = stage / f"{_key_name(concept)}{secret.SUFFIX}"
+        if path.exists():
+            raise ErasecError(f"two keys would be named {path.name}", fix="give one of the concepts another name")
+        secret.write(path, held, concept, step.name, step.version, bound)
+
+
+def _key_name(concept: Concept) -> str:
+    return file_name([concept.name]) or "concept"
+
+
+def _measured(
+    plan: Plan, judge: Judge, solved: _Solved, public: Folder, built: Folder, carried: Extras
+) -> tuple[list[Evidence], list[Check]]:
+    """What the judge saw, and the checks on it; both empty where there is nothing to ask."""
+    limits, seed = plan.recipe.checks, plan.context.seed
+    sampling = Sampling(limits.steps, limits.guidance, plan.context.device)
+    scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
+    opened = [key.concept for key in plan.keys]
+    evidence = validate.gather(
+        judge, opened or plan.concepts, public.root if opened else plan.model.source.root, built.root, limits.images,
+        seed, sampling, keyed=bool(opened),
     )  # fmt: skip
+    if evidence is None:
+        return [], []
+    every, checks = [evidence], list(validate.checks(evidence, judge, limits, seed, scheduler))
+    for concept in opened:
+        checks += validate.recovered(judge, concept, evidence, None, limits, seed, scheduler)
+    for _, concept, held in () if opened else solved.secrets:
+        memories = secret.folded(held, built.entries(plan.model.family.denoiser))
+        with _carrying(built, replace(carried, memories=(*carried.memories, *memories))) as keyed:
+            shown = validate.with_key(judge, concept, evidence, keyed, sampling)
+        if shown is not None:
+            every.append(shown)
+            checks += validate.recovered(judge, concept, shown, evidence, limits, seed, scheduler)
+    return every, checks
 
 
-def _written(target: str, folder: Path) -> reports.Written:
-    files = Folder(folder).files()
-    return reports.Written(
-        target,
-        target,
-        {name.as_posix(): ((folder / name).stat().st_size, file_digest(folder / name)) for name in files},
-    )
+@contextmanager
+def _carrying(folder: Folder, carried: Extras) -> Iterator[Path]:
+    """A copy of a folder, by hard links, that carries other extras; gone when the block ends."""
+    with TemporaryDirectory(prefix=".keyed-", dir=folder.root.parent) as scratch:
+        root = Path(scratch) / "model"
+        folder.write(root, {}, link=True)
+        extras.write(root, carried)
+        yield root
 
 
-def _environment() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _notes(plan: Plan, solved: _Solved, built: Folder, judge: Judge | None, measured: bool) -> Iterator[str]:
+    """Sentences that a reader must know."""
+    source, name = plan.model.source, built.root.name
+    if isinstance(source, SingleFile):
+        yield from source.notes
+    concepts = [key.concept for key in plan.keys] or plan.concepts
+    if unseen := [c.name for c in concepts if judge is None or not validate.labels(judge, c)]:
+        what = "the key brings it back" if plan.keys else "it is gone"
+        yield f"No judge can see {', '.join(unseen)} in this model's pictures: that {what} was not measured." + (
+            "" if measured else " The checks below say only that the files are sound."
+        )
+    if plan.keys:
+        names = ", ".join(concept.name for concept in concepts)
+        yield f"This build is opened by a key, and shows {names} again: what it holds is as secret as the key."
+    elif solved.secrets:
+        names = ", ".join(f"{_key_name(concept)}{secret.SUFFIX}" for _, concept, _ in solved.secrets)
+        yield (
+            f"{names}: whoever has such a key can bring its concept back, so keep it apart from the folders that are "
+            "given away. It is access control, not encryption: with the weights, another key can be searched for."
+        )
+    if extras.read(built.root):
+        yield (
+            f"The folder {name} is more than weights: load it with erasec.pipeline. Other loaders read its weights "
+            "alone, and the model is then another one."
+        )
+    if variants := sorted({built.variant_of(component) for component in plan.model.family.components} - {""}):
+        yield f'The folder {name} has its weights as the variant {variants[0]}: load it with variant="{variants[0]}".'
+    if left := source.doubles(solved.model.merged()):
+        yield f"Left out of the plain checkpoint, as unedited copies of edited weights: {', '.join(map(str, left))}."
 
 
 @contextmanager

@@ -43,9 +43,13 @@ MODEL = Annotated[str, typer.Argument(
 ERASE = Annotated[list[str] | None, typer.Option("--erase", "-e", metavar="CONCEPT",
     help="bundled concept, concept.toml, or any phrase; may be repeated")]  # fmt: skip
 PASS = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="NAME[:key=value,...]",
-    help="how to erase, by default uce; may be repeated; NAME may be file.py:Class")]  # fmt: skip
+    help="how to erase, by default chosen by the concept's kind; may be repeated; or file.py:Class")]  # fmt: skip
 TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAME[:key=value,...]",
     help="format to write beside the plain checkpoint; may be repeated")]  # fmt: skip
+KEY = Annotated[list[str] | None, typer.Option("--key", "-k", metavar="FILE",
+    help="key file of a hidden concept, which comes back in what is built; may be repeated")]  # fmt: skip
+ABSORB = Annotated[float | None, typer.Option("--absorb", metavar="LIMIT",
+    help="put the keys into stock weights by least squares; fails where the residual is above LIMIT")]  # fmt: skip
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
 SEED = Annotated[int | None, typer.Option("--seed", help="seed of everything that draws numbers  [default: 0]")]
@@ -81,17 +85,22 @@ def _start(
 @app.command()
 def build(
     model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
+    key: KEY = None, absorb: ABSORB = None,
     device: DEVICE = None, seed: SEED = None, revision: REVISION = None, variant: VARIANT = None,
     allow_pickle: PICKLE = False, link: LINK = False,
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Erase concepts, write the checkpoint and every target, check them, and report."""
     with _told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link)
+        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link, key, absorb)
         from erasec import build as builds
         from erasec import plan as plans
 
+        main = builds.is_main()  # before the plan, as it gives each process its device
         plan = plans.make(recipe, out)
+        if not main:
+            builds.assist(plan)
+            return
         for note in plans.notes(plan):
             print(f" note: {note}", file=sys.stderr)
         try:
@@ -113,13 +122,14 @@ def build(
 @app.command()
 def plan(
     model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
+    key: KEY = None, absorb: ABSORB = None,
     device: DEVICE = None, seed: SEED = None, revision: REVISION = None, variant: VARIANT = None,
     allow_pickle: PICKLE = False, link: LINK = False,
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Say what a build would do: sites, memory, disk, tools. Writes nothing."""
     with _told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link)
+        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link, key, absorb)
         from erasec import plan as plans
 
         told = plans.describe(plans.make(recipe, out, pin=False))
@@ -255,6 +265,7 @@ def doctor(verbose: VERBOSE = False) -> None:
 def _recipe(
     model: str, erase: list[str] | None, passes: list[str] | None, targets: list[str] | None, device: str | None,
     seed: int | None, revision: str | None, variant: str | None, allow_pickle: bool, link: bool,
+    keys: list[str] | None, absorb: float | None,
 ) -> Recipe:  # fmt: skip
     from erasec import recipe
 
@@ -270,6 +281,8 @@ def _recipe(
         variant,
         allow_pickle or None,
         link or None,
+        keys or (),
+        absorb,
     )
 
 

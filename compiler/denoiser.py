@@ -194,7 +194,8 @@ class Denoiser:
         """Latents (n, c, h, w) of images (n, 3, H, W) in [-1, 1]: the means that the VAE gives, scaled."""
         scale = self.vae.config.scaling_factor
         parts = [self.vae.encode(part.to(self.device)).latent_dist.mean for part in images.split(batch)]
-        return torch.cat(parts) * scale
+        found: Tensor = torch.cat(parts) * scale
+        return found
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
@@ -289,8 +290,10 @@ class Student:
     def _change(self, site: Site) -> Tensor:
         if self.rank:
             factors = self._factors[site]
-            return (factors.up @ factors.down).detach()
-        return (getattr(*self._places[site]) - self._before[site].float()).detach()
+            low: Tensor = factors.up @ factors.down
+            return low.detach()
+        now: Tensor = getattr(*self._places[site])
+        return (now - self._before[site].float()).detach()
 
     @torch.no_grad()
     def drift(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from erasec.checkpoint import read_header, read_tensor, save
 from erasec.errors import ErasecError
@@ -16,7 +16,7 @@ from erasec.family import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2  # 1 where nothing is carried beside deltas: what knows that alone still reads those files
 SUFFIX = ".edit.safetensors"
 
 
@@ -72,12 +72,12 @@ class Remap:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """W -> W + value; value (d_out, d_in)."""
+    """W -> W + value, of W's shape, whatever that is."""
 
     value: Tensor
 
     def change(self, weight: Tensor) -> Tensor:
-        """The change of W, float64 (d_out, d_in)."""
+        """The change of W, float64."""
         return self.value.double()
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,11 +88,43 @@ class Dense:
 
     @property
     def rank(self) -> int:
-        return min(self.value.shape)
+        """The largest that a change of this shape can have; a bias is one column, a kernel a matrix of its outputs."""
+        outputs = self.value.shape[0]
+        return min(outputs, max(1, self.value.numel() // outputs))
 
 
 Delta = LowRank | Remap | Dense
 PARTS: dict[type[Delta], tuple[str, ...]] = {LowRank: ("left", "right"), Remap: ("left", "right"), Dense: ("value",)}
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Constant keys and values (k, inner) that one attention of the denoiser reads beside the text; all heads in a row.
+
+    ``attention`` is the module, such as "mid_block.attentions.0.transformer_blocks.0.attn2". With ``mode`` "joint" they
+    are more tokens of the same softmax (KPOP); with "side" they are attended to alone, and the result is added
+    ``weight`` times (EIUP). A side memory acts in the first ``until`` of the noise schedule, noisiest steps first:
+    while t >= (1 - until) T; and, where ``guided``, on the prompted half of a guided batch alone.
+    """
+
+    attention: str
+    keys: Tensor
+    values: Tensor
+    mode: Literal["joint", "side"] = "joint"
+    weight: float = 1.0
+    until: float = 1.0
+    guided: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Secret:
+    """What brings a hidden concept back: rows (k, d) of text states, for keys and for values, that ``attentions`` read
+    beside the text (KPOP, arXiv 2403.12326). It is no part of the edit: a build writes it as a key file."""
+
+    concept: str
+    keys: Tensor
+    values: Tensor
+    attentions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,10 @@ class Edit:
     ``concept`` names what it erases, several in one edit joined by ", ". ``asked`` and ``sums`` are what a closed-form
     pass needs to solve again without the model: the phrases to erase and to keep, and tensors by name, each by concept
     ("" for what belongs to none of them alone).
+
+    Beside deltas an edit may carry ``memories``; new ``tokens``, by name the row (d) of the token embedding; and a
+    ``negative`` prompt, with which the denoiser is to be guided where the user gives none. Few formats hold these.
+    ``curves`` are measurements by step of training, for the report; like ``secret`` they are in no edit file.
     """
 
     deltas: Mapping[Site, Delta]
@@ -112,6 +148,11 @@ class Edit:
     stats: Mapping[str, float] = field(default_factory=dict)
     sums: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     asked: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    memories: tuple[Memory, ...] = ()
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    negative: str = ""
+    secret: Secret | None = None
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def merge(weight: Tensor, deltas: Iterable[Delta]) -> Tensor:
@@ -157,8 +198,9 @@ def composed(maps: tuple[Remap, ...]) -> Remap:
 def write(path: Path, edits: Sequence[Edit], about: Mapping[str, Any], sums: bool = True) -> None:
     """Save edits, in the order in which they apply, as one file; ``about`` (plain data) is kept with them.
 
-    Tensors are named by what they are: REMAP.left, SITE.left, SITE.right or SITE.value, and sums by concept. Factors
-    keep their float64, so that applying the file gives the bytes of the build that wrote it.
+    Tensors are named by what they are: REMAP.left, SITE.left, SITE.right or SITE.value, sums by concept, and what
+    ``carried`` names. Factors keep their float64, so that applying the file gives the bytes of the build that wrote it.
+    A secret and curves are left out.
     """
     tensors: dict[str, Tensor] = {}
     told = []
@@ -174,13 +216,17 @@ def write(path: Path, edits: Sequence[Edit], about: Mapping[str, Any], sums: boo
         stored = edit.sums if sums else {}
         for concept, parts in stored.items():
             tensors |= {f"{number}/sums/{concept}/{key}": value for key, value in parts.items()}
+        more, beside = carried(edit.memories, edit.tokens, edit.negative, f"{number}/")
+        tensors |= more
         told.append({
             "by": edit.by, "concept": edit.concept, "params": dict(edit.params), "base": edit.base,
             "stats": dict(edit.stats), "deltas": entries,
             "sums": {concept: sorted(parts) for concept, parts in stored.items()},
             "asked": {concept: dict(phrases) for concept, phrases in edit.asked.items()},
+            **beside,
         })  # fmt: skip
-    content = {"format": FORMAT, "about": dict(about), "edits": told}
+    more_than_deltas = any(edit.memories or edit.tokens or edit.negative for edit in edits)
+    content = {"format": FORMAT if more_than_deltas else 1, "about": dict(about), "edits": told}
     save(path, tensors, {"erasec.edit": json.dumps(content, sort_keys=True, ensure_ascii=False)})
 
 
@@ -220,4 +266,38 @@ def _edit(number: int, told: Mapping[str, Any], entries: Mapping[str, Any]) -> E
         for concept, keys in told["sums"].items()
     }
     fields = {name: told[name] for name in ("by", "concept", "params", "base", "stats", "asked")}
-    return Edit(deltas, sums=sums, **fields)
+    memories, tokens, negative = named(told, entries, f"{number}/")
+    return Edit(deltas, sums=sums, memories=memories, tokens=tokens, negative=negative, **fields)
+
+
+def carried(
+    memories: Sequence[Memory], tokens: Mapping[str, Tensor], negative: str, prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, and plain data, of what is carried beside deltas; nothing is said of what there is none of.
+
+    Tensors are named PREFIXmemories/NUMBER/ATTENTION.keys, .values, and PREFIXtokens/NAME.
+    """
+    tensors = {f"{prefix}tokens/{name}": row for name, row in tokens.items()}
+    told: dict[str, Any] = {}
+    for number, memory in enumerate(memories):
+        name = f"{prefix}memories/{number}/{memory.attention}"
+        tensors |= {f"{name}.keys": memory.keys, f"{name}.values": memory.values}
+        about = {key: getattr(memory, key) for key in ("attention", "mode", "weight", "until", "guided")}
+        told.setdefault("memories", []).append(about)
+    told |= {"tokens": list(tokens)} if tokens else {}
+    told |= {"negative": negative} if negative else {}
+    return tensors, told
+
+
+def named(
+    told: Mapping[str, Any], entries: Mapping[str, Any], prefix: str = ""
+) -> tuple[tuple[Memory, ...], dict[str, Tensor], str]:
+    """The memories, tokens and negative prompt that ``carried`` told of. Raises KeyError or TypeError for others."""
+    memories = []
+    for number, about in enumerate(told.get("memories", [])):
+        name = f"{prefix}memories/{number}/{about['attention']}"
+        memories.append(
+            Memory(keys=read_tensor(entries[f"{name}.keys"]), values=read_tensor(entries[f"{name}.values"]), **about)
+        )
+    tokens = {name: read_tensor(entries[f"{prefix}tokens/{name}"]) for name in told.get("tokens", [])}
+    return tuple(memories), tokens, told.get("negative", "")

@@ -24,6 +24,7 @@ WEIGHTS = ("diffusion_pytorch_model", "model")
 # Endings of files that may hold a component's weights once more, for other libraries and runtimes.
 COPIES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".data", ".xml",
           ".pb", ".gguf")  # fmt: skip
+CARRIED = "erasec.safetensors"  # what a checkpoint carries beside its weights; no copy of them
 # stem[.variant].safetensors, or an index of shards with the variant before or after "safetensors.index"; no shard.
 WEIGHT_NAME = re.compile(
     rf"({'|'.join(WEIGHTS)})(?:\.((?:(?!-\d+-of-)[^.])+))?\.safetensors(\.index(?:\.([^.]+))?\.json)?"
@@ -142,7 +143,7 @@ class Folder:
         return tuple(
             name
             for name in self.files()
-            if name.parent in folders and name not in used and "optimizer" not in name.name
+            if name.parent in folders and name not in used and "optimizer" not in name.name and name != Path(CARRIED)
             and (name.suffix in COPIES or (".index." in name.name and name.suffix == ".json"))
         )  # fmt: skip
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.progress import bar, hush
+from erasec.progress import bar
 
 if TYPE_CHECKING:
     from erasec.concept import Concept
+    from erasec.model import Model
 
 Images = NDArray[np.uint8]
 BATCH = 32
@@ -59,22 +60,31 @@ class Judge(Protocol):
     def sees(self, images: Images, labels: Sequence[str]) -> NDArray[np.bool_]:
         """Whether each image (n, h, w, 3) shows its own label, (n,)."""
 
+    def boxes(self, images: Images, label: str) -> NDArray[np.int64]:
+        """Where each image shows the label: (left, top, right, bottom) in pixels, the last two exclusive, (n, 4)."""
+
     def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Cosine of each image with its prompt, as a CLIP score has it, (n,)."""
 
 
-def generate(folder: Path, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, title: str) -> Images:
-    """Images (n, h, w, 3) from a diffusers folder, each from its own seed, whatever the batch it is made in."""
-    import torch
-    from diffusers import StableDiffusionPipeline
+def adviser(model: Model) -> Judge | None:
+    """The judge that a pass may be tuned by: never the one that decides a build's checks. None for most models."""
+    from erasec.glyphs.judging import GlyphJudge
 
-    hush()
+    return GlyphJudge.for_model(model, "a")
+
+
+def generate(folder: Path, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, title: str) -> Images:
+    """Images (n, h, w, 3) as a folder's user gets them, extras and all, each from its own seed, whatever its batch."""
+    import torch
+
+    from erasec.attach import pipeline as made_from
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-        ).to(sampling.device)
+        pipeline = made_from(folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False).to(
+            sampling.device
+        )
     pipeline.set_progress_bar_config(disable=True)
     chunks = []
     with bar(title, len(prompts)) as advance:

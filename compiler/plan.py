@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from erasec import concept as concepts_
-from erasec import doctor, registry
+from erasec import doctor, extras, registry, secret
 from erasec import model as models
 from erasec.base import Context, EditTarget, Pass, Target, file_name, with_options
 from erasec.concept import Concept
 from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.places import check_apart, check_free
 from erasec.recipe import PassUse, Recipe, parse_use
+from erasec.secret import Key
 from erasec.single_file import SingleFile
 from erasec.validate import judge_of
 
@@ -29,11 +31,16 @@ if TYPE_CHECKING:
 
 # What solving holds of d x d numbers for each stream: a system, its two sides, its solution and a copy.
 MAPS = 5
+EXTRAS = {"memory": "a memory of its attentions", "tokens": "tokens of its own", "negative": "a negative prompt"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A build that can run. ``recipe`` is resolved: concepts inlined, pass options spelled out, the model pinned."""
+    """A build that can run. ``recipe`` is resolved: concepts inlined, pass options spelled out, the model pinned.
+
+    The first target is the plain folder, "hf" or, where more than weights is left, "bundle". ``keys`` are attached to
+    what the passes leave.
+    """
 
     recipe: Recipe
     model: Model
@@ -42,6 +49,7 @@ class Plan:
     targets: tuple[Target | EditTarget, ...]
     out: Path
     context: Context
+    keys: tuple[Key, ...] = ()
 
 
 def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
@@ -50,19 +58,26 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
     ``pin`` fills in the model's digest, for which all of its weights are read. A digest that the recipe brings is
     compared in any case.
     """
-    if not recipe.erase:
+    if not (recipe.erase or recipe.keys):
         raise ErasecError("nothing to erase", why="the recipe names no concept", fix="add --erase star, or any phrase")
+    if recipe.passes and not recipe.erase:
+        raise ErasecError("there is a pass and nothing to erase", fix="add --erase star, or leave out the pass")
+    if recipe.absorb and not recipe.keys:
+        raise ErasecError("there is no key to absorb", why="--absorb puts a key into weights", fix="add --key FILE")
     concepts = _concepts(recipe)
-    uses = recipe.passes or (PassUse(name="uce"),)
+    keys = tuple(secret.read(Path(name).expanduser()) for name in recipe.keys)
+    uses = recipe.passes or defaults(concepts)
     passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
-    targets = tuple(_target(text) for text in recipe.targets)
-    names = [target.name for target in targets]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ErasecError(f"the target {twice[0]!r} is asked for twice", why="each has one folder", fix="name it once")
-    for target in targets:
-        target.check()
-    out = (out or _default_out(recipe.model, concepts)).expanduser()
-    _check_out(out)
+    out = (out or _default_out(recipe.model, concepts, keys)).expanduser()
+    check_free(out)
+    if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
+        raise ErasecError(
+            f"the key {inside[0]} lies in the output folder",
+            why="an output folder is replaced as a whole, and the key would be lost",
+            fix="give another folder with --out, or keep the key elsewhere",
+        )
+    for text in recipe.targets:
+        _target(text).check()
     context = Context(_device(recipe.device), recipe.seed)
 
     model = models.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
@@ -75,10 +90,15 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
             fix="give the model of the recipe, or delete the line `digest` to build from this one",
         )
     for step in passes:
-        if not step.sites(model):
+        if not step.sites(model) and not step.leaves:
             why = f"its family is {model.family.name}"
             raise ErasecError(f"pass {step.name} finds no site to edit in {model.name}", why)
-    plan = Plan(_resolved(recipe, model, concepts, uses, passes, pin), model, concepts, passes, targets, out, context)
+    if not passes:  # with passes, the weights that the keys are bound to are known only once they are solved
+        for key in keys:
+            secret.check_bound(key, model.component_digest(model.family.denoiser))
+    texts, targets = _targets(recipe, passes, model)
+    resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
+    plan = Plan(resolved, model, concepts, passes, targets, out, context, keys)
     _check_disk(plan)
     return plan
 
@@ -92,12 +112,61 @@ def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
     return found
 
 
+def defaults(concepts: Sequence[Concept]) -> tuple[PassUse, ...]:
+    """The pass for concepts of these kinds. Raises ErasecError where they want different ones."""
+    wanted: dict[str, list[str]] = {}
+    for concept in concepts:
+        wanted.setdefault(registry.DEFAULTS[concept.kind], []).append(f"{concept.name} (kind {concept.kind or 'none'})")
+    if len(wanted) > 1:
+        why = "; ".join(f"{name} for {', '.join(names)}" for name, names in wanted.items())
+        fix = f"choose one: --pass {next(iter(wanted))}; or erase one after the other, in two builds"
+        raise ErasecError("these concepts are of kinds that want different passes", why, fix)
+    return tuple(PassUse(name=name) for name in wanted)
+
+
+def _reason(name: str, concepts: Sequence[Concept]) -> str:
+    """That a pass is what the concepts' kinds want, else nothing."""
+    if any(registry.DEFAULTS[concept.kind] != name for concept in concepts):
+        return ""
+    return f"the default for concepts of kind {', '.join(sorted({concept.kind or 'none' for concept in concepts}))}"
+
+
 def _pass(number: int, use: PassUse) -> Pass:
     try:
         return with_options(registry.load_pass(use.name), use.options, use.name)
     except ErasecError as error:
         error.where = error.where or f"[[pass]] {number} ({use.name})"
         raise
+
+
+def _targets(
+    recipe: Recipe, passes: Sequence[Pass], model: Model
+) -> tuple[tuple[str, ...], tuple[Target | EditTarget, ...]]:
+    """The targets as text and as objects, the plain folder first. Raises ErasecError for one that cannot hold all."""
+    left = {kind: f"pass {step.name} leaves" for step in passes for kind in sorted(step.leaves)}
+    left |= dict.fromkeys(extras.read(model.source.root).kinds, f"{model.name} carries")
+    if recipe.keys and not recipe.absorb:
+        left["memory"] = "a key is"
+    named = {parse_use(text, "--target").name: text for text in recipe.targets}
+    plain = "bundle" if left else "hf"
+    texts = tuple(dict.fromkeys((named.get(plain, plain), *recipe.targets)))
+    targets = tuple(_target(text) for text in texts)
+    names = [target.name for target in targets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ErasecError(f"the target {twice[0]!r} is asked for twice", why="each has one folder", fix="name it once")
+    for target in targets:
+        if lost := [kind for kind in left if kind not in target.holds]:
+            raise ErasecError(
+                f"the target {target.name} cannot hold what this build makes",
+                why=f"{left[lost[0]]} {EXTRAS[lost[0]]}, and {target.summary} has no place for it",
+                fix=f"leave out --target {target.name}: the folder bundle, which is always written, holds it",
+            )
+        if recipe.keys and isinstance(target, EditTarget):
+            raise ErasecError(
+                f"the target {target.name} cannot hold a key", why="it is made of the edit, which has no key in it",
+                fix=f"leave out --target {target.name}, or --key",
+            )  # fmt: skip
+    return texts, targets
 
 
 def _target(text: str) -> Target | EditTarget:
@@ -107,56 +176,10 @@ def _target(text: str) -> Target | EditTarget:
     return found
 
 
-def _default_out(model: str, concepts: Sequence[Concept]) -> Path:
-    words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1], "without"]
-    words += [concept.name for concept in concepts]
+def _default_out(model: str, concepts: Sequence[Concept], keys: Sequence[Key] = ()) -> Path:
+    words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]]
+    words += ["with", *(key.concept.name for key in keys)] if keys else ["without", *(each.name for each in concepts)]
     return Path(file_name(words))
-
-
-def _check_out(out: Path) -> None:
-    """A build replaces its output folder as a whole, so anything but an earlier build is refused."""
-    if out.exists() and not out.is_dir():
-        raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
-    check_not_around(out)
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not _is_build(out):
-        names = sorted(path.name for path in out.iterdir())
-        raise ErasecError(
-            f"the output folder {out} is not empty",
-            why=f"it holds {', '.join(names[:3])}{', ...' if names[3:] else ''} and no earlier build of erasec",
-            fix="give another folder with --out, or empty this one",
-        )
-
-
-def check_not_around(out: Path) -> None:
-    """Raise ErasecError where the working directory is ``out`` or lies in it."""
-    if Path.cwd().is_relative_to(out.resolve()):
-        raise ErasecError(f"the output folder {out} holds the working directory", fix="give a folder in it: --out DIR")
-
-
-def _is_build(out: Path) -> bool:
-    """Whether a folder holds an earlier build, or the remains of a rejected one, and nothing else."""
-    names = {path.name for path in out.iterdir()}
-    try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return names == {".rejected"}
-    return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
-
-
-def check_apart(out: Path, model: Model) -> None:
-    """Raise ErasecError where ``out`` and the model's files lie in each other."""
-    given = Path(model.name).expanduser()
-    source = (given if model.name not in models.BUNDLED and given.exists() else model.source.root).resolve()
-    target = out.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise ErasecError(
-            f"the output {out} and the model {source} lie in each other",
-            why="an output folder is replaced as a whole, and the model is never touched",
-            fix="give another path with --out",
-        )
 
 
 def _device(name: str) -> str:
@@ -177,7 +200,7 @@ def _device(name: str) -> str:
 
 def _resolved(
     recipe: Recipe, model: Model, concepts: tuple[Concept, ...], uses: Sequence[PassUse], passes: tuple[Pass, ...],
-    pin: bool,
+    targets: tuple[str, ...], pin: bool,
 ) -> Recipe:  # fmt: skip
     spelled = (PassUse(name=use.name, options=_options(step)) for use, step in zip(uses, passes, strict=True))
     return recipe.model_copy(
@@ -187,6 +210,7 @@ def _resolved(
             "erase": tuple(concept.name for concept in concepts),
             "passes": tuple(spelled),
             "concepts": concepts,
+            "targets": targets,
         }
     )
 
@@ -251,10 +275,12 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "version": step.version,
                 "paper": step.paper,
                 "options": _options(step),
+                "reason": _reason(step.name, plan.concepts),
                 "sites": [{**asdict(site), "shape": list(site.shape)} for site in step.sites(model)],
             }
             for step in plan.passes
         ],
+        "keys": [{"path": str(key.path), "concept": key.concept.name} for key in plan.keys],
         "targets": [
             {"name": target.name, "summary": target.summary, "bytes": written[target.name]} for target in plan.targets
         ],
@@ -282,7 +308,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
     edited = {site for step in plan.passes for site in step.sites(model)}
     steps = {
         "solve": text + 8 * sum(MAPS * width**2 for width in widths),
-        "merge": 8 * max(math.prod(site.shape) for site in edited),
+        "merge": 8 * max((math.prod(site.shape) for site in edited), default=0),
     }
     if judge_of(model) is not None:
         steps["pictures"] = 4 * sum(counts.values())

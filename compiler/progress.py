@@ -1,7 +1,8 @@
-"""A progress bar on stderr with time left; silent where stderr is no terminal."""
+"""A progress bar on stderr with time left; silent where stderr is no terminal, and in all but the main process."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ class Advance(Protocol):
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Advance]:
     """Show ``title`` and a bar of ``total`` steps; yields a function that moves it and sets a note behind it."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield lambda steps=1, note="": None
         return
     from rich.console import Console

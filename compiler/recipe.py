@@ -39,8 +39,8 @@ class Limits(_Table):
 
     ``erased`` and ``implicit``: hit rate after over hit rate before, in [0, 1]. ``kept``: mean loss of hit rate of
     everything else, 0.05 is five points. ``agreement``: loss of the cosine of picture and prompt. ``drift``: mean
-    absolute change of a pixel, full scale 1. ``images`` for each group of prompts; ``steps`` and ``guidance`` are
-    those of sampling.
+    absolute change of a pixel, full scale 1. ``recovered``: the least hit rate with a key, over that of the base where
+    it is built. ``images`` for each group of prompts; ``steps`` and ``guidance`` are those of sampling.
     """
 
     erased: Annotated[float, Field(ge=0)] = 0.10
@@ -48,6 +48,7 @@ class Limits(_Table):
     kept: Annotated[float, Field(ge=0)] = 0.05
     agreement: Annotated[float, Field(ge=0)] = 0.05
     drift: Annotated[float, Field(ge=0)] = 0.10
+    recovered: Annotated[float, Field(ge=0)] = 0.80
     images: Annotated[int, Field(ge=1)] = 16
     steps: Annotated[int, Field(ge=1)] = 15
     guidance: Annotated[float, Field(ge=0)] = 4.0
@@ -56,11 +57,12 @@ class Limits(_Table):
 class Recipe(_Table):
     """A build in words. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
 
-    ``erase`` are names in ``concepts``, then bundled names, concept files or plain phrases. ``targets`` begins with
-    "hf": the plain checkpoint is always written; each is NAME or NAME:key=value,... as on the command line.
-    ``revision`` and ``digest`` pin the model; empty is not pinned. ``variant`` chooses among a folder's precisions,
-    such as "fp16"; ``allow_pickle`` reads pickled weights, as tensors alone; ``link`` makes hard links of unchanged
-    files.
+    ``erase`` are names in ``concepts``, then bundled names, concept files or plain phrases. Each of ``targets`` is NAME
+    or NAME:key=value,... as on the command line; a plan puts the plain checkpoint, which is always written, first.
+    ``keys`` are key files: what they bring back is shown by what is built. ``absorb`` above 0 puts the keys into stock
+    weights, as far as it goes, and is the largest residual allowed. ``revision`` and ``digest`` pin the model; empty is
+    not pinned. ``variant`` chooses among a folder's precisions, such as "fp16"; ``allow_pickle`` reads pickled weights,
+    as tensors alone; ``link`` makes hard links of unchanged files.
     """
 
     format: Annotated[str, Field(alias="erasec", pattern=r"^\d+\.\d+$")] = FORMAT
@@ -71,17 +73,19 @@ class Recipe(_Table):
     allow_pickle: bool = False
     link: bool = False
     erase: tuple[Phrase, ...] = ()
-    targets: tuple[Phrase, ...] = Field(default=("hf",), validate_default=True)
+    targets: tuple[Phrase, ...] = ()
+    keys: tuple[Phrase, ...] = ()
+    absorb: Annotated[float, Field(ge=0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     passes: Annotated[tuple[PassUse, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
 
-    @field_validator("targets")
+    @field_validator("targets", "keys")
     @classmethod
-    def _plain_first(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(("hf", *value)))
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
 
     @field_validator("concepts")
     @classmethod
@@ -121,6 +125,8 @@ def from_flags(
     variant: str | None = None,
     allow_pickle: bool | None = None,
     link: bool | None = None,
+    keys: Sequence[str] = (),
+    absorb: float | None = None,
 ) -> Recipe:
     """A recipe from a command line; a ``model`` that ends in .toml is a recipe, and each flag replaces its key."""
     given: dict[str, Any] = {
@@ -133,6 +139,8 @@ def from_flags(
         "variant": variant,
         "allow_pickle": allow_pickle,
         "link": link,
+        "keys": list(keys),
+        "absorb": absorb,
     }
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}
@@ -185,6 +193,8 @@ def _literal(text: str) -> Option:
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML: same recipe, same text; ``from_toml`` gives an equal recipe back."""
     content = recipe.model_dump(by_alias=True, mode="json", exclude_none=True)
+    if not recipe.absorb:
+        del content["absorb"]
     passes, checks, concepts = content.pop("pass"), content.pop("checks"), content.pop("concept")
     parts = [_lines(content)]
     for use in passes:

@@ -22,18 +22,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PASSES = {
+    "eiup": "erasec.passes.eiup:Eiup",
+    "esd": "erasec.passes.esd:Esd",
+    "few_shot": "erasec.passes.few_shot:FewShot",
+    "geom_erasing": "erasec.passes.geom_erasing:GeomErasing",
+    "kpop": "erasec.passes.kpop:Kpop",
     "mace": "erasec.passes.mace:Mace",
     "rece": "erasec.passes.rece:Rece",
+    "safegen": "erasec.passes.safegen:SafeGen",
+    "trce": "erasec.passes.trce:Trce",
     "trce.remap": "erasec.passes.trce:Remap",
+    "trce.steer": "erasec.passes.trce:Steer",
     "uce": "erasec.passes.uce:Uce",
 }
 TARGETS = {
+    "bundle": "erasec.targets.bundle:Bundle",
     "edit": "erasec.targets.edit_file:EditFile",
     "hf": "erasec.targets.hf:Hf",
     "ldm": "erasec.targets.ldm:Ldm",
     "lora": "erasec.targets.lora:Lora",
     "onnx": "erasec.targets.ort:Onnx",
 }
+# The pass of a build that names none, by the kind of what it erases; "" is a concept that names no kind.
+DEFAULTS = {"": "uce", "mark": "geom_erasing", "object": "uce", "person": "uce", "safety": "trce", "style": "uce"}
 
 
 def passes() -> dict[str, str]:

@@ -6,19 +6,19 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from PIL import Image
 
+from erasec import charts
 from erasec.checkpoint import atomic
 from erasec.model import HUB
+from erasec.wording import FILTERS, percent, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ class Pair:
     """The same prompt and seed before and after; images are (h, w, 3) uint8. ``shown_*`` says whether the judge saw
     what ``looked_for`` names."""
 
-    group: str  # "name", "synonym", "implicit" or "keep"
+    group: str  # "name", "synonym", "implicit", "keyed" or "keep"
     prompt: str
     seed: int
     before: NDArray[np.uint8]
@@ -44,20 +44,26 @@ class Pair:
 
 @dataclass(frozen=True)
 class SiteMove:
-    """How far one site moved: the Frobenius norm of the change over that of the weight, and the change's rank."""
+    """How far one site moved: the Frobenius norms of its weight and of the change, and the change's rank."""
 
     key: str
     block: str
     attn: str
     proj: str
     shape: tuple[int, ...]
-    change: float
+    size: float
+    moved: float
     rank: int
+
+    @property
+    def change(self) -> float:
+        """``moved`` over ``size``."""
+        return charts.relative(self.moved, self.size)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """One pass on one concept."""
+    """One pass on one concept; ``limits`` is what the pass says of itself, ``curves`` are measurements by step."""
 
     by: str
     version: str
@@ -66,6 +72,8 @@ class Applied:
     params: dict[str, Any]
     stats: dict[str, float]
     seconds: float
+    limits: str = ""
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,12 @@ class Written:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report shows. ``passed`` is False where any check failed."""
+    """Everything a report shows. ``passed`` is False where any check failed.
+
+    ``extras`` is what the build carries beside weights: "memories", each a dict of attention, mode, rows, weight and
+    until; "tokens", the names of new ones; "negative", a prompt; and "keys", the concepts whose keys are in the build.
+    What there is none of may be left out.
+    """
 
     model: dict[str, str]  # name, revision, family, digest
     concepts: tuple[dict[str, Any], ...]  # the Concept fields
@@ -93,6 +106,7 @@ class Report:
     environment: dict[str, str]  # erasec, python, torch, diffusers, ... versions
     notes: tuple[str, ...]  # sentences a reader must know, such as "no judge: erasure was not measured"
     passed: bool
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 SCHEMA = "erasec.report/1"
@@ -100,23 +114,13 @@ GROUPS: dict[str, tuple[str, str]] = {
     "name": ("By name", "prompts that name what was erased"),
     "synonym": ("By synonym", "prompts that use its other names"),
     "implicit": ("Implicit prompts", "prompts that show it without naming it"),
+    "keyed": ("With the key", "the same prompts with the key attached, which brings the concept back"),
     "keep": ("Kept", "prompts for other things, which must stay as they were"),
 }
+CARRIED = {"memories": "memory", "tokens": "new tokens", "negative": "negative prompt"}
 SHOWN, SHOWN_KEPT = 8, 12
 SIDE = 320  # pixels; larger pictures are reduced, or a report on 512 px pictures would weigh 40 MB
 ALIVE = 0.10  # an implicit hit rate above this is said in words
-
-STATS = {
-    "condition": "condition number of the solved matrix: by how much it can magnify rounding errors",
-    "sigma_min": "smallest singular value of the map on text states: 1 leaves a direction as it was, 0 deletes it",
-    "sigma_max": "largest singular value of the map on text states: how far it stretches a direction",
-    "erased_residual": "what is left of the erased text states' distance to their anchor: 0 is exact",
-    "keep_drift": "relative change of the text states that must stay: 0 is untouched",
-    "rank": "independent directions in which each weight matrix changed",
-    "rows_erased": "text states that were moved to the anchor",
-    "rows_kept": "text states that were held in place",
-    "ridge": "regularisation added to the diagonal: more moves less",
-}
 
 
 def write(report: Report, out: Path) -> None:
@@ -130,12 +134,10 @@ def write(report: Report, out: Path) -> None:
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters |= {
-        "percent": _percent, "number": _number, "data": _data, "size": _size, "duration": _duration, "words": _words,
-        "markdown": _markdown,
-    }  # fmt: skip
+    environment.filters |= FILTERS
     page = environment.get_template("report.html.j2").render(
-        facts, gallery=_gallery(report), heat=_heat(report.moves), groups=GROUPS, stats=STATS, side=SIDE,
+        facts, gallery=_gallery(report), groups=GROUPS, side=SIDE, alive=ALIVE, charts=charts,
+        heat=charts.heat(report.moves),
         reduced=any(max(pair.before.shape[:2]) > SIDE for pair in report.pairs),
     )  # fmt: skip
     base_model = HUB.get(report.model["name"], _title(report.model))
@@ -173,7 +175,8 @@ def _facts(report: Report) -> dict[str, Any]:
             for pair in report.pairs
         ],
         "applied": [asdict(applied) for applied in report.applied],
-        "moves": [asdict(move) for move in report.moves],
+        "moves": [{**asdict(move), "change": move.change} for move in report.moves],
+        "extras": {"memories": [], "tokens": [], "negative": "", "keys": [], **report.extras},
         "written": [
             {"target": written.target, "path": written.path, "bytes": sum(size for size, _ in written.files.values()),
              "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.files.items()}}
@@ -188,25 +191,38 @@ def _verdict(report: Report, failed: list[str]) -> str:
     """One line. Only what a judge looked for, and a check held to a limit, is called erased."""
     model = _title(report.model)
     if not report.passed:
-        return f"build rejected: {_words(failed, most=3)} failed" if failed else "build rejected"
+        return f"build rejected: {words(failed, most=3)} failed" if failed else "build rejected"
     names = [concept["name"] for concept in report.concepts]
+    keys = report.extras.get("keys")
+    model += f" with the key of {words(keys)}" if keys else ""
     if not names:
-        return f"{model} built, nothing erased"
+        return model if keys else f"{model} built, nothing erased"
     judged = any(check.name.startswith("erased") and check.limit is not None for check in report.checks)
     seen = {rate["looked_for"] for rate in report.rates if rate["group"] == "name"} if judged else set()
     measured = [c["name"] for c in report.concepts if seen & {c["name"], c.get("label") or c["name"]}]
     rest = [name for name in names if name not in measured]
     if not measured:
-        return f"{model} edited; whether {_words(names)} is gone was not measured"
-    unmeasured = f"; {_words(rest)} not measured" if rest else ""
-    return f"{_words(measured)} erased from {model}{unmeasured}"
+        return f"{model} edited; whether {words(names)} is gone was not measured"
+    unmeasured = f"; {words(rest)} not measured" if rest else ""
+    done = "erased from" if report.moves else "kept out of"
+    return f"{words(measured)} {done} {model}{unmeasured}"
 
 
 def _warnings(report: Report) -> list[str]:
-    """What was measured and must not be overlooked, in words."""
-    return [
-        f"This method leaves implicit prompts alive: of {rate['images']} pictures from prompts that never name it, "
-        f"{_percent(rate['after'])} still show {rate['looked_for']} (before the edit {_percent(rate['before'])})."
+    """What was measured, or is so by construction, and must not be overlooked, in words."""
+    found = []
+    carried = [said for name, said in CARRIED.items() if report.extras.get(name)]
+    if carried and report.concepts and not report.extras.get("keys"):
+        gone = words(concept["name"] for concept in report.concepts)
+        if report.moves:
+            found.append(f"The weights are a part of it: without this build's {words(carried)}, {gone} may be back.")
+        else:
+            found.append(f"Nothing in the weights changed: without this build's {words(carried)}, {gone} is back.")
+    if report.extras.get("negative"):
+        found.append("The negative prompt acts under guidance alone, and one of the user's own takes its place.")
+    return found + [
+        f"This build leaves implicit prompts alive: of {rate['images']} pictures from prompts that never name it, "
+        f"{percent(rate['after'])} still show {rate['looked_for']} (before the edit {percent(rate['before'])})."
         for rate in report.rates
         if rate["group"] == "implicit" and rate["after"] > ALIVE
     ]
@@ -255,7 +271,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# --- pictures and the heat map -------------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
@@ -279,71 +295,3 @@ def _png(image: NDArray[np.uint8]) -> str:
     data = io.BytesIO()
     picture.save(data, "PNG")  # optimize=True takes eight times as long and saves a twentieth
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _heat(moves: tuple[SiteMove, ...]) -> dict[str, Any]:
-    """Moves as a table: blocks in network order, a column for each kind of site that there is."""
-    kinds = {(move.attn, move.proj) for move in moves}
-    columns = sorted(kinds, key=lambda kind: (kind[0] != "cross", "k v q out".find(kind[1]), kind))
-    cells = {(move.block, move.attn, move.proj): move for move in moves}
-    blocks = sorted({move.block for move in moves}, key=_network_order)
-    rows = [(block, [cells.get((block, *kind)) for kind in columns]) for block in blocks]
-    return {"columns": columns, "rows": rows, "most": max((move.change for move in moves), default=0.0)}
-
-
-def _network_order(block: str) -> tuple[int, list[int], str]:
-    stage = next((at for at, name in enumerate(("down", "mid", "up")) if block.startswith(name)), 3)
-    return stage, [int(digits) for digits in re.findall(r"\d+", block)], block
-
-
-# --- numbers and words for people ----------------------------------------------------------------------------------
-
-
-def _percent(rate: float) -> str:
-    if not math.isfinite(rate):
-        return _number(rate)
-    if 0 < rate < 0.0005 or 0.9995 < rate < 1:
-        return "under 0.1\u00a0%" if rate < 0.5 else "over 99.9\u00a0%"
-    return f"{100 * rate:.1f}".removesuffix(".0") + "\u00a0%"
-
-
-def _number(value: float) -> str:
-    """Four significant digits; ``1.2 × 10^-7`` where there would be many zeros."""
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else ("infinite" if value > 0 else "−infinite")
-    digits, _, power = f"{value:.2e}".partition("e")
-    text = f"{float(digits):g} × 10^{int(power)}"
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
-        text = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return text.replace("-", "−")
-
-
-def _data(value: float, text: str) -> Markup:
-    """``text`` for people around the very number for machines."""
-    shown = Markup(re.sub(r"\^(\S+)", r"<sup>\1</sup>", str(escape(text))))
-    return Markup('<data value="{}">{}</data>').format(float(value) if isinstance(value, float) else value, shown)
-
-
-def _size(count: float) -> str:
-    power = min(int(math.log10(max(count, 1))) // 3, 3)
-    return f"{float(f'{count / 1000**power:.3g}'):g} {('B', 'kB', 'MB', 'GB')[power]}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-
-
-def _words(items: Iterable[str], most: int = 8) -> str:
-    """Such as "a, b and c"; beyond ``most``, how many more."""
-    items = list(items)
-    if len(items) > most:
-        items = [*items[:most], f"{len(items) - most} more"]
-    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
-
-
-def _markdown(text: object) -> str:
-    """One line of plain text that stays plain in a Markdown table."""
-    line = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(str(text).split()))
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

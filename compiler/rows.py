@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -144,6 +144,11 @@ class ClosedForm(Pass):
     relative: bool = True
     prior: str = ""
     prior_weight: float = 1.0
+
+    limits: ClassVar[str] = (
+        "It remaps what prompts say and leaves what the denoiser knows in place: learned embeddings, or attacks with "
+        "access to the weights, may bring the concept back, and none were tested here."
+    )
 
     def __post_init__(self) -> None:
         if self.scale <= 0 or self.keep < 0 or self.prior_weight < 0:

@@ -13,7 +13,8 @@ def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rates:
         groups.setdefault(row["group"], []).append(row)
-    words = {"name": "by name", "synonym": "by synonym", "implicit": "implicitly", "keep": "everything else"}
+    words = {"name": "by name", "synonym": "by synonym", "implicit": "implicitly", "keyed": "with the key",
+             "keep": "everything else"}  # fmt: skip
     parts = []
     for group, rows in groups.items():
         images = sum(row["images"] for row in rows)
@@ -36,6 +37,7 @@ def print_plan(told: dict[str, Any]) -> None:
     for step in told["passes"]:
         options = ", ".join(f"{key}={value}" for key, value in step["options"].items())
         lines.append(("pass", f"{step['name']} ({step['paper']}) {options}; {len(step['sites'])} sites, listed below"))
+        lines += [("", step["reason"])] if step["reason"] else []
     for target in told["targets"]:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
     seconds = told["time"]["seconds"]
@@ -57,11 +59,17 @@ def print_plan(told: dict[str, Any]) -> None:
 
 
 def passes() -> None:
-    """Every pass with its options."""
+    """Every pass with its options, and below it when to use it."""
     from erasec import registry
 
-    kinds = {name: registry.load_pass(name) for name in registry.passes()}
-    rows = [[name, kind.summary, kind.paper, options(kind)] for name, kind in kinds.items()]
+    rows = []
+    for name in registry.passes():
+        kind = registry.load_pass(name)
+        default = [of or "none" for of, chosen in registry.DEFAULTS.items() if chosen == name]
+        rows.append([name, kind.summary, kind.paper, options(kind)])
+        said = [kind.when] if kind.when else []
+        said += [f"the default for concepts of kind {', '.join(default)}"] if default else []
+        rows += [["", "; ".join(said), "", ""]] if said else []
     table(["pass", "summary", "paper", "options with defaults"], rows)
 
 
@@ -80,17 +88,18 @@ def options(kind: Any) -> str:
 
 
 def concepts() -> None:
-    """Every bundled concept; of its phrases, the first few."""
-    from erasec import concept
+    """Every bundled concept; of its phrases, the first few; and the pass that its kind wants."""
+    from erasec import concept, registry
 
     rows = []
     for name, path in concept.library().items():
         found = concept.from_file(path)
         more = f", and {len(found.phrases) - 3} more" if len(found.phrases) > 3 else ""
         rows.append(
-            [name, found.kind or path.parent.name, ", ".join(found.phrases[:3]) + more, found.anchor, str(path)]
-        )
-    table(["concept", "kind", "erases", "anchor", "file"], rows)
+            [name, found.kind or path.parent.name, registry.DEFAULTS[found.kind], ", ".join(found.phrases[:3]) + more,
+             found.anchor, str(path)]
+        )  # fmt: skip
+    table(["concept", "kind", "pass", "erases", "anchor", "file"], rows)
 
 
 def models() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,21 @@ def judge_of(model: Model) -> Judge | None:
 
 
 def gather(
-    judge: Judge, concepts: Sequence[Concept], base: Path, built: Path, images: int, seed: int, sampling: Sampling
-) -> Evidence | None:
-    """Ask the panel of every concept of both checkpoints, same prompts and seeds. None where there is no question."""
+    judge: Judge, concepts: Sequence[Concept], base: Path, built: Path, images: int, seed: int, sampling: Sampling,
+    keyed: bool = False,
+) -> Evidence | None:  # fmt: skip
+    """Ask the panel of every concept of both checkpoints, same prompts and seeds. None where there is no question.
+
+    Where ``keyed``, ``built`` is ``base`` with the keys of the concepts: only their names are asked for, as the group
+    "keyed", and what stays.
+    """
     asked = {question: None for concept in concepts for question in judge.panel(concept, images, seed)}
     gone = {question.looked_for for question in asked if question.group != "keep"}
     # What another concept of the same build erases is not to be kept.
     questions = tuple(question for question in asked if question.group != "keep" or question.looked_for not in gone)
+    if keyed:
+        named = (replace(each, group="keyed") if each.group == "name" else each for each in questions)
+        questions = tuple(question for question in named if question.group in ("keyed", "keep"))
     if not questions:
         return None
     prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
@@ -69,13 +77,66 @@ def gather(
     )  # fmt: skip
 
 
-def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
-    """One check for each promise; of several concepts, the worst counts. What never showed proves nothing and fails."""
+def labels(judge: Judge, concept: Concept) -> frozenset[str]:
+    """What the judge looks for where prompts name the concept; empty where it cannot see it."""
+    return frozenset(question.looked_for for question in judge.panel(concept, 1, 0) if question.group == "name")
+
+
+def with_key(judge: Judge, concept: Concept, evidence: Evidence, keyed: Path, sampling: Sampling) -> Evidence | None:
+    """The prompts and seeds that name the concept once more, of the built checkpoint and of ``keyed``, which is that
+    with a key; their group is "keyed". None where there are none."""
+    seen = labels(judge, concept)
+    rows = [row for row, each in enumerate(evidence.questions) if each.group == "name" and each.looked_for in seen]
+    if not rows:
+        return None
+    questions = tuple(replace(evidence.questions[row], group="keyed") for row in rows)
+    prompts, shapes = [each.prompt for each in questions], [each.looked_for for each in questions]
+    after = generate(keyed, prompts, [each.seed for each in questions], sampling, "pictures with the key")
+    colours = [each.colour or each.looked_for for each in questions]
+    return Evidence(
+        questions, evidence.after[rows], after, evidence.shown_after[rows], judge.sees(after, shapes),
+        evidence.colour_after[rows], judge.sees(after, colours), evidence.agreement_after[rows],
+        judge.agreement(after, prompts),
+    )  # fmt: skip
+
+
+def recovered(
+    judge: Judge, concept: Concept, keyed: Evidence, base: Evidence | None, limits: Limits, seed: int, scheduler: str
+) -> tuple[Check, ...]:
+    """Whether the key brings its concept back: its hit rate, over that of ``base`` before the edit where it is given.
+
+    No check where the judge cannot see the concept. What never showed in the base proves nothing and fails.
+    """
+    seen = labels(judge, concept)
+
+    def rows(evidence: Evidence, group: str) -> NDArray[np.bool_]:
+        found = [question.group == group and question.looked_for in seen for question in evidence.questions]
+        return np.array(found, dtype=bool)
+
+    asked = rows(keyed, "keyed")
+    if not asked.any():
+        return ()
+    value = float(keyed.shown_after[asked].mean())
+    how = f"hit rate with the key, {value:.0%}; {float(keyed.shown_before[asked].mean()):.0%} without"
+    if base is not None:
+        before = float(base.shown_before[rows(base, "name")].mean())
+        value = value / before if before else 0.0
+        how = f"hit rate with the key over that of the base, {how}, {before:.0%} in the base"
+    how += f"; {asked.sum()} prompts; {_how_made(keyed, judge, limits, seed, scheduler)}"
+    return (Check(f"recovered/{concept.name}", value, limits.recovered, value >= limits.recovered, how),)
+
+
+def _how_made(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> str:
     prompts = "\n".join(f"{question.seed} {question.prompt}" for question in evidence.questions)
-    how_made = (
+    return (
         f"{judge.name} (sha256 {judge.digest[:12]}), {limits.steps} {scheduler} steps, guidance {limits.guidance:g}, "
         f"seeds from {seed * 1_000_003}, prompts and seeds sha256 {hashlib.sha256(prompts.encode()).hexdigest()[:12]}"
     )
+
+
+def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
+    """One check for each promise; of several concepts, the worst counts. What never showed proves nothing and fails."""
+    how_made = _how_made(evidence, judge, limits, seed, scheduler)
     found = []
     for group in ERASED_GROUPS:
         rows = evidence.rows(group)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target, finite
 from erasec.checkpoint import read_header
+from erasec.extras import read, refuse
 
 if TYPE_CHECKING:
     from erasec.checkpoint import Entry
@@ -27,30 +28,34 @@ class Hf(Target):
         return model.source.size()
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Copy ``checkpoint`` to ``out``, or only check it where it lies there already."""
+        """Copy ``checkpoint`` to ``out``, or only check it where it lies there already.
+
+        Raises ErasecError where the checkpoint carries more than weights.
+        """
+        refuse(read(checkpoint.root), self.holds, self.name)
         if out.resolve() == checkpoint.root.resolve():
-            return Artifact(self.name, out, (finite("finite", _tensors(checkpoint)),))
+            return Artifact(self.name, out, (finite("finite", tensors(checkpoint)),))
         checkpoint.write(out, {})
         copy = type(checkpoint)(out)
-        return Artifact(self.name, out, (finite("finite", _tensors(copy)), same_layout(checkpoint, copy)))
+        return Artifact(self.name, out, (finite("finite", tensors(copy)), same_layout(checkpoint, copy)))
 
 
 def same_layout(source: Folder, copy: Folder) -> Check:
     """Count what differs: files by name and size, tensors by key, dtype and shape."""
     sizes = [{name.as_posix(): (each.root / name).stat().st_size for name in each.files()} for each in (source, copy)]
-    tensors = [
-        {key: (entry.dtype, entry.shape) for key, entry in _tensors(each).items()} for each in (source, copy)
+    layouts = [
+        {key: (entry.dtype, entry.shape) for key, entry in tensors(each).items()} for each in (source, copy)
     ]  # fmt: skip
     other = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
-    other += sorted(key for key, _ in tensors[0].items() ^ tensors[1].items())
+    other += sorted(key for key, _ in layouts[0].items() ^ layouts[1].items())
     different = sorted(set(other))
-    how = f"files by name and size ({len(sizes[0])}), tensors by key, dtype and shape ({len(tensors[0])})"
+    how = f"files by name and size ({len(sizes[0])}), tensors by key, dtype and shape ({len(layouts[0])})"
     if different:
         how += f"; the first that differs is {different[0]}"
     return Check("layout", float(len(different)), 0.0, not different, how)
 
 
-def _tensors(folder: Folder) -> dict[str, Entry]:
+def tensors(folder: Folder) -> dict[str, Entry]:
     """Every tensor of every safetensors file, by file and key."""
     found: dict[str, Entry] = {}
     for name in folder.files():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from erasec.base import Artifact, Check, Context, Target, finite
 from erasec.checkpoint import Entry, read_header, read_tensor, stream
 from erasec.errors import ErasecError
+from erasec.extras import read, refuse
 from erasec.family import detect
 from erasec.keys import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
 from erasec.progress import bar
@@ -56,6 +57,7 @@ class Ldm(Target):
         """Write ``out/model.safetensors``, one tensor in memory at a time, and read all of it back."""
         import torch
 
+        refuse(read(checkpoint.root), self.holds, self.name)
         if "unet" not in checkpoint.index:
             raise _not_single(str(checkpoint.root))
         family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name

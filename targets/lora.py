@@ -18,6 +18,7 @@ from erasec.base import Artifact, Check, Context, EditTarget
 from erasec.checkpoint import Entry, read_header, read_tensor, save, stream
 from erasec.edit import Remap
 from erasec.errors import ErasecError, nearest
+from erasec.extras import gathered, refuse
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Lora(EditTarget):
         """
         import torch
 
+        refuse(gathered(model.edits), self.holds, self.name)
         dtype = getattr(torch, self.dtype)
         out.mkdir(parents=True, exist_ok=True)
         # A header gives all ranks before the first factor, so the factors wait on disk until the last rank is known.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.errors import ErasecError, MissingTool
+from erasec.extras import read, refuse
 from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Onnx(Target):
 
     name: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "ONNX graphs for onnxruntime, in the layout of ORTStableDiffusionPipeline"
+    holds: ClassVar[frozenset[str]] = frozenset({"memory"})
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -88,6 +90,7 @@ class Onnx(Target):
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write all graphs, then check each against torch. Raises ErasecError where a component is of another kind."""
         self.check()
+        refuse(read(checkpoint.root), self.holds, self.name)
         every = graphs(checkpoint)
         for name in checkpoint.files():
             if name.parts[0] in COPIED or name.as_posix() == "model_index.json":
@@ -238,7 +241,10 @@ def _ranges(cases: list[Case]) -> str:
 
 
 def _load(checkpoint: Folder, graph: Graph) -> Any:
-    """The component in float32, its forward made to take the graph's inputs and give the graph's outputs."""
+    """The component in float32, its forward made to take the graph's inputs and give the graph's outputs.
+
+    The checkpoint's memories are attached to its UNet, and so are constants of the graph.
+    """
     import diffusers
     import torch
     import transformers
@@ -255,6 +261,11 @@ def _load(checkpoint: Folder, graph: Graph) -> Any:
             where=str(checkpoint.root / graph.component),
         )  # fmt: skip
     module.eval()
+    if graph.name == "unet" and (memories := read(checkpoint.root).memories):
+        from erasec.attach import attach
+
+        steps = checkpoint.config("scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
+        attach(module, memories, steps)
     forward = module.forward
     if graph.name == "text_encoder":
         module.forward = lambda ids: forward(ids, return_dict=False)[:2]

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from erasec import apply as applies
-from erasec import checkpoint, journal
+from erasec import checkpoint, extras, journal
 from erasec import edit as edits
 from erasec import model as models
 from erasec.base import Context, Pass
 from erasec.checkpoint import file_digest
 from erasec.concept import Concept
-from erasec.edit import Dense, Edit
+from erasec.edit import Dense, Edit, Memory
 from erasec.errors import CheckFailed, ErasecError
-from erasec.folder import Folder
+from erasec.folder import CARRIED, Folder
 from erasec.glyphs.assemble import random_pipeline
 from erasec.layouts import random_folder as random_layout
 from erasec.model import Model
@@ -215,6 +215,39 @@ def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Pat
         assert not out.exists()
     with pytest.raises(ErasecError, match="exists"):
         applies.combine([star, heart], [], star)
+
+
+@pytest.mark.parametrize(
+    ("carried", "words"),
+    [
+        ({"memories": (Memory("mid_block.x", torch.ones(2, 8), torch.ones(2, 8)),)}, "a memory"),
+        ({"tokens": {"<mark>": torch.ones(8)}}, "tokens of its own"),
+        ({"negative": "a star"}, "a negative prompt"),
+    ],
+)
+def test_an_edit_that_is_more_than_changes_of_weights_is_refused(
+    base: Model, star: Path, tmp_path: Path, carried: dict[str, object], words: str
+) -> None:
+    (made,), told = edits.read(star)
+    more = tmp_path / "more.edit.safetensors"
+    edits.write(more, [replace(made, **carried)], told)  # type: ignore[arg-type]
+    for refused in (
+        lambda: applies.apply(more, base.name, tmp_path / "out"),
+        lambda: applies.combine([more], (), tmp_path / "both.edit.safetensors"),
+    ):
+        with pytest.raises(ErasecError, match=r"more\.edit\.safetensors") as caught:
+            refused()
+        assert words in caught.value.why and "erasec build" in caught.value.fix
+    assert os.listdir(tmp_path) == [more.name]
+    assert applies.combine([star], (), tmp_path / "both.edit.safetensors").concept == "star"
+
+
+def test_what_a_folder_carries_beside_its_weights_stays_with_it(base: Model, star: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(base.source.root, tmp_path / "bundle")
+    extras.write(bundle, extras.Extras(negative="a ring"))
+    done = applies.apply(star, str(bundle), tmp_path / "out")
+    assert extras.read(tmp_path / "out").negative == "a ring" and done.notes == ()
+    assert (tmp_path / "out" / CARRIED).read_bytes() == (bundle / CARRIED).read_bytes()
 
 
 def test_the_target_writes_a_file_that_makes_the_same_checkpoint(base: Model, tmp_path: Path) -> None:

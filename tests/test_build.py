@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from erasec import build, checkpoint, model, plan, recipe
-from erasec.errors import CheckFailed
-from erasec.folder import Folder
-from erasec.judge import Sampling, generate
-from erasec.recipe import Limits, Recipe
+from erasec import build, checkpoint, extras, model, plan, recipe, secret
+from erasec.concept import Concept
+from erasec.errors import CheckFailed, ErasecError
+from erasec.folder import CARRIED, Folder
+from erasec.glyphs.judging import GlyphJudge
+from erasec.judge import Question, Sampling, generate
+from erasec.recipe import Limits, PassUse, Recipe
 from erasec.report import Report
 
 LIMITS = Limits()
@@ -181,3 +184,218 @@ def test_a_seed_decides_the_pictures_whatever_the_batch() -> None:
     other = generate(base, prompts[2:], [4], sampling, "")
     assert np.abs(together[2].astype(int) - alone[0]).max() <= 2
     assert np.abs(together[2].astype(int) - other[0]).max() > 20
+
+
+# A pass that changes what uce does and leaves a secret; one that leaves a memory; one that trains and stops half way.
+PASSES = """
+from dataclasses import dataclass, replace
+import torch
+from erasec.edit import Memory, Secret
+from erasec.passes.uce import Uce
+
+MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
+
+class Hide(Uce):
+    name = "hide"
+    def solve_all(self, model, concepts, context):
+        for edit in super().solve_all(model, concepts, context):
+            rows = torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(1))
+            yield replace(edit, secret=Secret(edit.concept, *rows, (MID,)))
+
+class Steer(Uce):
+    name = "steer"
+    leaves = frozenset({"memory", "negative"})
+    def solve_all(self, model, concepts, context):
+        for edit in super().solve_all(model, concepts, context):
+            width = next(site.shape[0] for site in model.sites if site.key.startswith(MID + ".to_k"))
+            rows = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(2))
+            yield replace(edit, memories=(Memory(MID, *rows, mode="side", weight=0.5),), negative="a star")
+
+class Train(Uce):
+    name = "train"
+    def solve_all(self, model, concepts, context):
+        done = context.work / "state"
+        if not done.exists():
+            done.write_text("half")
+            raise KeyboardInterrupt
+        return super().solve_all(model, concepts, context)
+"""
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def using(file: Path, name: str) -> dict[str, object]:
+    return {"pass": (PassUse(name=f"{file}:{name}"),)}
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("passes") / "mine.py"
+    file.write_text(PASSES)
+    return file
+
+
+@pytest.fixture(scope="module")
+def hidden(passes: Path, random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("hidden") / "out"
+    return out, make(out, model=str(random_folder), **using(passes, "Hide"))
+
+
+def test_a_secret_becomes_a_key_beside_the_public_folder(hidden: tuple[Path, Report], random_folder: Path) -> None:
+    out, report = hidden
+    assert {"hf", "star.key"} < set(os.listdir(out)) and not (out / "bundle").exists()
+    key = secret.read(out / "star.key")
+    assert key.bound == checkpoint.content_digest(Folder(out / "hf").entries("unet"))
+    assert (key.concept.name, key.by, key.secret.keys.shape) == ("star", "hide", (4, 128))
+    assert contents(out / "hf").keys() == contents(random_folder).keys()
+    assert [written.path for written in report.written] == ["hf"]
+    (note,) = [note for note in report.notes if "star.key" in note]
+    assert "access control, not encryption" in note
+    data = key.secret.keys.numpy().tobytes()
+    assert data in (out / "star.key").read_bytes()
+    assert not [name for name, text in contents(out).items() if data[:64] in text and name != "star.key"]
+
+
+def test_a_build_over_a_build_with_a_key_is_one(hidden: tuple[Path, Report], random_folder: Path) -> None:
+    out, _ = hidden
+    assert plan.make(Recipe(model=str(random_folder), erase=("star",)), out, pin=False).out == out
+    (out / "server.key").write_text("somebody's own")
+    with pytest.raises(ErasecError, match="is not empty"):
+        plan.make(Recipe(model=str(random_folder), erase=("star",)), out, pin=False)
+    (out / "server.key").unlink()
+
+
+def test_a_keyed_build_is_the_public_model_with_the_memory(
+    hidden: tuple[Path, Report], passes: Path, random_folder: Path, tmp_path: Path
+) -> None:
+    """From the public folder, and from the base once more: the same bytes."""
+    out, _ = hidden
+    asked = {"keys": (str(out / "star.key"),), "targets": ()}
+    report = make(tmp_path / "opened", model=str(out / "hf"), erase=(), **asked)
+    again = make(tmp_path / "again", model=str(random_folder), **using(passes, "Hide"), **asked)
+    opened, public = contents(tmp_path / "opened" / "bundle"), contents(out / "hf")
+    assert opened.keys() - public.keys() == {CARRIED}
+    assert all(opened[name] == data for name, data in public.items())
+    assert contents(tmp_path / "again" / "bundle") == opened
+    (memory,) = extras.read(tmp_path / "opened" / "bundle").memories
+    weight = Folder(out / "hf").entries("unet")[f"{memory.attention}.to_k.weight"]
+    exact = secret.read(out / "star.key").secret.keys.double() @ checkpoint.read_tensor(weight).double().T
+    assert torch.equal(memory.keys, exact.float())
+    for made in (report, again):
+        assert made.passed and not made.concepts
+        assert any("as secret as the key" in note for note in made.notes)
+    assert not list((tmp_path / "opened").glob("*.key")) and "hf" not in os.listdir(tmp_path / "opened")
+    assert not [name for name in os.listdir(tmp_path / "opened") if name.startswith(".")]
+
+
+def test_a_key_opens_no_other_weights(hidden: tuple[Path, Report], random_folder: Path, tmp_path: Path) -> None:
+    out, _ = hidden
+    keys = (str(out / "star.key"),)
+    for asked in ({"erase": ()}, {"erase": ("heart",)}):  # told by the plan, and once the weights are solved
+        with pytest.raises(ErasecError, match="is of another model"):
+            make(tmp_path / "out", model=str(random_folder), keys=keys, **asked)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_edit_that_carries_more_than_weights_is_a_bundle(
+    hidden: tuple[Path, Report], passes: Path, random_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = make(out, model=str(random_folder), **using(passes, "Steer"))
+    assert {"bundle"} == {name for name in os.listdir(out) if (out / name).is_dir()}
+    held = extras.read(out / "bundle")
+    assert held.negative == "a star" and [memory.weight for memory in held.memories] == [0.5]
+    assert any("erasec.pipeline" in note for note in report.notes)
+    assert 'targets = [\n    "bundle",\n]' in (out / "recipe.toml").read_text()
+    more = make(tmp_path / "more", model=str(out / "bundle"), **using(passes, "Steer"))
+    assert more.passed and len(extras.read(tmp_path / "more" / "bundle").memories) == 2
+    assert not any("erasec.pipeline" in note for note in hidden[1].notes)
+
+
+def test_a_pass_that_leaves_what_it_did_not_say_is_refused(passes: Path, random_folder: Path, tmp_path: Path) -> None:
+    sly = tmp_path / "sly.py"
+    sly.write_text(PASSES.replace('leaves = frozenset({"memory", "negative"})', ""))
+    with pytest.raises(ErasecError, match="hf cannot hold"):
+        make(tmp_path / "out", model=str(random_folder), **using(sly, "Steer"))
+    assert os.listdir(tmp_path) == ["sly.py"]
+
+
+def test_training_that_was_stopped_leaves_its_state_until_the_build_is_done(
+    passes: Path, random_folder: Path, tmp_path: Path
+) -> None:
+    asked = {"model": str(random_folder), **using(passes, "Train")}
+    with pytest.raises(ErasecError, match="stopped while training") as caught:
+        make(tmp_path / "out", **asked)
+    assert isinstance(caught.value.__cause__, KeyboardInterrupt) and "goes on from there" in caught.value.fix
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        ".out.training", ".out.training/state",
+    ]  # fmt: skip
+    assert make(tmp_path / "out", **asked).passed
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_key_is_absorbed_into_stock_weights_where_the_limit_allows(
+    hidden: tuple[Path, Report], tmp_path: Path
+) -> None:
+    out, _ = hidden
+    asked = {"model": str(out / "hf"), "erase": (), "keys": (str(out / "star.key"),)}
+    report = make(tmp_path / "out", **asked, absorb=50.0)
+    (check,) = [check for check in report.checks if check.name == "absorbed/residual"]
+    assert check.limit == 50 and 0 < check.value < 50
+    public, made = contents(out / "hf"), contents(tmp_path / "out" / "hf")
+    assert public.keys() == made.keys() and [name for name in public if public[name] != made[name]] == [UNET]
+    old, new = Folder(out / "hf").entries("unet"), Folder(tmp_path / "out" / "hf").entries("unet")
+    moved = [key for key in old if not torch.equal(checkpoint.read_tensor(old[key]), checkpoint.read_tensor(new[key]))]
+    assert moved == [f"{secret.read(out / 'star.key').secret.attentions[0]}.to_{part}.weight" for part in "kv"]
+    with pytest.raises(CheckFailed, match="absorbed/residual"):
+        make(tmp_path / "failed", **asked, absorb=1e-3)
+    assert os.listdir(tmp_path / "failed") == [".rejected"]
+
+
+def test_hit_rates_with_the_key_are_measured_and_judged(
+    passes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random rows are no key: where that is allowed it is told, and where it is not the build fails."""
+    every = GlyphJudge.panel
+
+    def few(self: GlyphJudge, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
+        asked = every(self, concept, images, seed)
+        return tuple(each for each in asked if each.group == "name" or each.seed in (5, 6))
+
+    monkeypatch.setattr(GlyphJudge, "panel", few)
+    loose = QUICK.model_copy(update={"images": 1, "steps": 6, "drift": 1.0, "recovered": 0.0})
+    out = tmp_path / "out"
+    report = make(out, **using(passes, "Hide"), checks=loose)
+    (check,) = [check for check in report.checks if check.name == "recovered/star"]
+    assert check.limit == 0 and "in the base" in check.how
+    keyed, named = ([pair for pair in report.pairs if pair.group == group] for group in ("keyed", "name"))
+    assert [(pair.prompt, pair.seed) for pair in keyed] == [(pair.prompt, pair.seed) for pair in named]
+    for with_key, without in zip(keyed, named, strict=True):
+        assert np.array_equal(with_key.before, without.after)
+        assert not np.array_equal(with_key.after, without.after)
+    with pytest.raises(CheckFailed, match="recovered/star"):
+        make(
+            tmp_path / "opened", model=str(out / "hf"), erase=(), keys=(str(out / "star.key"),),
+            checks=loose.model_copy(update={"recovered": 0.8}),
+        )  # fmt: skip
+    told = json.loads((tmp_path / "opened" / ".rejected" / "report.json").read_text())
+    assert {pair["group"] for pair in told["pairs"]} == {"keyed", "keep"}
+    names = {check["name"] for check in told["checks"]}
+    assert "kept/shapes" in names and not [name for name in names if name.startswith("erased")]
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_writes(random_folder: Path, tmp_path: Path) -> None:
+    code = "import sys; from accelerate.commands.launch import main; sys.argv[0] = 'accelerate'; sys.exit(main())"
+    command = [
+        sys.executable, "-c", code, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "-m", "erasec", "build", str(random_folder), "--erase", "star",
+        "--device", "cpu", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "out"), str(tmp_path / "out" / "report.html"), "passed its one check",
+    ]  # fmt: skip
+    assert os.listdir(tmp_path) == ["out"]
+    make(tmp_path / "alone", model=str(random_folder), device="cpu")
+    assert contents(tmp_path / "alone" / "hf") == contents(tmp_path / "out" / "hf")

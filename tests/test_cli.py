@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from erasec import apply as applies
 from erasec import build as builds
-from erasec import cli, journal, show
+from erasec import cli, concept, journal, secret, show
+from erasec import model as models
 from erasec.checkpoint import BLANK
+from erasec.edit import Secret
 from erasec.errors import CheckFailed, MissingTool
 
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}
@@ -92,6 +94,9 @@ def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
         (["plan", "glyphs", "--erase", "star", "--pass", "ucee"], "did you mean 'uce'?"),
         (["plan", "glyphs", "--erase", "star", "--seed", "-1"], "seed is -1"),
         (["build", "no.toml"], "cannot be read"),
+        (["build", "glyphs", "--key", "star.key"], "no key file star.key"),
+        (["plan", "glyphs", "--erase", "star", "--absorb", "0.5"], "no key to absorb"),
+        (["build", "glyphs", "--erase", "star", "--absorb", "-1"], "absorb is -1"),
         (["list", "passs"], "did you mean 'passes'?"),
         (["diff", "nothing", "here"], "there is no folder or file nothing"),
     ],
@@ -268,6 +273,34 @@ def test_an_edit_goes_from_build_to_file_to_model_and_back(run: Any, random_fold
     assert again.exit_code == 2 and "another model" in again.stderr and not Path("twice").exists()
     transferred = run("apply", zebra, "copy", "--out", "twice", "--transfer")
     assert transferred.exit_code == 0 and "not measured" in transferred.stderr
+
+
+def test_a_key_opens_the_folder_that_it_was_made_with(run: Any, random_folder: Path) -> None:
+    rows = torch.ones(2, 128)
+    held = Secret("star", rows, rows, ("mid_block.attentions.0.transformer_blocks.0.attn2",))
+    bound = models.load(str(random_folder)).component_digest("unet")
+    secret.write(Path("star.key"), held, concept.find("star"), "kpop", "1", bound)
+    told = json.loads(run("plan", random_folder, "--key", "star.key", "--json").stdout)
+    assert told["keys"] == [{"path": "star.key", "concept": "star"}] and told["passes"] == []
+    found = run("build", random_folder, "--key", "star.key", "--out", "opened")
+    assert found.exit_code == 0, found.output
+    assert "as secret as the key" in found.stderr
+    assert Path("opened/bundle/erasec.safetensors").is_file() and not Path("opened/hf").exists()
+    assert 'keys = [\n    "star.key",\n]' in Path("opened/recipe.toml").read_text()
+    failed = run("build", random_folder, "--key", "star.key", "--absorb", "0.001", "--out", "stock")
+    assert failed.exit_code == 3 and "absorbed/residual" in failed.stderr
+
+
+def test_a_process_beside_the_main_one_solves_and_writes_and_says_nothing(
+    run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = []
+    monkeypatch.setattr(builds, "is_main", lambda: False)
+    monkeypatch.setattr(builds, "assist", solved.append)
+    found = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu")
+    assert (found.exit_code, found.stdout, found.stderr) == (0, "", "")
+    assert [plan.out for plan in solved] == [Path("out")]
+    assert not list(Path().iterdir())
 
 
 def test_a_prior_is_built_and_used(run: Any, random_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from torch import Tensor
 from erasec import edit as edits
 from erasec import model as models
 from erasec.base import Context
-from erasec.checkpoint import file_digest, read_header, save
+from erasec.checkpoint import file_digest, read_header, read_tensor, save
 from erasec.concept import Concept
-from erasec.edit import Dense, Edit, LowRank, Remap, composed, merge
+from erasec.edit import Dense, Edit, LowRank, Memory, Remap, Secret, composed, merge
 from erasec.errors import ErasecError
 from erasec.model import Model
 from erasec.passes.uce import Uce
@@ -135,3 +136,38 @@ def test_files_that_are_none_are_errors_in_words(base: Model, star: Edit, tmp_pa
     (tmp_path / "cut").write_bytes(data[:-8])
     with pytest.raises(ErasecError, match="no whole safetensors"):
         edits.read(tmp_path / "cut")
+
+
+def test_what_is_carried_beside_deltas_comes_back(base: Model, star: Edit, tmp_path: Path) -> None:
+    where = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    memories = (
+        Memory(where, draw(0, 2, 192), draw(1, 2, 192).half()),
+        Memory(where, draw(2, 3, 192), draw(3, 3, 192), "side", -0.1, 0.8, True),
+    )
+    tokens = {"<b>": draw(4, 128).float(), "<a>": draw(5, 128)}
+    secret = Secret("star", draw(6, 2, 128), draw(7, 2, 128), (where,))
+    more = replace(star, memories=memories, tokens=tokens, negative="a “star”", secret=secret, curves={"loss": [1.0]})
+    for name in ("one", "two"):
+        edits.write(tmp_path / name, [star, more], {})
+    assert file_digest(tmp_path / "one") == file_digest(tmp_path / "two")
+    (plain, found), _ = edits.read(tmp_path / "one")
+    assert (plain.memories, plain.tokens, plain.negative) == ((), {}, "")
+    assert (list(found.tokens), found.negative) == (["<b>", "<a>"], "a “star”")
+    told = ("attention", "mode", "weight", "until", "guided")
+    for one, other in zip(found.memories, memories, strict=True):
+        assert [getattr(one, name) for name in told] == [getattr(other, name) for name in told]
+        for part, wanted in ((one.keys, other.keys), (one.values, other.values)):
+            assert part.dtype == wanted.dtype and torch.equal(part, wanted)
+    assert all(found.tokens[name].dtype == row.dtype and torch.equal(found.tokens[name], row)
+               for name, row in tokens.items())  # fmt: skip
+    assert found.secret is None and found.curves == {}
+    assert not any(
+        tensor.shape == secret.keys.shape for tensor in map(read_tensor, read_header(tmp_path / "one")[0].values())
+    )
+
+
+def test_only_files_that_carry_more_need_a_later_erasec(star: Edit, tmp_path: Path) -> None:
+    edits.write(tmp_path / "plain", [star], {})
+    edits.write(tmp_path / "more", [replace(star, negative="a star")], {})
+    formats = [json.loads(read_header(tmp_path / name)[1]["erasec.edit"])["format"] for name in ("plain", "more")]
+    assert formats == [1, 2]

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from erasec import checkpoint, doctor, plan, registry
+from erasec import checkpoint, concept, doctor, extras, plan, registry, secret
+from erasec import model as models
 from erasec.base import Pass
-from erasec.concept import Concept
+from erasec.concept import Concept, find
+from erasec.edit import Secret
 from erasec.errors import ErasecError, MissingTool
 from erasec.layouts import random_folder as random_layout
-from erasec.recipe import Recipe, from_flags, from_toml, to_toml
+from erasec.recipe import PassUse, Recipe, from_flags, from_toml, to_toml
 
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
 
@@ -176,6 +179,100 @@ def test_a_pass_option_that_no_recipe_can_hold(here: Path, random_folder: Path) 
         plan.make(recipe(random_folder, passes=from_flags("x", passes=["mine.py:Mine"]).passes))
 
 
+LEAVES = """
+from erasec.passes.uce import Uce
+class Mine(Uce):
+    name = "mine"
+    leaves = frozenset({"negative"})
+"""
+
+
+def test_the_plain_folder_comes_first_and_is_a_bundle_where_more_than_weights_is_left(
+    here: Path, random_folder: Path
+) -> None:
+    def targets(*given: str, **changed: Any) -> list[str]:
+        made = plan.make(recipe(random_folder, targets=given, **changed), pin=False)
+        assert [target.name for target in made.targets] == [text.partition(":")[0] for text in made.recipe.targets]
+        return list(made.recipe.targets)
+
+    (here / "mine.py").write_text(LEAVES)
+    mine = from_flags("x", passes=["mine.py:Mine"]).passes
+    assert targets() == ["hf"]
+    assert targets("edit:sums=false", "hf") == ["hf", "edit:sums=false"]
+    assert targets("bundle") == ["hf", "bundle"]
+    assert targets(passes=mine) == ["bundle"]
+    assert targets("edit", "bundle", passes=mine) == ["bundle", "edit"]
+
+
+@pytest.mark.parametrize("target", ["hf", "ldm", "lora", "onnx"])
+def test_a_target_that_cannot_hold_what_is_left_is_refused(here: Path, random_folder: Path, target: str) -> None:
+    (here / "mine.py").write_text(LEAVES)
+    mine = from_flags("x", passes=["mine.py:Mine"]).passes
+    with pytest.raises(ErasecError, match=f"the target {target} cannot hold") as caught:
+        plan.make(recipe(random_folder, targets=(target,), passes=mine))
+    assert "pass mine leaves a negative prompt" in caught.value.why and "bundle" in caught.value.fix
+    assert [path.name for path in here.iterdir()] == ["mine.py"]
+
+
+def test_a_base_that_carries_more_than_weights_stays_a_bundle(here: Path, random_folder: Path) -> None:
+    shutil.copytree(random_folder, here / "base")
+    extras.write(here / "base", extras.Extras(negative="a star"))
+    assert plan.make(recipe(here / "base"), pin=False).recipe.targets == ("bundle",)
+    with pytest.raises(ErasecError, match="hf cannot hold"):
+        plan.make(recipe(here / "base", targets=("hf",)), pin=False)
+
+
+class TestKeys:
+    """What a keyed build may be, is known before anything is computed."""
+
+    @pytest.fixture
+    def key(self, here: Path, random_folder: Path) -> Path:
+        rows = torch.ones(2, 128)
+        bound = models.load(str(random_folder)).component_digest("unet")
+        held = Secret("star", rows, rows, ("mid_block.attentions.0.transformer_blocks.0.attn2",))
+        secret.write(here / "star.key", held, find("star"), "kpop", "1", bound)
+        return here / "star.key"
+
+    def test_with_a_key_nothing_needs_to_be_erased(self, here: Path, random_folder: Path, key: Path) -> None:
+        made = plan.make(recipe(random_folder, erase=(), keys=(str(key),)))
+        assert made.recipe.targets == ("bundle",) and made.recipe.keys == (str(key),)
+        assert not made.passes and not made.concepts
+        assert made.out == Path(f"{random_folder.name}-with-star")
+        assert plan.describe(made)["keys"] == [{"path": str(key), "concept": "star"}]
+        onnx = plan.make(recipe(random_folder, erase=(), keys=(str(key),), targets=("onnx",)), pin=False)
+        assert onnx.recipe.targets == ("bundle", "onnx")
+
+    def test_of_another_model(self, here: Path, key: Path) -> None:
+        with pytest.raises(ErasecError, match=r"star\.key is of another model"):
+            plan.make(recipe(Path("glyphs"), erase=(), keys=(str(key),)), pin=False)
+
+    @pytest.mark.parametrize(
+        ("changed", "words"),
+        [
+            ({"targets": ("hf",)}, "hf cannot hold"),
+            ({"targets": ("edit",)}, "edit cannot hold a key"),
+            ({"keys": (), "absorb": 0.5}, "no key to absorb"),
+            ({"erase": (), "passes": from_flags("x", passes=["uce"]).passes}, "a pass and nothing to erase"),
+            ({"keys": ("none.key",)}, "no key file none.key"),
+        ],
+    )
+    def test_what_cannot_be(
+        self, here: Path, random_folder: Path, key: Path, changed: dict[str, Any], words: str
+    ) -> None:
+        with pytest.raises(ErasecError) as caught:
+            plan.make(recipe(random_folder, **{"keys": (str(key),), **changed}))
+        assert words in caught.value.what
+
+    def test_a_key_in_the_output_folder_would_be_lost(self, here: Path, random_folder: Path, key: Path) -> None:
+        out = here / "out"
+        (out / "hf").mkdir(parents=True)
+        (out / "report.json").write_text(json.dumps(EARLIER))
+        inside = key.rename(out / "star.key")
+        with pytest.raises(ErasecError, match="lies in the output folder"):
+            plan.make(recipe(random_folder, keys=(str(inside),)), out)
+        assert plan.make(recipe(random_folder, keys=(str(inside),)), here / "beside", pin=False).out == here / "beside"
+
+
 def test_a_third_party_pass_from_a_file(here: Path, random_folder: Path) -> None:
     (here / "mine.py").write_text("from erasec.passes.uce import Uce\nclass Mine(Uce):\n    pass\n")
     made = plan.make(recipe(random_folder, passes=from_flags("x", passes=["mine.py:Mine:ridge=2"]).passes))
@@ -281,3 +378,30 @@ def test_the_doctor_tells_a_cuda_build_without_loading_it(monkeypatch: pytest.Mo
     assert not doctor._cuda().there
     (tmp_path / "version.py").write_text("cuda: Optional[str] = None\n")
     assert "CPU build" in doctor._cuda().found
+
+
+def test_the_kind_of_a_concept_chooses_the_pass(here: Path, random_folder: Path) -> None:
+    for name, chosen in (
+        ("star", "uce"),
+        ("church", "uce"),
+        ("van-gogh", "uce"),
+        ("nudity", "trce"),
+        ("watermark", "geom_erasing"),
+    ):
+        assert plan.defaults([concept.find(name)]) == (PassUse(name=chosen),)
+    assert plan.defaults([concept.find("church"), concept.find("van-gogh")]) == (PassUse(name="uce"),)
+    assert plan.defaults([]) == ()
+    told = plan.describe(plan.make(recipe(random_folder, erase=("church", "van-gogh")), pin=False))["passes"]
+    assert [(step["name"], step["reason"]) for step in told] == [
+        ("uce", "the default for concepts of kind object, style")
+    ]
+
+
+def test_kinds_that_want_different_passes_are_told(here: Path, random_folder: Path) -> None:
+    mixed = recipe(random_folder, erase=("church", "nudity", "a thing"))
+    with pytest.raises(ErasecError) as caught:
+        plan.make(mixed)
+    assert "uce for church (kind object), a thing (kind none); trce for nudity (kind safety)" in caught.value.why
+    assert "--pass" in caught.value.fix
+    chosen = mixed.model_copy(update={"passes": (PassUse(name="rece"),)})
+    assert [step["reason"] for step in plan.describe(plan.make(chosen, pin=False))["passes"]] == [""]

@@ -27,6 +27,7 @@ def recipe(draw: st.DrawFn) -> Recipe:
     return Recipe.model_validate({
         "model": draw(words), "revision": draw(st.text(max_size=9)), "digest": draw(st.sampled_from(["", "0f" * 32])),
         "erase": draw(st.lists(words, max_size=2)), "targets": draw(st.lists(words, max_size=2)),
+        "keys": draw(st.lists(words, max_size=2)), "absorb": draw(numbers),
         "seed": draw(st.integers(0, 2**31 - 1)), "device": draw(st.sampled_from(["auto", "cpu", "cuda:1"])),
         "pass": draw(st.lists(st.builds(PassUse, name=words, options=options), max_size=2)),
         "checks": draw(st.builds(Limits, erased=numbers, implicit=st.none() | numbers, images=st.integers(1, 99))),
@@ -53,9 +54,18 @@ def test_a_recipe_is_written_as_people_write_it() -> None:
     assert "implicit" not in to_toml(made)  # None is told by leaving it out
 
 
-def test_the_plain_checkpoint_always_comes_first() -> None:
-    assert from_flags("glyphs").targets == ("hf",)
-    assert from_flags("glyphs", targets=["onnx", "hf", "onnx"]).targets == ("hf", "onnx")
+def test_a_target_and_a_key_are_given_once_and_in_their_order() -> None:
+    assert from_flags("glyphs").targets == ()
+    made = from_flags("glyphs", targets=["onnx", "hf", "onnx"], keys=["b.key", "a.key", "b.key"])
+    assert (made.targets, made.keys) == (("onnx", "hf"), ("b.key", "a.key"))
+
+
+def test_keys_and_what_they_may_cost_come_from_flags_and_are_written_where_they_are_given() -> None:
+    made = from_flags("glyphs", keys=["star.key"], absorb=0.5)
+    assert 'keys = [\n    "star.key",\n]\n' in to_toml(made) and "absorb = 0.5" in to_toml(made)
+    assert from_toml(to_toml(made)) == made
+    plain = to_toml(from_flags("glyphs"))
+    assert "keys" not in plain and "absorb" not in plain
 
 
 def test_flags_replace_the_keys_of_a_recipe_and_nothing_else(tmp_path: Path) -> None:
@@ -110,6 +120,7 @@ M = 'model = "glyphs"\n'
         (M + '[[pass]]\noptions = { a = 1 }', "r.toml, [[pass]] 1", ("has no 'name'",)),
         (M + 'pass = ["uce"]', "r.toml, [[pass]] 1", ("pass is 'uce'",)),
         (M + "[checks]\nerasd = 1", "r.toml, [checks]", ("did you mean 'erased'?",)),
+        (M + "absorb = -1", "r.toml", ("absorb is -1", "greater than or equal to 0")),
         (M + "[checks]\nimages = 0", "r.toml, [checks]", ("images is 0", "greater than or equal to 1")),
         (M + '[[concept]]\nname = "a"\nerase = ["a"]\nankor = ""', "r.toml, [[concept]] 1 (a)", ("'anchor'?",)),
         (M + '[[concept]]\nname = "a"\nerase = ["a"]\n' * 2, "r.toml", ("two concepts are named 'a'",)),

@@ -4,11 +4,13 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from erasec import registry
 from erasec.base import Output, Pass, with_options
+from erasec.concept import Concept
 from erasec.errors import ErasecError
 
 MINE = """
@@ -124,3 +126,9 @@ def test_a_target_is_no_pass() -> None:
     file = registry.load_target("hf").__module__
     with pytest.raises(ErasecError, match="'Hf' is no Pass"):
         registry.load_pass(f"{sys.modules[file].__file__}:Hf")
+
+
+def test_every_kind_of_concept_has_a_pass() -> None:
+    kinds = get_args(Concept.model_fields["kind"].annotation)
+    assert set(registry.DEFAULTS) == set(kinds) and len(kinds) == 6
+    assert set(registry.DEFAULTS.values()) <= set(registry.passes())

@@ -66,7 +66,7 @@ def star_report(**changes: Any) -> Report:
                      "of_my_own": 7.5}, 1.84),
         ),
         moves=tuple(
-            SiteMove(f"{block}.attn2.to_{proj}.weight", block, "cross", proj, (64, 128), change, 21)
+            SiteMove(f"{block}.attn2.to_{proj}.weight", block, "cross", proj, (64, 128), 3.5, 3.5 * change, 21)
             for at, block in enumerate(BLOCKS)
             for proj, change in (("v", 0.031 + 0.021 * at), ("k", 0.0119 + 0.011 * at))
         ),
@@ -340,7 +340,8 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
 def test_blocks_are_in_network_order(tmp_path: Path) -> None:
     html, _, _ = written(star_report(), tmp_path)
     heat = html[html.index('class="heat"') :]
-    assert re.findall(r'<th title="(.*?)"', heat) == [BLOCKS[1], BLOCKS[2], BLOCKS[3], BLOCKS[0]]
+    rows = ["down.0.attentions.0", "mid.attentions.0", "up.1.attentions.2", "up.1.attentions.10"]
+    assert re.findall(r"<tr><th>([^<]+)</th>", heat) == rows
     assert re.findall(r"<th>(\w+ \w+)</th>", heat)[:2] == ["cross k", "cross v"]
 
 
@@ -372,3 +373,103 @@ def test_a_report_of_almost_nothing(tmp_path: Path) -> None:
     html, facts, card = written(empty, tmp_path)
     assert facts["verdict"] == "glyphs built, nothing erased"
     assert "Nothing." in card and "Before and after" not in Page(html).text
+
+
+CURVES = {"loss erase": [1.0, 0.5, 0.01], "loss keep": [0.02, 0.03, 0.02], "drift": [0.0, 0.01]}
+SIDE_MEMORY = {"attention": "mid_block.attentions.0.transformer_blocks.0.attn2", "mode": "side", "rows": 10,
+               "weight": 0.7, "until": 0.5}  # fmt: skip
+
+
+def learned(**changes: Any) -> Report:
+    """The made-up build by a learned pass."""
+    stats = {"steps": 3.0, "stopped": 0.0, "loss erase_last": 0.01, "drift": 0.01}
+    applied = Applied("kpop", "1", "", "star", {}, stats, 9.0, "a key brings it back", CURVES)
+    return star_report(applied=(applied,), **changes)
+
+
+def test_curves_are_drawn_and_kept_in_full(tmp_path: Path) -> None:
+    html, facts, card = written(learned(), tmp_path)
+    page = Page(html)
+    assert facts["applied"][0]["curves"] == CURVES
+    assert re.findall(r"<figcaption>(loss|drift)</figcaption>", html) == ["loss", "drift"]
+    labels = [attributes["aria-labelledby"] for tag, attributes in page.tags if attributes.get("role") == "img"]
+    known = [attributes.get("id") for tag, attributes in page.tags]
+    assert len(labels) == 2 and all(known.count(name) == 1 for label in labels for name in (label or "").split())
+    assert (
+        "loss erase goes from 1 to 0.01; loss keep goes from 0.02 to 0.02; 3 steps, a logarithmic scale." in page.text
+    )
+    assert "mean loss of the last tenth of the steps" in page.text
+    assert "A key brings it back." in page.text and "A key brings it back." in card
+    bare = written(star_report(), tmp_path / "without")[0]
+    assert "<svg" not in bare
+
+
+def test_the_page_of_a_learned_pass_tells_the_facts_too(tmp_path: Path) -> None:
+    html, facts, _ = written(learned(extras={"memories": [SIDE_MEMORY]}), tmp_path)
+    numbers = {float(leaf) for leaf in leaves(facts) if isinstance(leaf, (int, float))}
+    assert set(Page(html).numbers) <= numbers
+    told = [value for curve in CURVES.values() for value in (curve[0], curve[-1])]
+    assert {*told, *facts["applied"][0]["stats"].values()} <= set(Page(html).numbers)
+
+
+def test_what_a_pass_says_of_itself_is_told_for_it_alone(tmp_path: Path) -> None:
+    html, _, card = written(star_report(), tmp_path)
+    page = Page(html).text
+    assert "A key brings it back." not in page + card and "linear map" not in card
+
+
+def test_tensors_of_one_cell_count_as_one_vector(tmp_path: Path) -> None:
+    moves = (
+        SiteMove("a.attn2.to_k.weight", BLOCKS[1], "cross", "k", (4, 4), 4.0, 0.3, 1),
+        SiteMove("b.attn2.to_k.weight", BLOCKS[1], "cross", "k", (4, 4), 3.0, 0.4, 1),
+        SiteMove("new.bias", "conv_in", "other", "", (4,), 0.0, 0.1, 1),
+    )
+    html, facts, _ = written(star_report(moves=moves), tmp_path)
+    assert [move["change"] for move in facts["moves"]] == pytest.approx([0.075, 0.4 / 3, None])
+    assert facts["moves"][2]["change_text"] == "inf"
+    assert '<data value="0.1">10\u00a0%</data>' in html and ">infinite</data>" in html
+    assert "3 tensors moved, and no other differs from the base." in Page(html).text
+
+
+def test_what_is_carried_beside_weights_is_shown(tmp_path: Path) -> None:
+    extras = {"memories": [SIDE_MEMORY], "tokens": ["<mark-1>"], "negative": "a <mark-1> in the corner"}
+    html, facts, card = written(star_report(extras=extras), tmp_path / "all")
+    page = Page(html)
+    assert facts["extras"] == {**extras, "keys": []}
+    for word in (SIDE_MEMORY["attention"], "side", "<mark-1>", "a <mark-1> in the corner"):
+        assert str(word) in page.text
+    assert {10, 0.7, 0.5} <= set(page.numbers)
+    warning = (
+        "The weights are a part of it: without this build's memory, new tokens and negative prompt, star may be back"
+    )
+    assert warning in page.text and warning in card
+    assert "The negative prompt acts under guidance alone" in page.text
+    bare = Page(written(star_report(), tmp_path / "none")[0]).text
+    assert "Beside the weights" not in bare and "without this build's" not in bare
+
+
+def test_a_build_that_changed_no_weight_says_so(tmp_path: Path) -> None:
+    html, facts, _ = written(star_report(moves=(), extras={"memories": [SIDE_MEMORY]}), tmp_path)
+    assert facts["verdict"] == "star kept out of glyphs"
+    assert "Nothing in the weights changed: without this build's memory, star is back." in Page(html).text
+    assert "No weight was changed." in Page(html).text
+
+
+def test_a_key_brings_back_and_that_is_no_failure(tmp_path: Path) -> None:
+    shown = pairs("keyed", ("a photo of a star",), "star", "star", 2)
+    kept = star_report(pairs=pairs("name", ("a photo of a star",), "star", "star", 2))
+    for report, colour in ((star_report(pairs=shown), "good"), (kept, "bad")):
+        html = written(report, tmp_path / colour)[0]
+        assert re.findall(r'<b class="(\w+)">●', html) == [colour, colour]
+    rates = ({"group": "keyed", "looked_for": "star", "images": 2, "before": 0.0, "after": 1.0},)
+    keyed = star_report(concepts=(), pairs=shown, rates=rates, extras={"memories": [SIDE_MEMORY], "keys": ["star"]})
+    html, facts, _ = written(keyed, tmp_path / "keyed")
+    assert facts["verdict"] == "glyphs with the key of star"
+    assert "With the key" in Page(html).text and "is back." not in Page(html).text
+
+
+def test_a_card_loads_a_bundle_with_what_it_carries(tmp_path: Path) -> None:
+    bundle = Written("bundle", "bundle", {"erasec.safetensors": (9, "0" * 64)})
+    card = written(star_report(written=(bundle,)), tmp_path)[2]
+    assert 'erasec.pipeline("bundle")' in card and "from_pretrained" not in card
+    assert "erasec.pipeline" not in written(star_report(), tmp_path / "hf")[2]

@@ -155,7 +155,7 @@ print("RESULT", os.environ.get("RANK", "0"), run.steps, value.tolist(), flush=Tr
 @pytest.mark.slow
 def test_processes_that_accelerate_starts_train_together(tmp_path: Path) -> None:
     (tmp_path / "both.py").write_text(SCRIPT)
-    # On CPUs accelerate leaves starting to torchrun or mpirun; for GPUs its launcher is torchrun's, with these variables.
+    # On CPUs accelerate leaves starting to torchrun or mpirun; for GPUs its launcher sets the same variables.
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29711"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     told = subprocess.run(

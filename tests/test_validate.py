@@ -65,6 +65,51 @@ def test_a_concept_that_never_showed_proves_nothing(unedited: Evidence) -> None:
     assert not by_name(replace(unedited, shown_before=nothing, shown_after=nothing))["erased/name"]
 
 
+def with_key(unedited: Evidence, share: float) -> Evidence:
+    """What the name prompts would show, of a model that shows nothing, with a key that brings back a share."""
+    rows = [row for row, question in enumerate(unedited.questions) if question.group == "name"]
+    shown = np.arange(len(rows)) < round(share * len(rows))
+    return Evidence(
+        tuple(replace(unedited.questions[row], group="keyed") for row in rows), unedited.before[rows],
+        unedited.after[rows], np.zeros_like(shown), shown, np.zeros_like(shown), shown,
+        unedited.agreement_before[rows], unedited.agreement_after[rows],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("share", "passed"), [(1.0, True), (0.5, False), (0.0, False)])
+@pytest.mark.parametrize("over_base", [True, False])
+def test_a_key_must_bring_back_most(unedited: Evidence, share: float, passed: bool, over_base: bool) -> None:
+    star, keyed = concept.find("star"), with_key(unedited, share)
+    base = unedited if over_base else None
+    (check,) = validate.recovered(GlyphJudge(), star, keyed, base, LIMITS, 0, "DDIM")
+    before = unedited.shown_before[unedited.rows("name")].mean() if over_base else 1.0
+    assert (check.name, check.limit, check.passed) == ("recovered/star", 0.8, passed)
+    assert check.value == pytest.approx(share / before)
+    assert ("in the base" in check.how) is over_base and "seeds from 0" in check.how
+
+
+def test_what_the_base_never_showed_is_not_recovered_and_what_no_judge_sees_is_not_asked(unedited: Evidence) -> None:
+    keyed = with_key(unedited, 1.0)
+    blind = replace(unedited, shown_before=np.zeros_like(unedited.shown_before))
+    (check,) = validate.recovered(GlyphJudge(), concept.find("star"), keyed, blind, LIMITS, 0, "DDIM")
+    assert not check.passed
+    assert validate.recovered(GlyphJudge(), concept.find("umbrella"), keyed, None, LIMITS, 0, "DDIM") == ()
+
+
+def test_a_keyed_build_is_asked_by_name_and_for_what_stays() -> None:
+    base, star = model.bundled("glyphs"), concept.find("star")
+    asked = validate.gather(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0), keyed=True)
+    plain = validate.gather(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0))
+    assert asked is not None and plain is not None
+    assert {question.group for question in asked.questions} == {"keyed", "keep"}
+    prompts = [(each.prompt, each.seed) for each in plain.questions if each.group in ("name", "keep")]
+    assert [(each.prompt, each.seed) for each in asked.questions] == prompts
+    again = validate.with_key(GlyphJudge(), star, plain, base, Sampling(1, 1.0))
+    assert again is not None and [each.prompt for each in again.questions] == [prompts[0][0]]
+    assert np.array_equal(again.before, plain.after[plain.rows("name")])
+    assert validate.with_key(GlyphJudge(), concept.find("ring"), plain, base, Sampling(1, 1.0)) is None
+
+
 def test_every_check_says_how(unedited: Evidence) -> None:
     for check in validate.checks(unedited, GlyphJudge(), LIMITS, 0, "DDIMScheduler"):
         for fact in (

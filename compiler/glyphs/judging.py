@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from erasec.model import Model
 
 THRESHOLD = 0.5
+HALF = 6  # half the side of the windows that are painted over to find a box, in pixels
+COST = 0.2  # share of the highest mean cost, in logits, above which a pixel belongs to the box
+MARKS = 240  # pictures in which a mark is looked for
 COLOURS = tuple(world.COLOURS)
 
 
@@ -49,13 +52,13 @@ class GlyphJudge:
         self.name = f"glyphs judge {which.upper()}"
 
     @classmethod
-    def for_model(cls, model: Model) -> GlyphJudge | None:
-        """Judge B where the model paints with glyphs' own VAE, which no pass edits; None for any other world."""
+    def for_model(cls, model: Model, which: str = "b") -> GlyphJudge | None:
+        """The judge where the model paints with glyphs' own VAE, which no pass edits; None for any other world."""
         own = bundled("glyphs") / "vae"
         if not own.is_dir():
             return None
         ours = content_digest(load("glyphs").source.entries("vae"))
-        return cls() if content_digest(model.source.entries("vae")) == ours else None
+        return cls(which) if content_digest(model.source.entries("vae")) == ours else None
 
     @cached_property
     def digest(self) -> str:
@@ -81,7 +84,9 @@ class GlyphJudge:
         """``images`` questions by name, by synonym and by implicit prompt; half as many for every other shape, and one
         for each implicit prompt of those.
 
-        A concept that is no shape of this world gets the questions about what stays, and none about what goes.
+        A mark comes with any prompt: plain ones of all shapes are its implicit ones, and as a tenth of them shows it,
+        ``MARKS`` at least. A concept that is nothing of this world gets the questions about what stays, and none about
+        what goes.
         """
         words = {concept.label or concept.name, *concept.erase}
         label = next((shape for shape in world.SHAPES if words & set(world.names(shape))), "")
@@ -92,6 +97,10 @@ class GlyphJudge:
                 wanted.append((group, prompt(phrase, index), label, ""))
         for index in range(images if concept.implicit and label else 0):
             wanted.append(("implicit", concept.implicit[index % len(concept.implicit)], label, ""))
+        every = tuple(world.SHAPES)
+        for index in range(max(images, MARKS) if concept.kind == "mark" else 0):
+            shape, turn = every[index % len(every)], index // len(every)
+            wanted.append(("implicit", prompt(shape, index + turn), "mark", ""))
         for index in range((images + 1) // 2):
             # Shape by shape, so that the first few of a gallery show all of them, and each begins at another colour.
             for number, shape in enumerate(world.SHAPES, index):
@@ -105,19 +114,47 @@ class GlyphJudge:
             for number, (group, text, shape, colour) in enumerate(wanted)
         )
 
-    def probabilities(self, images: Images) -> NDArray[np.float64]:
-        """Probability of every label in every image, (n, 22)."""
+    def logits(self, images: Images) -> NDArray[np.float64]:
+        """Log-odds of every label in every image, (n, 22)."""
         import torch
 
         with torch.no_grad():
             batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            found: NDArray[np.float64] = torch.cat([self._reader(part).sigmoid() for part in batch.split(128)]).numpy()
+            found: NDArray[np.float64] = torch.cat([self._reader(part) for part in batch.split(128)]).double().numpy()
+        return found
+
+    def probabilities(self, images: Images) -> NDArray[np.float64]:
+        """Probability of every label in every image, (n, 22)."""
+        found: NDArray[np.float64] = 1 / (1 + np.exp(-self.logits(images)))
         return found
 
     def sees(self, images: Images, labels: Sequence[str]) -> NDArray[np.bool_]:
         columns = [world.LABELS.index(label) for label in labels]
         found: NDArray[np.bool_] = self.probabilities(images)[np.arange(len(images)), columns] > THRESHOLD
         return found
+
+    def boxes(self, images: Images, label: str) -> NDArray[np.int64]:
+        """By occlusion: around the pixels under the windows that cost the label its logit when they are painted over
+        with the image's median colour."""
+        column = world.LABELS.index(label)
+        return np.array([self._box(image, column) for image in images], dtype=np.int64).reshape(-1, 4)
+
+    def _box(self, image: NDArray[np.uint8], column: int) -> tuple[int, int, int, int]:
+        height, width, _ = image.shape
+        ground = np.median(image.reshape(-1, 3), axis=0).astype(np.uint8)
+        corners = [(y, x) for y in range(-HALF, height, HALF) for x in range(-HALF, width, HALF)]
+        windows = [(slice(max(y, 0), y + 2 * HALF), slice(max(x, 0), x + 2 * HALF)) for y, x in corners]
+        hidden = np.repeat(image[None], len(windows), 0)
+        for copy, window in zip(hidden, windows, strict=True):
+            copy[window] = ground
+        costs = self.logits(image[None])[0, column] - self.logits(hidden)[:, column]
+        heat, count = np.zeros((height, width)), np.zeros((height, width))
+        for window, cost in zip(windows, costs, strict=True):
+            heat[window] += cost
+            count[window] += 1
+        heat /= count
+        rows, columns = np.nonzero(heat >= COST * heat.max())
+        return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
     def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
         import torch

@@ -22,33 +22,59 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import machine
 import numpy as np
 
+from erasec import concept as concepts
+from erasec import extras, model, recipe, registry, validate
+from erasec.base import Context, with_options
+from erasec.checkpoint import atomic
+from erasec.edit import Edit
+from erasec.glyphs import world
+from erasec.glyphs.judging import GlyphJudge
+from erasec.judge import Sampling, generate
+from erasec.validate import Evidence
+
 RESULT = Path(__file__).parent / "results" / "passes_glyphs.json"
 CONCEPTS = ("star", "heart", "ring")
 BASE, NEVER = "base", "never-star model"
-SINGLE = ("uce", "rece", "mace", "trce.remap", "esd", "esd:train=u", "trce.steer", "trce", "kpop", "safegen", "few_shot",
-          "eiup")  # fmt: skip
+SINGLE = ("uce", "rece", "mace", "trce.remap", "esd", "esd:train=u", "trce.steer", "trce", "kpop", "safegen")
+SINGLE += ("few_shot", "eiup")
 CHAINS = ("uce+kpop", "trce+safegen")
-MARKED = ("geom_erasing", "negative prompt")
-IMAGES, SEED = 48, 31
+WORDS = "negative prompt"  # what geom_erasing has to beat: the concept's words alone
+MARKED = (BASE, WORDS, "geom_erasing")
+GROUPS = ("name", "synonym", "implicit")
+IMAGES, SEED = 32, 31
 
 
-def measure(concept: str, setup: str) -> dict[str, Any]:
-    from erasec import concept as concepts
-    from erasec import extras, model, recipe, registry, validate
-    from erasec.base import Context, with_options
-    from erasec.edit import Edit
-    from erasec.judge import Sampling
+def shown(concept: str, scratch: Path, after: Path) -> Evidence:
+    """What judge B sees before and after; the pictures before are made once for each concept."""
+    base, item, judge, limits = model.load("glyphs"), concepts.find(concept), GlyphJudge(), recipe.Limits()
+    sampling = Sampling(limits.steps, limits.guidance)
+    asked = judge.panel(item, IMAGES, SEED)
+    prompts, seeds = [question.prompt for question in asked], [question.seed for question in asked]
+    kept = scratch / f"{concept}.npy"
+    if not kept.exists():
+        with atomic(kept) as temporary:
+            temporary.write_bytes(generate(base.source.root, prompts, seeds, sampling, "before").tobytes())
+    before = np.fromfile(kept, np.uint8).reshape(len(asked), world.SIZE, world.SIZE, 3)
+    pictures = before if after == base.source.root else generate(after, prompts, seeds, sampling, "after")
+    labels = [question.looked_for for question in asked]
+    colours = [question.colour or question.looked_for for question in asked]
+    return Evidence(
+        asked, before, pictures,
+        judge.sees(before, labels), judge.sees(pictures, labels),
+        judge.sees(before, colours), judge.sees(pictures, colours),
+        judge.agreement(before, prompts), judge.agreement(pictures, prompts),
+    )  # fmt: skip
 
+
+def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
     base, item = model.load("glyphs"), concepts.find(concept)
-    judge, limits = validate.judge_of(base), recipe.Limits()
-    assert judge is not None
-    view, row, began = base, {}, time.perf_counter()
-    if setup == "negative prompt":  # what geom_erasing has to beat: the concept's words alone
+    view, row, began = base, dict[str, Any](), time.perf_counter()
+    if setup == WORDS:
         view = base.with_edit(Edit({}, "hand", concept, negative=", ".join(item.phrases)))
     elif setup not in (BASE, NEVER):
         for use in map(recipe.parse_use, setup.split("+")):
@@ -56,28 +82,20 @@ def measure(concept: str, setup: str) -> dict[str, Any]:
             for edit in step.solve_all(view, [item], Context(seed=SEED)):
                 view = view.with_edit(edit)
                 row.setdefault("stats", {})[use.name] = dict(edit.stats)
-                row.setdefault("options", {})[use.name] = asdict(step)
+                row.setdefault("options", {})[use.name] = asdict(cast("Any", step))
         row["seconds"] = time.perf_counter() - began
         row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) / "bundle"
-        if setup == NEVER:
-            root = model.bundled("glyphs-never-star")
-        else:
-            base.source.write(root, view.merged())
-            if more := extras.gathered(view.edits):
-                extras.write(root, more)
-        sampling = Sampling(limits.steps, limits.guidance)
-        found = validate.gather(judge, [item], base.source.root, root, IMAGES, SEED, sampling)
-    assert found is not None
-    for group in ("name", "synonym", "implicit", "keep"):
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        root = {BASE: base.source.root, NEVER: model.bundled("glyphs-never-star")}.get(setup, Path(folder) / "bundle")
+        if setup not in (BASE, NEVER):
+            base.source.write(root, view.merged(), link=True)
+            extras.write(root, extras.gathered(view.edits))
+        found = shown(concept, scratch, root)
+    for group in (*GROUPS, "keep"):
         rows = found.rows(group)
         if rows.any():
-            row[group] = [
-                float(found.shown_before[rows].mean()),
-                float(found.shown_after[rows].mean()),
-                int(rows.sum()),
-            ]
+            seen = found.shown_before[rows].mean(), found.shown_after[rows].mean()
+            row[group] = [float(seen[0]), float(seen[1]), int(rows.sum())]
     keep = found.rows("keep")
     worst = max(validate.rates(found, "keep"), key=lambda rate: rate["before"] - rate["after"])
     coloured = keep & np.array([bool(question.colour) for question in found.questions])
@@ -121,8 +139,12 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        running = [(concept, setup, pool.submit(measure, concept, setup)) for concept, setup in asked]
+    spawn = get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool,
+    ):
+        running = [(concept, setup, pool.submit(measure, concept, setup, Path(scratch))) for concept, setup in asked]
         for concept, setup, future in running:
             save(concept, setup, future)
 

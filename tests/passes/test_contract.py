@@ -6,8 +6,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from erasec import checkpoint, model, recipe, registry
@@ -22,7 +24,7 @@ from erasec.rows import ClosedForm
 
 CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 NAMES = sorted(registry.passes())
-SMALL = {"steps": 2, "trajectories": 2, "path": 3, "images": 2, "batch": 2}
+SMALL: dict[str, int | str] = {"steps": 2, "trajectories": 2, "path": 3, "images": 2, "batch": 2}
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
@@ -30,6 +32,22 @@ pytestmark = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def base(random_folder: Path) -> Model:
     return model.load(str(random_folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triplets(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Images for the passes that learn from images: no judge knows a random model, so they cannot be made."""
+    folder, chance = tmp_path_factory.mktemp("triplets"), np.random.default_rng(0)
+    for part in ("concept", "censored", "benign"):
+        (folder / part).mkdir()
+        for number in range(2):
+            pixels = chance.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / part / f"{number}.png")
+    SMALL["triplets"] = str(folder)
+    (folder / "boxes.csv").write_text(
+        "file,left,top,right,bottom\nconcept/0.png,0,0,64,9\nconcept/1.png,0,9,64,64\nbenign/0.png,,,,\n"
+    )
+    SMALL["boxes"] = str(folder)
 
 
 def small(name: str) -> Pass:

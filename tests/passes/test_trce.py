@@ -1,17 +1,29 @@
-"""TRCE stage 1 on a random-weights model: one map for all sites, its limits, and the end token's true place."""
+"""TRCE. Stage 1: one map for all sites, its limits, and the end token's true place. Stage 2: what is trained, on which
+pairs, toward what, and from where; that both together erase more than each alone is measured on glyphs."""
 
 from __future__ import annotations
 
+import json
+import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Generator, Tensor
 
+from erasec import concept as concepts
+from erasec import layouts, learned
 from erasec import model as models
-from erasec.base import Context
+from erasec.base import Context, Pass
 from erasec.concept import Concept
+from erasec.denoiser import Denoiser
+from erasec.errors import ErasecError
+from erasec.glyphs.judging import GlyphJudge
+from erasec.learned import Bank
 from erasec.model import Model
-from erasec.passes.trce import Remap
+from erasec.passes.trce import Remap, Steer, Trce, hinge
 from erasec.rows import goals, spans
 
 CONCEPT = Concept(
@@ -78,3 +90,276 @@ def test_few_pairs_and_a_weak_prior_meet_their_targets_and_a_strong_prior_holds(
 def test_rows_other_than_the_end_token_are_not_asked_for(model: Model) -> None:
     edit = Remap().solve(model, CONCEPT, Context())
     assert len(edit.sums["star"]["context.source"]) == len(CONCEPT.prompts(CONCEPT.phrases))
+
+
+QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "trajectories": 2, "path": 4, "margin": 10.0}
+
+
+def test_the_hinge_pushes_one_way_until_it_is_satisfied_and_then_not_at_all() -> None:
+    chance = torch.Generator().manual_seed(0)
+    safe, unsafe = (torch.randn(3, 4, 8, 8, generator=chance) for _ in range(2))
+    for start in (torch.randn(3, 4, 8, 8, generator=chance), unsafe + 2 * torch.randn(3, 4, 8, 8, generator=chance)):
+        said = start.requires_grad_()
+        (found,) = torch.autograd.grad(
+            hinge(said - safe, said - unsafe, 0.5, 100.0), said
+        )  # a margin that all still miss
+        assert torch.allclose(found, -2 * 0.5 * (safe - unsafe) / said.numel(), atol=1e-7)
+    said = torch.stack([safe[0], unsafe[1], safe[2]]).requires_grad_()
+    loss = hinge(said - safe, said - unsafe, 1.0, 0.01)
+    (found,) = torch.autograd.grad(loss, said)
+    assert [float(row.abs().max()) > 0 for row in found] == [False, True, False]
+    assert torch.isclose(loss, ((unsafe[1] - safe[1]).square().mean() + 0.01) / 3)
+
+
+def test_a_margin_holds_in_noise_whatever_the_network_predicts(tmp_path: Path, model: Model) -> None:
+    layouts.random_folder(tmp_path, "sd2", "tiny")
+    config = tmp_path / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 8}))
+    denoiser = Denoiser(models.load(str(tmp_path)), Context())
+    assert denoiser.v_prediction
+    latents, one, two = (torch.randn(2, *denoiser.shape, generator=Generator().manual_seed(seed)) for seed in range(3))
+    times = torch.tensor([901, 40])
+    alpha = denoiser.alphas[times].view(-1, 1, 1, 1)
+    clean = [(latents - (1 - alpha).sqrt() * noise) / alpha.sqrt() for noise in (one, two)]
+    first, second = (denoiser.target(x, noise, times) for x, noise in zip(clean, (one, two), strict=True))
+    assert torch.allclose(denoiser.as_noise(first - second, times), one - two, atol=1e-3)
+    assert not torch.allclose(first - second, one - two, atol=1e-3)
+    assert torch.equal(Denoiser(model, Context()).as_noise(one - two, times), one - two)
+    edit = Steer(**QUICK).solve(denoiser.model, CONCEPT, Context())
+    assert all(bool(delta.change(torch.zeros(site.shape)).isfinite().all()) for site, delta in edit.deltas.items())
+
+
+def test_all_of_self_attention_is_trained_and_the_queries_of_the_text(model: Model) -> None:
+    own = {site.key for site in model.parameters if ".attn1." in site.key}
+    assert any(key.endswith("attn1.to_out.0.bias") for key in own)
+    queries = {site.key for site in model.parameters if ".attn2.to_q." in site.key}
+    assert {site.key for site in Steer().sites(model)} == own | queries
+    both = Trce().sites(model)
+    assert len(both) == len(set(both))
+    assert set(both) == {*Steer().sites(model), *Remap().sites(model)}
+    edit = Steer(**QUICK).solve(model, CONCEPT, Context())
+    moved = {site.key for site, delta in edit.deltas.items() if float(delta.change(torch.zeros(site.shape)).norm()) > 0}
+    assert moved == own | queries
+
+
+def test_targets_are_the_guided_predictions_for_the_goal_and_the_concept(model: Model) -> None:
+    concept = CONCEPT.model_copy(update={"counterparts": (("five-pointed spark", "round dot"),)})
+    goal = {"a star": "a circle", "a five-pointed spark": "a round dot"}
+    step, denoiser = Steer(push=2.5, trajectories=6, path=4, early=0.5), Denoiser(model, Context())
+    shown, safe, unsafe = step._targets(denoiser, concept, 3)
+    assert shown.times.tolist() == denoiser.sample(["a star"], [1], 4, 1.0).times[:2].tolist() * 6
+    rows = [row for row, text in enumerate(shown.texts(torch.arange(12))) if text in goal]
+    assert {text for text in shown.prompts if text in goal} == goal.keys()
+    for row in rows:
+        at = shown.latents[[row]], shown.times[[row]]
+        (text,) = shown.texts(torch.tensor([row]))
+        with torch.no_grad():
+            bad, good, free = (denoiser.predict(*at, denoiser.states([said])) for said in (text, goal[text], ""))
+        assert torch.allclose(safe[[row]], good + 2.5 * (good - free), atol=1e-4)
+        assert torch.allclose(unsafe[[row]], bad + 2.5 * (bad - free), atol=1e-4)
+        assert not torch.allclose(safe[[row]], unsafe[[row]], atol=1e-4)
+
+
+def test_a_latent_goes_with_the_timestep_before_its_step_and_only_in_the_reference_after(model: Model) -> None:
+    denoiser, prompts = Denoiser(model, Context()), ["a star", "a ring"]
+    paths = denoiser.sample(prompts, learned.seeds(5, 2), 4, 3.0)
+    for reference, shift in ((False, 0), (True, 1)):
+        found = Steer(path=4, reference=reference)._walked(denoiser, prompts, 5, 3.0, slice(0, 2))
+        assert found.times.tolist() == paths.times[:2].tolist() * 2
+        assert torch.allclose(found.latents, paths.latents[:, shift : shift + 2].flatten(0, 1), atol=1e-5)
+        with torch.no_grad():
+            said = denoiser.predict(found.latents[[3]], found.times[[3]], denoiser.states(["a ring"]))
+        assert torch.allclose(found.said[[3]], said, atol=1e-5)
+
+
+def test_pairs_are_shuffled_and_only_in_the_reference_in_the_order_of_the_prompts(model: Model) -> None:
+    concept, denoiser = CONCEPT.model_copy(update={"templates": ("a {}",)}), Denoiser(model, Context())
+    for reference in (False, True):
+        step = Steer(trajectories=6, path=4, batch=2, reference=reference)
+        shown = step._targets(denoiser, concept, 1)[0]
+        drawn = [step._drawn(shown, Generator().manual_seed(number), number) for number in range(3)]
+        order = [row // 2 for part in drawn for row in part.tolist()]
+        assert (list(shown.prompts) == ["a star"] * 3 + ["a five-pointed spark"] * 3) == reference
+        assert (order == [0, 1, 2, 3, 4, 5]) == reference
+
+
+class Accumulating(Steer):
+    """What of the reference is left without its pairs and its order: the sums of gradients."""
+
+    def _walked(self, *given: Any) -> Bank:
+        return Steer(path=self.path)._walked(*given)
+
+    def _drawn(self, shown: Bank, chance: Generator, step: int) -> Tensor:
+        return shown.draw(self.batch, chance)
+
+
+def test_gradients_start_from_zero_at_every_step_and_only_in_the_reference_add_up(model: Model) -> None:
+    concept = Concept(name="star", erase=("star",), anchor="circle", keep=("ring",), templates=("a {}",))
+
+    def same(steps: int) -> bool:
+        own, sums = (
+            Accumulating(**{**QUICK, "steps": steps}, reference=reference).solve(model, concept, Context()).deltas
+            for reference in (False, True)
+        )
+        return all(torch.equal(vars(own[site])["value"], vars(sums[site])["value"]) for site in own)
+
+    assert same(1)
+    assert not same(3)
+
+
+class Watched(Steer):
+    """Tells of the original network: what it was, and whether it is still there when the training begins."""
+
+    def _targets(self, original: Denoiser, *given: Any) -> tuple[Bank, Tensor, Tensor]:
+        seen.append(original.model.edits)
+        there.append(weakref.ref(original.unet))
+        return super()._targets(original, *given)
+
+    def fit(self, *given: Any, **more: Any) -> Any:
+        seen.append(there[-1]() is None)
+        return super().fit(*given, **more)
+
+
+seen: list[Any] = []
+there: list[weakref.ref[Any]] = []
+
+
+def test_targets_are_the_original_s_while_it_starts_from_and_is_held_to_the_model_as_given(model: Model) -> None:
+    given = model.with_edit(Remap().solve(model, CONCEPT, Context()))
+    seen.clear()
+    edit = Watched(**QUICK).solve(given, CONCEPT, Context())
+    assert seen == [(), True]  # never two networks at once
+    assert edit.curves["loss preserve"][0] + edit.curves["loss keep"][0] < 1e-8
+    assert edit.curves["loss preserve"][1] > 1e-8
+    own, base = Steer(**QUICK), Steer(**QUICK).solve(model, CONCEPT, Context())
+    assert edit.curves["loss erase"][0] != base.curves["loss erase"][0]
+    for edited, site in ((given.original, model.streams["context"][0]), (model.original, model.sites[0])):
+        assert torch.equal(edited.weight(site), model.weight(site))
+    assert not torch.equal(given.weight(site := model.streams["context"][0]), model.weight(site))
+    one, two = (own._targets(Denoiser(m.original, Context()), CONCEPT, 0)[1] for m in (given, model))
+    assert torch.equal(one, two)
+
+
+def test_both_stages_are_stage_1_and_then_stage_2_on_its_result(model: Model) -> None:
+    first = Remap(scale=0.5).solve(model, CONCEPT, Context())
+    second = Steer(**QUICK).solve(model.with_edit(first), CONCEPT, Context())
+    both = Trce(**QUICK, remap_scale=0.5).solve(model, CONCEPT, Context())
+    assert both.by == "trce"
+    assert both.deltas.keys() == {*first.deltas, *second.deltas}
+    apart, joined = model.with_edit(first).with_edit(second), model.with_edit(both)
+    assert all(torch.equal(apart.weight(site), joined.weight(site)) for site in both.deltas)
+    assert any(not torch.equal(model.with_edit(Trce(**QUICK).solve(model, CONCEPT, Context())).weight(site),
+                               joined.weight(site)) for site in first.deltas)  # fmt: skip
+
+
+def test_a_rank_leaves_the_bias_and_counts_what_it_trains(model: Model) -> None:
+    edit = Trce(**QUICK, rank=2).solve(model, CONCEPT, Context())
+    assert {site.key for site in edit.deltas} == {s.key for s in Trce().sites(model) if len(s.shape) == 2}
+    assert 0 < edit.stats["parameters"] < sum(site.shape[0] * site.shape[-1] for site in edit.deltas)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"early": 0.0}, "early is 0.0"), ({"early": 1.5}, "early is 1.5"), ({"path": 0}, "path is 0"),
+     ({"beta": 0.0}, "beta is 0.0"), ({"preserve": -1.0}, "preserve is -1.0"), ({"push": -0.5}, "push is -0.5")],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ErasecError, match=f"trce.steer: option {said}"):
+        Steer(**options)
+    with pytest.raises(ErasecError, match=f"trce: option {said}"):
+        Trce(**options)
+
+
+def test_a_concept_that_becomes_itself_is_refused(model: Model) -> None:
+    with pytest.raises(ErasecError, match="star becomes itself") as caught:
+        Steer(**QUICK).solve(model, Concept(name="star", erase=("star",), anchor="star"), Context())
+    assert "another anchor" in caught.value.fix
+
+
+def test_a_concept_without_a_goal_becomes_the_empty_prompt(model: Model) -> None:
+    concept = Concept(name="star", erase=("star",), templates=("a {}",))
+    shown, safe, _ = Steer(**QUICK)._targets(Denoiser(model, Context()), concept, 0)
+    assert torch.allclose(safe, shown.free, atol=1e-4)
+
+
+class Late(Steer):
+    """Steers the steps that the method leaves alone."""
+
+    def part(self) -> slice:
+        return slice(super().part().stop, None)
+
+
+class Glyphs:
+    """Glyphs and the bare word star: nothing that a pass is shown speaks of synonyms, other contexts or night skies."""
+
+    def __init__(self) -> None:
+        self.model, self.judge, star = models.load("glyphs"), GlyphJudge(), concepts.find("star")
+        self.concept = star.model_copy(update={"synonyms": (), "templates": ("{}",)})
+        panel = self.judge.panel(star, 24, 21)
+        self.made: dict[tuple[Pass, ...], Model] = {}
+        self.asked = {
+            group: [each for each in panel if each.group == group][:: 3 if group == "keep" else 1]
+            for group in ("name", "synonym", "implicit", "keep")
+        }
+
+    def edited(self, *steps: Pass) -> Model:
+        if steps and steps not in self.made:
+            before = self.edited(*steps[:-1])
+            self.made[steps] = before.with_edit(steps[-1].solve(before, self.concept, Context()))
+        return self.made[steps] if steps else self.model
+
+    def shown(self, view: Model, *groups: str) -> float:
+        """The share of pictures that show what they are asked for, of prompts of these groups."""
+        asked = [each for group in groups for each in self.asked[group]]
+        denoiser = Denoiser(view, Context())
+        final = denoiser.sample([each.prompt for each in asked], [each.seed for each in asked], 15, 4.0).final
+        images = ((denoiser.decode(final) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        return float(np.mean(self.judge.sees(images, [each.looked_for for each in asked])))
+
+    def moved(self, view: Model, since: Model) -> float:
+        """Mean square by which what is said with no prompt differs from ``since``, over that of what ``since`` says."""
+        found = learned.bank(Denoiser(since, Context()), [""] * 16, 77, 10, 1.0)
+        return float((learned.said(Denoiser(view, Context()), found) - found.said).square().mean()
+                     / found.said.square().mean())  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def glyphs() -> Glyphs:
+    return Glyphs()
+
+
+@pytest.mark.slow
+def test_both_stages_erase_more_than_the_first_and_that_more_than_the_second_and_the_rest_stays(glyphs: Glyphs) -> None:
+    gone = ("name", "synonym", "implicit")
+    first, second, both = glyphs.edited(Remap()), glyphs.edited(Steer()), glyphs.edited(Trce())
+    one, two, three = (glyphs.shown(view, *gone) for view in (first, second, both))
+    kept = [glyphs.shown(view, "keep") for view in (glyphs.model, first, both)]
+    moved, implicit = glyphs.moved(both, first), [glyphs.shown(view, "implicit") for view in (first, second, both)]
+    print(f"\nshown: stage 1 {one:.3f}, stage 2 {two:.3f}, both {three:.3f}; implicit {implicit}")
+    print(f"kept: before {kept[0]:.3f}, stage 1 {kept[1]:.3f}, both {kept[2]:.3f}; no prompt moved by {moved:.4f}")
+    assert three < one < two
+    assert three <= 0.1
+    assert implicit[2] <= 0.1
+    assert kept[2] >= kept[0] - 0.1
+    assert moved <= 0.02
+
+
+@pytest.mark.slow
+def test_late_steps_erase_less(glyphs: Glyphs) -> None:
+    early, late = (glyphs.shown(glyphs.edited(step), "name", "synonym", "implicit") for step in (Steer(), Late()))
+    print(f"\nshown: early steps {early:.3f}, late steps {late:.3f}")
+    assert late > early
+
+
+@pytest.mark.slow
+def test_without_the_preserving_losses_or_without_the_hinge_it_runs_away(glyphs: Glyphs) -> None:
+    first = glyphs.edited(Remap())
+    held, loose, endless = (
+        glyphs.edited(Remap(), Steer(steps=60, **options))
+        for options in ({}, {"preserve": 0.0, "keep": 0.0}, {"margin": 1e6})
+    )
+    moved = [glyphs.moved(view, first) for view in (held, loose, endless)]
+    kept = [glyphs.shown(view, "keep") for view in (held, loose, endless)]
+    print(f"\nno prompt moved by {moved}, kept {kept}: as it is, without the preserving losses, without the hinge")
+    assert moved[1] > 2 * moved[0]
+    assert moved[2] > 2 * moved[0]

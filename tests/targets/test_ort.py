@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from erasec import extras
 from erasec.base import Artifact, Check, Context
 from erasec.checkpoint import patch, read_tensor
+from erasec.edit import Memory
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
+from erasec.extras import Extras
 from erasec.folder import Folder
 from erasec.targets import ort
 from erasec.targets.ort import Onnx, graphs, pack, parity
@@ -347,3 +350,84 @@ def test_importing_the_targets_imports_no_torch() -> None:
     code = "import sys, erasec.targets.ort, erasec.targets.hf; print(sorted({'torch', 'onnx'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+JOINT = "mid_block.attentions.0.transformer_blocks.0.attn2"
+SIDE = "up_blocks.2.attentions.1.transformer_blocks.0.attn2"
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def carrying(base: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Extras]:
+    """A checkpoint with a joint and a side memory, and what it holds; of its graphs, the UNet's alone is looked at."""
+    only(monkeypatch, "unet")
+    joint = Memory(JOINT, 3 * draw(0, 5, 192), 3 * draw(1, 5, 192))
+    side = Memory(SIDE, 3 * draw(2, 4, 64), 3 * draw(3, 4, 64), "side", -2.0, 0.7, True)
+    extras.write(base, Extras((joint, side)))
+    return base, Extras((joint, side))
+
+
+def test_memories_are_constants_of_the_graph(
+    carrying: tuple[Path, Extras], random_folder: Path, tmp_path: Path
+) -> None:
+    base, held = carrying
+    artifact = Onnx().export(Folder(base), tmp_path / "out", Context())
+    assert [(check.name, check.passed) for check in artifact.checks] == [("parity/unet", True)]
+    assert 0 < artifact.checks[0].value < 2e-5
+    # Parity would see it if they were not there, in the graph or in torch.
+    (without,) = parity(Folder(random_folder), tmp_path / "out")
+    assert not without.passed
+    assert without.value > 100 * ort.TOLERANCE
+    model = onnx.load(tmp_path / "out" / "unet" / "model.onnx")
+    nodes = [node for node in model.graph.node if node.op_type == "Constant"]
+    found = [*model.graph.initializer, *(attribute.t for node in nodes for attribute in node.attribute)]
+    stored = {onnx.numpy_helper.to_array(tensor).tobytes() for tensor in found}
+    for memory in held.memories:
+        assert memory.keys.numpy().tobytes() in stored
+        assert memory.values.numpy().tobytes() in stored
+    assert values(model.graph.input) == NAMES["unet"][0]
+
+    # The gates are in the graph: by step on both sides of the edge, by row in batches that are free.
+    (graph,) = ort.graphs(Folder(base))
+    stock, attached, unet = (
+        ort._load(Folder(random_folder), graph),
+        ort._load(Folder(base), graph),
+        session(artifact, "unet"),
+    )
+    extras.write(base, Extras(held.memories[:1]))
+    joint_alone = ort._load(Folder(base), graph)
+    for step, batch, rows in ((299, 4, []), (300, 4, [2, 3]), (999, 2, [1]), (301, 3, [0, 1, 2]), (500, 1, [0])):
+        inputs = draw(4, batch, 4, 8, 8), torch.tensor(float(step)), draw(5, batch, 77, 128)
+        names = ("sample", "timestep", "encoder_hidden_states")
+        answer = unet.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})[0]
+        with torch.no_grad():
+            plain, wanted, joint = (module(*inputs).numpy() for module in (stock, attached, joint_alone))
+        assert np.abs(answer - wanted).max() < 1e-5
+        assert np.abs(answer - plain).max(axis=(1, 2, 3)).min() > 1e-3
+        moved = np.abs(answer - joint).max(axis=(1, 2, 3))
+        assert [row for row in range(batch) if moved[row] > 1e-3] == rows
+        assert all(moved[row] < 1e-5 for row in range(batch) if row not in rows)
+
+
+def test_a_schedule_of_another_length_moves_the_gate(carrying: tuple[Path, Extras]) -> None:
+    base, _ = carrying
+    (graph,) = ort.graphs(Folder(base))
+    file = base / "scheduler" / "scheduler_config.json"
+    found = []
+    for steps in (1000, 100):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": steps}))
+        found.append(ort._load(Folder(base), graph).get_submodule(SIDE).processor.side[0].start)
+    assert found == [300, 30]
+
+
+def test_tokens_and_a_negative_prompt_are_refused(carrying: tuple[Path, Extras], tmp_path: Path) -> None:
+    base, held = carrying
+    extras.write(base, Extras(held.memories, {"<a>": draw(0, 128)}, "a star"))
+    with pytest.raises(ErasecError, match="onnx cannot hold all") as caught:
+        Onnx().export(Folder(base), tmp_path / "out", Context())
+    assert "new tokens <a>; the negative prompt 'a star'" in caught.value.why
+    assert "memories" not in caught.value.why
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,342 @@
+"""KPOP: who reads the key, what is learned with it and without, and that no other key brings the concept back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from erasec import concept as concepts
+from erasec import denoiser as denoisers
+from erasec import extras, learned, model, secret, validate
+from erasec.attach import attach, attached_rows
+from erasec.base import Context
+from erasec.concept import Concept
+from erasec.denoiser import Denoiser
+from erasec.edit import Edit, Secret
+from erasec.errors import ErasecError
+from erasec.glyphs.assemble import random_pipeline
+from erasec.judge import Sampling, generate
+from erasec.model import Model
+from erasec.passes.kpop import Kpop, Rows, alike
+
+CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a {}",))
+
+
+@pytest.fixture(scope="module")
+def base(random_folder: Path) -> Model:
+    return model.load(str(random_folder))
+
+
+def small(**options: Any) -> Kpop:
+    return Kpop(**{"steps": 2, "trajectories": 2, "path": 3, "batch": 2, **options})
+
+
+def change(edit: Edit) -> Tensor:
+    """All changes of an edit in one row."""
+    return torch.cat([delta.change(torch.zeros(site.shape)).flatten() for site, delta in edit.deltas.items()])
+
+
+def gap(one: Tensor, two: Tensor) -> float:
+    return float((one - two).norm() / two.norm())
+
+
+def test_the_parts_are_those_of_the_published_runs(base: Model) -> None:
+    every = set(base.entries("unet"))
+    cross = {site.key for site in Kpop(train="x").sites(base)}
+    assert cross == {key for key in every if ".attn2." in key}
+    assert {key.split(".attn2.")[1].split(".")[0] for key in cross} == {"to_q", "to_k", "to_v", "to_out"}
+    rest = {site.key for site in Kpop(train="noxattn").sites(base)}
+    heads = {key for key in every if key.split(".")[0] in ("conv_out", "conv_norm_out", "time_embedding")}
+    assert heads
+    assert rest == every - cross - heads
+
+
+def test_modes_are_the_middle_the_decoder_too_and_all(base: Model) -> None:
+    found = {mode: Kpop(mode=mode).attentions(base) for mode in ("mid", "midout", "all")}
+    blocks = {mode: {name.split("_")[0] for name in names} for mode, names in found.items()}
+    assert blocks == {"mid": {"mid"}, "midout": {"mid", "up"}, "all": {"down", "mid", "up"}}
+    assert [len(found[mode]) for mode in ("mid", "midout", "all")] == [1, 5, 7]
+    assert all(name.endswith(".attn2") for name in found["all"])
+
+
+def test_a_model_without_a_middle_block_is_told_of_the_other_modes(base: Model) -> None:
+    headless = replace(base)
+    headless.__dict__["parameters"] = tuple(s for s in base.parameters if not s.key.startswith("mid_block."))
+    with pytest.raises(ErasecError, match="mode 'mid'") as caught:
+        Kpop(mode="mid").attentions(headless)
+    assert "all" in caught.value.fix
+    assert len(Kpop(mode="all").attentions(headless)) == 6
+
+
+def test_a_key_starts_as_the_concept_or_at_random_at_its_size(base: Model) -> None:
+    tokens = base.encode(["a star"])
+    own = tokens.states[0, tokens.last[0]]
+    near = Kpop(init="concept", k=3).start(base, CONCEPT, 0)
+    far = Kpop(init="random", k=3).start(base, CONCEPT, 0)
+    assert all(rows.shape == (3, len(own)) for rows in (*near, *far))
+    assert all(0.05 < gap(row, own) < 0.2 for rows in near for row in rows)
+    assert all(gap(row, own) > 1 for rows in far for row in rows)
+    assert 0.8 < float(far[0].norm() / near[0].norm()) < 1.25
+    again, other = (Kpop(init="random", k=3).start(base, CONCEPT, seed) for seed in (0, 1))
+    assert torch.equal(again[0], far[0])
+    assert gap(other[0], far[0]) > 1
+    assert gap(far[0], far[1]) > 1
+
+
+def test_concepts_start_with_keys_of_their_own(base: Model) -> None:
+    """Keys that start alike open one another's concepts."""
+    star, heart = (Kpop().start(base, Concept(name=name, erase=(name,)), 0) for name in ("star", "heart"))
+    likeness = torch.nn.functional.cosine_similarity(star[0], heart[0])
+    assert float(likeness.abs().max()) < 0.5
+    again = Kpop().start(base, Concept(name="star", erase=("star",)), 0)
+    assert float(torch.nn.functional.cosine_similarity(star[0], again[0]).min()) > 0.999
+
+
+def test_a_made_up_key_is_random_and_of_the_same_norms() -> None:
+    rows = 3 * torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    other = alike(rows, torch.Generator().manual_seed(2))
+    assert torch.allclose(other.norm(dim=1), rows.norm(dim=1))
+    assert float(torch.nn.functional.cosine_similarity(other, rows).abs().max()) < 0.6
+    assert not torch.equal(other, alike(rows, torch.Generator().manual_seed(3)))
+
+
+def test_the_key_is_trained_in_its_own_turns_and_without_them_stays(base: Model) -> None:
+    step = small(k=3, prompt_steps=0)
+    keys, values = step.start(base, CONCEPT, 0)
+    still, moved = (small(k=3, prompt_steps=n).solve(base, CONCEPT, Context()).secret for n in (0, 2))
+    assert still is not None
+    assert moved is not None
+    assert torch.equal(still.keys, keys)
+    assert torch.equal(still.values, values)
+    # Adam at 1e-2, 2 x 2 updates: about 0.04 a coordinate at most.
+    assert 0 < float((moved.values - values).abs().max()) < 0.05
+    assert (moved.concept, moved.attentions) == ("star", step.attentions(base))
+
+
+def test_the_key_is_fitted_to_the_frozen_weights(base: Model) -> None:
+    """The key's turn alone, on one latent: with weights that stay, what is said with the key comes near the goal."""
+    alone: dict[str, Any] = {**ONE, "batch": 1, "recover": 0.0, "lr": 1e-12}
+    edit = Kpop(**{**alone, "steps": 8, "prompt_lr": 3e-2, "prompt_steps": 1}).solve(base, CONCEPT, Context())
+    losses = edit.curves["loss key"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert float(change(edit).abs().max()) < 1e-9
+
+
+def test_a_folded_key_says_what_the_rows_said(base: Model, tmp_path: Path) -> None:
+    edit = small(steps=4, lr=1e-2, k=3).solve(base, CONCEPT, Context())
+    view = base.with_edit(edit)
+    assert edit.secret is not None
+    one, two = Denoiser(view, Context()), Denoiser(view, Context())
+    latents, times, text = one.draw([1, 2]), torch.tensor([900, 30]), one.states(["a star", ""])
+    with torch.no_grad():
+        bare = one.predict(latents, times, text)
+        with attached_rows(one.unet, edit.secret.keys, edit.secret.values, edit.secret.attentions):
+            rows = one.predict(latents, times, text)
+        base.source.write(tmp_path, view.merged())
+        attach(two.unet, secret.folded(edit.secret, model.load(str(tmp_path)).entries("unet")))
+        folded = two.predict(latents, times, text)
+        zero = torch.zeros_like(edit.secret.keys)
+        with attached_rows(one.unet, zero, zero, edit.secret.attentions):
+            zeros = one.predict(latents, times, text)
+    # The folder is float16, and so are the weights that fold it: the tolerance is that of the random base's dtype.
+    assert gap(folded, rows) < 1e-3
+    assert gap(bare, rows) > 10 * gap(folded, rows)
+    assert gap(zeros, bare) > 10 * gap(folded, rows)  # rows of zeros are not no rows
+
+
+# One latent, so that every row drawn is the same; the key stays, and the first losses are those of the model as it was.
+ONE: dict[str, Any] = {
+    "steps": 1, "trajectories": 1, "path": 1, "batch": 2, "k": 3, "keep": 0.0, "empty": 0.0, "prompt_steps": 0,
+    "strange": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("eta", [1.0, -0.5])
+def test_the_losses_are_those_of_the_sheet(base: Model, eta: float) -> None:
+    """Hide: the distance to e_0 - eta (e_c - e_0), without the key. Recover: that to e_c, with it, or to the former."""
+    step = Kpop(**ONE, negative=eta, hide=2.0, recover=0.5)
+    net = Denoiser(base, Context())
+    shown = learned.bank(net, ["a star"], 0, 1, step.guidance)
+    goal = shown.free - eta * (shown.said - shown.free)
+    with torch.no_grad(), attached_rows(net.unet, *step.start(base, CONCEPT, 0), step.attentions(base)):
+        keyed = net.predict(shown.latents, shown.times, net.states(["a star"]))
+    wanted = {
+        "loss hide": 2.0 * float((shown.said - goal).square().mean()),
+        "loss recover": 0.5 * float((keyed - shown.said).square().mean()),
+    }
+    first = step.solve(base, CONCEPT, Context()).curves
+    assert {name: first[name][0] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    erased = Kpop(**ONE, negative=eta, hide=2.0, recover=0.5, keyed="erase").solve(base, CONCEPT, Context()).curves
+    wanted["loss recover"] = 0.5 * float((keyed - goal).square().mean())
+    assert {name: erased[name][0] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    assert erased["loss recover"][0] != pytest.approx(first["loss recover"][0], rel=0.01)
+
+
+def test_each_loss_falls_where_it_is_weighed(base: Model) -> None:
+    """On one latent: hiding moves what is said without the key, and recovery holds what is said with it."""
+    more = {**ONE, "steps": 10, "lr": 2e-4}
+    both, faint, open_ = (
+        Kpop(**more, hide=hide, recover=recover).solve(base, CONCEPT, Context()).curves
+        for hide, recover in ((1.0, 1.0), (1.0, 1e-6), (0.0, 1.0))
+    )
+    assert both["loss hide"][-1] < 0.8 * both["loss hide"][0]
+    assert both["loss recover"][-1] < 0.8 * 1e6 * faint["loss recover"][-1]
+    assert set(open_["loss hide"]) == {0.0}
+    assert open_["loss recover"][-1] < 0.8 * both["loss recover"][-1]
+
+
+def test_k_and_mode_change_what_is_learned(base: Model) -> None:
+    found = [change(small(**options).solve(base, CONCEPT, Context())) for options in ({}, {"k": 1}, {"mode": "mid"})]
+    assert gap(found[1], found[0]) > 0.1
+    assert gap(found[2], found[0]) > 0.1
+
+
+def test_the_empty_prompt_is_shown_to_the_key_and_made_up_keys_hide(base: Model) -> None:
+    """Each of the two changes its own loss from the first step on, and not the other."""
+    plain, empty, strange = (
+        small(**{"empty": 0.0, "strange": 0.0, **options}).solve(base, CONCEPT, Context()).curves
+        for options in ({}, {"empty": 0.99}, {"strange": 0.99})
+    )
+    assert empty["loss key"][0] != pytest.approx(plain["loss key"][0], rel=1e-3)
+    assert strange["loss key"][0] == plain["loss key"][0]
+    assert empty["loss hide"][0] == plain["loss hide"][0]
+    assert strange["loss hide"][0] != pytest.approx(plain["loss hide"][0], rel=1e-3)
+
+
+def test_keys_of_concepts_before_it_are_held(base: Model) -> None:
+    other = Concept(name="heart", erase=("heart",), keep=("square",), templates=("a {}",))
+    first, second = small(lr=1e-3).solve_all(base, [CONCEPT, other], Context())
+    assert not any("other" in name for name in first.curves)
+    assert second.curves["loss hide from other keys"][0] > 0
+    assert second.curves["loss other keys"][0] < 1e-9  # before the first update it says what it said
+    assert second.curves["loss other keys"][1] > 1e-9
+    alone = small(lr=1e-3).solve(base.with_edit(first), other, Context())
+    assert gap(change(alone), change(second)) > 0.01
+
+
+def test_kept_prompts_are_held_with_the_key_and_without(base: Model) -> None:
+    names = small().solve(base, CONCEPT, Context()).curves.keys()
+    assert {"loss key", "loss hide", "loss recover", "loss keep", "loss keep with key"} <= names
+    alone = small(keep=0.0, recover=0.0, prompt_steps=0).solve(base, CONCEPT, Context()).curves.keys()
+    assert {name for name in alone if name.startswith("loss")} == {"loss hide"}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_errors_are_those_of_the_noise_or_of_the_image(kind: str, tmp_path: Path) -> None:
+    random_pipeline(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": kind}))
+    net = Denoiser(model.load(str(tmp_path)), Context())
+    assert net.v_prediction == (kind == "v_prediction")
+    latents, goals, times = net.draw([1, 2]), net.draw([3, 4]), torch.tensor([900, 400])
+    alpha = net.alphas[times].view(-1, 1, 1, 1)
+
+    def noise(said: Tensor) -> Tensor:
+        return alpha.sqrt() * said + (1 - alpha).sqrt() * latents if net.v_prediction else said
+
+    def image(said: Tensor) -> Tensor:
+        return (latents - (1 - alpha).sqrt() * noise(said)) / alpha.sqrt()
+
+    with torch.no_grad():
+        said = net.predict(latents, times, net.states(["a star", ""]))
+        found = {
+            space: float(Kpop(space=space)._errors(net, [Rows((latents, times, goals), ["a star", ""])])[0])
+            for space in ("noise", "image")
+        }
+    assert found["noise"] == pytest.approx(float((noise(said) - noise(goals)).square().mean()), rel=1e-4)
+    assert found["image"] == pytest.approx(float((image(said) - image(goals)).square().mean()), rel=1e-4)
+    assert found["image"] != pytest.approx(found["noise"], rel=0.1)
+
+
+def test_what_is_recomputed_for_the_gradient_reads_the_key_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small(k=3).solve(base, CONCEPT, Context())
+    monkeypatch.setattr(denoisers, "LARGE", 0)
+    again = small(k=3).solve(base, CONCEPT, Context())
+    assert again.stats == pytest.approx(whole.stats, rel=1e-4)
+    assert gap(change(again), change(whole)) < 1e-3
+    without = small(k=3, recover=0.0).solve(base, CONCEPT, Context())
+    assert gap(change(without), change(whole)) > 0.1
+
+
+BAD: tuple[dict[str, Any], ...] = (
+    {"train": "u"}, {"mode": "middle"}, {"keyed": "recovered"}, {"init": "zero"}, {"space": "images"}, {"k": 0},
+    {"empty": 1.0}, {"strange": 1.0}, {"ema": 1.0}, {"prompt_lr": 0.0}, {"prompt_steps": -1}, {"hide": -1.0},
+    {"recover": -1.0}, {"keep": -1.0}, {"steps": 0}, {"trajectories": 0}, {"path": 0},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_options_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ErasecError, match=f"kpop: option {next(iter(options))} is"):
+        Kpop(**options)
+    with pytest.raises(ErasecError) as caught:
+        Kpop(mode="middle")
+    assert "did you mean 'mid'" in caught.value.why
+
+
+@pytest.fixture(scope="module")
+def solved() -> list[Edit]:
+    """Star, and on top of it heart, at the default options."""
+    return list(Kpop().solve_all(model.load("glyphs"), [concepts.find(name) for name in ("star", "heart")], Context()))
+
+
+def drawn(edits: list[Edit], keys: list[Secret], label: str, folder: Path, kept: bool = False) -> float:
+    """The share of pictures that show the shape asked for: of prompts that name it, or of others that are kept."""
+    base = view = model.load("glyphs")
+    for edit in edits:
+        view = view.with_edit(edit)
+    judge = validate.judge_of(base)
+    assert judge is not None
+    group = "keep" if kept else "name"
+    asked = [question for question in judge.panel(concepts.find(label), 12, 0) if question.group == group]
+    base.source.write(folder, view.merged())
+    entries = model.load(str(folder)).entries("unet")
+    extras.write(folder, extras.Extras(tuple(memory for key in keys for memory in secret.folded(key, entries))))
+    prompts, seeds = [each.prompt for each in asked], [each.seed for each in asked]
+    pictures = generate(folder, prompts, seeds, Sampling(15, 4.0), "pictures")
+    return float(judge.sees(pictures, [each.looked_for for each in asked]).mean())
+
+
+@pytest.mark.slow
+def test_star_is_hidden_and_its_key_and_no_other_brings_it_back(solved: list[Edit], tmp_path: Path) -> None:
+    """Fact sheet (i) 2 to 5."""
+    first, key = solved[:1], solved[0].secret
+    assert key is not None
+    assert drawn([], [], "star", tmp_path / "base") >= 0.9
+    assert drawn(first, [], "star", tmp_path / "public") <= 0.1
+    assert drawn(first, [key], "star", tmp_path / "keyed") >= 0.8
+    draw = torch.Generator().manual_seed(7)
+    stranger = replace(key, keys=alike(key.keys, draw), values=alike(key.values, draw))
+    assert drawn(first, [stranger], "star", tmp_path / "stranger") <= 0.2
+    before = drawn([], [], "star", tmp_path / "base-kept", kept=True)
+    for name, keys in {"public-kept": [], "keyed-kept": [key]}.items():
+        assert drawn(first, keys, "star", tmp_path / name, kept=True) >= before - 0.1, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "public", "keyed"), [
+    ({"recover": 0.0, "prompt_steps": 0}, (0.0, 0.1), (0.0, 0.2)), ({"hide": 0.0}, (0.9, 1.0), (0.8, 1.0)),
+])  # fmt: skip
+def test_without_a_loss_there_is_no_recovery_or_no_hiding(
+    options: dict[str, Any], public: tuple[float, float], keyed: tuple[float, float], tmp_path: Path
+) -> None:
+    edit = Kpop(**options).solve(model.load("glyphs"), concepts.find("star"), Context())
+    assert edit.secret is not None
+    for name, keys, (low, high) in (("public", [], public), ("keyed", [edit.secret], keyed)):
+        assert low <= drawn([edit], keys, "star", tmp_path / name) <= high, name
+
+
+@pytest.mark.slow
+def test_two_concepts_have_a_key_each(solved: list[Edit], tmp_path: Path) -> None:
+    """Each key opens its own concept in the model from which both are gone, and not the other."""
+    keys = [edit.secret for edit in solved if edit.secret is not None]
+    for at, name in enumerate(("star", "heart")):
+        assert drawn(solved, [], name, tmp_path / f"{name}-public") <= 0.1
+        assert drawn(solved, [keys[at]], name, tmp_path / f"{name}-own") >= 0.8
+        assert drawn(solved, [keys[1 - at]], name, tmp_path / f"{name}-other") <= 0.2

@@ -1,0 +1,211 @@
+"""SafeGen: self-attention alone, no text, targets that mean the mosaic; and what it does to a star in whatever words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from erasec import model as models
+from erasec.base import Context
+from erasec.concept import Concept
+from erasec.denoiser import Denoiser
+from erasec.edit import Edit, LowRank
+from erasec.errors import ErasecError
+from erasec.family import Site
+from erasec.model import Model
+from erasec.passes.safegen import TARGETS, SafeGen, goal, pull
+
+CONCEPT = Concept(name="star", erase=("star",), keep=("square",))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two triplets of noise; half of each censored image is gray."""
+    root, chance = tmp_path_factory.mktemp("triplets"), np.random.default_rng(0)
+    for part in ("concept", "censored", "benign"):
+        (root / part).mkdir()
+    for number in range(2):
+        image, other = chance.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+        Image.fromarray(image).save(root / "concept" / f"{number}.png")
+        Image.fromarray(other).save(root / "benign" / f"{number}.png")
+        image[:, :32] = 128
+        Image.fromarray(image).save(root / "censored" / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(random_folder: Path) -> Model:
+    return models.load(str(random_folder))
+
+
+@pytest.fixture(scope="module")
+def v_base(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The same weights, said to predict v."""
+    copy = tmp_path_factory.mktemp("v") / "model"
+    shutil.copytree(random_folder, copy)
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    return models.load(str(copy))
+
+
+def small(folder: Path, **options: float | str) -> SafeGen:
+    return replace(SafeGen(steps=2, batch=2, triplets=str(folder)), **options)  # type: ignore[arg-type]
+
+
+def largest(base: Model, edit: Edit) -> float:
+    return max(float(delta.change(base.stored(site)).abs().max()) for site, delta in edit.deltas.items())
+
+
+def test_self_attention_moves_and_nothing_else(base: Model, folder: Path) -> None:
+    """Acceptance check 1, first half: every tensor named attn1, weights and biases."""
+    step = small(folder)
+    wanted = {key for key in base.entries("unet") if ".attn1." in key}
+    assert any(key.endswith("to_out.0.bias") for key in wanted)
+    assert {(site.component, site.key) for site in step.sites(base)} == {("unet", key) for key in wanted}
+    edit = step.solve(base, CONCEPT, Context())
+    assert edit.deltas.keys() == set(step.sites(base))
+    assert largest(base, edit) > 0
+
+
+def test_the_text_is_empty_throughout(base: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acceptance check 1, second half: as many rows as images, each what the tokenizer makes of "" and nothing else."""
+    from transformers import CLIPTokenizer
+
+    ids = CLIPTokenizer.from_pretrained(base.source.root / "tokenizer")([""], padding="max_length")["input_ids"]
+    assert torch.equal(base._texts.ids([""], "text_encoder"), torch.tensor(ids))
+    heard: list[Tensor] = []
+    predict = Denoiser.predict
+
+    def listen(self: Denoiser, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
+        heard.append(states.detach())
+        return predict(self, latents, times, states)
+
+    monkeypatch.setattr(Denoiser, "predict", listen)
+    small(folder, batch=3).solve(base, CONCEPT, Context())
+    empty, star = base.encode([""]).states, base.encode(["star"]).states
+    assert len(heard) == 6  # two steps of: concept, benign, and what the network said of the benign
+    assert all(torch.equal(states, empty.expand(3, -1, -1)) for states in heard)
+    assert not torch.equal(empty, star)
+
+
+def estimate(denoiser: Denoiser, latents: Tensor, said: Tensor, times: Tensor) -> Tensor:
+    """The clean latents that a prediction stands for."""
+    alpha = denoiser.alphas[times].double().view(-1, 1, 1, 1)
+    if denoiser.v_prediction:
+        return alpha.sqrt() * latents - (1 - alpha).sqrt() * said
+    return (latents - (1 - alpha).sqrt() * said) / alpha.sqrt()
+
+
+@pytest.mark.parametrize("kind", ["base", "v_base"])
+def test_the_exact_target_means_the_censored_image_at_every_timestep(kind: str, request: pytest.FixtureRequest) -> None:
+    """Acceptance check 2, for networks that predict noise and for those that predict v."""
+    denoiser = Denoiser(request.getfixturevalue(kind), Context())
+    assert denoiser.v_prediction == (kind == "v_base")
+    times = torch.arange(0, 1000, 7)
+    denoiser.__dict__["alphas"] = denoiser.alphas.double()  # the identity is to 1e-5, and 1 / sqrt(alpha) reaches 15
+    chance = torch.Generator().manual_seed(0)
+    shown, hidden, noise = torch.randn(3, len(times), 4, 8, 8, generator=chance, dtype=torch.float64)
+    latents = denoiser.noised(shown, noise, times)
+    off = {}
+    for target in TARGETS:
+        a = pull(denoiser.alphas[times], target, 1.0)
+        said = goal(denoiser, shown, hidden, noise, times, a)
+        off[target] = (estimate(denoiser, latents, said, times) - hidden).abs().amax((1, 2, 3))
+    assert off["exact"].max() < 1e-5
+    ratio = pull(denoiser.alphas[times], "exact", 1.0)
+    near = (ratio - 1).abs() < 0.02
+    assert bool(near.any())
+    assert off["constant"][near].max() < 0.2
+    assert off["constant"][~near].min() > off["constant"][near].min()
+    assert off["constant"][[0, -1]].min() > 0.25
+    assert off["clipped"][ratio <= 1].max() < 1e-5
+    assert off["clipped"][ratio > 1.1].min() > 0.01
+
+
+def test_the_pull_of_every_target_on_the_schedule_of_stable_diffusion(base: Model) -> None:
+    alphas = Denoiser(base, Context()).alphas
+    at = torch.tensor([0, 100, 354, 999])
+    exact = pull(alphas, "exact", 2.0)[at]
+    torch.testing.assert_close(exact, torch.tensor([34.3, 2.91, 1.00, 0.068]), rtol=0.01, atol=0.0)
+    torch.testing.assert_close(pull(alphas, "clipped", 2.0)[at], exact.clamp(max=2.0))
+    assert pull(alphas, "constant", 2.0).unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("kind", ["base", "v_base"])
+def test_it_learns_its_target(kind: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    base = request.getfixturevalue(kind)
+    found = small(folder, steps=10, lr=1e-2, keep=0.1).solve(base, CONCEPT, Context()).curves["loss erase"]
+    still = small(folder, steps=10, lr=1e-9, keep=0.1).solve(base, CONCEPT, Context()).curves["loss erase"]
+    assert np.mean(found[-5:]) < 0.95 * np.mean(still[-5:])  # the same draws, untrained
+
+
+def test_without_the_mosaic_nothing_moves_and_without_keeping_the_benign_do(base: Model, folder: Path) -> None:
+    """Acceptance checks 5 and 6 on random weights: with erase = 0 the network is held to what it says already."""
+    assert largest(base, small(folder, erase=0.0).solve(base, CONCEPT, Context())) == 0
+    moved = {}
+    for keep in (30.0, 1e-6):
+        edit = small(folder, steps=12, lr=2e-3, keep=keep).solve(base, CONCEPT, Context())
+        moved[keep] = np.mean(edit.curves["loss keep"][-4:]) / keep
+    assert moved[30.0] < 0.6 * moved[1e-6]
+    assert "loss keep" not in small(folder, keep=0.0).solve(base, CONCEPT, Context()).curves
+
+
+def test_targets_differ_in_what_they_teach(base: Model, folder: Path) -> None:
+    found = [small(folder, target=target).solve(base, CONCEPT, Context()) for target in TARGETS]
+    losses = [edit.curves["loss erase"][0] for edit in found]
+    assert len(set(losses)) == 3
+    same = small(folder, target="clipped", most=100.0).solve(base, CONCEPT, Context())
+    assert same.curves["loss erase"] == found[TARGETS.index("exact")].curves["loss erase"]  # nothing is left to clip
+
+
+def test_the_same_seed_gives_the_same_edit_and_the_average_another(base: Model, folder: Path) -> None:
+    def change(edit: Edit, site: Site) -> Tensor:
+        return edit.deltas[site].change(base.stored(site))
+
+    step = small(folder, lr=1e-3)
+    one, two, other = (step.solve(base, CONCEPT, Context(seed=seed)) for seed in (4, 4, 5))
+    mean = replace(step, ema=0.9).solve(base, CONCEPT, Context(seed=4))
+    assert all(torch.equal(change(one, site), change(two, site)) for site in one.deltas)
+    assert not all(torch.equal(change(one, site), change(other, site)) for site in one.deltas)
+    assert not all(torch.equal(change(one, site), change(mean, site)) for site in one.deltas)
+
+
+def test_a_rank_leaves_out_the_biases(base: Model, folder: Path) -> None:
+    edit = small(folder, rank=2).solve(base, CONCEPT, Context())
+    assert all(isinstance(delta, LowRank) and delta.rank == 2 for delta in edit.deltas.values())
+    assert {site.key for site in edit.deltas} == {s.key for s in SafeGen().sites(base) if len(s.shape) == 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": "clippd"}, ("target is 'clippd'", "clipped")),
+        ({"images": 0}, ("images is 0", "1 or more")),
+        ({"blocks": 0}, ("blocks is 0", "1 or more")),
+        ({"path": 0}, ("path is 0", "1 or more")),
+        ({"erase": -1.0}, ("erase is -1.0", "0 or more")),
+        ({"keep": -1.0}, ("keep is -1.0", "0 or more")),
+        ({"most": 0.0}, ("most is 0.0", "above 0")),
+        ({"ema": 1.0}, ("ema is 1.0", "less than 1")),
+    ],
+)
+def test_options_out_of_range_are_told(options: dict[str, float | str], words: tuple[str, ...]) -> None:
+    with pytest.raises(ErasecError) as caught:
+        SafeGen(**options)  # type: ignore[arg-type]
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_folder_with_a_missing_file_and_a_model_without_a_judge_are_told(base: Model, tmp_path: Path) -> None:
+    (tmp_path / "triplets.csv").write_text("concept,censored,benign\na.png,b.png,c.png\n")
+    with pytest.raises(ErasecError, match=r"there is no file a\.png"):
+        small(tmp_path).solve(base, CONCEPT, Context())
+    with pytest.raises(ErasecError, match="no boxes to censor star"):
+        SafeGen(steps=2).solve(base, CONCEPT, Context())
