@@ -108,7 +108,6 @@ def residual(
     Queries are those of real calls: every attention is asked what it is asked when the memories are attached.
     """
     unet = denoiser.unet
-    attach(unet, carried.memories, denoiser.steps)
     names = joined(memories)
     before = {name: unet.get_submodule(name).processor for name in names}
     attach(unet, memories, denoiser.steps)

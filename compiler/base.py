@@ -108,6 +108,10 @@ class Output(ABC):
         """Raise MissingTool where a library that it needs is not there; by default it needs none."""
         return
 
+    def accept(self, sites: Sequence[Site]) -> None:
+        """Raise ErasecError where it cannot hold a change of one of these sites; by default it can hold any."""
+        return
+
     def size(self, model: Model) -> int:
         """About how many bytes it will write; by default all weights in float32."""
         components = (model.source.entries(component) for component in model.family.components)

@@ -77,7 +77,8 @@ def run(plan: Plan) -> Report:
             raise CheckFailed(
                 f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(check.name for check in failed)}",
                 why=lines, where=str(rejected),
-                fix="look at report.html there; then change the pass options, the concept's keep phrases, or a limit",
+                fix="look at report.html there; then change the pass options, the concept's keep phrases, or a limit"
+                + (f"; what was trained is kept in {work}, for another limit" if any(work.iterdir()) else ""),
             )  # fmt: skip
         put(stage, plan.out)
         return report
@@ -91,7 +92,7 @@ def _work(out: Path) -> Path:
 def _resumable(out: Path) -> Iterator[Path]:
     """Where training keeps its state. It goes after success, and in any case where nothing was put there."""
     work = _work(out)
-    work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)  # a key in training is as secret as one that is trained
     try:
         yield work
         shutil.rmtree(work)

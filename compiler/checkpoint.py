@@ -133,8 +133,10 @@ def made(key: str, dtype: str, shape: Shape, make: Callable[[], Tensor]) -> memo
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    Until then only its owner can read it; ``mode`` is what it has in the end.
 
     Where ``path`` is a link, the file it points to is replaced, as a plain write would. Open it with "r+": ext4 waits
     for the disk when a file is closed that was truncated ("w"), which doubles the time of a large copy.
@@ -146,7 +148,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -156,6 +158,7 @@ def stream(
     path: Path,
     tensors: Mapping[str, tuple[str, Shape, Callable[[], Tensor]]],
     metadata: Mapping[str, str] | None = None,
+    mode: int = 0o644,
 ) -> None:
     """Write a new safetensors file: tensors and metadata sorted, so the same content is the same bytes.
 
@@ -177,15 +180,17 @@ def stream(
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic(path) as temporary, temporary.open("r+b") as file:
+    with atomic(path, mode) as temporary, temporary.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             file.write(made(key, *tensors[key]))
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, mode: int = 0o644
+) -> None:
     """``stream`` of tensors that are in memory already."""
-    stream(path, {k: (dtype_name(v), tuple(v.shape), v.contiguous) for k, v in tensors.items()}, metadata)
+    stream(path, {k: (dtype_name(v), tuple(v.shape), v.contiguous) for k, v in tensors.items()}, metadata, mode)
 
 
 def patch(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:

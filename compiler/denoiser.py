@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from erasec import extras
+from erasec.attach import attach
 from erasec.checkpoint import read_tensor
 from erasec.edit import Delta, Dense, LowRank
 from erasec.errors import ErasecError
+from erasec.keys import canonical
 from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
@@ -36,7 +39,9 @@ def loaded(model: Model, component: str, kind: str) -> Any:
     network = getattr(diffusers, kind)
     with torch.device("meta"):
         module = network.from_config(model.source.config(component))
-    entries, changed = model.entries(component), model.merged().get(component, {})
+    # Old folders name the attention of their VAE otherwise.
+    entries = {canonical(component, key): entry for key, entry in model.entries(component).items()}
+    changed = model.merged().get(component, {})
     wanted = module.state_dict().keys()
     if missing := sorted(wanted - entries.keys()):
         raise ErasecError(
@@ -46,6 +51,16 @@ def loaded(model: Model, component: str, kind: str) -> Any:
     state = {key: (changed[key]() if key in changed else read_tensor(entries[key])).float() for key in wanted}
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def trained(model: Model) -> None:
+    """Raise ErasecError for a family whose denoiser is not run here."""
+    if model.family.name not in FAMILIES:
+        raise ErasecError(
+            f"a model of the family {model.family.name} cannot be trained here",
+            why=f"learned passes run the denoisers of {' and '.join(FAMILIES)}",
+            fix="choose a closed-form pass: erasec list passes",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,7 @@ class Denoiser:
     """One model's UNet, on a device, frozen. Raises ErasecError for a family without such a UNet."""
 
     def __init__(self, model: Model, context: Context) -> None:
-        if model.family.name not in FAMILIES:
-            raise ErasecError(
-                f"a model of the family {model.family.name} cannot be trained here",
-                why=f"learned passes run the denoisers of {' and '.join(FAMILIES)}",
-                fix="choose a closed-form pass: erasec list passes",
-            )
+        trained(model)
         self.model, self.context = model, context
         self.device = torch.device(context.device)
         self._states: dict[str, Tensor] = {}
@@ -79,6 +89,8 @@ class Denoiser:
     @cached_property
     def unet(self) -> Any:
         unet = loaded(self.model, "unet", "UNet2DConditionModel").to(self.device)
+        carried = extras.gathered(self.model.edits, extras.read(self.model.source.root))
+        attach(unet, carried.memories, self.steps)
         if self.device.type == "cuda":  # frozen tensors need no more; what is trained is held in float32 by Student
             unet = unet.to(torch.bfloat16)
         if sum(weight.numel() for weight in unet.parameters()) > LARGE:
@@ -95,6 +107,8 @@ class Denoiser:
 
         hush()
         config = self.model.source.config("scheduler", "scheduler_config.json")
+        if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
+            raise ErasecError(f"a model that predicts {kind!r} cannot be trained here", why="noise and v are known")
         return DDPMScheduler.from_config(config)
 
     @property
@@ -114,8 +128,13 @@ class Denoiser:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents that the model was made for."""
-        config = self.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+        config = self.model.source.config("unet")
+        return config["in_channels"], config["sample_size"], config["sample_size"]
+
+    @property
+    def size(self) -> int:
+        """Height and width of the pictures that these latents are of."""
+        return int(self.shape[1] * 2 ** (len(self.model.source.config("vae")["block_out_channels"]) - 1))
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """Text states (n, t, d) as the UNet reads them, float32 on the device; each prompt is encoded once."""

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from erasec import train
 from erasec.base import Pass
+from erasec.denoiser import trained
 from erasec.edit import Edit
 from erasec.errors import ErasecError
 from erasec.progress import bar
@@ -112,8 +113,9 @@ def bank(
 
 
 def seeds(seed: int, count: int) -> list[int]:
-    """A seed for each of ``count`` samples."""
-    return [seed * 1_000_003 + number for number in range(count)]
+    """A seed for each of ``count`` samples: none with which a judge's panel begins, which would then look at pictures
+    from the very noise that was trained on."""
+    return [seed * 1_000_003 + 700_000 + number for number in range(count)]
 
 
 @torch.no_grad()
@@ -166,9 +168,16 @@ def kept(denoiser: Denoiser, found: Bank, batch: int, noise: bool = False) -> Ca
     return loss
 
 
-def trainable(model: Model, wanted: Callable[[Site], bool]) -> tuple[Site, ...]:
-    """The parameters of the denoiser that are ``wanted``."""
-    return tuple(site for site in model.parameters if site.component == model.family.denoiser and wanted(site))
+def trainable(model: Model, wanted: Callable[[Site], bool], rank: int = 0) -> tuple[Site, ...]:
+    """The parameters of the denoiser that are ``wanted``; with a ``rank`` the matrices among them.
+
+    Raises ErasecError for a family that is not trained here.
+    """
+    trained(model)
+    return tuple(
+        site for site in model.parameters
+        if site.component == model.family.denoiser and wanted(site) and (not rank or len(site.shape) == 2)
+    )  # fmt: skip
 
 
 def modules(denoiser: Denoiser) -> Mapping[str, Any]:

@@ -27,7 +27,6 @@ TABLE = "boxes.csv"
 SIDES = ("left", "top", "right", "bottom")
 CONFIDENT = 0.5  # boxes of which a detector is less sure are passed over
 NEAR = 1e-6  # what rounding may move an edge by, in cells
-DRAWN = 1_000_003  # seeds of one build's pictures begin at a multiple of this
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of width and height
 
@@ -76,8 +75,7 @@ def made(denoiser: Denoiser, concept: Concept, count: int, path: int, guidance: 
     prompts = learned.spread(["", *learned.texts(concept, concept.keep)], count, seed)
     if concept.kind != "mark":
         prompts[::2] = learned.spread(learned.texts(concept, concept.phrases), len(prompts[::2]), seed)
-    seeds = [seed * DRAWN + number for number in range(count)]
-    latents = denoiser.sample(prompts, seeds, path, guidance, title="pictures").final
+    latents = denoiser.sample(prompts, learned.seeds(seed, count), path, guidance, title="pictures").final
     parts = []
     for part in latents.split(16):
         pictures = denoiser.decode(part).permute(0, 2, 3, 1).cpu()
@@ -99,7 +97,7 @@ def read(folder: Path, denoiser: Denoiser) -> Marked:
     boxes has several rows. Raises ErasecError that names the row or file at fault.
     """
     table = folder / TABLE
-    size = denoiser.shape[1] * 2 ** (len(denoiser.vae.config.block_out_channels) - 1)
+    size = denoiser.size
     pictures, captions, boxes = [], [], []
     for name, lines in _table(table).items():
         try:

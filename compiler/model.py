@@ -16,7 +16,7 @@ from erasec.checkpoint import FLOATS, content_digest, read_tensor
 from erasec.edit import Delta, Edit
 from erasec.errors import ErasecError, nearest
 from erasec.family import Family, Site, detect, parameters, sites
-from erasec.folder import Folder
+from erasec.folder import CARRIED, Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -288,7 +288,7 @@ def _from_hub(name: str, repository: str, revision: str | None, variant: str, al
 
     # The plain files are always fetched, as parts without the variant have no others; with them those of the variant.
     names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else []
-    patterns = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", CARRIED, "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors"]
     patterns += ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin"] if allow_pickle else []
     unwanted = [
         name for name in ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*non_ema*") if not variant or variant not in name

@@ -21,6 +21,12 @@ def check_free(out: Path) -> None:
     check_not_around(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
+    if keys := sorted(path.name for path in out.iterdir() if secret.is_key(path)):
+        raise ErasecError(
+            f"the output folder {out} holds {keys[0]}",
+            why="a build replaces its folder as a whole, and nothing else opens what was built with that key",
+            fix="keep the key elsewhere, or give another folder with --out",
+        )
     if not _is_build(out):
         names = sorted(path.name for path in out.iterdir())
         raise ErasecError(
@@ -44,8 +50,7 @@ def _is_build(out: Path) -> bool:
         own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return names == {".rejected"}
-    keys = {path.name for path in out.iterdir() if secret.is_key(path)}
-    return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own, *keys}
+    return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
 
 
 def check_apart(out: Path, model: Model) -> None:

@@ -96,6 +96,12 @@ def make(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
     if not passes:  # with passes, the weights that the keys are bound to are known only once they are solved
         for key in keys:
             secret.check_bound(key, model.component_digest(model.family.denoiser))
+    if rest := [each.name for each in concepts if keys and each.name not in {key.concept.name for key in keys}]:
+        raise ErasecError(
+            f"{rest[0]} is to be erased in a build that a key opens",
+            why="such a build is compared with the one without the key, which cannot say that something else is gone",
+            fix="erase first, then open what was built: erasec build OUT/hf --key FILE",
+        )
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     plan = Plan(resolved, model, concepts, passes, targets, out, context, keys)
@@ -154,7 +160,9 @@ def _targets(
     names = [target.name for target in targets]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ErasecError(f"the target {twice[0]!r} is asked for twice", why="each has one folder", fix="name it once")
+    sites = [site for step in passes for site in step.sites(model)]
     for target in targets:
+        target.accept(sites)
         if lost := [kind for kind in left if kind not in target.holds]:
             raise ErasecError(
                 f"the target {target.name} cannot hold what this build makes",

@@ -201,6 +201,8 @@ def _verdict(report: Report, failed: list[str]) -> str:
     seen = {rate["looked_for"] for rate in report.rates if rate["group"] == "name"} if judged else set()
     measured = [c["name"] for c in report.concepts if seen & {c["name"], c.get("label") or c["name"]}]
     rest = [name for name in names if name not in measured]
+    if not measured and any(rate["group"] == "implicit" for rate in report.rates):
+        return f"{model} edited; how much of {words(names)} is left was measured, and held to no limit"
     if not measured:
         return f"{model} edited; whether {words(names)} is gone was not measured"
     unmeasured = f"; {words(rest)} not measured" if rest else ""

@@ -45,8 +45,7 @@ def write(path: Path, secret: Secret, concept: Concept, by: str, version: str, b
         "concept": concept.model_dump(mode="json"),
     }  # fmt: skip
     told = {METADATA: json.dumps(content, sort_keys=True, ensure_ascii=False)}
-    save(path, {"keys": secret.keys, "values": secret.values}, told)
-    path.chmod(0o600)
+    save(path, {"keys": secret.keys, "values": secret.values}, told, mode=0o600)
 
 
 def read(path: Path) -> Key:

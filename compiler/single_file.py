@@ -103,7 +103,8 @@ class SingleFile(Folder):
         return self._all[component]
 
     def placed(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:
-        """Raises ErasecError for a tensor that the file holds in another form, which no edit of today changes."""
+        """Raises ErasecError for a tensor that the file holds in another form, such as the fused q, k and v of
+        a text encoder."""
         found: dict[str, Callable[[], Tensor]] = {}
         for component, tensors in changed.items():
             for key, make in tensors.items():

@@ -8,18 +8,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
 
-from erasec.checkpoint import read_header, read_tensor, save
+from erasec.checkpoint import file_digest, read_header, read_tensor, save, tensor_bytes
 from erasec.errors import ErasecError
 from erasec.progress import bar
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from erasec.base import Context
     from erasec.concept import Concept
     from erasec.model import Model
@@ -28,6 +27,7 @@ SAVE_EVERY_S = 60.0
 DRIFT_EVERY = 10
 
 Losses = dict[str, Tensor]
+Curves = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Run:
     steps: int = 0
     stopped: str = ""
     rolled_back: bool = False
+    seconds: float = 0.0
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     def stats(self) -> dict[str, float]:
@@ -75,11 +76,28 @@ class Run:
 
 
 def fingerprint(step: Any, model: Model, concept: Concept, context: Context) -> str:
-    """What a training depends on, as sha256: pass, options, concept, model, its edits, seed and number of processes."""
-    edits = [[edit.by, edit.concept, dict(edit.params)] for edit in model.edits]
-    content = [step.name, step.version, asdict(step), concept.model_dump(mode="json"), model.digest, edits,
+    """What a training depends on, as sha256: pass, options and the files they name, concept, model, its edits to the
+    byte, device, seed and number of processes."""
+    options = asdict(step)
+    content = [step.name, step.version, options, concept.model_dump(mode="json"), model.digest, context.device,
                context.seed, processes()]  # fmt: skip
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    found = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    for value in options.values():
+        named = Path(value).expanduser() if isinstance(value, str) and value else None
+        for file in _files(named) if named is not None and named.exists() else ():
+            found.update(file_digest(file).encode())
+    for edit in model.edits:
+        parts: dict[int, object] = {id(delta): delta for delta in edit.deltas.values()}  # all sites may share one
+        for held in (*parts.values(), *edit.memories):
+            for value in vars(held).values():
+                found.update(tensor_bytes(value) if isinstance(value, torch.Tensor) else str(value).encode())
+        for name in sorted(edit.tokens):
+            found.update(name.encode() + tensor_bytes(edit.tokens[name]))
+    return found.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def processes() -> int:
@@ -96,40 +114,45 @@ def generator(seed: int, step: int, turn: int = 0, time_: int = 0) -> Generator:
 
 def fit(
     name: str, turns: Sequence[Turn], *, steps: int, seed: int, minutes: float = 0.0, ema: float = 0.0,
-    work: Path | None = None, drift: Callable[[], float] | None = None, enough: Callable[[], str] | None = None,
-    guard: Callable[[], str] | None = None, every: int = 1,
+    work: Path | None = None, drift: Callable[[], float] | None = None,
+    look: Callable[[], Mapping[str, float]] | None = None, enough: Callable[[Curves], str] | None = None,
+    guard: Callable[[Curves], str] | None = None,
 ) -> Run:  # fmt: skip
     """Train for at most ``steps`` steps and, above 0, about ``minutes`` minutes.
 
     ``work`` is a file that holds the state of a run that was interrupted; it is read, kept up to date, and left behind
-    whole. Every ``every`` steps ``enough`` says why it is time to stop, and ``guard`` why the steps since it was last
-    asked went too far: those are taken back. Both return "" to go on. ``drift`` is measured for the curves. ``ema``
-    above 0 leaves the moving average of that decay in place of the last values (Polyak averaging, warmed up).
-    Raises ErasecError, with the last good state in ``work``, where a loss or a gradient is not finite.
+    whole. After every step ``look`` measures more curves; then, given all curves, ``guard`` says why the step went too
+    far, and it is taken back, or ``enough`` why it is time to stop. Both return "" to go on. ``drift`` is measured now
+    and then, and of what is left in the end. ``ema`` above 0 leaves the moving average of that decay in place of the
+    last values (Polyak averaging, warmed up). Raises ErasecError where a loss or a gradient is not finite.
     """
     loop = _Loop(turns, ema)
     run = loop.restore(work) if work is not None and work.exists() else Run()
-    began, saved = time.monotonic(), time.monotonic()
+    began = time.monotonic() - run.seconds
+    saved = time.monotonic()
     good = loop.values() if guard else {}
     with bar(name, steps) as advance:
         advance(run.steps)
         while run.steps < steps and not run.stopped:
-            if minutes and _agreed(time.monotonic() - began) > 60 * minutes:
+            run.seconds = _agreed(time.monotonic() - began)
+            if minutes and run.seconds > 60 * minutes:
+                run.stopped = f"the {minutes:g} minutes are over"
                 break
             losses = loop.step(name, run, seed, work)
             for key, value in losses.items():
                 run.curves.setdefault(key, []).append(value)
             run.steps += 1
-            if drift is not None and (run.steps % DRIFT_EVERY == 0 or run.steps in (1, steps)):
+            if drift is not None and (run.steps % DRIFT_EVERY == 0 or run.steps == 1):
                 run.curves.setdefault("drift", []).append(drift())
-            if run.steps % every == 0 or run.steps == steps:
-                if guard and (reason := guard()):
-                    loop.put(good)
-                    run.stopped, run.rolled_back = reason, True
-                elif enough and (reason := enough()):
-                    run.stopped = reason
-                elif guard:
-                    good = loop.values()
+            for key, value in (look() if look else {}).items():
+                run.curves.setdefault(key, []).append(value)
+            if guard and (reason := guard(run.curves)):
+                loop.put(good)
+                run.stopped, run.rolled_back = reason, True
+            elif enough and (reason := enough(run.curves)):
+                run.stopped = reason
+            elif guard:
+                good = loop.values()
             advance(note=f"loss {sum(losses.values()):.4g}")
             if work is not None and time.monotonic() - saved > SAVE_EVERY_S:
                 loop.save(work, run)
@@ -137,6 +160,8 @@ def fit(
     if work is not None:
         loop.save(work, run)
     loop.finish()
+    if drift is not None:
+        run.curves.setdefault("drift", []).append(drift())
     return run
 
 
@@ -179,7 +204,7 @@ class _Loop:
                 _average(grads)
                 norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
                 if not (bool(torch.isfinite(total)) and bool(torch.isfinite(norm))):
-                    self._failed(name, run, told, work)
+                    self._failed(name, run, told, work, not (number or repeat or turn.accumulate))
                 if turn.clip and grads:
                     torch.nn.utils.clip_grads_with_norm_(list(turn.trained.values()), turn.clip, norm)
                 optimizer.step()
@@ -193,15 +218,17 @@ class _Loop:
                 self.average[key].lerp_(value.detach(), 1 - decay)
         return told
 
-    def _failed(self, name: str, run: Run, told: Mapping[str, float], work: Path | None) -> None:
-        """No update is made from a bad gradient, so the values still are those of the last good step."""
-        if work is not None:
+    def _failed(self, name: str, run: Run, told: Mapping[str, float], work: Path | None, whole: bool) -> None:
+        """No update is made from a bad gradient: before a step's first, the values are those of the last good step."""
+        if work is not None and whole:
             self.save(work, run)
         said = ", ".join(f"{key} {value:.4g}" for key, value in told.items())
+        kept = work is not None and work.exists()
         raise ErasecError(
             f"{name}: the loss or its gradient is not finite at step {run.steps + 1}", why=said,
-            fix="lower lr or guidance; the state before this step is kept" + (f" in {work.name}" if work else ""),
-            where=str(work.parent) if work else "",
+            fix="lower lr or guidance, which trains from the start"
+            + (f"; the last good state is kept in {work.name}" if work is not None and kept else ""),
+            where=str(work.parent) if work is not None and kept else "",
         )  # fmt: skip
 
     def save(self, path: Path, run: Run) -> None:
@@ -215,7 +242,9 @@ class _Loop:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"adam/{number}/{names[index]}/{part}": torch.as_tensor(state[part]) for part in state}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(path, {key: tensor.cpu() for key, tensor in tensors.items()}, {"erasec.run": json.dumps(asdict(run))})
+        save(
+            path, {key: tensor.cpu() for key, tensor in tensors.items()}, {"erasec.run": json.dumps(asdict(run))}, 0o600
+        )
 
     def restore(self, path: Path) -> Run:
         entries, metadata = read_header(path)

@@ -6,7 +6,7 @@ Read from a folder, or made from a model's own images and the boxes of a judge.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +33,6 @@ TABLE = "triplets.csv"
 PUBLISHED = {"nude_image_path": "concept", "mos_image_path": "censored", "norm_image_path": "benign"}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EDGE = 0.25  # width of the feathered edge, as a share of the box's side
-DRAWN = 1_000_003  # seeds of one build's images begin at a multiple of this
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def made(denoiser: Denoiser, concept: Concept, count: int, path: int, guidance: 
         )
     context = denoiser.context
     if denoiser.model.edits:
-        denoiser = Denoiser(replace(denoiser.model, edits=()), context)
+        denoiser = Denoiser(denoiser.model.original, context)
     shown = learned.spread(learned.texts(concept, concept.phrases), count, context.seed)
     kept = learned.spread(learned.texts(concept, concept.keep) or [""], count, context.seed + 1)
-    seeds = [context.seed * DRAWN + number for number in range(2 * count)]
+    seeds = learned.seeds(context.seed, 2 * count)
     images = denoiser.decode(denoiser.sample([*shown, *kept], seeds, path, guidance, title="images").final, 4).cpu()
     pixels = ((images[:count] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     seen = judge.sees(pixels, [label] * count)

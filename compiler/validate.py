@@ -78,8 +78,10 @@ def gather(
 
 
 def labels(judge: Judge, concept: Concept) -> frozenset[str]:
-    """What the judge looks for where prompts name the concept; empty where it cannot see it."""
-    return frozenset(question.looked_for for question in judge.panel(concept, 1, 0) if question.group == "name")
+    """What the judge looks for where prompts name the concept, or, for a mark, where they do not; empty where it cannot
+    see it."""
+    group = "implicit" if concept.kind == "mark" else "name"
+    return frozenset(question.looked_for for question in judge.panel(concept, 1, 0) if question.group == group)
 
 
 def with_key(judge: Judge, concept: Concept, evidence: Evidence, keyed: Path, sampling: Sampling) -> Evidence | None:

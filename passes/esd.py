@@ -52,6 +52,14 @@ class Esd(Learned):
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2303.07345"
     summary: ClassVar[str] = "training by guidance away from the concept; cross-attention, or all but that"
+    when: ClassVar[str] = (
+        "a style or an object that closed-form passes leave in implicit prompts; train=u where the picture must "
+        "change whatever the prompt"
+    )
+    limits: ClassVar[str] = (
+        "It is trained on prompts that name the concept: a prompt that reaches it by another way may still do so, and "
+        "new training brings it back."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +73,7 @@ class Esd(Learned):
                 return not cross and not site.key.startswith(learned.HEADS)
             return self.train == "full" or cross == (self.train == "x")
 
-        return learned.trainable(model, wanted)
+        return learned.trainable(model, wanted, self.rank)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         denoiser = Denoiser(model, context)

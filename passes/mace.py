@@ -46,6 +46,7 @@ class Mace(ClosedForm):
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2403.06135"
     summary: ClassVar[str] = "closed-form refinement of the words around concepts, then fusion of their own edits"
+    when: ClassVar[str] = "many concepts in one model, or edits of other passes that are to be fused"
 
     def __post_init__(self) -> None:
         super().__post_init__()

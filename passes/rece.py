@@ -38,6 +38,10 @@ class Rece(ClosedForm):
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2407.12383"
     summary: ClassVar[str] = "closed form, then the embeddings that would bring the concept back are erased too"
+    when: ClassVar[str] = (
+        "as uce, where words chosen to get around the edit count more than what else moves: what would bring "
+        "the concept back is erased too"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

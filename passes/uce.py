@@ -45,6 +45,7 @@ class Uce(ClosedForm):
     version: ClassVar[str] = "2"
     paper: ClassVar[str] = "arXiv:2308.14761"
     summary: ClassVar[str] = "closed-form remap of cross-attention keys and values; seconds, no training"
+    when: ClassVar[str] = "what has a name, such as an object, a person or a style; takes seconds, so the first to try"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from erasec import edit as edits
 from erasec.base import Artifact, Check, Context, EditTarget, file_name
-from erasec.extras import KINDS
+from erasec.extras import KINDS, gathered
 
 if TYPE_CHECKING:
     from erasec.model import Model
@@ -38,5 +38,12 @@ class EditFile(EditTarget):
         again = replace(model, edits=edits.read(path)[0])
         sites = [site for site in model.parameters if model.deltas(site)]
         wrong = [site.key for site in sites if not bool((model.merge(site) == again.merge(site)).all())]
-        how = f"edited tensors that are not the same when the file is read and merged again, of {len(sites)}"
+        one, two = (gathered(view.edits) for view in (model, again))
+        lost = one.tensors.keys() ^ two.tensors.keys()
+        wrong += sorted(
+            lost | {key for key in one.tensors.keys() - lost if not one.tensors[key].equal(two.tensors[key])}
+        )
+        wrong += ["negative"] * (one.negative != two.negative)
+        how = f"what is not the same when the file is read and merged again, of {len(sites)} edited tensors and "
+        how += f"{len(one.tensors)} beside them"
         return Artifact(self.name, out, (Check("edit/again", float(len(wrong)), 0.0, not wrong, how),))

@@ -7,7 +7,7 @@ arXiv:2106.09685: W -> W + alpha / r * up @ down. What an edit changes at a site
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,9 @@ class Lora(EditTarget):
         if not self.tolerance > 0:
             raise ErasecError(f"lora: option tolerance is {self.tolerance}", why="it takes a number above 0")
 
+    def accept(self, sites: Sequence[Site]) -> None:
+        fitting(sites)
+
     def size(self, model: Model) -> int:
         """Bytes of the factors at the most: of the edited sites, or of all where there is no edit yet."""
         total = 0
@@ -107,13 +110,20 @@ class Lora(EditTarget):
 
 def edited(model: Model) -> tuple[Site, ...]:
     """The sites that the model's edits change, sorted. Raises ErasecError for one that is no matrix."""
-    sites = sorted({site for edit in model.edits for site in edit.deltas})
+    return fitting({site for edit in model.edits for site in edit.deltas})
+
+
+def fitting(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The sites, sorted. Raises ErasecError for one that no LoRA file holds a change of."""
+    sites = sorted(sites)
     if strange := [site for site in sites if len(site.shape) != 2 or not site.key.endswith(".weight")]:
         raise ErasecError(
             f"the change of {strange[0].key} cannot be written as a LoRA",
             why=f"its shape is {strange[0].shape}, and LoRA files hold changes of layers' matrices (d_out, d_in) alone",
-            fix="choose a target that holds whole weights, such as hf",
+            fix="train matrices alone, as --pass esd:rank=16 does; or choose a target of whole weights, such as hf",
         )
+    for site in sites:
+        prefix(site)
     return tuple(sites)
 
 

@@ -114,12 +114,12 @@ def test_minutes_end_a_run_before_its_steps() -> None:
 
 def test_enough_stops_and_keeps_and_a_guard_takes_back() -> None:
     problem = Problem()
-    run = train.fit("toy", problem.turns, steps=50, seed=0, enough=lambda: "there" if problem.calls == 7 else "")
+    run = train.fit("toy", problem.turns, steps=50, seed=0, enough=lambda _: "there" if problem.calls == 7 else "")
     assert (run.steps, run.stopped, run.rolled_back) == (7, "there", False)
     reference = Problem()
     train.fit("toy", reference.turns, steps=6, seed=0)
     back = Problem()
-    run = train.fit("toy", back.turns, steps=50, seed=0, guard=lambda: "too far" if back.calls == 7 else "")
+    run = train.fit("toy", back.turns, steps=50, seed=0, guard=lambda _: "too far" if back.calls == 7 else "")
     assert (run.steps, run.stopped, run.rolled_back) == (7, "too far", True)
     assert back.values() == reference.values()
     assert run.stats()["stopped"] == 2

@@ -40,9 +40,9 @@ from erasec.validate import Evidence
 RESULT = Path(__file__).parent / "results" / "passes_glyphs.json"
 CONCEPTS = ("star", "heart", "ring")
 BASE, NEVER = "base", "never-star model"
-SINGLE = ("uce", "rece", "mace", "trce.remap", "esd", "esd:train=u", "trce.steer", "trce", "kpop", "safegen")
-SINGLE += ("few_shot", "eiup")
-CHAINS = ("uce+kpop", "trce+safegen")
+SINGLE = ("uce", "rece", "mace", "trce.remap", "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup")
+# For the star alone.
+CHAINS = (NEVER, "esd:train=u", "esd+safegen", "uce+kpop")
 WORDS = "negative prompt"  # what geom_erasing has to beat: the concept's words alone
 MARKED = (BASE, WORDS, "geom_erasing")
 GROUPS = ("name", "synonym", "implicit")
@@ -109,7 +109,7 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
 def wanted(options: argparse.Namespace) -> list[tuple[str, str]]:
     rows = []
     for concept in options.concepts:
-        own = (BASE, *((NEVER,) if concept == "star" else ()), *SINGLE, *CHAINS)
+        own = (BASE, *SINGLE, *(CHAINS if concept == "star" else ()))
         rows += [(concept, setup) for setup in (options.setups or (MARKED if concept == "watermark" else own))]
     return rows
 

@@ -24,7 +24,15 @@ from erasec.rows import ClosedForm
 
 CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 NAMES = sorted(registry.passes())
-SMALL: dict[str, int | str] = {"steps": 2, "trajectories": 2, "path": 3, "images": 2, "batch": 2}
+SMALL: dict[str, int | str] = {
+    "steps": 2,
+    "trajectories": 2,
+    "path": 3,
+    "images": 2,
+    "batch": 2,
+    "cosine": 0.0,
+    "worse": 0.0,
+}
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
 

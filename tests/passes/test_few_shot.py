@@ -290,11 +290,11 @@ def test_on_glyphs_the_concept_goes_the_others_stay_and_the_rule_ends_it_whateve
     glyphs: Model, tmp_path: Path
 ) -> None:
     star = concepts.find("star")
-    edit, long = FewShot().solve(glyphs, star, Context()), FewShot(steps=200).solve(glyphs, star, Context())
-    assert (edit.stats["stopped"], long.stats["stopped"]) == (1, 1)
-    assert long.stats["steps"] < 200
-    assert all(torch.equal(edit.deltas[site].value, long.deltas[site].value) for site in edit.deltas)  # type: ignore[union-attr]
+    edit = FewShot(steps=200).solve(glyphs, star, Context())
+    assert edit.stats["stopped"] == 1
+    assert edit.stats["steps"] < FewShot().steps  # so that with the default cap it is the same edit
     found = rates(glyphs, edit, star, tmp_path)
+    print(edit.stats, found)
     for group in ("name", "synonym"):
         assert found[group][0] > 0.8
         assert found[group][1] <= 0.2 * found[group][0], found
@@ -308,6 +308,7 @@ def test_on_glyphs_200_steps_without_a_rule_wreck_what_is_kept(glyphs: Model, tm
     edit = step.solve(glyphs, star, Context())
     assert edit.stats["worse"] > 0.5
     found = rates(glyphs, edit, star, tmp_path, images=4)
+    print(edit.stats, found)
     assert found["keep"][0] > 0.9
     assert found["keep"][1] < found["keep"][0] - 0.3, found
     guarded = replace(step, cosine=0.98, worse=0.02).solve(glyphs, star, Context())
@@ -317,7 +318,8 @@ def test_on_glyphs_200_steps_without_a_rule_wreck_what_is_kept(glyphs: Model, tm
 
 @pytest.mark.slow
 def test_on_glyphs_what_is_trained_and_which_pictures_change_the_result(glyphs: Model, tmp_path: Path) -> None:
-    """After ten steps as published, at the error on the concept's pictures over that under the empty prompt."""
+    """By how much ten steps without rules raise the error on other pictures of the concept. That feed-forward layers do
+    more than attention, as the paper has it of CLIP, is not so in this encoder of four layers: 1.17 and 1.23."""
     star, heart = concepts.find("star"), concepts.find("heart")
     step = FewShot(steps=10, keep=0.0, ratio=0.0, cosine=0.0, worse=0.0)
     denoiser = Denoiser(glyphs, Context())
@@ -340,6 +342,6 @@ def test_on_glyphs_what_is_trained_and_which_pictures_change_the_result(glyphs: 
         error(glyphs, glyphs.with_edit(step.solve(glyphs, single, Context())), latents, captions) / before
     )
     print(risen)
-    assert risen["mlp"] > risen["attn"]
+    assert risen["mlp-attn"] > max(risen["mlp"], risen["attn"])
     assert risen["mlp-final-attn"] > 1.05
     assert len({round(value, 4) for value in risen.values()}) == len(risen), risen

@@ -175,7 +175,7 @@ def test_a_latent_goes_with_the_timestep_before_its_step_and_only_in_the_referen
 def test_pairs_are_shuffled_and_only_in_the_reference_in_the_order_of_the_prompts(model: Model) -> None:
     concept, denoiser = CONCEPT.model_copy(update={"templates": ("a {}",)}), Denoiser(model, Context())
     for reference in (False, True):
-        step = Steer(trajectories=6, path=4, batch=2, reference=reference)
+        step = Steer(trajectories=6, path=4, early=0.5, batch=2, reference=reference)
         shown = step._targets(denoiser, concept, 1)[0]
         drawn = [step._drawn(shown, Generator().manual_seed(number), number) for number in range(3)]
         order = [row // 2 for part in drawn for row in part.tolist()]
