@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from erasec.checkpoint import Entry
     from erasec.concept import Concept
     from erasec.edit import Memory
-    from erasec.extras import Extras
     from erasec.model import Model
 
 RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
@@ -39,11 +38,11 @@ Weights = dict[str, Tensor]
 
 def absorbed(
     memories: Sequence[Memory], concepts: Sequence[Concept], model: Model, entries: Mapping[str, Entry],
-    carried: Extras, context: Context, limit: float,
+    context: Context, limit: float,
 ) -> tuple[dict[str, Callable[[], Tensor]], Check]:  # fmt: skip
     """New tensors of the denoiser by key, in their own dtypes, and how far they are from what ``memories`` do.
 
-    ``entries`` are the public denoiser's, ``model`` is what it was merged from, ``carried`` what it carries already.
+    ``entries`` are the public denoiser's, ``model`` is what it was merged from.
     Calibrated on the concepts' phrases to erase and to keep, and the empty prompt.
     """
     denoiser = Denoiser(model, context)
@@ -55,7 +54,7 @@ def absorbed(
     found = solved(states, rows, {name: weight.double() for name, weight in before.items()})
     stored = {name: weight.to(before[name].dtype) for name, weight in found.items()}
     prompts = ["", *_few(erase), *_few(keep)]
-    value = residual(denoiser, prompts, memories, stored, carried, context.seed)
+    value = residual(denoiser, prompts, memories, stored, context.seed)
     how = (
         "error of the attentions' outputs relative to what the key changes there: 0 is the key itself, 1 is no key; "
         f"{len(rows)} attentions, {len(prompts)} prompts at {len(TIMES)} timesteps, calibrated on {len(states)} prompts"
@@ -101,7 +100,7 @@ def solved(states: Tensor, rows: Mapping[str, tuple[Tensor, Tensor]], weights: M
 
 @torch.no_grad()
 def residual(
-    denoiser: Denoiser, prompts: Sequence[str], memories: Sequence[Memory], weights: Weights, carried: Extras, seed: int
+    denoiser: Denoiser, prompts: Sequence[str], memories: Sequence[Memory], weights: Weights, seed: int
 ) -> float:
     """Frobenius error of what the attentions put out with ``weights`` against ``memories``, over that without either.
 

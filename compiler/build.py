@@ -209,7 +209,7 @@ def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, carried: Ex
         extras.write(built.root, replace(carried, memories=(*carried.memories, *memories)))
         return ()
     concepts = [key.concept for key in plan.keys]
-    changed, check = absorb.absorbed(memories, concepts, model, entries, carried, plan.context, limit)
+    changed, check = absorb.absorbed(memories, concepts, model, entries, plan.context, limit)
     public.write(built.root, {denoiser: changed}, link=True)
     extras.write(built.root, carried)
     return (check,)

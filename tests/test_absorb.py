@@ -12,7 +12,6 @@ from erasec.base import Context
 from erasec.denoiser import Denoiser
 from erasec.edit import Secret
 from erasec.errors import ErasecError
-from erasec.extras import Extras
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
 K, V = f"{MID}.to_k.weight", f"{MID}.to_v.weight"
@@ -75,7 +74,7 @@ def test_the_residual_of_the_weights_as_they_were_is_one_and_is_worse_for_a_wron
     entries = base.entries("unet")
     star = concept.find("star")
     memories = secret.folded(Secret("star", drawn(4, 128), drawn(4, 128, seed=1), (MID,)), entries)
-    changed, check = absorb.absorbed(memories, [star], base, entries, Extras(), Context(), 10.0)
+    changed, check = absorb.absorbed(memories, [star], base, entries, Context(), 10.0)
     made = {name: make() for name, make in changed.items()}
     assert set(made) == {K, V} and made[K].dtype == torch.float16
     assert check.name == "absorbed/residual" and check.passed and "1 is no key" in check.how
@@ -83,7 +82,7 @@ def test_the_residual_of_the_weights_as_they_were_is_one_and_is_worse_for_a_wron
     own = {name: denoiser.unet.get_parameter(name).detach().clone() for name in made}
 
     def residual(weights: dict[str, torch.Tensor]) -> float:
-        return absorb.residual(Denoiser(base, Context()), ["", "a star"], memories, weights, Extras(), 0)
+        return absorb.residual(Denoiser(base, Context()), ["", "a star"], memories, weights, 0)
 
     assert residual(own) == pytest.approx(1.0, abs=1e-6)
     assert residual({name: -20 * weight for name, weight in own.items()}) > 1.5

@@ -4,9 +4,9 @@
     ... --device cuda                                      steps a second in bfloat16, beside a plain loop of two UNets
 
 Batch 1, latents 64 x 64, everything else at the pass's defaults but the numbers of pictures and trajectories, on which
-memory does not depend. Each pass has its own process; peak memory is its largest resident size, libraries included, and
-on a GPU torch's largest allocation. The plain loop is ESD's as published: a frozen and a trained UNet, both whole and in
-float32, the cross-attention trained. On a CPU it is left out unless --plain asks for it.
+memory hardly depends. Each pass has its own process; peak memory is its largest resident size, libraries included, and
+on a GPU torch's largest allocation. The plain loop is ESD's as published: a frozen and a trained UNet, both whole and
+in float32, the cross-attention trained. On a CPU it is left out unless --plain asks for it.
 """
 
 from __future__ import annotations
