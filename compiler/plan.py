@@ -5,8 +5,6 @@ A plan writes nothing. (A model that is only on the hub is fetched into the hub'
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from erasec import concept as concepts_
-from erasec import doctor, extras, registry, secret
+from erasec import doctor, estimates, extras, registry, secret
 from erasec import model as models
 from erasec.base import Context, EditTarget, Pass, Target, file_name, with_options
 from erasec.concept import Concept
@@ -233,11 +231,6 @@ def _options(step: Pass) -> dict[str, Any]:
     return options
 
 
-def _weights(model: Model, component: str) -> int:
-    """How many numbers a component's weights are."""
-    return sum(math.prod(entry.shape) for entry in model.source.entries(component).values())
-
-
 def _written(plan: Plan) -> dict[str, int]:
     """Bytes by target, as each estimates them."""
     return {target.name: target.size(plan.model) for target in plan.targets}
@@ -298,46 +291,13 @@ def describe(plan: Plan) -> dict[str, Any]:
             "free": _free(plan.out),
             "how": "estimate of each target; all weights in float32 where it knows no better",
         },
-        "memory": _memory(plan),
-        "time": _time(plan.out),
+        "memory": estimates.memory(model, plan.passes, judge_of(model) is not None, len(plan.targets) > 1),
+        "time": estimates.time(plan.out),
         "device": plan.context.device,
         "seed": plan.context.seed,
         "tools": {name: doctor.version(name) or "missing" for name in (*doctor.CORE, *doctor.OPTIONAL)},
         "notes": notes(plan),
     }
-
-
-def _memory(plan: Plan) -> dict[str, Any]:
-    """Weights held at the same time in the hungriest step; from tensor sizes alone."""
-    model = plan.model
-    counts = {component: _weights(model, component) for component in model.family.components}
-    text = 4 * sum(counts[component] for component in model.family.text_encoders)
-    widths = [sites[0].shape[1] for sites in model.streams.values()]
-    edited = {site for step in plan.passes for site in step.sites(model)}
-    steps = {
-        "solve": text + 8 * sum(MAPS * width**2 for width in widths),
-        "merge": 8 * max((math.prod(site.shape) for site in edited), default=0),
-    }
-    if judge_of(model) is not None:
-        steps["pictures"] = 4 * sum(counts.values())
-    if len(plan.targets) > 1:
-        steps["export"] = 2 * 4 * max(counts.values())
-    return {
-        "bytes": max(steps.values()),
-        "steps": steps,
-        "how": "lower estimate: weights alone (text encoders and pictures in float32; in float64 five square maps of "
-        "each stream of text states, and one merged tensor; an exported component twice); activations and the "
-        "libraries come on top",
-    }
-
-
-def _time(out: Path) -> dict[str, Any]:
-    """Seconds are told only where they were measured: by an earlier build in the same place."""
-    try:
-        seconds = json.loads((out / "report.json").read_text(encoding="utf-8"))["seconds"]
-        return {"seconds": float(sum(seconds.values())), "how": f"measured: the earlier build in {out} took this long"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {"seconds": None, "how": "not known: nothing was built here before"}
 
 
 def notes(plan: Plan) -> list[str]:

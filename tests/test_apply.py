@@ -271,6 +271,41 @@ def test_the_targets_check_notices_a_file_that_makes_another(
     assert (check.value, check.passed) == (14.0, False)
 
 
+@pytest.mark.parametrize(
+    ("lost", "count"),
+    [
+        ({"memories": ()}, 2.0), ({"tokens": {}}, 1.0), ({"negative": ""}, 1.0), ({"negative": "a ring"}, 1.0),
+        ({"tokens": {"<a>": torch.zeros(128)}}, 1.0), ({}, 0.0),
+    ],
+)  # fmt: skip
+def test_the_targets_check_notices_what_is_lost_beside_weights(
+    base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: dict[str, object], count: float
+) -> None:
+    memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", *torch.ones(2, 3, 192), mode="side")
+    uce = Uce().solve(base, STAR, Context())
+    model = base.with_edit(replace(uce, memories=(memory,), tokens={"<a>": torch.ones(128)}, negative="a star"))
+    read = edits.read
+
+    def losing(path: Path) -> tuple[tuple[Edit, ...], dict[str, object]]:
+        found, about = read(path)
+        return tuple(replace(edit, **lost) for edit in found), about  # type: ignore[arg-type]
+
+    monkeypatch.setattr("erasec.edit.read", losing)
+    check = EditFile().export(model, tmp_path, Context()).checks[0]
+    assert (check.name, check.value, check.passed) == ("edit/again", count, count == 0)
+    assert "14 edited tensors and 3 beside them" in check.how
+
+
+def test_the_targets_check_notices_another_strength_of_a_memory(
+    base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", *torch.ones(2, 3, 192), mode="side")
+    model = base.with_edit(Edit({}, "hand", "star", memories=(memory,)))
+    other = base.with_edit(Edit({}, "hand", "star", memories=(replace(memory, weight=-1.0),)))
+    monkeypatch.setattr("erasec.edit.read", lambda path: (other.edits, {}))
+    assert not EditFile().export(model, tmp_path, Context()).checks[0].passed
+
+
 def test_unedited_copies_are_named_and_stop_an_edit_in_place(base: Model, star: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(base.source.root, tmp_path / "copy")
     copies = ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", f"{UNET.with_suffix('.fp16.safetensors')}")

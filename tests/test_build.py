@@ -255,13 +255,17 @@ def test_a_secret_becomes_a_key_beside_the_public_folder(hidden: tuple[Path, Rep
     assert not [name for name, text in contents(out).items() if data[:64] in text and name != "star.key"]
 
 
-def test_a_build_over_a_build_with_a_key_is_one(hidden: tuple[Path, Report], random_folder: Path) -> None:
-    out, _ = hidden
+def test_a_build_over_a_build_with_a_key_is_refused(
+    hidden: tuple[Path, Report], random_folder: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(hidden[0], tmp_path / "out"))
+    with pytest.raises(ErasecError, match=r"out holds star\.key"):
+        plan.make(Recipe(model=str(random_folder), erase=("star",)), out, pin=False)
+    (out / "star.key").unlink()
     assert plan.make(Recipe(model=str(random_folder), erase=("star",)), out, pin=False).out == out
     (out / "server.key").write_text("somebody's own")
     with pytest.raises(ErasecError, match="is not empty"):
         plan.make(Recipe(model=str(random_folder), erase=("star",)), out, pin=False)
-    (out / "server.key").unlink()
 
 
 def test_a_keyed_build_is_the_public_model_with_the_memory(
@@ -290,7 +294,8 @@ def test_a_keyed_build_is_the_public_model_with_the_memory(
 def test_a_key_opens_no_other_weights(hidden: tuple[Path, Report], random_folder: Path, tmp_path: Path) -> None:
     out, _ = hidden
     keys = (str(out / "star.key"),)
-    for asked in ({"erase": ()}, {"erase": ("heart",)}):  # told by the plan, and once the weights are solved
+    other = {"pass": (PassUse(name="uce", options={"ridge": 1.0}),)}
+    for asked in ({"erase": ()}, other):  # told by the plan, and once the weights are solved
         with pytest.raises(ErasecError, match="is of another model"):
             make(tmp_path / "out", model=str(random_folder), keys=keys, **asked)
     assert os.listdir(tmp_path) == []

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from erasec import layouts, model
+from erasec import checkpoint, layouts, model
 from erasec.base import Context
+from erasec.configs import OLD_VAE
 from erasec.denoiser import Denoiser, Student
-from erasec.edit import Dense, Edit, LowRank
+from erasec.edit import Dense, Edit, LowRank, Memory
 from erasec.errors import ErasecError
 from erasec.model import Model
 
@@ -94,6 +97,55 @@ def test_images_come_back_from_their_latents_as_the_vae_has_them(base: Model, de
     latents = denoiser.encode(images, batch=2)
     assert torch.allclose(latents, mean * own.config.scaling_factor, atol=1e-5)
     assert torch.allclose(denoiser.decode(latents, batch=2), picture, atol=1e-3)
+
+
+def renamed(base: Model, folder: Path, names: dict[str, str]) -> Model:
+    """A copy whose VAE has other names for the parts of its attentions."""
+    shutil.copytree(base.source.root, folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(file)[0].items()}
+    told = {}
+    for key, tensor in tensors.items():
+        for old, new in names.items():
+            key = key.replace(f".{new}.", f".{old}.") if "attentions" in key else key
+        told[key] = tensor
+    assert len(told.keys() - tensors.keys()) == 16  # two attentions of four parts with weight and bias
+    checkpoint.save(file, told)
+    return model.load(str(folder))
+
+
+def test_a_vae_of_an_early_diffusers_is_the_present_one(base: Model, denoiser: Denoiser, tmp_path: Path) -> None:
+    old = Denoiser(renamed(base, tmp_path / "old", OLD_VAE), Context())
+    assert any(key.endswith(".proj_attn.weight") for key in old.model.entries("vae"))
+    found, wanted = old.vae.state_dict(), denoiser.vae.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    strange = renamed(base, tmp_path / "strange", {f"my_{new.split('.')[0]}": new for new in OLD_VAE.values()})
+    with pytest.raises(ErasecError, match=r"vae has no tensor \S+attentions\.0\.to_") as caught:
+        _ = Denoiser(strange, Context()).vae
+    assert caught.value.why.startswith("16 of ")
+
+
+@pytest.mark.parametrize("mode", ["side", "joint"])
+def test_it_runs_with_the_memories_of_earlier_edits(base: Model, denoiser: Denoiser, mode: str) -> None:
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    rows = torch.randn(2, 4, 192, generator=torch.Generator().manual_seed(0))
+    edited = base.with_edit(Edit({}, "hand", "star", memories=(Memory(attention, *rows, mode=mode),)))  # type: ignore[arg-type]
+    assert float((ask(Denoiser(edited, Context())) - ask(denoiser)).abs().max()) > 1e-3
+    assert torch.equal(ask(Denoiser(edited.original, Context())), ask(denoiser))
+
+
+@pytest.mark.parametrize("kind", ["sample", "v_prediction"])
+def test_a_model_that_predicts_the_picture_is_refused(base: Model, tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(base.source.root, tmp_path / "model"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": kind}))
+    denoiser = Denoiser(model.load(str(folder)), Context())
+    if kind == "v_prediction":
+        assert denoiser.unet is not None and denoiser.v_prediction
+        return
+    with pytest.raises(ErasecError, match="a model that predicts 'sample' cannot be trained"):
+        _ = denoiser.unet
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -70,3 +70,13 @@ def test_sdxl_is_solved_and_edited(tmp_path: Path) -> None:
     assert run("apply", next((tmp_path / "out" / "edit").iterdir()), tmp_path / "sdxl", "--in-place") < 900e6
     unet = Path("unet/diffusion_pytorch_model.safetensors")
     assert file_digest(tmp_path / "sdxl" / unet) == file_digest(tmp_path / "out" / "hf" / unet)
+
+
+@pytest.mark.parametrize("name", ["esd", "kpop", "safegen", "trce.steer", "few_shot", "geom_erasing"])
+def test_two_steps_of_a_learned_pass_stay_below_14_gb(root: Path, tmp_path: Path, name: str) -> None:
+    """Float32 on the CPU, batch 1, latents 64 x 64: what tests/benchmarks/passes_scale.py measures, again."""
+    script, out = root / "tests/benchmarks/passes_scale.py", tmp_path / "found.json"
+    subprocess.run([sys.executable, str(script), "--passes", name, "--out", str(out)], check=True)
+    row = json.loads(out.read_text())["rows"][name]
+    assert row["stats"]["steps"] == 2
+    assert 4 < row["peak_gb"] <= 14  # the UNet alone has 3.4 GB

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasec import learned, model
+from erasec import concept, learned, model
 from erasec.base import Context
 from erasec.denoiser import Denoiser, Student
 from erasec.errors import ErasecError
+from erasec.glyphs.judging import GlyphJudge
 from erasec.model import Model
 from erasec.passes.esd import Esd
 
@@ -52,6 +53,17 @@ def test_the_keeping_loss_is_nothing_until_something_moves(base: Model) -> None:
         for value in student.trained.values():
             value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
         assert float(loss(torch.Generator().manual_seed(0))) > 1e-6
+
+
+def test_training_looks_at_no_noise_that_a_judge_looks_at() -> None:
+    builds = range(4)
+    asked = {each.seed for seed in builds for each in GlyphJudge().panel(concept.find("star"), 1000, seed)}
+    assert len(asked) > 4 * 1000
+    used = [learned.seeds(seed, 1000) for seed in builds]
+    assert all(len(set(seeds)) == 1000 for seeds in used)
+    assert not asked & {seed for seeds in used for seed in seeds}
+    assert not set(used[0]) & set(used[1])
+    assert asked & set(range(1000))  # the control: what a build's own seed begins with
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
-from erasec import checkpoint, model
+from erasec import checkpoint, extras, model
 from erasec.edit import Dense, Edit, LowRank, merge
 from erasec.errors import ErasecError
 from erasec.family import detect
+from erasec.folder import CARRIED
 
 
 def test_a_folder_is_found_by_shapes(random_folder: Path) -> None:
@@ -108,6 +110,28 @@ def test_a_hub_model_without_network_says_how_to_give_a_folder(
         model.load(name)
     assert "diffusers folder" in caught.value.fix
     assert "hf download" in caught.value.fix
+
+
+def test_what_a_checkpoint_carries_comes_from_the_hub_with_it(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shared = Path(shutil.copytree(random_folder, tmp_path / "shared"))
+    extras.write(shared, extras.Extras(negative="a star"))
+    (shared / "thesis.pdf").write_text("not of the model")
+
+    def fetched(repository: str, *, allow_patterns: list[str], ignore_patterns: list[str], **more: object) -> str:
+        names = [path.relative_to(shared).as_posix() for path in shared.rglob("*") if path.is_file()]
+        wanted = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for name in wanted:
+            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(shared / name, tmp_path / "cache" / name)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    found = model.load("someone/some-model")
+    assert extras.read(found.source.root).negative == "a star"
+    assert found.digest == model.load(str(shared)).digest
+    assert (found.source.root / CARRIED).is_file() and not (found.source.root / "thesis.pdf").exists()
 
 
 def test_an_unknown_layout_stops() -> None:

@@ -78,9 +78,16 @@ def test_memory_is_that_of_the_maps_and_pictures_count_where_they_are_made(here:
     assert set(told[0]) == {"solve", "merge"}
     assert set(told[1]) == {"solve", "merge", "pictures"}
     made = plan.make(recipe(random_folder), pin=False)
-    text = 4 * plan._weights(made.model, "text_encoder")
+    counts = {
+        name: sum(math.prod(entry.shape) for entry in made.model.entries(name).values())
+        for name in ("text_encoder", "unet")
+    }
+    text = 4 * counts["text_encoder"]
     assert told[0]["solve"] == text + 5 * 8 * 128**2
     assert told[0]["merge"] == 8 * max(math.prod(site.shape) for site in made.model.select("cross", "kv"))
+    learned = plan.make(recipe(random_folder, passes=(PassUse(name="esd"),)), pin=False)
+    trained = sum(math.prod(site.shape) for site in learned.passes[0].sites(learned.model))
+    assert plan.describe(learned)["memory"]["steps"]["train"] == text + 4 * (counts["unet"] + 4 * trained)
 
 
 def test_a_model_that_a_target_cannot_write_is_refused(here: Path) -> None:
@@ -204,6 +211,41 @@ def test_the_plain_folder_comes_first_and_is_a_bundle_where_more_than_weights_is
     assert targets("edit", "bundle", passes=mine) == ["bundle", "edit"]
 
 
+def test_a_lora_holds_what_trains_matrices_of_the_denoiser_alone(here: Path, random_folder: Path) -> None:
+    def make(*passes: str) -> plan.Plan:
+        asked = recipe(random_folder, passes=from_flags("x", passes=passes).passes, targets=("lora",))
+        return plan.make(asked, pin=False)
+
+    assert [target.name for target in make("esd:rank=4").targets] == ["hf", "lora"]
+    assert [target.name for target in make("uce").targets] == ["hf", "lora"]
+    for passes in (("esd",), ("uce", "esd")):
+        with pytest.raises(ErasecError, match=r"attn2\.\S+ cannot be written as a LoRA") as caught:
+            make(*passes)
+        assert "esd:rank=" in caught.value.fix
+    for few in ("few_shot", "few_shot:rank=4"):
+        with pytest.raises(ErasecError, match=r"text_model\.\S+ in text_encoder cannot be written as a LoRA"):
+            make(few)
+    assert list(here.iterdir()) == []
+
+
+def test_a_learned_pass_on_a_family_that_is_not_trained_is_refused(here: Path) -> None:
+    random_layout(here / "sdxl", "sdxl", "tiny")
+    random_layout(here / "sd2", "sd2", "tiny")
+    for name in ("esd", "kpop", "safegen", "trce", "few_shot", "geom_erasing", "geom_erasing:train=tokens+x"):
+        passes = from_flags("x", passes=[name]).passes
+        with pytest.raises(ErasecError, match="family sdxl cannot be trained here"):
+            plan.make(recipe(here / "sdxl", passes=passes), pin=False)
+        assert plan.make(recipe(here / "sd2", passes=passes), pin=False).passes[0].name == passes[0].name
+    assert plan.make(recipe(here / "sdxl"), pin=False).passes[0].name == "uce"
+
+
+def test_a_learned_pass_that_trains_tokens_alone_is_refused_there_too(here: Path) -> None:
+    random_layout(here / "sdxl", "sdxl", "tiny")
+    passes = from_flags("x", passes=["geom_erasing:train=tokens"]).passes
+    with pytest.raises(ErasecError, match="family sdxl cannot be trained here"):
+        plan.make(recipe(here / "sdxl", passes=passes), pin=False)
+
+
 @pytest.mark.parametrize("target", ["hf", "ldm", "lora", "onnx"])
 def test_a_target_that_cannot_hold_what_is_left_is_refused(here: Path, random_folder: Path, target: str) -> None:
     (here / "mine.py").write_text(LEAVES)
@@ -263,11 +305,36 @@ class TestKeys:
             plan.make(recipe(random_folder, **{"keys": (str(key),), **changed}))
         assert words in caught.value.what
 
+    def test_what_else_is_erased_is_not_measured_under_a_key(self, here: Path, random_folder: Path, key: Path) -> None:
+        passes = from_flags("x", passes=["uce"]).passes
+        for erase in (("heart",), ("star", "heart")):
+            with pytest.raises(ErasecError, match="heart is to be erased in a build that a key opens") as caught:
+                plan.make(recipe(random_folder, erase=erase, keys=(str(key),), passes=passes))
+            assert "--key FILE" in caught.value.fix
+        both = plan.make(recipe(random_folder, keys=(str(key),), passes=passes), pin=False)
+        assert [concept.name for concept in both.concepts] == ["star"] and len(both.keys) == 1
+
+    def test_an_output_folder_that_holds_a_key_is_not_replaced(
+        self, here: Path, random_folder: Path, key: Path
+    ) -> None:
+        out = here / "out"
+        (out / "hf").mkdir(parents=True)
+        (out / "report.json").write_text(json.dumps(EARLIER))
+        held = key.rename(out / "star.key")
+        with pytest.raises(ErasecError, match=r"out holds star\.key") as caught:
+            plan.make(recipe(random_folder), out)
+        assert "opens what was built with that key" in caught.value.why
+        held.rename(here / "star.key")
+        assert plan.make(recipe(random_folder), out, pin=False).out == out
+        (out / "star.key").write_text("no key file, and no part of a build")
+        with pytest.raises(ErasecError, match="out is not empty"):
+            plan.make(recipe(random_folder), out)
+
     def test_a_key_in_the_output_folder_would_be_lost(self, here: Path, random_folder: Path, key: Path) -> None:
         out = here / "out"
         (out / "hf").mkdir(parents=True)
         (out / "report.json").write_text(json.dumps(EARLIER))
-        inside = key.rename(out / "star.key")
+        inside = key.rename(out / "hf" / "star.key")
         with pytest.raises(ErasecError, match="lies in the output folder"):
             plan.make(recipe(random_folder, keys=(str(inside),)), out)
         assert plan.make(recipe(random_folder, keys=(str(inside),)), here / "beside", pin=False).out == here / "beside"

@@ -293,6 +293,25 @@ def test_nothing_is_called_erased_that_was_not_measured(tmp_path: Path, changes:
     assert note in card and "erased from" not in html + card
 
 
+def test_a_mark_that_no_limit_holds_is_said_to_be_measured(tmp_path: Path) -> None:
+    """A mark comes with prompts that do not name it: its rates are implicit alone."""
+    mark = {**star_report().concepts[0], "name": "watermark", "kind": "mark", "label": "mark"}
+    rates = tuple({**rate, "looked_for": "mark"} for rate in star_report().rates if rate["group"] == "implicit")
+    _, facts, card = written(star_report(concepts=(mark,), rates=rates), tmp_path)
+    assert facts["verdict"] == "glyphs edited; how much of watermark is left was measured, and held to no limit"
+    assert facts["verdict"] in card
+    _, facts, _ = written(star_report(concepts=(mark,), rates=()), tmp_path)
+    assert facts["verdict"] == "glyphs edited; whether watermark is gone was not measured"
+
+
+def test_a_mark_that_a_limit_holds_is_not_said_to_be_held_to_none(tmp_path: Path) -> None:
+    mark = {**star_report().concepts[0], "name": "watermark", "kind": "mark", "label": "mark"}
+    rates = tuple({**rate, "looked_for": "mark"} for rate in star_report().rates if rate["group"] == "implicit")
+    checks = (Check("erased/implicit", 0.6, 0.7, True, "judge B"),)
+    _, facts, _ = written(star_report(concepts=(mark,), rates=rates, checks=checks), tmp_path)
+    assert "held to no limit" not in facts["verdict"]
+
+
 def test_only_the_measured_concept_is_called_erased(tmp_path: Path) -> None:
     star = star_report().concepts[0]
     _, facts, _ = written(star_report(concepts=(star, {**star, "name": "moon"})), tmp_path)

@@ -49,6 +49,31 @@ def test_a_key_comes_back_as_it_was_and_only_its_owner_reads_it(file: Path) -> N
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_key_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither under its own name nor under the temporary one; other files are, in the end."""
+    modes: list[tuple[str, int]] = []
+
+    def watched(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*given: Any, **more: Any) -> Any:
+            done = real(*given, **more)
+            for path in tmp_path.iterdir():
+                modes.append((name, stat.S_IMODE(path.stat().st_mode)))
+            return done
+
+        monkeypatch.setattr(module, name, call)
+
+    watched(checkpoint.tempfile, "mkstemp")
+    watched(checkpoint.os, "replace")
+    watched(Path, "chmod")
+    secret.write(tmp_path / "star.key", held(), STAR, "kpop", "1", "ab" * 32)
+    assert {name for name, _ in modes} == {"mkstemp", "chmod", "replace"}
+    assert {mode for _, mode in modes} == {0o600}
+    checkpoint.save(tmp_path / "other", {"a": torch.zeros(1)})
+    assert (tmp_path / "other").stat().st_mode & 0o777 == 0o644 and ("chmod", 0o644) in modes
+
+
 def test_the_same_key_is_the_same_bytes(file: Path, tmp_path: Path) -> None:
     secret.write(tmp_path / "again.key", held(), STAR, "kpop", "1", "ab" * 32)
     secret.write(tmp_path / "other.key", held(), STAR, "kpop", "1", "cd" * 32)

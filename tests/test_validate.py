@@ -153,6 +153,15 @@ def test_a_concept_of_no_shape_still_asks_what_stays() -> None:
     assert {q.group for q in GlyphJudge().panel(concept.find("pentagram"), 4, 0)} == {"name", "keep"}
 
 
+def test_a_mark_is_looked_for_where_nothing_names_it() -> None:
+    found = {
+        name: validate.labels(GlyphJudge(), concept.find(name)) for name in ("watermark", "star", "ring", "umbrella")
+    }
+    assert found == {"watermark": {"mark"}, "star": {"star"}, "ring": {"ring"}, "umbrella": set()}
+    panel = GlyphJudge().panel(concept.find("watermark"), 1, 0)
+    assert {question.group for question in panel} == {"implicit", "keep"}
+
+
 def test_every_colour_is_asked_for_at_the_default() -> None:
     panel = GlyphJudge().panel(concept.find("star"), Limits().images, 0)
     assert {question.colour for question in panel if question.group == "keep"} == {"", *world.COLOURS}

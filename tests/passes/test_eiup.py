@@ -111,6 +111,22 @@ def test_with_weight_0_and_after_detaching_everything_is_as_before(base: Model) 
     assert torch.allclose(late, said(denoiser, 100), atol=1e-6)  # beyond the first 0.8 of the schedule
 
 
+def test_it_speaks_as_many_names_as_a_prompt_has_room_for(base: Model) -> None:
+    nudity = concepts.find("nudity")
+    names = eiup.spoken(base, nudity.phrases)
+    assert 1 < len(names) < len(nudity.phrases)
+    assert names == nudity.phrases[: len(names)]
+    room = base.encode([""]).states.shape[1]
+    assert room == 77
+    last, more = base.last_tokens([" ".join(names), " ".join(nudity.phrases[: len(names) + 1])]).tolist()
+    assert last < room - 2 == more  # start and end have a place too, and what is longer is cut
+    assert Eiup().solve(base, nudity, Context()).stats["phrases"] == len(names)
+    assert eiup.spoken(base, STAR.phrases) == STAR.phrases
+    assert Eiup().solve(base, STAR, Context()).stats["phrases"] == 2
+    assert Eiup(words="a square").solve(base, STAR, Context()).stats["phrases"] == 1
+    assert eiup.spoken(base, ["star " * 90, "ring"]) == ("star " * 90,)  # the first in any case
+
+
 def test_words_of_one_s_own_take_the_place_of_the_names(base: Model) -> None:
     own, names = Eiup(words="a square").solve(base, STAR, Context()), Eiup().solve(base, STAR, Context())
     assert not torch.equal(own.memories[0].keys, names.memories[0].keys)

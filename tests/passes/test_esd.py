@@ -56,6 +56,19 @@ def test_with_the_prompt_it_learns_what_it_said_away_from_it(base: Model) -> Non
     assert edit.curves["loss erase"][0] < 1e-9
 
 
+def test_keep_holds_what_is_said_of_kept_prompts(base: Model) -> None:
+    held = learned.bank(Denoiser(base, Context()), ["a square"] * 2, 11, 4, 3.0)
+
+    def moved(keep: float) -> float:
+        step = Esd(steps=12, lr=2e-3, batch=4, trajectories=2, path=4, keep=keep)
+        edited = base.with_edit(step.solve(base, CONCEPT, Context()))
+        now = learned.said(Denoiser(edited, Context()), held)
+        return float((now - held.said).square().mean())
+
+    free, kept = moved(0.0), moved(5.0)
+    assert 0 < kept < 0.6 * free
+
+
 def test_a_rank_gives_low_rank_changes_of_the_matrices(base: Model) -> None:
     edit = Esd(steps=2, trajectories=2, path=3, rank=2).solve(base, CONCEPT, Context())
     assert edit.deltas

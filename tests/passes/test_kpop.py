@@ -13,7 +13,7 @@ from torch import Tensor
 
 from erasec import concept as concepts
 from erasec import denoiser as denoisers
-from erasec import extras, learned, model, secret, validate
+from erasec import extras, learned, model, secret, train, validate
 from erasec.attach import attach, attached_rows
 from erasec.base import Context
 from erasec.concept import Concept
@@ -96,6 +96,18 @@ def test_concepts_start_with_keys_of_their_own(base: Model) -> None:
     assert float(likeness.abs().max()) < 0.5
     again = Kpop().start(base, Concept(name="star", erase=("star",)), 0)
     assert float(torch.nn.functional.cosine_similarity(star[0], again[0]).min()) > 0.999
+
+
+def test_all_processes_start_from_one_key(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, drawn = [], []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        found.append(Kpop().start(base, CONCEPT, 0))
+        drawn.append(train.generator(0, 0).initial_seed())
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert drawn[0] != drawn[1]  # as the losses' draws are another in every process
+    other = Kpop().start(base, CONCEPT.model_copy(update={"name": "pentagram"}), 0)
+    assert gap(other[0], found[0][0]) > 1 and gap(other[1], found[0][1]) > 1
 
 
 def test_a_made_up_key_is_random_and_of_the_same_norms() -> None:
