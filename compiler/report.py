@@ -197,11 +197,15 @@ def _verdict(report: Report, failed: list[str]) -> str:
     model += f" with the key of {words(keys)}" if keys else ""
     if not names:
         return model if keys else f"{model} built, nothing erased"
-    judged = any(check.name.startswith("erased") and check.limit is not None for check in report.checks)
+    judged = {check.name for check in report.checks if check.name.startswith("erased") and check.limit is not None}
     seen = {rate["looked_for"] for rate in report.rates if rate["group"] == "name"} if judged else set()
-    measured = [c["name"] for c in report.concepts if seen & {c["name"], c.get("label") or c["name"]}]
+    marked = any(rate["group"] == "implicit" for rate in report.rates)  # no prompt names a mark
+    measured = [
+        c["name"] for c in report.concepts
+        if (marked and "erased/implicit" in judged if c.get("kind") == "mark" else seen & {c["name"], c.get("label")})
+    ]  # fmt: skip
     rest = [name for name in names if name not in measured]
-    if not measured and any(rate["group"] == "implicit" for rate in report.rates):
+    if not measured and marked and all(c.get("kind") == "mark" for c in report.concepts):
         return f"{model} edited; how much of {words(names)} is left was measured, and held to no limit"
     if not measured:
         return f"{model} edited; whether {words(names)} is gone was not measured"

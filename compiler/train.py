@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +85,15 @@ def fingerprint(step: Any, model: Model, concept: Concept, context: Context) -> 
     for value in options.values():
         named = Path(value).expanduser() if isinstance(value, str) and value else None
         for file in _files(named) if named is not None and named.exists() else ():
-            found.update(file_digest(file).encode())
+            found.update(f"{file.relative_to(named) if named else ''} {file_digest(file)}".encode())
     for edit in model.edits:
-        parts: dict[int, object] = {id(delta): delta for delta in edit.deltas.values()}  # all sites may share one
-        for held in (*parts.values(), *edit.memories):
-            for value in vars(held).values():
+        shared: dict[int, Any] = {}  # all sites of a closed-form edit share one change
+        for site, delta in sorted(edit.deltas.items()):
+            found.update(f"{site} {list(shared).index(id(delta)) if id(delta) in shared else len(shared)}".encode())
+            shared.setdefault(id(delta), delta)
+        for held in (*shared.values(), *edit.memories):
+            for part in fields(held):
+                value = getattr(held, part.name)
                 found.update(tensor_bytes(value) if isinstance(value, torch.Tensor) else str(value).encode())
         for name in sorted(edit.tokens):
             found.update(name.encode() + tensor_bytes(edit.tokens[name]))
@@ -130,7 +134,7 @@ def fit(
     run = loop.restore(work) if work is not None and work.exists() else Run()
     began = time.monotonic() - run.seconds
     saved = time.monotonic()
-    good = loop.values() if guard else {}
+    good = loop.kept() if guard else ({}, {})
     with bar(name, steps) as advance:
         advance(run.steps)
         while run.steps < steps and not run.stopped:
@@ -147,12 +151,12 @@ def fit(
             for key, value in (look() if look else {}).items():
                 run.curves.setdefault(key, []).append(value)
             if guard and (reason := guard(run.curves)):
-                loop.put(good)
+                loop.back(*good)
                 run.stopped, run.rolled_back = reason, True
             elif enough and (reason := enough(run.curves)):
                 run.stopped = reason
             elif guard:
-                good = loop.values()
+                good = loop.kept()
             advance(note=f"loss {sum(losses.values()):.4g}")
             if work is not None and time.monotonic() - saved > SAVE_EVERY_S:
                 loop.save(work, run)
@@ -180,6 +184,14 @@ class _Loop:
 
     def values(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.named.items()}
+
+    def kept(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the values and of their averages, for ``back``."""
+        return self.values(), {name: value.clone() for name, value in self.average.items()}
+
+    def back(self, values: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+        self.put(values)
+        self.average = dict(average)
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:

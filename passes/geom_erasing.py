@@ -163,9 +163,8 @@ class GeomErasing(Learned):
             raise ErasecError(f"{self.name}: option keep is {self.keep}", why="it takes 0 or more")
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        if self.train == "tokens":
-            return ()
-        return learned.trainable(model, lambda site: ".attn2." in site.key, self.rank)
+        found = learned.trainable(model, lambda site: ".attn2." in site.key, self.rank)
+        return () if self.train == "tokens" else found
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         denoiser = Denoiser(model, context)

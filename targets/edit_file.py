@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from erasec import edit as edits
 from erasec.base import Artifact, Check, Context, EditTarget, file_name
+from erasec.edit import carried
 from erasec.extras import KINDS, gathered
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class EditFile(EditTarget):
         wrong += sorted(
             lost | {key for key in one.tensors.keys() - lost if not one.tensors[key].equal(two.tensors[key])}
         )
-        wrong += ["negative"] * (one.negative != two.negative)
+        told = (carried(each.memories, each.tokens, each.negative)[1] for each in (one, two))
+        wrong += ["what is told of them"] * (next(told) != next(told))
         how = f"what is not the same when the file is read and merged again, of {len(sites)} edited tensors and "
         how += f"{len(one.tensors)} beside them"
         return Artifact(self.name, out, (Check("edit/again", float(len(wrong)), 0.0, not wrong, how),))

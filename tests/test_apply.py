@@ -274,7 +274,7 @@ def test_the_targets_check_notices_a_file_that_makes_another(
 @pytest.mark.parametrize(
     ("lost", "count"),
     [
-        ({"memories": ()}, 2.0), ({"tokens": {}}, 1.0), ({"negative": ""}, 1.0), ({"negative": "a ring"}, 1.0),
+        ({"memories": ()}, 3.0), ({"tokens": {}}, 2.0), ({"negative": ""}, 1.0), ({"negative": "a ring"}, 1.0),
         ({"tokens": {"<a>": torch.zeros(128)}}, 1.0), ({}, 0.0),
     ],
 )  # fmt: skip

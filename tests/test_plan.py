@@ -223,7 +223,7 @@ def test_a_lora_holds_what_trains_matrices_of_the_denoiser_alone(here: Path, ran
             make(*passes)
         assert "esd:rank=" in caught.value.fix
     for few in ("few_shot", "few_shot:rank=4"):
-        with pytest.raises(ErasecError, match=r"text_model\.\S+ in text_encoder cannot be written as a LoRA"):
+        with pytest.raises(ErasecError, match=r"text_model\.\S+ .*cannot be written as a LoRA"):
             make(few)
     assert list(here.iterdir()) == []
 
