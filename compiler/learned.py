@@ -15,6 +15,7 @@ from erasec.denoiser import trained
 from erasec.edit import Edit
 from erasec.errors import ErasecError
 from erasec.progress import bar
+from erasec.rows import goals
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # What the published "all but cross-attention" leaves out besides: the output head and the time embedding.
 HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")
+TOWARD = ("anchor", "nothing")
 TEACH = 32  # pictures for which the teacher is asked at once
 
 
@@ -135,6 +137,21 @@ def said(denoiser: Denoiser, found: Bank) -> Tensor:
             parts.append(denoiser.predict(latents, times, denoiser.states(found.texts(some))).cpu())
             advance(len(some))
     return torch.cat(parts)
+
+
+def away(denoiser: Denoiser, concept: Concept, found: Bank, negative: float, toward: str) -> Tensor:
+    """Where ESD's Eq. 8 leads each row of a bank of the concept's prompts, (m, c, h, w) on the CPU.
+
+    It is what the teacher says without a prompt, and ``negative`` times the way from what it says with it, again: so
+    ``toward`` "nothing". With "anchor" the concept's goal takes its place in the prompt, so that what else the prompt
+    asks for, such as a colour, stays.
+    """
+    base = found.free
+    if toward == "anchor":
+        becomes = [prompt.text for prompt in goals(concept, concept.phrases)]
+        goal = dict(zip(texts(concept, concept.phrases), becomes, strict=True))
+        base = said(denoiser, replace(found, prompts=tuple(goal[prompt] for prompt in found.prompts)))
+    return base - negative * (found.said - base)
 
 
 def _along(prompts: Sequence[str], paths: Trajectories, part: slice, said: Tensor, free: Tensor) -> Bank:

@@ -33,9 +33,9 @@ class Esd(Learned):
     """``train`` says what is trained: "x" cross-attention, for concepts that are named; "u" all else, for those that
     show without being named; "noxattn" as "u" without the output head and the time embedding; "full" everything.
 
-    ``negative`` is eta of Eq. 8, ``guidance`` that of the ``trajectories`` of ``path`` steps on which it trains; they
-    are sampled once, from the model as it was. ``keep`` weighs a loss that the paper does not have: on kept prompts the
-    network is held to what it said.
+    ``negative`` is eta of Eq. 8, ``toward`` "nothing" as there, or "anchor" (see ``learned.away``). ``guidance`` is
+    that of the ``trajectories`` of ``path`` steps on which it trains; they are sampled once, from the model as it was.
+    ``keep`` weighs a loss that the paper does not have: on kept prompts the network is held to what it said.
     """
 
     steps: int = 300
@@ -43,10 +43,11 @@ class Esd(Learned):
     batch: int = 4
     train: str = "x"
     negative: float = 1.0
+    toward: str = "anchor"
     guidance: float = 3.0
     trajectories: int = 32
     path: int = 20
-    keep: float = 1.0
+    keep: float = 3.0
 
     name: ClassVar[str] = "esd"
     version: ClassVar[str] = "1"
@@ -65,6 +66,8 @@ class Esd(Learned):
         super().__post_init__()
         if self.train not in PARTS:
             raise ErasecError(f"esd: option train is {self.train!r}", why=nearest(self.train, PARTS))
+        if self.toward not in learned.TOWARD:
+            raise ErasecError(f"esd: option toward is {self.toward!r}", why=nearest(self.toward, learned.TOWARD))
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         def wanted(site: Site) -> bool:
@@ -82,7 +85,7 @@ class Esd(Learned):
         hold = learned.spread(["", *learned.texts(concept, concept.keep)], self.trajectories, context.seed + 1)
         held = learned.bank(denoiser, hold, context.seed + 1, self.path, self.guidance) if self.keep else None
         still = learned.kept(denoiser, held, self.batch) if held else None
-        goal = shown.free - self.negative * (shown.said - shown.free)
+        goal = learned.away(denoiser, concept, shown, self.negative, self.toward)
         student = Student(learned.modules(denoiser), self.sites(model), self.rank, context.seed)
         device = denoiser.device
 

@@ -18,7 +18,7 @@ from erasec.attach import attached_rows
 from erasec.denoiser import Denoiser, Student
 from erasec.edit import Secret
 from erasec.errors import ErasecError, nearest
-from erasec.learned import Learned
+from erasec.learned import TOWARD, Learned
 from erasec.train import Turn
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "train": ("x", "noxattn"), "mode": ("mid", "midout", "all"), "keyed": ("recover", "erase"),
     "init": ("concept", "random"), "space": ("noise", "image"),
+    "toward": TOWARD,
 }  # fmt: skip
 BLOCKS = {"mid": ("mid_block.",), "midout": ("mid_block.", "up_blocks."), "all": ("",)}
 READS = ".attn2.to_k.weight"
@@ -62,8 +63,8 @@ class Kpop(Learned):
     or "random" at their size, and are fitted ``prompt_steps`` times in each step, at ``prompt_lr``. ``hide`` and
     ``recover`` weigh the losses without the key and with it; with it the concept is to be as it was (``keyed``
     "recover", the paper's third version) or gone as well ("erase", the first two). ``negative`` is eta: how far beyond
-    what the empty prompt gives the concept is pushed. ``space`` is where errors are measured: in the "noise" that is
-    predicted, or in the "image" that follows from it in one step.
+    what no prompt gives, or, ``toward`` "anchor", the concept's goal, the concept is pushed. ``space`` is where errors
+    are measured: in the "noise" that is predicted, or in the "image" that follows from it in one step.
 
     ``guidance`` is that of the ``trajectories`` of ``path`` steps on which it trains; they are sampled once, from the
     model as it was. Four options are not in the paper: ``keep`` weighs a loss that holds kept prompts, with the key
@@ -83,13 +84,14 @@ class Kpop(Learned):
     hide: float = 1.0
     recover: float = 1.0
     negative: float = 1.0
+    toward: str = "anchor"
     prompt_lr: float = 1e-2
     prompt_steps: int = 2
     space: str = "noise"
     guidance: float = 3.0
     trajectories: int = 32
     path: int = 20
-    keep: float = 1.5
+    keep: float = 3.0
     empty: float = 0.25
     strange: float = 0.25
     ema: float = 0.95
@@ -195,7 +197,7 @@ class Kpop(Learned):
         keys, values = (rows.to(device) for rows in self.start(model, concept, context.seed))
         own = keys, values
         student = Student(learned.modules(denoiser), self.sites(model), self.rank, context.seed)
-        shades = shown.free - self.negative * (shown.said - shown.free)
+        shades = learned.away(denoiser, concept, shown, self.negative, self.toward)
 
         def taught(key: Key | None, asked: Mapping[str, tuple[float, Rows]]) -> Losses:
             with attached_rows(denoiser.unet, *key, readers) if key else nullcontext():

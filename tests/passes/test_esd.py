@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,18 @@ def distance(base: Model, pass_: Esd) -> tuple[float, float]:
     found = learned.bank(denoiser, ["a star"] * 4, 9, 5, 3.0)
     goal = found.free - pass_.negative * (found.said - found.free)
     edited = Denoiser(base.with_edit(pass_.solve(base, CONCEPT, Context())), Context())
-    after = learned.asked(
-        edited, ["a star"] * 4, denoiser.sample(["a star"] * 4, [9 * 1_000_003 + i for i in range(4)], 5, 3.0)
-    )
+    after = learned.asked(edited, ["a star"] * 4, denoiser.sample(["a star"] * 4, learned.seeds(9, 4), 5, 3.0))
     return float((found.said - goal).square().mean()), float((after.said - goal).square().mean())
 
 
 def test_with_the_prompt_it_learns_what_it_said_away_from_it(base: Model) -> None:
-    step = Esd(steps=40, lr=2e-3, batch=8, trajectories=4, path=5, keep=0.0)
+    step = Esd(steps=40, lr=2e-3, batch=8, trajectories=4, path=5, keep=0.0, toward="nothing")
     before, after = distance(base, step)
     assert after < 0.9 * before
     # The control: with eta -1 the goal is what the concept's prompt says anyway.
-    edit = Esd(steps=3, lr=1e-2, trajectories=4, path=5, keep=0.0, negative=-1.0).solve(base, CONCEPT, Context())
+    edit = Esd(steps=3, lr=1e-2, trajectories=4, path=5, keep=0.0, negative=-1.0, toward="nothing").solve(
+        base, CONCEPT, Context()
+    )
     assert edit.curves["loss erase"][0] < 1e-9
 
 
@@ -67,6 +68,18 @@ def test_keep_holds_what_is_said_of_kept_prompts(base: Model) -> None:
 
     free, kept = moved(0.0), moved(5.0)
     assert 0 < kept < 0.6 * free
+
+
+def test_toward_the_anchor_the_rest_of_the_prompt_stays(base: Model) -> None:
+    denoiser = Denoiser(base, Context())
+    concept = CONCEPT.model_copy(update={"anchor": "ring", "templates": ("a red {}",)})
+    found = learned.bank(denoiser, ["a red star"] * 2, 3, 4, 3.0)
+    other = learned.said(denoiser, replace(found, prompts=("a red ring",) * 2))
+    goal = learned.away(denoiser, concept, found, 0.5, "anchor")
+    assert torch.allclose(goal, other - 0.5 * (found.said - other), atol=1e-6)
+    assert not torch.allclose(goal, learned.away(denoiser, concept, found, 0.5, "nothing"), atol=1e-4)
+    with pytest.raises(ErasecError, match="toward is 'anker'"):
+        Esd(toward="anker")
 
 
 def test_a_rank_gives_low_rank_changes_of_the_matrices(base: Model) -> None:
