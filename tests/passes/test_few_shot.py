@@ -82,7 +82,9 @@ def test_each_choice_trains_what_it_names_in_encoders_of_any_depth() -> None:
     ]  # fmt: skip
     found += [Site("text_encoder", "embeddings.token_embedding.weight", (2, 2), "text", "", "")]
     found += [Site("unet", "mid_block.attn2.to_q.weight", (2, 2), "cross", "q", "")]
-    deep: Any = SimpleNamespace(parameters=tuple(found), family=SimpleNamespace(text_encoders=("text_encoder",)))
+    deep: Any = SimpleNamespace(
+        parameters=tuple(found), family=SimpleNamespace(name="sd1", text_encoders=("text_encoder",))
+    )
     count = {train: len(FewShot(train=train).sites(deep)) for train in few_shot.PARTS}
     assert count == {"mlp-final-attn": 23 + 1, "mlp": 23, "attn": 23, "mlp-attn": 46}
     (last,) = (site for site in FewShot().sites(deep) if site.proj == "q")
