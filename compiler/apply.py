@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erasec import edit as edits_
 from erasec import extras, journal, registry
 from erasec import model as models
+from erasec import relink as relinks
 from erasec.base import with_options
 from erasec.checkpoint import patch
 from erasec.errors import CheckFailed, ErasecError
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from erasec.edit import Edit
     from erasec.model import Model
+    from erasec.relink import Relinked
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,24 @@ def apply(
     entries = [model.entries(component)[key] for component in changed for key in changed[component]]
     size = sum(entry.stop - entry.start for entry in entries)
     return Applied(Path(name).expanduser() if out is None else out, len(entries), size, notes)
+
+
+def relink(
+    folder: Path, file: Path, out: Path | None, name: str, link: bool = False, revision: str | None = None,
+    variant: str = "", allow_pickle: bool = False,
+) -> Relinked:  # fmt: skip
+    """``relink.relink`` with tensors that are merged here from the base, the model ``name``."""
+    edits, told = edits_.read(file)
+    model = models.load(name, revision, variant, allow_pickle)
+    _fits(model, edits, told, file.name, transfer=False)
+    for edit in edits:
+        model = model.with_edit(replace(edit, base=""))
+    made = model.merged()
+
+    def merged(component: str, key: str) -> NDArray[Any]:
+        return np.asarray(_finite(key, made[component][key])().float())
+
+    return relinks.relink(folder, file, out, merged, link)
 
 
 def _words(kinds: frozenset[str]) -> str:

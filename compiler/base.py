@@ -28,15 +28,30 @@ NAME_BYTES = 120
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a checkpoint is a variant of: the digest of each of its ``components``, and by "component/key" the digest of
+    each of its ``tensors`` that is another one in the variant."""
+
+    components: Mapping[str, str]
+    tensors: Mapping[str, str]
+
+    def of(self, component: str) -> tuple[str, ...]:
+        """The keys of the component's tensors that are others in the variant."""
+        return tuple(key.split("/", 1)[1] for key in self.tensors if key.startswith(f"{component}/"))
+
+
+@dataclass(frozen=True)
 class Context:
     """Where and how a build runs: torch device name, and the seed of everything that draws numbers.
 
-    ``work`` is a folder where long training keeps what it resumes from; None where nothing is to be kept.
+    ``work`` is a folder where long training keeps what it resumes from; None where nothing is to be kept. ``origin`` is
+    what the checkpoint that targets write is a variant of, None where that is not told.
     """
 
     device: str = "cpu"
     seed: int = 0
     work: Path | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)

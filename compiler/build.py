@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from erasec import absorb, extras, facts, secret, validate
 from erasec import recipe as recipes
 from erasec import report as reports
-from erasec.base import Check, EditTarget, file_name
+from erasec.base import Check, EditTarget, Origin, file_name
 from erasec.checkpoint import content_digest
 from erasec.errors import CheckFailed, ErasecError
 from erasec.extras import Extras
@@ -154,12 +154,13 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         else:
             _write_keys(solved, built, stage)
 
+    context = replace(plan.context, origin=None if plan.keys else _origin(model))
     for target in plan.targets:
         with _timed(seconds, f"export {target.name}"):
             if isinstance(target, EditTarget):
-                checks += target.export(model, stage / target.name, plan.context).checks
+                checks += target.export(model, stage / target.name, context).checks
             else:
-                checks += target.export(built, stage / target.name, plan.context).checks
+                checks += target.export(built, stage / target.name, context).checks
 
     judge = validate.judge_of(plan.model)
     evidence: list[Evidence] = []
@@ -191,6 +192,13 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     )
     reports.write(report, stage)
     return report
+
+
+def _origin(model: Model) -> Origin:
+    """What the merged checkpoint is a variant of."""
+    sites = [site for site in model.parameters if model.deltas(site)]
+    digests = {component: model.component_digest(component) for component in model.family.components}
+    return Origin(digests, {f"{site.component}/{site.key}": model.site_digest(site) for site in sites})
 
 
 def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, carried: Extras) -> tuple[Check, ...]:

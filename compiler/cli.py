@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,6 +140,35 @@ def plan(
 
 
 @app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="what a build wrote, or the folder of one target")],
+    prompt: Annotated[str, typer.Option("--prompt", help="what to paint; may be empty")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="x.png; x-0.png and on for several")],
+    negative: Annotated[str | None, typer.Option("--negative", help="by default the bundle's own")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1)] = 25,
+    cfg: Annotated[float, typer.Option("--cfg", help="guidance; none at 1")] = 7.5,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the first image; the others count on")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="how many images")] = 1,
+    height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
+    backend: Annotated[str, typer.Option("--backend", help="auto, ort, openvino, trt-rtx, trt, torch")] = "auto",
+    scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, euler, dpm, pndm")] = "auto",
+    verbose: VERBOSE = False,
+) -> None:
+    """Make images from what was built, with what it was built for; without torch for ONNX and OpenVINO."""
+    with _told(verbose):
+        from erasec import runner
+
+        paths = runner.files(out, count)
+        seeds = range(seed, seed + count)
+        with closing(runner.open_bundle(bundle, backend)) as opened:
+            images = opened.generate([prompt] * count, seeds, steps, cfg, negative, height, width, scheduler)
+        runner.save(images, paths)
+        for path in paths:
+            print(path)
+
+
+@app.command()
 def apply(
     edit: Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file, from --target edit or erasec combine")],
     model: Annotated[str, typer.Argument(metavar="MODEL", help="what it is to change; see erasec build")],
@@ -159,6 +188,31 @@ def apply(
         print(f"changed {done.tensors} tensors, {size(done.bytes)}")
         for sentence in done.notes:
             print(f" note: {sentence}", file=sys.stderr)
+
+
+@app.command()
+def relink(
+    folder: Annotated[Path, typer.Argument(metavar="ONNX", help="an ONNX folder of erasec, or the build it lies in")],
+    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file of the same base and tensors")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="a copy; else in the folder")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="the base, for an edit file without tensors")] = "",
+    revision: REVISION = None, variant: VARIANT = None,
+    allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
+) -> None:  # fmt: skip
+    """Put another edit into an ONNX folder: only the edited tensors are written, nothing is traced."""
+    with _told(verbose):
+        if (folder / "onnx").is_dir():
+            folder /= "onnx"
+        if model:
+            from erasec import apply as applies
+
+            done = applies.relink(folder, edit, out, model, link, revision, variant or "", allow_pickle)
+        else:
+            from erasec import relink as relinks  # without torch, which takes longer to load than all of this
+
+            done = relinks.relink(folder, edit, out, hard=link)
+        print(done.path)
+        print(f"changed {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
 
 
 @app.command()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # 1 where nothing is carried beside deltas: what knows that alone still reads those files
 SUFFIX = ".edit.safetensors"
+MERGED = "tensors/"  # before the names of merged tensors in an edit file
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,14 +196,18 @@ def composed(maps: tuple[Remap, ...]) -> Remap:
     return first if not rest else Remap(left, right)
 
 
-def write(path: Path, edits: Sequence[Edit], about: Mapping[str, Any], sums: bool = True) -> None:
+def write(
+    path: Path, edits: Sequence[Edit], about: Mapping[str, Any], sums: bool = True,
+    merged: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Save edits, in the order in which they apply, as one file; ``about`` (plain data) is kept with them.
 
     Tensors are named by what they are: REMAP.left, SITE.left, SITE.right or SITE.value, sums by concept, and what
     ``carried`` names. Factors keep their float64, so that applying the file gives the bytes of the build that wrote it.
-    A secret and curves are left out.
+    A secret and curves are left out. ``merged`` are tensors after all edits by "component/key", which are kept as
+    tensors/COMPONENT/KEY.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"{MERGED}{name}": tensor for name, tensor in (merged or {}).items()}
     told = []
     for number, edit in enumerate(edits):
         maps: dict[int, str] = {}

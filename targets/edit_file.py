@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EditFile(EditTarget):
     """``sums`` false leaves out what re-solving needs: a smaller file, which cannot be combined with others.
+    ``tensors`` true adds the edited tensors as they are in the end, for ``erasec relink`` without the base.
 
     An edit file is the eraser and its inverse: whoever has it and the erased checkpoint has the base.
     """
 
     sums: bool = True
+    tensors: bool = False
 
     name: ClassVar[str] = "edit"
     summary: ClassVar[str] = "the edit alone, for erasec apply and erasec combine"
@@ -35,7 +37,9 @@ class EditFile(EditTarget):
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
         concepts = (name for edit in model.edits for name in edit.concept.split(", "))
         path = out / f"{file_name(concepts) or self.name}{edits.SUFFIX}"
-        edits.write(path, model.edits, model.about(), self.sums)
+        merged = model.merged() if self.tensors else {}
+        tensors = {f"{part}/{key}": make() for part, keys in merged.items() for key, make in keys.items()}
+        edits.write(path, model.edits, model.about(), self.sums, tensors)
         again = replace(model, edits=edits.read(path)[0])
         sites = [site for site in model.parameters if model.deltas(site)]
         wrong = [site.key for site in sites if not bool((model.merge(site) == again.merge(site)).all())]

@@ -1,0 +1,139 @@
+"""Another edit for an ONNX folder that is there: only the file of edited tensors is written, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from erasec.checkpoint import Entry, copy, read_header
+from erasec.edit import MERGED
+from erasec.errors import ErasecError
+from erasec.graph import MEMORY, Shape, Weight
+from erasec.linker import (
+    EDITED,
+    MANIFEST,
+    Array,
+    array,
+    laid_out,
+    read_manifest,
+    write_data,
+    write_manifest,
+)  # fmt: skip
+from erasec.staging import put, staged
+
+
+@dataclass(frozen=True)
+class Relinked:
+    """What ``relink`` wrote: where, how many tensors and bytes."""
+
+    path: Path
+    tensors: int
+    bytes: int
+
+
+def relink(
+    folder: Path, file: Path, out: Path | None = None, merged: Callable[[str, str], Array] | None = None,
+    hard: bool = False,
+) -> Relinked:  # fmt: skip
+    """Put the edit of ``file`` into an ONNX folder in place of the one that is there; or into a copy of it, ``out``.
+
+    The edited tensors are those that the edit file holds ("--target edit:tensors=true"), or what ``merged`` gives of a
+    component and key. Only model.edited.onnx_data and the manifest are written; all other files of a copy are copied,
+    or where ``hard`` linked. The folder is whole before or after, never between. Raises ErasecError where the folder
+    was not linked from the base of the edit, or the edit changes other tensors than the one that is there.
+    """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ErasecError(f"{out} exists", fix="give a path that does not exist yet, or none to change the folder")
+    told = read_manifest(folder)
+    entries, sites = read_edit(file)
+    held = {key.removeprefix(MERGED): entry for key, entry in entries.items() if key.startswith(MERGED)}
+    _check_same(told, sites, folder, file)
+    if not held and merged is None:
+        raise ErasecError(
+            f"{file.name} does not hold the tensors that it changes", why="it says how they change, of the base's",
+            fix="give the base with --model MODEL; or write the edit with --target edit:tensors=true",
+        )  # fmt: skip
+
+    def read(component: str, weight: Weight) -> Array:
+        name = f"{component}/{weight.key}"
+        if name in held:
+            return laid_out(array(held[name]), weight)
+        assert merged is not None
+        return laid_out(merged(component, weight.key), weight)
+
+    count = size = 0
+    target = out or folder
+    with staged(target) as stage:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder)
+            if path.name in (EDITED, MANIFEST):
+                continue
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            if out is None or hard:
+                os.link(path, stage / name)
+            else:
+                copy(path, stage / name)
+        for name, graph in told["graphs"].items():
+            weights = [_weight(item) for item in graph["edited"]]
+            if not weights:
+                continue
+            done = write_data(stage / name / EDITED, weights, partial(read, graph["component"]))
+            graph["files"][EDITED] = done
+            count, size = count + len(weights), size + done["bytes"]
+        write_manifest(stage, {key: value for key, value in told.items() if key != "schema"})
+        put(stage, target)
+    return Relinked(target, count, size)
+
+
+def _weight(item: Mapping[str, Any]) -> Weight:
+    shapes: dict[str, Shape] = {name: tuple(item[name]) for name in ("source", "axes", "shape")}
+    return Weight(item["name"], item["key"], shapes["source"], shapes["axes"], shapes["shape"], item["dtype"])
+
+
+def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of an edit file, and the base's digest of each tensor that it changes, by "component/key"."""
+    if not file.is_file():
+        raise ErasecError(f"there is no edit file {file}", fix="erasec build MODEL --erase CONCEPT --target edit")
+    entries, metadata = read_header(file)
+    try:
+        content = json.loads(metadata["erasec.edit"])
+        sites = dict(content["about"]["sites"])
+        carried = any(each.get(kind) for each in content["edits"] for kind in ("memories", "tokens", "negative"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ErasecError(
+            f"{file.name} is no edit file of erasec", why="its metadata does not describe edits", where=str(file),
+            fix="an edit file is written by: erasec build MODEL --erase CONCEPT --target edit",
+        ) from error  # fmt: skip
+    if carried:
+        raise ErasecError(
+            f"{file.name} is more than changes of weights", why="what it has beside them changes the graph",
+            fix="build it: erasec build MODEL --target onnx",
+        )  # fmt: skip
+    return entries, sites
+
+
+def _check_same(told: Mapping[str, Any], sites: Mapping[str, str], folder: Path, file: Path) -> None:
+    """Raise ErasecError unless the edit changes just the tensors that the folder holds apart, of the same base."""
+    here: dict[str, str] = {
+        f"{graph['component']}/{item['key']}": told["base"].get(f"{graph['component']}/{item['key']}", "")
+        for graph in told["graphs"].values() for item in graph["edited"]
+    }  # fmt: skip
+    if memory := sorted(key for key in here if MEMORY in key):
+        raise ErasecError(f"{folder} has {memory[0]}", why="a memory is no edit that another takes the place of",
+                          fix="build it: erasec build MODEL --target onnx")  # fmt: skip
+    if other := sorted(here.keys() ^ sites.keys()):
+        whose = "the folder" if other[0] in here else file.name
+        raise ErasecError(
+            f"{file.name} changes other tensors than {folder} holds apart", why=f"{other[0]} is only in {whose}",
+            fix="build the edit for onnx instead: erasec build MODEL --erase CONCEPT --target onnx",
+        )  # fmt: skip
+    if other := sorted(key for key, digest in here.items() if digest != sites[key]):
+        raise ErasecError(
+            f"{file.name} is for another base than {folder}", why=f"{other[0]} is another tensor there",
+            fix="solve the edit on the base of the folder",
+        )  # fmt: skip
