@@ -143,7 +143,8 @@ def empty(
 
 
 def _blank(shape: Sequence[int]) -> Any:
-    return torch.nn.Parameter(torch.zeros(tuple(shape)), requires_grad=False)
+    # Not zeros: those are written, and then they take room.
+    return torch.nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
 
 
 def _mark(module: nn.Module) -> None:

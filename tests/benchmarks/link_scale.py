@@ -1,0 +1,282 @@
+"""From a checkpoint to ONNX at the size of Stable Diffusion 1.4: tracing, linking, linking again, beside exporters.
+
+    python tests/benchmarks/link_scale.py       writes tests/benchmarks/results/link_scale.json; needs 25 GB of disk
+    ... --keep DIR          makes the random model in DIR, or finds it there
+    ... --dynamo            torch's other exporter too, minutes
+    ... --optimum PYTHON    an interpreter with optimum-onnx, which wants older libraries than erasec
+    ... --size tiny         a model of a few MB: a trial, no benchmark
+
+A random diffusers folder in float32 and two edits of rank 10 for its 32 K and V matrices. Each step runs in a fresh
+process. "seconds" is the time that the step takes once everything is imported, "durable" that until the files are on
+disk too (fsync of each), "process" the whole process; "peak_mb" the process's resident peak. "cold" has no graph in the
+cache. "torch" is what this project did before: torch's exporter with all weights, UNet alone; "copy" a plain copy of
+the checkpoint's bytes. "relink" is the command erasec relink. "check" is what a build does with what was linked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import machine
+from files_scale import copy, flush, make
+
+RESULT = Path(__file__).parent / "results" / "link_scale.json"
+GOALS = {"cold": 150.0, "cold_peak_mb": 5000.0, "warm": 60.0, "relink": 1.0, "relink_peak_mb": 300.0}
+RANK = 10
+Told = dict[str, Any]
+
+
+def edited(folder: str, out: str, seed: str) -> Callable[[], None]:
+    """A synthetic edit: its file, with tensors, and the merged checkpoint."""
+    from naive import states
+
+    from erasec import closed_form, model, registry
+    from erasec.base import Context
+    from erasec.rows import ClosedForm, mean, pack
+    from erasec.targets.edit_file import EditFile
+
+    def run() -> None:
+        base, number = model.load(folder), int(seed)
+        width = base.streams["context"][0].shape[1]
+        source, target, keep = (states(RANK, width, 10 * number + each) for each in (1, 2, 3))
+        asked = closed_form.system(source, target, mean(source), keep, mean(keep))
+        kind = registry.load_pass("uce")
+        assert issubclass(kind, ClosedForm)
+        made = replace(kind().edit(base.streams, {f"edit{seed}": pack(asked, "context")}), base=base.digest)
+        view = base.with_edit(made)
+        EditFile(sums=False, tensors=True).export(view, Path(out), Context())
+        base.source.write(Path(out) / "merged", view.merged(), link=True)
+
+    return run
+
+
+def link(folder: str, base: str, edit: str, out: str, precision: str = "fp32", share: str = "") -> Callable[[], None]:
+    """``linker.write`` of all four graphs, the tensors of the edit apart."""
+    import torch  # noqa: F401
+
+    from erasec import linker, relink
+    from erasec.base import Origin
+    from erasec.folder import Folder
+
+    _, sites = relink.read_edit(Path(edit))
+    origin = Origin(dict.fromkeys(("text_encoder", "unet", "vae"), base), sites)
+    other = Path(share) if share else None
+    return lambda: linker.write(Folder(Path(folder)), Path(out), precision, origin=origin, share=other) and None
+
+
+def relink(out: str, edit: str) -> Callable[[], None]:
+    """The command line, as it is run: nothing is imported before."""
+
+    def run() -> None:
+        from erasec import cli
+
+        if code := cli.app(["relink", out, edit], standalone_mode=False):
+            raise SystemExit(code)
+
+    return run
+
+
+def torch_unet(folder: str, out: str, dynamo: str = "") -> Callable[[], None]:
+    """torch.onnx.export of the UNet with its weights."""
+    import torch
+
+    from erasec.folder import Folder
+    from erasec.graph import graphs
+    from erasec.parity import load
+    from erasec.tracing import TRACED, inputs
+
+    def run() -> None:
+        checkpoint = Folder(Path(folder))
+        graph = next(each for each in graphs(checkpoint) if each.name == "unet")
+        module, draw = load(checkpoint, graph), torch.Generator().manual_seed(0)
+        given = inputs(checkpoint, graph, TRACED, 300, draw)
+        Path(out).mkdir()
+        names: Any = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
+        if dynamo:
+            auto = torch.export.Dim.DYNAMIC
+            names["dynamic_shapes"] = ({0: auto, 2: auto, 3: auto}, {}, {0: auto})
+        else:
+            names["dynamic_axes"] = {**graph.inputs, **graph.outputs}
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module, tuple(given.values()), str(Path(out) / "model.onnx"), opset_version=18, dynamo=bool(dynamo),
+                **names,
+            )  # fmt: skip
+
+    return run
+
+
+def check(folder: str, out: str, what: str) -> Callable[[], None]:
+    """The checks of the target onnx: bytes of all tensors, or the numbers of the UNet."""
+    import onnxruntime  # noqa: F401
+
+    from erasec import parity
+    from erasec.folder import Folder
+    from erasec.graph import graphs
+
+    def run() -> None:
+        checkpoint = Folder(Path(folder))
+        unet = next(each for each in graphs(checkpoint) if each.name == "unet")
+        if what == "tensors":
+            found = parity.tensors(checkpoint, Path(out))
+        else:
+            found = (parity.compared(checkpoint, unet, Path(out), "fp32", 0, 1e-4),)
+        if failed := [item.name for item in found if not item.passed]:
+            raise SystemExit(f"failed: {', '.join(failed)}")
+
+    return run
+
+
+STEPS: dict[str, Callable[..., Callable[[], None]]] = {
+    "make": make, "edited": edited, "copy": copy, "link": link, "relink": relink, "torch": torch_unet, "check": check
+}  # fmt: skip
+
+
+def step(name: str, written: str, *arguments: str) -> Told:
+    """Run one step in this process; ``written`` is the file or folder that it writes, or "" where that is not asked."""
+    run = STEPS[name](*arguments)
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    if written:
+        flush(Path(written))
+    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": machine.status("VmHWM")}
+
+
+def fresh(cache: Path, name: str, written: str, *arguments: str) -> Told:
+    """``step`` in a fresh process."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--step", name, written, *arguments]
+    environment = {**os.environ, "ERASEC_CACHE": str(cache)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"step {name} {' '.join(arguments)} failed with exit code {done.returncode}")
+    found: Told = json.loads(done.stdout.splitlines()[-1])
+    found["process"] = time.perf_counter() - start
+    print(f"{name} {Path(written).name}: {found['seconds']:.1f} s, {found['peak_mb']:.0f} MB", file=sys.stderr)
+    return found
+
+
+def size(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def measure(place: Path, options: argparse.Namespace) -> Told:
+    """Every step once, in turn."""
+    model, cache = place / "model", place / "cache"
+    if not model.is_dir():
+        fresh(cache, "make", "", str(model), options.size)
+    told: dict[str, Told] = {}
+    for number in ("1", "2"):
+        shutil.rmtree(place / f"edit{number}", ignore_errors=True)
+        fresh(cache, "edited", "", str(model), str(place / f"edit{number}"), number)
+    edits = [str(next((place / f"edit{number}").glob("*.edit.safetensors"))) for number in (1, 2)]
+    merged, second = place / "edit1/merged", place / "edit2/merged"
+    digest = "0" * 64  # both are of one base, and this stands for it
+    shutil.rmtree(cache, ignore_errors=True)
+    out = {name: place / name for name in ("cold", "warm", "fp16", "shared", "copy", "torch", "dynamo", "optimum")}
+    for folder in out.values():
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def linked(name: str, folder: Path, edit: str, *more: str) -> None:
+        told[name] = fresh(cache, "link", str(out[name]), str(folder), digest, edit, str(out[name]), *more)
+        told[name]["mb"] = size(out[name])
+
+    told["copy"] = fresh(cache, "copy", str(out["copy"]), str(merged), str(out["copy"]))
+    told["copy"]["mb"] = size(out["copy"])
+    shutil.rmtree(out["copy"])
+    linked("cold", merged, edits[0])
+    shutil.rmtree(out["cold"])
+    linked("warm", merged, edits[0])
+    linked("shared", second, edits[1], "fp32", str(out["warm"]))
+    for number, name in ((1, "relink"), (0, "relink back"), (1, "relink again")):
+        told[name] = fresh(cache, "relink", str(out["warm"] / "unet"), str(out["warm"]), edits[number])
+    same = [
+        (out["shared"] / "unet" / name).read_bytes() == (out["warm"] / "unet" / name).read_bytes()
+        for name in ("model.onnx", "model.edited.onnx_data")
+    ]
+    told["relink"]["same as linked"] = all(same)
+    told["check tensors"] = fresh(cache, "check", "", str(second), str(out["warm"]), "tensors")
+    told["check unet"] = fresh(cache, "check", "", str(second), str(out["warm"]), "parity")
+    for name in ("warm", "shared"):
+        shutil.rmtree(out[name])
+    linked("fp16", merged, edits[0], "fp16")
+    shutil.rmtree(out["fp16"])
+    told["torch"] = fresh(cache, "torch", str(out["torch"]), str(merged), str(out["torch"]))
+    shutil.rmtree(out["torch"])
+    if options.dynamo:
+        told["dynamo"] = fresh(cache, "torch", str(out["dynamo"]), str(merged), str(out["dynamo"]), "dynamo")
+        shutil.rmtree(out["dynamo"])
+    if options.optimum:
+        told["optimum"] = optimum(options.optimum, merged, out["optimum"])
+        shutil.rmtree(out["optimum"], ignore_errors=True)
+    return told
+
+
+def optimum(python: str, folder: Path, out: Path) -> Told:
+    """``optimum-cli export onnx``, its own validation included, in its own environment; the peak is of its process."""
+    start = time.perf_counter()
+    command = [python, "-m", "optimum.commands.optimum_cli", "export", "onnx", "-m", str(folder), "--task",
+               "text-to-image", str(out)]  # fmt: skip
+    with subprocess.Popen(command) as running:
+        _, code, used = os.wait4(running.pid, 0)
+        running.returncode = os.waitstatus_to_exitcode(code)
+    if running.returncode:
+        raise SystemExit(f"optimum failed with exit code {running.returncode}")
+    return {"process": time.perf_counter() - start, "peak_mb": used.ru_maxrss / 1024, "mb": size(out)}
+
+
+def verdict(rows: dict[str, Told]) -> Told:
+    """What has a goal, beside it; and ratios in this run."""
+    found = {
+        "cold": rows["cold"]["seconds"], "cold_peak_mb": rows["cold"]["peak_mb"], "warm": rows["warm"]["seconds"],
+        "relink": rows["relink"]["process"], "relink_peak_mb": rows["relink"]["peak_mb"],
+    }  # fmt: skip
+    ratios = {
+        "torch's exporter (UNet) / linked from the cache (all)": rows["torch"]["seconds"] / rows["warm"]["seconds"],
+        "torch's exporter (UNet) / relink, whole processes": rows["torch"]["process"] / rows["relink"]["process"],
+        "linked from the cache / copy, until on disk": rows["warm"]["durable"] / rows["copy"]["durable"],
+    }
+    if "optimum" in rows:
+        ratios["optimum / cold, whole processes"] = rows["optimum"]["process"] / rows["cold"]["process"]
+        ratios["optimum / relink, whole processes"] = rows["optimum"]["process"] / rows["relink"]["process"]
+    return {"found": found, "goals": GOALS, "missed": sorted(k for k in GOALS if found[k] > GOALS[k]), "ratios": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="full", choices=("full", "tiny"))
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--dynamo", action="store_true")
+    parser.add_argument("--optimum", default="")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        print(json.dumps(step(*options.step)))
+        return
+    with ExitStack() as stack:
+        place = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        rows = measure(place, options)
+    result = {"size": options.size, "machine": machine.about(), "rows": rows, **verdict(rows)}
+    print(json.dumps({key: result[key] for key in ("found", "missed", "ratios")}, indent=2))
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
