@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CORE = ("erasec", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")
-OPTIONAL = {"onnx": "onnx", "onnxruntime": "onnx"}
+OPTIONAL = {
+    "onnx": "onnx", "onnxruntime": "onnx", "openvino": "openvino",
+    "polygraphy": "trt-rtx", "tensorrt_rtx": "trt-rtx", "tensorrt": "trt",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,15 @@ def examine(folder: Path) -> list[Finding]:
     found = [Finding("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     found += [_package(name, "pip install --upgrade erasec", required=True) for name in CORE]
     found += [_package(name, f'pip install "erasec[{extra}]"') for name, extra in OPTIONAL.items()]
-    found += [_package("tensorrt_rtx", "pip install tensorrt-rtx", tell="no target of this version needs it")]
     found += [_cuda(), _memory(), _disk(folder), _hub()]
     return found
 
 
-def _package(name: str, fix: str, required: bool = False, tell: str = "") -> Finding:
+def _package(name: str, fix: str, required: bool = False) -> Finding:
     there = version(name)
     if there is not None:
         return Finding(name, True, there, required=required)
-    return Finding(name, False, "not installed" + (f"; {tell}" if tell else ""), fix, required)
+    return Finding(name, False, "not installed", fix, required)
 
 
 def _cuda() -> Finding:

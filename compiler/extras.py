@@ -113,9 +113,8 @@ def refuse(extras: Extras, holds: frozenset[str], target: str) -> None:
         parts.append("new tokens " + _listed(extras.tokens))
     if "negative" in lost:
         parts.append(f"the negative prompt {extras.negative!r}")
-    others = " or onnx" if extras.kinds == {"memory"} else ""
     raise ErasecError(
-        f"{target} cannot hold all of this checkpoint", fix=f"build it for bundle{others}: --target bundle",
+        f"{target} cannot hold all of this checkpoint", fix="build it for bundle or onnx: --target bundle",
         why=f"beside its weights it has {'; '.join(parts)}; without them it would be another model",
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import numpy as np
 from erasec import extras as extras_
 from erasec.base import Check
 from erasec.errors import ErasecError
-from erasec.graph import CLASSES, Graph, graphs
+from erasec.graph import CLASSES, Graph, graphs, with_whole_prompts
 from erasec.linker import PAGE, read_manifest, stored_tensor
 from erasec.progress import bar, hush
 
@@ -134,11 +134,15 @@ def answered(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
     from erasec.tracing import inputs
 
     states = _prompt_states(checkpoint) if graph.name == "unet" else None
+    if graph.name == "text_encoder" and extras_.read(checkpoint.root).negative:
+        graph = with_whole_prompts(graph)
     module, cases = load(checkpoint, graph), []
     draw = torch.Generator().manual_seed(seed)
     steps = STEPS if "timestep" in graph.inputs else (0,)
     with torch.no_grad():
-        for number, (size, step) in enumerate(itertools.product(TRIED, steps)):
+        # Every step at the first size, and one at each of the others: large models take seconds for each.
+        tried = [(TRIED[0], step) for step in steps] + list(zip(TRIED[1:], itertools.cycle(steps), strict=False))
+        for number, (size, step) in enumerate(tried):
             given = inputs(checkpoint, graph, size, step, draw)
             if states is not None:
                 rows = (torch.arange(size[0]) + number) % len(states)

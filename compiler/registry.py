@@ -42,6 +42,10 @@ TARGETS = {
     "ldm": "erasec.targets.ldm:Ldm",
     "lora": "erasec.targets.lora:Lora",
     "onnx": "erasec.targets.ort:Onnx",
+    "openvino": "erasec.targets.ov:OpenVino",
+    "triton": "erasec.targets.triton:Triton",
+    "trt": "erasec.targets.trt:Trt",
+    "trt-rtx": "erasec.targets.trt_rtx:TrtRtx",
 }
 # The pass of a build that names none, by the kind of what it erases; "" is a concept that names no kind.
 DEFAULTS = {"": "uce", "mark": "geom_erasing", "object": "uce", "person": "uce", "safety": "trce", "style": "uce"}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Sizes are (batch, height, width), in the least steps that latents can take.
 LATENTS = 4
-TRACED = (4, 2, 4)
+TRACED = (2, 2, 3)  # few, as CPUs are slow in float16; batch and sizes that none of the cases of parity has
 
 
 def template(

@@ -57,6 +57,24 @@ def test_a_whole_build_of_sd14_stays_below_4_gb_and_an_edit_below_600_mb(sd14: P
     assert (sd14 / unet).is_file()
 
 
+def test_sd14_becomes_graphs_engines_and_a_model_repository(sd14: Path, tmp_path: Path) -> None:
+    """The engines are real, built with or without a GPU; the peak is of the build's own process, not the builders'."""
+    pytest.importorskip("tensorrt_rtx")
+    targets = ("--target", "onnx", "--target", "edit:tensors=true", "--target", "trt-rtx", "--target", "triton")
+    peak = run("build", sd14, "--erase", "golf-ball", *targets, "--link", "--out", tmp_path / "out")
+    assert peak < 24e9
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(check["passed"] for check in report["checks"])
+    assert {"weights/unet", "parity/unet", "engine/unet/source", "engine/unet/text"} <= {
+        check["name"] for check in report["checks"]
+    }
+    apart = tmp_path / "out/onnx/unet/model.edited.onnx_data"
+    assert apart.stat().st_size == 4 * 19_169_280
+    (edit,) = (tmp_path / "out/edit").iterdir()
+    assert run("relink", tmp_path / "out/onnx", edit, "--out", tmp_path / "again", "--link") < 300e6
+    assert file_digest(tmp_path / "again/unet/model.edited.onnx_data") == file_digest(apart)
+
+
 def test_sdxl_is_solved_and_edited(tmp_path: Path) -> None:
     layouts.random_folder(tmp_path / "sdxl", "sdxl", "full", dtype="float16")
     (tmp_path / "small.toml").write_text(

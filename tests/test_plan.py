@@ -246,7 +246,7 @@ def test_a_learned_pass_that_trains_tokens_alone_is_refused_there_too(here: Path
         plan.make(recipe(here / "sdxl", passes=passes), pin=False)
 
 
-@pytest.mark.parametrize("target", ["hf", "ldm", "lora", "onnx"])
+@pytest.mark.parametrize("target", ["hf", "ldm", "lora"])
 def test_a_target_that_cannot_hold_what_is_left_is_refused(here: Path, random_folder: Path, target: str) -> None:
     (here / "mine.py").write_text(LEAVES)
     mine = from_flags("x", passes=["mine.py:Mine"]).passes

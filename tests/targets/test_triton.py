@@ -1,0 +1,261 @@
+"""Target triton: where files lie, configurations against graphs, parity as served, and damage that the checks find."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from erasec import engines
+from erasec.base import Artifact, Context
+from erasec.engines import Builder, Profile
+from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
+from erasec.folder import Folder
+from erasec.graph import graphs
+from erasec.targets import triton
+from erasec.targets.triton import Triton, config, parity, parsed, served
+from erasec.targets.trt import Trt
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+UNET = """name: "unet"
+platform: "onnxruntime_onnx"
+backend: "onnxruntime"
+default_model_filename: "model.onnx"
+max_batch_size: 0
+input {
+  name: "sample"
+  data_type: TYPE_FP32
+  dims: [ -1, 4, -1, -1 ]
+}
+input {
+  name: "timestep"
+  data_type: TYPE_FP32
+  dims: [ 1 ]
+}
+input {
+  name: "encoder_hidden_states"
+  data_type: TYPE_FP32
+  dims: [ -1, -1, 128 ]
+}
+output {
+  name: "out_sample"
+  data_type: TYPE_FP32
+  dims: [ -1, 4, -1, -1 ]
+}
+instance_group {
+  count: 1
+  kind: KIND_CPU
+}
+version_policy {
+  specific {
+    versions: [ 2 ]
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    target = Triton(version=2, instances="cpu")
+    return target.export(Folder(random_folder), tmp_path_factory.mktemp("served") / "triton", Context())
+
+
+@pytest.fixture
+def models(exported: Artifact, tmp_path: Path) -> Path:
+    """A copy of the repository for a test to damage."""
+    return Path(shutil.copytree(exported.path / "models", tmp_path / "models"))
+
+
+def test_files_lie_where_the_server_and_the_client_look(exported: Artifact, random_folder: Path) -> None:
+    served_ = {f"models/{name}/{file}" for name in triton.NAMES
+               for file in ("config.pbtxt", "2/model.onnx", "2/model.onnx_data")}  # fmt: skip
+    client = {f"client/{name}/config.json" for name in triton.NAMES}
+    client |= {"client/model_index.json", "client/scheduler/scheduler_config.json"}
+    client |= {f"client/tokenizer/{path.name}" for path in (random_folder / "tokenizer").iterdir()}
+    assert {name.as_posix() for name in Folder(exported.path).files()} == served_ | client | {"README.md"}
+    assert sorted(path.name for path in exported.path.rglob(".*")) == []
+    # Each folder of a repository is a model to the server.
+    assert sorted(path.name for path in (exported.path / "models").iterdir()) == sorted(triton.NAMES)
+
+
+def test_the_configuration_says_all_that_the_server_asks_for(exported: Artifact) -> None:
+    assert (exported.path / "models" / "unet" / "config.pbtxt").read_text() == UNET
+    told = parsed(UNET)
+    assert [port["name"] for port in told["input"]] == [["sample"], ["timestep"], ["encoder_hidden_states"]]
+    assert told["input"][0] == {"name": ["sample"], "data_type": ["TYPE_FP32"], "dims": [[-1, 4, -1, -1]]}
+    assert told["version_policy"] == [{"specific": [{"versions": [[2]]}]}]
+    text = parsed((exported.path / "models" / "text_encoder" / "config.pbtxt").read_text())
+    assert text["input"] == [{"name": ["input_ids"], "data_type": ["TYPE_INT64"], "dims": [[-1, -1]]}]
+    readme = (exported.path / "README.md").read_text()
+    assert "Version 2 of each model is served" in readme
+    assert "| unet | `sample` [-1, 4, -1, -1]; `timestep` [1]; " in readme
+
+
+def test_all_checks_pass_on_what_was_exported(exported: Artifact) -> None:
+    names = [f"{kind}/{name}" for kind in ("weights", "parity") for name in triton.NAMES]
+    assert [check.name for check in exported.checks] == ["triton/repository", *names]
+    assert all(check.passed for check in exported.checks)
+    assert all(0 < check.value < 2e-5 for check in exported.checks if check.name.startswith("parity"))
+
+
+def test_the_timestep_is_a_vector_for_the_server_and_a_scalar_inside(exported: Artifact) -> None:
+    session = onnxruntime.InferenceSession(exported.path / "models" / "unet" / "2" / "model.onnx")
+    assert {value.name: value.shape for value in session.get_inputs()}["timestep"] == [1]
+    feed = {"sample": np.ones((3, 4, 8, 8), np.float32), "encoder_hidden_states": np.ones((3, 77, 128), np.float32)}
+    one, other = (session.run(None, {**feed, "timestep": np.array([t], np.float32)})[0] for t in (10.0, 10.5))
+    assert one.shape == (3, 4, 8, 8)
+    assert np.abs(one - other).max() > 1e-6
+
+
+def replaced(models: Path, old: str, new: str) -> None:
+    file = models / "unet" / "config.pbtxt"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+def other_type(models: Path) -> None:
+    model = onnx.load(models / "unet" / "2" / "model.onnx", load_external_data=False)
+    model.graph.node.append(onnx.helper.make_node("Cast", ["out_sample"], ["out_half"], to=onnx.TensorProto.FLOAT16))
+    model.graph.output[0].name = "out_half"
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    (models / "unet" / "2" / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def moved(models: Path) -> None:
+    (models / "unet" / "2").rename(models / "unet" / "1")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "renamed": (lambda models: replaced(models, '"sample"', '"samples"'), "unet: input sample is None in config.pbtxt"),
+    "typed": (lambda models: replaced(models, "TYPE_FP32", "TYPE_FP16"), "unet: input "),
+    "scalar": (lambda models: replaced(models, "dims: [ 1 ]", "dims: [ -1 ]"), "unet: input timestep is "),
+    "batched": (lambda models: replaced(models, "max_batch_size: 0", "max_batch_size: 8"), "unet: name, max_batch"),
+    "titled": (lambda models: replaced(models, '"unet"', '"denoiser"'), "unet: name, max_batch_size and"),
+    "backend": (lambda models: replaced(models, '"onnxruntime"', '"tensorrt"'), "unet: name, max_batch_size and"),
+    "damaged": (lambda models: replaced(models, "output {", "output [{"), "unet has no sound config.pbtxt"),
+    "unlimited": (lambda models: replaced(models, "version_policy {\n  specific {\n    versions: [ 2 ]\n  }\n}\n", ""),
+                  "unet has no sound config.pbtxt"),
+    "graph": (other_type, "unet: output out_"),
+    "moved": (moved, "unet has no 2/model.onnx"),
+    "data": (lambda models: (models / "unet" / "2" / "model.onnx_data").unlink(), "unet/2/model.onnx cannot be loaded"),
+    "config": (lambda models: (models / "unet" / "config.pbtxt").unlink(), "unet has no sound config.pbtxt"),
+    "model": (lambda models: shutil.rmtree(models / "unet"), "there is no unet"),
+    "folder": (lambda models: (models / "tokenizer").mkdir(), "tokenizer would be taken for a model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_the_server_would_not_serve_fails_in_words(models: Path, kind: str) -> None:
+    damage, words = DAMAGE[kind]
+    damage(models)
+    check = served(models, models)
+    assert not check.passed
+    assert check.value >= 1
+    assert f"the first: {words}" in check.how
+
+
+def test_a_damaged_model_fails_parity(models: Path, random_folder: Path) -> None:
+    every = tuple(graph for graph in graphs(Folder(random_folder)) if graph.name == "vae_decoder")
+    (check,) = parity(Folder(random_folder), models, every, 2)
+    assert check.passed
+    file = models / "vae_decoder" / "2" / "model.onnx_data"
+    data = np.fromfile(file, np.float32)
+    (data * np.float32(1.01)).tofile(file)
+    (check,) = parity(Folder(random_folder), models, every, 2)
+    assert not check.passed
+    (check,) = parity(Folder(random_folder), models, every, 1)
+    assert (check.passed, check.value) == (False, float("inf"))
+
+
+def test_plans_are_described_as_such(random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a library that writes a word where TensorRT writes a plan."""
+    asked: dict[str, Profile] = {}
+
+    def build(graph: Path, file: Path, profile: Profile, builder: Builder) -> tuple[dict[str, Any], str]:
+        asked[graph.parent.name] = profile
+        assert onnx.load(graph, load_external_data=False).graph.input
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"plan")
+        return engines.entry(file, engines.digests(graph), profile, 1.0), "11.4.0"
+
+    monkeypatch.setattr(engines, "build", build)
+    monkeypatch.setattr(Trt, "check", lambda target: None)
+    target = Triton(engines="trt")
+    target.check()
+    artifact = target.export(Folder(random_folder), tmp_path / "triton", Context())
+    assert all(check.passed for check in artifact.checks), artifact.checks
+    assert [check.name for check in artifact.checks][:2] == ["triton/repository", "weights/text_encoder"]
+    assert "timestep" not in asked["unet"]  # one shape, so no range of them
+    found = {path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*.*") if path.is_file()}
+    assert {name for name in found if name.startswith("models")} == {
+        f"models/{name}/{file}" for name in triton.NAMES for file in ("config.pbtxt", "1/model.plan")
+    }
+    told = parsed((artifact.path / "models" / "unet" / "config.pbtxt").read_text())
+    assert (told["platform"], told["backend"]) == (["tensorrt_plan"], ["tensorrt"])
+    assert told["default_model_filename"] == ["model.plan"]
+    assert told["instance_group"] == [{"count": [1], "kind": ["KIND_AUTO"]}]
+    record = engines.read_record(artifact.path)
+    assert record["components"]["unet"]["file"] == "models/unet/1/model.plan"
+
+
+def test_options_and_missing_tools_are_refused_in_words(random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: tuple[tuple[Mapping[str, Any], str], ...] = (
+        ({"version": 0}, "version is 0"), ({"instances": "tpu"}, "option instances is 'tpu'"),
+        ({"precision": "fp8"}, "option precision is 'fp8'"), ({"engines": "trt-rtx"}, "option engines is 'trt-rtx'"),
+        ({"engines": "trt", "instances": "cpu"}, "plans of TensorRT do not run on a CPU"),
+    )  # fmt: skip
+    for options, words in refused:
+        with pytest.raises(ErasecError, match=words):
+            Triton(**options)
+    monkeypatch.setattr(engines, "require", lambda library: None)
+    monkeypatch.setattr(engines, "devices", list)
+    Triton().check()
+    with pytest.raises(MissingTool, match="trt needs an NVIDIA GPU"):
+        Triton(engines="trt").check()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingTool, match="needs onnx and onnxruntime") as missing:
+        Triton().check()
+    assert missing.value.exit_code == TOOL_MISSING
+
+
+def test_only_such_texts_are_read(tmp_path: Path) -> None:
+    text = config("unet", {"a": ("TYPE_FP32", (-1, 3))}, {"b": ("TYPE_INT64", (1,))}, 7, "KIND_GPU")
+    assert parsed(text)["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"]}]
+    for wrong in ('name: "unet', "name unet", "input {", "}", "dims: [ 1, x ]", "a: 1 b: 2"):
+        with pytest.raises(ErasecError, match=r"config\.pbtxt cannot be read"):
+            parsed(wrong)
+
+
+@pytest.mark.network
+def test_tritons_own_message_takes_the_configurations(exported: Artifact, tmp_path: Path) -> None:
+    """In an environment of its own, as tritonclient wants an older protobuf."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "-q", "tritonclient[grpc]"], check=True, env=clean)
+    code = (
+        "import sys; from google.protobuf import text_format; from tritonclient.grpc import model_config_pb2 as pb\n"
+        "for file in sys.argv[1:]:\n"
+        "    told = text_format.Parse(open(file).read(), pb.ModelConfig())\n"
+        "    print(told.name, [pb.DataType.Name(port.data_type) for port in told.input], list(told.input[-1].dims))\n"
+    )
+    files = [exported.path / "models" / name / "config.pbtxt" for name in triton.NAMES]
+    done = subprocess.run([python, "-c", code, *files], check=True, capture_output=True, text=True, env=clean)
+    assert done.stdout.splitlines() == [
+        "text_encoder ['TYPE_INT64'] [-1, -1]",
+        "unet ['TYPE_FP32', 'TYPE_FP32', 'TYPE_FP32'] [-1, -1, 128]",
+        "vae_decoder ['TYPE_FP32'] [-1, 4, -1, -1]",
+    ]
+    files[0].with_name("other.pbtxt").write_text(files[0].read_text().replace("dims", "dimensions"))
+    wrong = subprocess.run([python, "-c", code, files[0].with_name("other.pbtxt")], capture_output=True, env=clean)
+    files[0].with_name("other.pbtxt").unlink()
+    assert wrong.returncode != 0

@@ -1,0 +1,304 @@
+"""Target trt-rtx: real engines of small graphs in a folder that stands alone, and engines of others that must fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from erasec import engines, linker, patching
+from erasec.base import Artifact, Context, with_options
+from erasec.checkpoint import file_digest
+from erasec.engines import RTX, read_record
+from erasec.errors import ErasecError, MissingTool
+from erasec.folder import Folder
+from erasec.targets.trt_rtx import TrtRtx, checked, range_of
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("polygraphy")
+pytest.importorskip(RTX)
+
+NAMES = ("text_encoder", "unet", "vae_decoder")
+WIDTH, TEXT, HEADS = 64, 128, 4
+
+
+def attention(path: Path, seed: int = 0) -> None:
+    """The inputs and outputs of glyphs' UNet, and one attention of its latents to the text, in float16."""
+    from onnx import helper
+
+    rng, nodes = np.random.default_rng(seed), []
+
+    def weight(*shape: int) -> np.ndarray[Any, Any]:
+        return (rng.standard_normal(shape) / 8).astype(np.float16)
+
+    shapes = {"q": (4, WIDTH), "k": (TEXT, WIDTH), "v": (TEXT, WIDTH), "out": (WIDTH, 4)}
+    weights = {f"a.to_{name}.weight:transpose": weight(*shape) for name, shape in shapes.items()}
+    weights["root"] = np.array((WIDTH // HEADS) ** -0.25, np.float16)
+    for name, shape in {"flat": (0, 4, -1), "heads": (0, -1, HEADS, WIDTH // HEADS), "joined": (0, -1, WIDTH)}.items():
+        weights[name] = np.array(shape, np.int64)
+
+    def node(kind: str, inputs: Sequence[str], output: str, **options: Any) -> None:
+        nodes.append(helper.make_node(kind, inputs, [output], name=output, **options))
+
+    node("Cast", ["encoder_hidden_states"], "text", to=10)
+    node("Cast", ["sample"], "half", to=10)
+    node("Shape", ["sample"], "shape")
+    node("Reshape", ["half", "flat"], "flat_sample")
+    node("Transpose", ["flat_sample"], "x", perm=[0, 2, 1])
+    for name, source, turned in (("q", "x", [0, 2, 1, 3]), ("k", "text", [0, 2, 3, 1]), ("v", "text", [0, 2, 1, 3])):
+        node("MatMul", [source, f"a.to_{name}.weight:transpose"], f"{name}_all")
+        node("Reshape", [f"{name}_all", "heads"], f"{name}_heads")
+        node("Transpose", [f"{name}_heads"], f"{name}_turned", perm=turned)
+    node("Mul", ["q_turned", "root"], "q")
+    node("Mul", ["k_turned", "root"], "k")
+    node("MatMul", ["q", "k"], "scores")
+    node("Softmax", ["scores"], "shares", axis=-1)
+    node("MatMul", ["shares", "v_turned"], "seen")
+    node("Transpose", ["seen"], "seen_turned", perm=[0, 2, 1, 3])
+    node("Reshape", ["seen_turned", "joined"], "seen_joined")
+    node("MatMul", ["seen_joined", "a.to_out.weight:transpose"], "y")
+    node("Transpose", ["y"], "y_turned", perm=[0, 2, 1])
+    node("Reshape", ["y_turned", "shape"], "y_shaped")
+    node("Cast", ["y_shaped"], "out_sample", to=1)
+    inputs = {"sample": (1, ["b", 4, "h", "w"]), "timestep": (1, []), "encoder_hidden_states": (1, ["b", "t", TEXT])}
+    save(path, nodes, inputs, "out_sample", weights)
+
+
+def product(path: Path, name: str, kind: int, axes: list[int | str]) -> None:
+    """A graph that multiplies its input with a number."""
+    from onnx import helper
+
+    nodes = [helper.make_node("Cast", [name], ["wide"], to=1), helper.make_node("Mul", ["wide", "w"], ["y"])]
+    save(path, nodes, {name: (kind, axes)}, "y", {"w": np.array([3.25], np.float32)})
+
+
+def save(
+    path: Path, nodes: Sequence[Any], inputs: dict[str, tuple[int, Any]], output: str, weights: dict[str, Any]
+) -> None:
+    from onnx import helper, numpy_helper
+
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    infos = [helper.make_tensor_value_info(name, *info) for name, info in inputs.items()]
+    outputs = [helper.make_tensor_value_info(output, 1, None)]
+    graph = helper.make_graph(list(nodes), "g", infos, outputs, tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+
+
+def link(checkpoint: Folder, out: Path, precision: str, names: Sequence[str], **options: Any) -> None:
+    """In place of the linker, which would take most of a minute of these tests: a folder of small graphs."""
+    for name in ("model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.root / name, out / name)
+    attention(out / "unet" / "model.onnx")
+    product(out / "text_encoder" / "model.onnx", "input_ids", 7, ["b", "t"])
+    product(out / "vae_decoder" / "model.onnx", "latent_sample", 1, ["b", 4, "h", "w"])
+    for name in names:
+        (out / name / "config.json").write_text(
+            json.dumps({"name": name, "precision": precision} | options, default=str)
+        )
+    (out / linker.MANIFEST).write_text("{}")
+    (out / "unet" / "model.onnx_data").write_bytes(b"weights")
+
+
+@pytest.fixture(scope="module")
+def exported(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linker, "write", link)
+        return TrtRtx(onnx=True, workspace=64).export(
+            Folder(random_folder), tmp_path_factory.mktemp("exported") / "trt-rtx", Context()
+        )
+
+
+@pytest.fixture
+def copied(exported: Artifact, tmp_path: Path) -> Path:
+    """A copy of the export for a test to damage."""
+    return Path(shutil.copytree(exported.path, tmp_path / "copied"))
+
+
+def test_the_folder_stands_alone(exported: Artifact) -> None:
+    found = {path.relative_to(exported.path).as_posix() for path in exported.path.rglob("*") if path.is_file()}
+    own = {name for name in found if not name.startswith("onnx/")}
+    parts = {f"{name}/{file}" for name in NAMES for file in ("model.engine", "config.json")}
+    assert own == parts | {"engine.json", "model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"}
+    assert {f"onnx/{name}/model.onnx" for name in NAMES} | {f"onnx/{linker.MANIFEST}"} <= found - own
+    config = json.loads((exported.path / "unet" / "config.json").read_text())
+    assert config == {"name": "unet", "precision": "fp16", "vae": "fp32", "origin": None}
+
+
+def test_the_record_tells_each_engine(exported: Artifact) -> None:
+    told = read_record(exported.path)
+    assert set(told["components"]) == set(NAMES)
+    assert [told["components"][name]["precision"] for name in NAMES] == ["fp16", "fp16", "fp32"]
+    assert told["workspace"] == 64 and told["builder"]["version"] == engines.version(RTX)
+    profile = told["components"]["unet"]["profile"]
+    assert profile["sample"] == {"min": [1, 4, 4, 4], "opt": [2, 4, 8, 8], "max": [8, 4, 12, 12]}
+
+
+def test_all_checks_pass_on_what_was_built(exported: Artifact) -> None:
+    checks = {check.name: check for check in exported.checks}
+    wanted = {f"engine/{name}/{what}" for name in NAMES for what in ("source", "MB", "seconds")}
+    assert set(checks) == wanted | {"engine/unet/text"}
+    assert all(check.passed for check in exported.checks)
+    size = (exported.path / "unet" / "model.engine").stat().st_size
+    assert checks["engine/unet/MB"].value == size / 1e6 and checks["engine/unet/MB"].limit is None
+    assert checks["engine/unet/text"].limit == 0.0 and "matrices of 2" in checks["engine/unet/text"].how
+    assert "tensorrt_rtx" in checks["engine/unet/seconds"].how
+
+
+def failed(folder: Path, graph: Path) -> set[str]:
+    return {check.name for check in checked(folder, "unet", graph) if not check.passed}
+
+
+def test_an_engine_for_another_base_fails(copied: Path, tmp_path: Path) -> None:
+    graph = copied / "onnx" / "unet" / "model.onnx"
+    assert failed(copied, graph) == set()
+    attention(tmp_path / "other.onnx", seed=1)
+    assert failed(copied, tmp_path / "other.onnx") == {"engine/unet/source", "engine/unet/text"}
+    product(tmp_path / "graph.onnx", "sample", 1, ["b", 4, "h", "w"])
+    (source, *_) = checked(copied, "unet", tmp_path / "graph.onnx")
+    assert (source.value, source.passed) == (2.0, False)
+    assert "graph, weights" in source.how
+
+
+def test_another_engine_in_the_place_of_one_fails(copied: Path) -> None:
+    shutil.copyfile(copied / "vae_decoder" / "model.engine", copied / "unet" / "model.engine")
+    graph = copied / "onnx" / "unet" / "model.onnx"
+    assert failed(copied, graph) == {"engine/unet/source", "engine/unet/text"}
+    (copied / "unet" / "model.engine").unlink()
+    assert failed(copied, graph) == {"engine/unet/source"}
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_one_flipped_tensor_of_the_text_fails_though_the_record_agrees(copied: Path, part: str) -> None:
+    file, graph = copied / "unet" / "model.engine", copied / "onnx" / "unet" / "model.onnx"
+    place = patching.locate(file, patching.projections(graph))[f"a.to_{part}.weight:transpose"]
+    data = bytearray(file.read_bytes())
+    data[place.offset + 7 * place.stride + 2] ^= 1
+    file.write_bytes(data)
+    told = read_record(copied)
+    told["components"]["unet"]["engine"] = file_digest(file)
+    engines.rewrite_record(copied, told)
+    assert failed(copied, graph) == {"engine/unet/text"}
+
+
+def test_an_unknown_version_that_keeps_them_otherwise_is_told_and_not_judged(copied: Path, tmp_path: Path) -> None:
+    attention(tmp_path / "other.onnx", seed=1)
+    told = read_record(copied)
+    told["builder"]["version"] = "9.0.0.1"
+    engines.rewrite_record(copied, told)
+    found = {check.name: check for check in checked(copied, "unet", tmp_path / "other.onnx")}
+    text = found["engine/unet/text"]
+    assert (text.value, text.limit, text.passed) == (2.0, None, True)
+    assert "it is not known how tensorrt_rtx 9.0.0.1 keeps them" in text.how
+
+
+def test_what_is_not_asked_for_is_not_left_behind(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, engines.Builder]] = []
+
+    def build(graph: Path, file: Path, profile: engines.Profile, builder: engines.Builder) -> tuple[Any, str]:
+        assert graph.is_file()
+        made.append((graph.parent.name, builder))
+        file.write_bytes(graph.parent.name.encode())
+        return engines.entry(file, ("", ""), profile, 0.0), "1.7.1"
+
+    monkeypatch.setattr(linker, "write", link)
+    monkeypatch.setattr(engines, "build", build)
+    artifact = TrtRtx(capabilities="80+89").export(Folder(random_folder), tmp_path / "out", Context())
+    assert {path.name for path in artifact.path.iterdir()} == {
+        "engine.json", "model_index.json", "scheduler", "tokenizer", *NAMES,
+    }  # fmt: skip
+    assert made == [(name, engines.Builder(RTX, ("80", "89"))) for name in NAMES]
+    assert {check.name for check in artifact.checks if not check.passed} == {
+        "engine/text_encoder/source", "engine/unet/source", "engine/vae_decoder/source", "engine/unet/text",
+    }  # fmt: skip
+
+
+def test_patch_goes_through_the_cache_for_the_unet_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str] = []
+    monkeypatch.setattr(engines, "build", lambda *args: ways.append("build"))
+    monkeypatch.setattr(patching, "engine", lambda *args: ways.append("patch"))
+    for target in (TrtRtx(), TrtRtx(patch=True)):
+        for name in ("vae_decoder", "unet"):
+            target.engine(tmp_path / name / "model.onnx", tmp_path / "model.engine", {})
+    assert ways == ["build", "build", "build", "patch"]
+
+
+def test_profiles_follow_the_model(random_folder: Path) -> None:
+    found = TrtRtx(vae_encoder=True, batch="1:2:3", height="8:8:16", width="12").profiles(Folder(random_folder))
+    assert found == {
+        "text_encoder": {"input_ids": [(1, 77), (4, 77), (6, 77)]},
+        "unet": {
+            "sample": [(1, 4, 8, 12), (4, 4, 8, 12), (6, 4, 16, 12)],
+            "encoder_hidden_states": [(1, 77, 128), (4, 77, 128), (6, 77, 128)],
+        },
+        "vae_decoder": {"latent_sample": [(1, 4, 8, 12), (2, 4, 8, 12), (3, 4, 16, 12)]},
+        "vae_encoder": {"sample": [(1, 3, 64, 96), (2, 3, 64, 96), (3, 3, 128, 96)]},
+    }
+    assert set(TrtRtx().profiles(Folder(random_folder))) == set(NAMES)
+
+
+def test_sizes_that_the_unet_cannot_halve_are_refused(random_folder: Path) -> None:
+    with pytest.raises(ErasecError, match="option width has 10") as caught:
+        TrtRtx(width="8:10:12").profiles(Folder(random_folder))
+    assert caught.value.why == "this UNet takes multiples of 4 latents"
+
+
+def test_another_kind_of_model_is_refused_before_anything_is_written(random_folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(random_folder, tmp_path / "model"))
+    index = json.loads((root / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps(index | {"transformer": ["diffusers", "Transformer2DModel"]}))
+    with pytest.raises(ErasecError, match="the model has a transformer"):
+        TrtRtx().export(Folder(root), tmp_path / "out", Context())
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges() -> None:
+    assert range_of("x", "1: 2:4") == (1, 2, 4)
+    assert range_of("x", "3") == (3, 3, 3)
+    for text in ("", "0:1:2", "2:1:3", "1:2", "1:2:3:4", "a", "-1:1:2", "1,2,3"):
+        with pytest.raises(ErasecError, match="x is"):
+            range_of("x", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"precision": "fp8"}, "option precision is 'fp8'"),
+        ({"vae": "half"}, "option vae is 'half'"),
+        ({"batch": "4,1"}, "option batch is '4,1'"),
+        ({"workspace": -1}, "option workspace is -1"),
+        ({"capabilities": "80+90"}, "option capabilities has '90'"),
+        ({"capabilites": "80"}, "no option 'capabilites'"),
+        ({"patch": 1}, "option patch is 1"),
+    ],
+)
+def test_options_are_checked_in_words(options: dict[str, object], what: str) -> None:
+    with pytest.raises(ErasecError) as caught:
+        with_options(TrtRtx, options, "trt-rtx")
+    assert what in caught.value.what
+    assert caught.value.why
+
+
+def test_a_plan_ends_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    TrtRtx().check()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingTool, match="trt-rtx needs onnx and polygraphy and tensorrt_rtx"):
+        TrtRtx().check()
+
+
+@pytest.mark.slow
+def test_glyphs_with_the_real_linker(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERASEC_CACHE", str(tmp_path / "cache"))
+    glyphs = Folder(root / "compiler" / "glyphs" / "weights" / "glyphs")
+    artifact = TrtRtx().export(glyphs, tmp_path / "out", Context())
+    assert all(check.passed for check in artifact.checks)
+    text = next(check for check in artifact.checks if check.name == "engine/unet/text")
+    assert text.limit == 0.0 and "matrices of 14" in text.how
