@@ -168,6 +168,9 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         with _timed(seconds, "pictures and judge"):
             evidence, measured = _measured(plan, judge, solved, public, built, carried)
         checks += measured
+    if judge is not None and evidence:
+        with _timed(seconds, "pictures of what was written"):
+            checks += _deployed(plan, judge, evidence[0], stage)
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
     with _timed(seconds, "report"):
@@ -264,6 +267,19 @@ def _measured(
             every.append(shown)
             checks += validate.recovered(judge, concept, shown, evidence, limits, seed, scheduler)
     return every, checks
+
+
+def _deployed(plan: Plan, judge: Judge, evidence: Evidence, stage: Path) -> Iterator[Check]:
+    """What the judge saw in pictures that the artifacts made themselves."""
+    for target in plan.targets:
+        if target.name in validate.RUN_BY:
+            folder = stage / target.name
+            stored = {getattr(target, option, "fp32") for option in ("precision", "vae", "weights")}
+            precision = next(kind for kind in validate.ALIKE if kind in stored)  # of several, the coarsest
+            scheduler = Folder(folder).config("scheduler", "scheduler_config.json")["_class_name"]
+            yield from validate.deployed(
+                judge, evidence, folder, target.name, precision, plan.recipe.checks, plan.context.seed, scheduler
+            )
 
 
 @contextmanager

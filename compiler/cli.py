@@ -152,7 +152,7 @@ def run(
     height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
     width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
     backend: Annotated[str, typer.Option("--backend", help="auto, ort, openvino, trt-rtx, trt, torch")] = "auto",
-    scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, euler, dpm, pndm")] = "auto",
+    scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, euler, dpm")] = "auto",
     verbose: VERBOSE = False,
 ) -> None:
     """Make images from what was built, with what it was built for; without torch for ONNX and OpenVINO."""
@@ -289,6 +289,25 @@ def diff(
         if files := [item for item in found if item.kind == "file"]:
             show.table(["file", "note"], [[item.key, item.note] for item in files])
         print(f"{len(moved)} tensors differ" if moved else "no tensor moved")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what a build wrote, or the folder of one target")],
+    against: Annotated[Path | None, typer.Option("--against", metavar="DIR",
+        help="the checkpoint that it is to be; by default the one in the build")] = None,
+    as_json: JSON = False, verbose: VERBOSE = False,
+) -> None:  # fmt: skip
+    """Say whether what was deployed is what was built, runs here, and is its checkpoint; needs no base."""
+    with _told(verbose):
+        from erasec import check as checks
+
+        found = checks.examine(folder, against)
+        if as_json:
+            print(json.dumps([checks.plain(each) for each in found.checks], indent=2))
+        else:
+            show.checks(found.checks)
+        checks.judge(found, folder)
 
 
 @app.command("list")

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +73,18 @@ class Template:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        listed = json.loads((self.root / "weights.json").read_text())
-        shapes = ("source", "axes", "shape")
-        return tuple(Weight(**{**item, **{name: tuple(item[name]) for name in shapes}}) for item in listed)
+        return tuple(map(weight_from, json.loads((self.root / "weights.json").read_text())))
 
     def load(self) -> ModelProto:
         import onnx
 
         return onnx.load(self.root / "model.onnx", load_external_data=False)
+
+
+def weight_from(told: Mapping[str, Any]) -> Weight:
+    """A weight as JSON tells it."""
+    shapes: dict[str, Shape] = {name: tuple(told[name]) for name in ("source", "axes", "shape")}
+    return Weight(told["name"], told["key"], shapes["source"], shapes["axes"], shapes["shape"], told["dtype"])
 
 
 def graphs(checkpoint: Folder) -> tuple[Graph, ...]:
@@ -115,6 +119,15 @@ def graphs(checkpoint: Folder) -> tuple[Graph, ...]:
         Graph("vae_decoder", "vae", {"latent_sample": size}, {"sample": larger}),
         Graph("vae_encoder", "vae", {"sample": size}, {"latent_parameters": smaller}),
     )  # fmt: skip
+
+
+def with_whole_prompts(graph: Graph) -> Graph:
+    """A text encoder whose prompts are of the model's full length: to know an empty one, it must see its end."""
+
+    def fixed(ports: Mapping[str, Axes]) -> dict[str, Axes]:
+        return {name: {axis: word for axis, word in axes.items() if axis != 1} for name, axes in ports.items()}
+
+    return replace(graph, inputs=fixed(graph.inputs), outputs=fixed(graph.outputs))
 
 
 def halvings(config: Mapping[str, Any]) -> int:
@@ -155,8 +168,9 @@ def keep(root: Path, model: ModelProto, weights: Sequence[Weight]) -> None:
         (scratch / "model.onnx").write_bytes(contents[0])
         (scratch / "weights.json").write_bytes(contents[1])
         (scratch / "digest").write_text(_digest(*contents))
-        shutil.rmtree(root, ignore_errors=True)
-        os.replace(scratch, root)
+        if not whole(root):
+            shutil.rmtree(root, ignore_errors=True)
+            os.replace(scratch, root)
     except OSError:
         if not whole(root):
             raise

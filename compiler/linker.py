@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec import extras as extras_
-from erasec.checkpoint import Entry, atomic, copy
+from erasec.checkpoint import Entry, atomic, copy, file_digest
 from erasec.errors import ErasecError
-from erasec.graph import COPIED, EMBEDDING, MEMORY, Graph, Template, Weight, cache, graphs, whole
+from erasec.graph import COPIED, EMBEDDING, MEMORY, Graph, Template, Weight, graphs, weight_from, with_whole_prompts
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -81,17 +81,16 @@ def link(
     for tensor in model.graph.initializer:
         for key, value in zip(("location", "offset", "length"), places[tensor.name], strict=True):
             tensor.external_data.add(key=key, value=str(value))
+    content = model.SerializeToString(deterministic=True)
     with atomic(folder / "model.onnx") as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        temporary.write_bytes(content)
+    told["model.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return {
         "graph": template.key,
         "files": told,
-        "edited": [
-            {"name": weight.name, "key": keys.get(weight.key, weight.key), "source": weight.source,
-             "axes": weight.axes, "shape": weight.shape, "dtype": weight.dtype}
-            for weight in apart
-        ],
-    }  # fmt: skip
+        "weights": [asdict(weight) for weight in template.weights],
+        "edited": [asdict(weight) | {"key": keys.get(weight.key, weight.key)} for weight in apart],
+    }
 
 
 def _reader(
@@ -155,7 +154,7 @@ def laid_out(stored: Array, weight: Weight, more: Sequence[Any] = ()) -> Array:
     Raises ErasecError where it does not fit, or does not fit into float16.
     """
     if more:
-        stored = np.concatenate([stored, *(row.float().numpy()[None].astype(stored.dtype) for row in more)])
+        stored = np.concatenate([stored, *(row.float().numpy()[None] for row in more)])
     if stored.shape != weight.source:
         raise ErasecError(
             f"{weight.key} is {stored.shape}", why=f"the model's configuration says {weight.source}",
@@ -243,9 +242,7 @@ def write(
         for graph in every:
             advance(0, graph.name)
             if negative and graph.name == "text_encoder":
-                whole = {name: {axis: word for axis, word in axes.items() if axis != 1} for name, axes in
-                         {**graph.inputs, **graph.outputs}.items()}  # fmt: skip
-                graph = replace(graph, inputs={"input_ids": whole.pop("input_ids")}, outputs=whole)
+                graph = with_whole_prompts(graph)
             folder = out / graph.name
             folder.mkdir(parents=True, exist_ok=True)
             config = DEFAULTS.get(graph.component, {}) | checkpoint.config(graph.component)
@@ -263,6 +260,11 @@ def write(
             told["graphs"][graph.name] = about | link(made, entries, folder, edited, carried, from_other)
             done.append(graph)
             advance()
+    linked = {path for graph in done for path in (out / graph.name).glob("model.*")}
+    others = (path for path in sorted(out.rglob("*")) if path.is_file() and path not in linked)
+    told["files"] = {
+        path.relative_to(out).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in others
+    }
     write_manifest(out, told)
     return tuple(done)
 
@@ -296,12 +298,9 @@ def stored_tensor(
 ) -> Callable[[str], Array]:  # fmt: skip
     """What an initializer of a graph must be, by its name: read from the checkpoint now. For checks of what was linked.
 
-    Raises ErasecError where the cached graph is not the one that the folder was linked from.
+    ``told`` is what the manifest says of the graph, so that a folder can be checked where its graph was not traced.
     """
-    made = Template(cache() / "graphs" / told["graph"], told["graph"])
-    if not whole(made.root):
-        raise ErasecError("the graph that it was linked from is gone", where=str(made.root), fix="build it again")
-    weights = {weight.name: weight for weight in made.weights}
+    weights = {weight.name: weight for weight in map(weight_from, told["weights"])}
     return _reader(checkpoint.entries(graph.component), carried, weights)
 
 
@@ -323,6 +322,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, told: Mapping[str, Any]) -> None:
-    content = json.dumps({"schema": SCHEMA, **told}, indent=1, sort_keys=True) + "\n"
+    content = json.dumps({"schema": SCHEMA, **told}, sort_keys=True) + "\n"
     with atomic(folder / MANIFEST) as temporary:
         temporary.write_text(content, encoding="utf-8")

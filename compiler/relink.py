@@ -13,7 +13,7 @@ from typing import Any
 from erasec.checkpoint import Entry, copy, read_header
 from erasec.edit import MERGED
 from erasec.errors import ErasecError
-from erasec.graph import MEMORY, Shape, Weight
+from erasec.graph import MEMORY, Weight, weight_from
 from erasec.linker import (
     EDITED,
     MANIFEST,
@@ -24,7 +24,7 @@ from erasec.linker import (
     write_data,
     write_manifest,
 )  # fmt: skip
-from erasec.staging import put, staged
+from erasec.staging import put, restore, staged
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def relink(
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ErasecError(f"{out} exists", fix="give a path that does not exist yet, or none to change the folder")
+    restore(folder)
     told = read_manifest(folder)
     entries, sites = read_edit(file)
     held = {key.removeprefix(MERGED): entry for key, entry in entries.items() if key.startswith(MERGED)}
@@ -79,7 +80,7 @@ def relink(
             else:
                 copy(path, stage / name)
         for name, graph in told["graphs"].items():
-            weights = [_weight(item) for item in graph["edited"]]
+            weights = [weight_from(item) for item in graph["edited"]]
             if not weights:
                 continue
             done = write_data(stage / name / EDITED, weights, partial(read, graph["component"]))
@@ -88,11 +89,6 @@ def relink(
         write_manifest(stage, {key: value for key, value in told.items() if key != "schema"})
         put(stage, target)
     return Relinked(target, count, size)
-
-
-def _weight(item: Mapping[str, Any]) -> Weight:
-    shapes: dict[str, Shape] = {name: tuple(item[name]) for name in ("source", "axes", "shape")}
-    return Weight(item["name"], item["key"], shapes["source"], shapes["axes"], shapes["shape"], item["dtype"])
 
 
 def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from erasec.base import Check
 
 
 def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
@@ -108,6 +111,15 @@ def models() -> None:
 
     rows = [[name, "bundled" if model.bundled(name).is_dir() else "bundled, missing here"] for name in model.BUNDLED]
     table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in model.HUB.items()])
+
+
+def checks(found: Sequence[Check]) -> None:
+    """Checks as in a report: name, outcome, value, limit and how it was measured."""
+    rows = []
+    for check in found:
+        state = "failed" if not check.passed else "told" if check.limit is None else "passed"
+        rows.append([check.name, state, number(check.value), number(check.limit), check.how])
+    table(["check", "outcome", "value", "limit", "how"], rows)
 
 
 def number(value: float | None) -> str:

@@ -22,11 +22,21 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def restore(out: Path) -> None:
+    """Bring back what stepped aside for a ``put`` that was killed before it was done."""
+    old = _aside(out)
+    if old.exists() and not out.exists():
+        os.replace(old, out)
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.old")
+
+
 def put(stage: Path, out: Path) -> None:
     """Put ``stage`` where ``out`` is. An earlier build there steps aside, comes back if that fails, and goes last."""
-    old = out.with_name(f".{out.name}.old")
-    if old.exists() and not out.exists():  # an earlier run was killed in between
-        os.replace(old, out)
+    restore(out)
+    old = _aside(out)
     shutil.rmtree(old, ignore_errors=True)
     try:
         if out.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from erasec.recipe import Limits
 
 ERASED_GROUPS = ("name", "synonym", "implicit")
+# Targets whose artifacts run wherever they are built, and what runs them.
+RUN_BY = {"onnx": "ort", "openvino": "openvino"}
+PICTURES = 8
+# By precision, the least PSNR of an artifact's pictures against torch's, in dB, and the largest share of other labels.
+# Measured on glyphs: 84 to 89 dB in float32, 60 to 73 in float16, 46 in int8; 24 for the base in place of the edited.
+ALIKE = {"int8": (35.0, 1 / PICTURES), "fp16": (45.0, 1 / PICTURES), "fp32": (50.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,42 @@ def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, how_made:
               f"loss of the cosine between picture and prompt, {agreed_before:.3f} to {agreed_after:.3f}"),
         check("kept/drift", float(moved), limits.drift, "mean absolute change of a pixel, full scale 1, same seeds"),
     ]  # fmt: skip
+
+
+def deployed(
+    judge: Judge, evidence: Evidence, folder: Path, target: str, precision: str, limits: Limits, seed: int,
+    scheduler: str,
+) -> tuple[Check, ...]:  # fmt: skip
+    """Whether the artifact in ``folder`` paints as the checkpoint does: a few of the prompts and seeds once more.
+
+    Their median PSNR against the pictures after the edit, and the labels that the judge sees otherwise.
+    """
+    from erasec.runner import open_bundle
+
+    every = len(evidence.questions)
+    rows = np.linspace(0, every - 1, min(PICTURES, every)).round().astype(int)
+    asked = [evidence.questions[row] for row in rows]
+    with closing(open_bundle(folder, RUN_BY[target])) as bundle:
+        prompts, seeds = [each.prompt for each in asked], [each.seed for each in asked]
+        pictures = bundle.generate(prompts, seeds, limits.steps, limits.guidance)
+    (least, most), ratio = ALIKE[precision], psnr(pictures, evidence.after[rows])
+    other = judge.sees(pictures, [each.looked_for for each in asked]) != evidence.shown_after[rows]
+    other |= judge.sees(pictures, [each.colour or each.looked_for for each in asked]) != evidence.colour_after[rows]
+    made = _how_made(replace(evidence, questions=tuple(asked)), judge, limits, seed, scheduler)
+    how = f"{len(rows)} pictures by {RUN_BY[target]}, {precision}, against torch's of the same seeds"
+    alike, apart = float(np.median(ratio)), float(other.mean())
+    return (
+        Check(f"pictures/{target}", alike, least, alike >= least, f"median PSNR in dB, {how}; {made}"),
+        Check(f"labels/{target}", apart, most, apart <= most, f"share that the judge sees otherwise, {how}; {made}"),
+    )
+
+
+def psnr(a: Images, b: Images) -> NDArray[np.float64]:
+    """Peak signal over noise of each pair of images (n, h, w, 3), in dB, (n,); equal ones count as one level apart in
+    one place."""
+    apart = np.square(a.astype(np.float64) - b).reshape(len(a), -1)
+    ratio: NDArray[np.float64] = 10 * np.log10(255**2 / apart.mean(axis=1).clip(1 / apart.shape[1]))
+    return ratio
 
 
 def rates(evidence: Evidence, group: str) -> list[dict[str, Any]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,15 @@ def pytest_configure() -> None:
         pytest.exit(sentence, returncode=4)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty cache for the whole run: a graph is traced once, and never one that another erasec left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("ERASEC_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""
@@ -75,3 +86,48 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random")
     random_pipeline(folder, dtype=torch.float16)
     return folder
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model with one edit: its checkpoint, what that is a variant of, its edit file with the edited tensors, one
+    without, and its ONNX folder."""
+
+    folder: Path
+    origin: Any
+    edit: Path
+    plain: Path
+    onnx: Path
+
+
+@pytest.fixture(scope="session")
+def variant(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Variant]:
+    """Variants of the random model by name, each with another edit of the same 14 tensors."""
+    import torch
+
+    from erasec import build, linker, model
+    from erasec.base import Context
+    from erasec.edit import Dense, Edit
+    from erasec.folder import Folder
+    from erasec.targets.edit_file import EditFile
+
+    made: dict[str, Variant] = {}
+
+    def variant(name: str) -> Variant:
+        if name not in made:
+            base, root = model.load(str(random_folder)), tmp_path_factory.mktemp(f"variant-{name}")
+            draw = torch.Generator().manual_seed(sum(name.encode()))
+            deltas = {
+                site: Dense(0.05 * torch.randn(site.shape, generator=draw)) for site in base.select("cross", "kv")
+            }
+            edited = base.with_edit(Edit(deltas, "by hand", name))
+            edited.source.write(root / "hf", edited.merged(), False)
+            for kind in (True, False):
+                EditFile(tensors=kind).export(edited, root / f"edit-{kind}", Context())
+            origin = build._origin(edited)
+            linker.write(Folder(root / "hf"), root / "onnx", origin=origin)
+            files = (next((root / f"edit-{kind}").iterdir()) for kind in (True, False))
+            made[name] = Variant(root / "hf", origin, *files, root / "onnx")
+        return made[name]
+
+    return variant

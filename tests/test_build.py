@@ -53,6 +53,9 @@ def test_star_is_gone_and_the_rest_is_there(built: tuple[Path, Report]) -> None:
         "kept/shapes",
     }
     assert sorted(os.listdir(out.parent)) == ["out"]
+    deployed = {check.name: check.value for check in report.checks if check.name.endswith("s/onnx")}
+    assert deployed["labels/onnx"] == 0
+    assert deployed["pictures/onnx"] > 70
 
 
 def test_only_cross_attention_keys_and_values_moved(built: tuple[Path, Report]) -> None:

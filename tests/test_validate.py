@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from erasec import concept, model, validate
+from erasec import concept, linker, model, validate
+from erasec.base import Context
+from erasec.errors import ErasecError
+from erasec.folder import Folder
 from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge
-from erasec.judge import Sampling
+from erasec.judge import Sampling, generate
+from erasec.passes.uce import Uce
 from erasec.recipe import Limits
 from erasec.validate import Evidence
 
@@ -170,3 +175,60 @@ def test_every_colour_is_asked_for_at_the_default() -> None:
 def test_no_judge_for_a_world_it_does_not_know(random_folder) -> None:  # type: ignore[no-untyped-def]
     assert validate.judge_of(model.load(str(random_folder))) is None
     assert validate.judge_of(model.load("glyphs")) is not None
+
+
+DEPLOYED = Limits(images=6, steps=6)
+
+
+@pytest.fixture(scope="module")
+def erased(unedited: Evidence, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evidence]:
+    """A folder with the ONNX of the base, that of the base without a star, and what torch's pictures of it show."""
+    pytest.importorskip("onnxruntime")
+    root, base, judge = tmp_path_factory.mktemp("deployed"), model.load("glyphs"), GlyphJudge()
+    edited = base.with_edit(Uce().solve(base, concept.find("star"), Context()))
+    edited.source.write(root / "hf", edited.merged(), False)
+    for name, folder in (("base", model.bundled("glyphs")), ("edited", root / "hf")):
+        linker.write(Folder(folder), root / name, names=linker.NAMES[:3])
+    rows = np.flatnonzero(unedited.rows("name"))[:4].tolist() + np.flatnonzero(unedited.rows("keep"))[:4].tolist()
+    questions = tuple(unedited.questions[row] for row in rows)
+    prompts, seeds = [each.prompt for each in questions], [each.seed for each in questions]
+    after = generate(root / "hf", prompts, seeds, Sampling(DEPLOYED.steps, DEPLOYED.guidance), "pictures")
+    evidence = replace(
+        unedited, questions=questions, after=after,
+        shown_after=judge.sees(after, [each.looked_for for each in questions]),
+        colour_after=judge.sees(after, [each.colour or each.looked_for for each in questions]),
+    )  # fmt: skip
+    return root, evidence
+
+
+def test_the_artifact_of_the_checkpoint_paints_as_it_does(erased: tuple[Path, Evidence]) -> None:
+    root, evidence = erased
+    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "edited", "onnx", "fp32", DEPLOYED, 0, "DDIM")
+    assert (alike.name, labels.name) == ("pictures/onnx", "labels/onnx")
+    assert alike.passed and alike.value > 70
+    assert labels.passed and labels.value == 0
+    assert "8 pictures by ort, fp32, against torch's" in alike.how
+    assert "glyphs judge B" in alike.how and "6 DDIM steps" in alike.how
+
+
+def test_the_artifact_of_the_base_fails_at_the_widest_limits(erased: tuple[Path, Evidence]) -> None:
+    root, evidence = erased
+    widest = min(validate.ALIKE, key=lambda kind: validate.ALIKE[kind])
+    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "base", "onnx", widest, DEPLOYED, 0, "DDIM")
+    assert not alike.passed and not labels.passed
+    assert labels.value >= 0.25
+
+
+def test_what_has_no_artifact_is_an_error(erased: tuple[Path, Evidence], tmp_path: Path) -> None:
+    with pytest.raises(ErasecError, match="is no bundle"):
+        validate.deployed(GlyphJudge(), erased[1], tmp_path, "onnx", "fp32", DEPLOYED, 0, "DDIM")
+
+
+def test_psnr_is_finite_and_falls_with_the_difference() -> None:
+    picture = np.full((1, 4, 4, 3), 100, np.uint8)
+    one, all_one, ten = picture.copy(), picture + 1, picture + 10
+    one[0, 0, 0, 0] += 1
+    same, single, little, much = (float(validate.psnr(each, picture)[0]) for each in (picture, one, all_one, ten))
+    assert same == single == pytest.approx(20 * np.log10(255) + 10 * np.log10(48))
+    assert little == pytest.approx(20 * np.log10(255))
+    assert much == pytest.approx(little - 20)

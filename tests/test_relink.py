@@ -1,0 +1,209 @@
+"""Relinking: another edit in place of the one that is there, to the byte, whole or not at all, only where it fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erasec import apply as applies
+from erasec import edit as edits
+from erasec import linker, staging
+from erasec import model as models
+from erasec import relink as relinks
+from erasec.base import Context
+from erasec.edit import Dense, Edit, Memory
+from erasec.errors import ErasecError
+from erasec.folder import Folder
+from erasec.linker import EDITED, MANIFEST
+from erasec.parity import tensors
+from erasec.relink import relink
+from erasec.targets.edit_file import EditFile
+
+onnx = pytest.importorskip("onnx")
+APART = f"unet/{EDITED}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def inodes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def a(variant: Callable[[str], Any]) -> Any:
+    return variant("a")
+
+
+@pytest.fixture
+def b(variant: Callable[[str], Any]) -> Any:
+    return variant("b")
+
+
+@pytest.fixture
+def folder(a: Any, tmp_path: Path) -> Path:
+    """A copy of the first variant's ONNX folder, to change."""
+    return Path(shutil.copytree(a.onnx, tmp_path / "onnx"))
+
+
+def test_there_and_back_gives_the_same_bytes(a: Any, b: Any, folder: Path) -> None:
+    before, files = contents(folder), inodes(folder)
+    done = relink(folder, b.edit)
+    assert (done.path, done.tensors) == (folder, 14)
+    assert done.bytes == (folder / APART).stat().st_size
+    assert contents(folder) == contents(b.onnx)
+    changed = {name for name, content in contents(folder).items() if content != before[name]}
+    assert changed == {APART, MANIFEST}
+    after = inodes(folder)
+    assert {name for name in after if after[name] != files[name]} == {APART, MANIFEST}
+    assert all(check.passed for check in tensors(Folder(b.folder), folder))
+    assert not all(check.passed for check in tensors(Folder(a.folder), folder))
+    relink(folder, a.edit)
+    assert contents(folder) == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["onnx"]
+
+
+def test_a_copy_leaves_the_folder_as_it_is(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+    relink(folder, b.edit, tmp_path / "copied")
+    relink(folder, b.edit, tmp_path / "linked", hard=True)
+    assert contents(folder) == before
+    assert contents(tmp_path / "copied") == contents(tmp_path / "linked") == contents(b.onnx)
+    own, copied, linked = inodes(folder), inodes(tmp_path / "copied"), inodes(tmp_path / "linked")
+    assert {name for name in own if own[name] == linked[name]} == set(own) - {APART, MANIFEST}
+    assert not set(own.values()) & set(copied.values())
+
+
+def test_an_edit_without_tensors_takes_them_from_the_base(
+    a: Any, b: Any, folder: Path, random_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ErasecError, match="does not hold the tensors") as caught:
+        relink(folder, b.plain)
+    assert "--model MODEL" in caught.value.fix
+    assert contents(folder) == contents(a.onnx)
+    applies.relink(folder, b.plain, None, str(random_folder))
+    assert contents(folder) == contents(b.onnx)
+
+
+class Stopped(BaseException):
+    """What a killed process raises."""
+
+
+@pytest.mark.parametrize("at", ["data", "manifest", "put"])
+def test_stopped_in_the_middle_the_old_is_whole(b: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    before = contents(folder)
+    if at == "put":
+        real, calls = os.replace, []
+
+        def once(source: Path, target: Path) -> None:
+            calls.append(target)
+            if len(calls) > 1 and target == folder and calls.count(folder) == 1:
+                raise Stopped
+            real(source, target)
+
+        monkeypatch.setattr(staging.os, "replace", once)
+    else:
+        monkeypatch.setattr(relinks, {"data": "write_data", "manifest": "write_manifest"}[at], stop)
+    with pytest.raises(Stopped):
+        relink(folder, b.edit)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["onnx"]
+
+
+def test_killed_between_two_names_the_next_run_finds_the_old(a: Any, b: Any, folder: Path) -> None:
+    folder.rename(folder.with_name(".onnx.old"))
+    relink(folder, b.edit)
+    assert contents(folder) == contents(b.onnx)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["onnx"]
+
+
+def test_another_base_is_refused(b: Any, folder: Path) -> None:
+    told = json.loads((folder / MANIFEST).read_text())
+    key = min(told["base"])
+    told["base"][key] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps(told))
+    before = contents(folder)
+    with pytest.raises(ErasecError, match="is for another base than") as caught:
+        relink(folder, b.edit)
+    assert key in caught.value.why
+    assert contents(folder) == before
+
+
+def test_other_tensors_are_refused(folder: Path, random_folder: Path, tmp_path: Path) -> None:
+    base = models.load(str(random_folder))
+    site = next(site for site in base.select("cross", "kv"))
+    edited = base.with_edit(Edit({site: Dense(torch.ones(site.shape))}, "by hand", "c"))
+    EditFile(tensors=True).export(edited, tmp_path / "edit", Context())
+    with pytest.raises(ErasecError, match="changes other tensors than") as caught:
+        relink(folder, next((tmp_path / "edit").iterdir()))
+    assert "is only in the folder" in caught.value.why
+
+
+def test_a_folder_without_edited_tensors_is_refused(b: Any, random_folder: Path, tmp_path: Path) -> None:
+    linker.write(Folder(random_folder), tmp_path / "plain")
+    with pytest.raises(ErasecError, match="changes other tensors than") as caught:
+        relink(tmp_path / "plain", b.edit)
+    assert f"is only in {b.edit.name}" in caught.value.why
+
+
+def test_what_is_more_than_weights_is_refused(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
+    rows = torch.ones(2, 192)
+    memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", rows, rows)
+    edits.write(tmp_path / "memory", [Edit({}, "by hand", "c", memories=(memory,))], {"sites": {}})
+    with pytest.raises(ErasecError, match="memory is more than changes of weights"):
+        relink(folder, tmp_path / "memory")
+    told = json.loads((folder / MANIFEST).read_text())
+    item = told["graphs"]["unet"]["edited"][0]
+    told["graphs"]["unet"]["edited"].append(item | {"key": "erasec_memory_0_keys"})
+    (folder / MANIFEST).write_text(json.dumps(told))
+    with pytest.raises(ErasecError, match="has unet/erasec_memory_0_keys"):
+        relink(folder, b.edit)
+
+
+def test_what_is_no_edit_and_what_is_no_folder_is_told(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ErasecError, match="there is no edit file"):
+        relink(folder, tmp_path / "nothing")
+    (weights,) = Folder(a.folder).weight_files("unet")
+    with pytest.raises(ErasecError, match="is no edit file of erasec"):
+        relink(folder, weights)
+    (tmp_path / "damaged").write_bytes(b.edit.read_bytes()[:5000])
+    with pytest.raises(ErasecError):
+        relink(folder, tmp_path / "damaged")
+    with pytest.raises(ErasecError, match="is no ONNX folder of erasec"):
+        relink(a.folder, b.edit)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ErasecError, match="full exists"):
+        relink(folder, b.edit, tmp_path / "full")
+    assert contents(folder) == contents(a.onnx)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+def test_the_process_needs_no_torch_and_little_memory(b: Any, folder: Path) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from erasec import cli\n"
+        "done = CliRunner().invoke(cli.app, ['relink', *sys.argv[1:]]); print(done.stdout)\n"
+        "print(done.exit_code, sorted({'torch', 'onnx', 'diffusers'} & set(sys.modules)))\n"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(b.edit)]
+    lines = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert lines[0] == str(folder)
+    assert lines[1].startswith("changed 14 tensors")
+    assert lines[-3] == "0 []"
+    assert int(lines[-2]) < 300_000
+    assert contents(folder) == contents(b.onnx)
