@@ -5,24 +5,36 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from erasec import show
-from erasec.errors import BAD_INPUT, TOOL_MISSING, CheckFailed, ErasecError, nearest
+from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, nearest
+from erasec.options import (
+    ABSORB,
+    DEVICE,
+    ERASE,
+    JSON,
+    KEY,
+    LINK,
+    MODEL,
+    OUT,
+    PASS,
+    PICKLE,
+    REVISION,
+    SEED,
+    TARGET,
+    VARIANT,
+    VERBOSE,
+    told,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from erasec.recipe import Recipe
-
-STOPPED = 130
 
 # What the libraries print while they load; set before they are imported, and only where the user has not.
 QUIET = {
@@ -36,29 +48,6 @@ app = typer.Typer(
     name="erasec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Erase a concept from a text-to-image checkpoint: compute the edit, merge it, export, check, report.",
 )  # fmt: skip
-
-MODEL = Annotated[str, typer.Argument(
-    help="bundled name, alias, diffusers folder, single file or hub id; or a recipe.toml, whose keys the flags replace",
-    metavar="MODEL|RECIPE")]  # fmt: skip
-ERASE = Annotated[list[str] | None, typer.Option("--erase", "-e", metavar="CONCEPT",
-    help="bundled concept, concept.toml, or any phrase; may be repeated")]  # fmt: skip
-PASS = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="NAME[:key=value,...]",
-    help="how to erase, by default chosen by the concept's kind; may be repeated; or file.py:Class")]  # fmt: skip
-TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAME[:key=value,...]",
-    help="format to write beside the plain checkpoint; may be repeated")]  # fmt: skip
-KEY = Annotated[list[str] | None, typer.Option("--key", "-k", metavar="FILE",
-    help="key file of a hidden concept, which comes back in what is built; may be repeated")]  # fmt: skip
-ABSORB = Annotated[float | None, typer.Option("--absorb", metavar="LIMIT",
-    help="put the keys into stock weights by least squares; fails where the residual is above LIMIT")]  # fmt: skip
-OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
-DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
-SEED = Annotated[int | None, typer.Option("--seed", help="seed of everything that draws numbers  [default: 0]")]
-REVISION = Annotated[str | None, typer.Option("--revision", help="commit, tag or branch of a hub model")]
-VARIANT = Annotated[str | None, typer.Option("--variant", help="which precision of a folder's weights, such as fp16")]
-PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights, as tensors alone")]
-LINK = Annotated[bool, typer.Option("--link", help="hard links in place of copies of unchanged files")]
-JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print the traceback of an error, and warnings")]
 
 
 def main() -> None:
@@ -91,7 +80,7 @@ def build(
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Erase concepts, write the checkpoint and every target, check them, and report."""
-    with _told(verbose):
+    with told(verbose):
         recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link, key, absorb)
         from erasec import build as builds
         from erasec import plan as plans
@@ -128,15 +117,15 @@ def plan(
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Say what a build would do: sites, memory, disk, tools. Writes nothing."""
-    with _told(verbose):
+    with told(verbose):
         recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link, key, absorb)
         from erasec import plan as plans
 
-        told = plans.describe(plans.make(recipe, out, pin=False))
+        described = plans.describe(plans.make(recipe, out, pin=False))
         if as_json:
-            print(json.dumps(told, indent=2))
+            print(json.dumps(described, indent=2))
         else:
-            show.print_plan(told)
+            show.print_plan(described)
 
 
 @app.command()
@@ -156,7 +145,7 @@ def run(
     verbose: VERBOSE = False,
 ) -> None:
     """Make images from what was built, with what it was built for; without torch for ONNX and OpenVINO."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import runner
 
         paths = runner.files(out, count)
@@ -179,7 +168,7 @@ def apply(
     allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Merge an edit file into a model: seconds, no text encoder, nothing else read."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import apply as applies
         from erasec.plan import size
 
@@ -200,7 +189,7 @@ def relink(
     allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Put another edit into an ONNX folder: only the edited tensors are written, nothing is traced."""
-    with _told(verbose):
+    with told(verbose):
         if (folder / "onnx").is_dir():
             folder /= "onnx"
         if model:
@@ -223,7 +212,7 @@ def combine(
     verbose: VERBOSE = False,
 ) -> None:
     """Solve the concepts of several edit files as one edit, from their stored sums; needs no model."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import apply as applies
 
         made = applies.combine(edits, without or (), out)
@@ -240,7 +229,7 @@ def prior(
     allow_pickle: PICKLE = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Build a prior, the Gram of a caption file, for the option prior of closed-form passes."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import model as models
         from erasec import priors
 
@@ -255,7 +244,7 @@ def recover(
     verbose: VERBOSE = False,
 ) -> None:
     """Finish what an interrupted --in-place had begun, so that the model is whole again."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import journal
 
         done = journal.recover(path)
@@ -272,7 +261,7 @@ def diff(
     verbose: VERBOSE = False,
 ) -> None:
     """Say which tensors moved from A to B, by how much, and the rank of the difference."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import diff as diffs
 
         found = diffs.compare(diffs.locate(a), diffs.locate(b))
@@ -299,7 +288,7 @@ def check(
     as_json: JSON = False, verbose: VERBOSE = False,
 ) -> None:  # fmt: skip
     """Say whether what was deployed is what was built, runs here, and is its checkpoint; needs no base."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import check as checks
 
         found = checks.examine(folder, against)
@@ -315,7 +304,7 @@ def list_(
     what: Annotated[str, typer.Argument(metavar="passes|targets|concepts|models")], verbose: VERBOSE = False
 ) -> None:
     """List the passes, targets, concepts or models that can be named."""
-    with _told(verbose):
+    with told(verbose):
         lists = {"passes": show.passes, "targets": show.targets, "concepts": show.concepts, "models": show.models}
         if what not in lists:
             raise ErasecError(f"there is no list of {what!r}", why=nearest(what, lists))
@@ -325,7 +314,7 @@ def list_(
 @app.command()
 def doctor(verbose: VERBOSE = False) -> None:
     """Say what this machine can do, and the pip line for what it cannot."""
-    with _told(verbose):
+    with told(verbose):
         from erasec import doctor as doctors
 
         found = doctors.examine(Path.cwd())
@@ -357,38 +346,3 @@ def _recipe(
         keys or (),
         absorb,
     )
-
-
-@contextmanager
-def _told(verbose: bool) -> Iterator[None]:
-    """Turn errors into words and exit codes; a termination signal is taken as Ctrl-C."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        with warnings.catch_warnings():
-            if not verbose:
-                warnings.simplefilter("ignore")
-            yield
-    except ErasecError as error:
-        if verbose:
-            traceback.print_exc()
-        print(error, file=sys.stderr)
-        stopped = isinstance(error.__cause__, KeyboardInterrupt)
-        raise typer.Exit(STOPPED if stopped else error.exit_code) from error
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
-    except BrokenPipeError:  # the reader of stdout has seen enough; typer ends quietly
-        raise
-    except OSError as error:
-        if verbose:
-            traceback.print_exc()
-        why = error.strerror or str(error) or type(error).__name__
-        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        print(ErasecError("a file or a connection failed", why=why, where=where), file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from error
-    finally:
-        signal.signal(signal.SIGTERM, previous)
