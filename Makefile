@@ -50,5 +50,5 @@ $(VENV)/installed: $(VENV)/torch $(VENV)/sources pyproject.toml
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch $(VENV)/sources pyproject.toml
-	$(INSTALL) --editable '.[onnx,dev]'
+	$(INSTALL) --editable '.[onnx,openvino,trt-rtx,dev]'
 	@touch $(VENV)/installed $@
