@@ -19,6 +19,7 @@ from torch.nn import functional
 from erasec import extras as extras_
 from erasec.edit import Memory, Secret
 from erasec.errors import ErasecError, nearest
+from erasec.folder import variants
 from erasec.progress import hush
 
 if TYPE_CHECKING:
@@ -223,6 +224,9 @@ def pipeline(folder: str | Path, **options: Any) -> StableDiffusionPipeline:
             fix="give a folder on this machine; fetch a model from the hub first: hf download NAME --local-dir DIR",
         )  # fmt: skip
     extras = extras_.read(root)
+    kinds = [found for found in map(variants, root.glob("*/")) if found and "" not in found]
+    if kinds and "variant" not in options:  # there are no plain weights that could be meant
+        options["variant"] = next(iter(kinds[0]))
     hush()
     made = StableDiffusionPipeline.from_pretrained(root, **options)
     if extras.tokens:

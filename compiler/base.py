@@ -183,6 +183,8 @@ def with_options(kind: type[T], options: Mapping[str, object], label: str) -> T:
         default = known[name].default
         if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if isinstance(default, str) and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # as in batch=2, which a command line reads as a number
         if type(value) is not type(default):
             raise ErasecError(
                 f"{label}: option {name} is {value!r}",

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,11 +63,11 @@ class Found:
 def examine(folder: Path, against: Path | None = None) -> Found:
     """Check a build's folder, or that of one target; the names of checks begin with the target's.
 
-    ``against`` is the checkpoint that graphs are compared with, by default the one in the build; without one they are
-    not. Raises ErasecError where there is nothing that can be checked.
+    ``against`` is the checkpoint that all is compared with, by default the one in the build; without one nothing is.
+    Raises ErasecError where there is nothing that can be checked.
     """
-    found = _kinds(folder)
-    told = _report(folder)
+    folder, told = folder.resolve(), _report(folder)
+    found = _kinds(folder, told)
     if not found:
         raise ErasecError(
             f"{folder} is no build and no target's folder", why="it has nothing that erasec checks", where=str(folder),
@@ -80,7 +81,7 @@ def examine(folder: Path, against: Path | None = None) -> Found:
     missing: list[MissingTool] = []
     for root, kind in found.items():
         name = kind if root == folder and kind != "checkpoint" else root.name
-        for part, make in _parts(kind, root, told.get(root.name), Folder(place) if place else None):
+        for part, make in _parts(kind, root, told.get(root.name), _checkpoint(place) if place else None):
             try:
                 for check in make():
                     checks.append(replace(check, name=f"{name}/{check.name}"))
@@ -109,12 +110,19 @@ def plain(check: Check) -> dict[str, Any]:
     return asdict(check) | {"value": check.value if math.isfinite(check.value) else None}
 
 
-def _kinds(folder: Path) -> dict[Path, str]:
-    """What ``folder`` is, or else what the folders in it are."""
+def _kinds(folder: Path, told: Mapping[str, Digests]) -> dict[Path, str]:
+    """What ``folder`` is, or else what the folders in it are; those that only the report tells of are "files"."""
     if kind := _kind(folder):
         return {folder: kind}
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {path: kind for path in inside if (kind := _kind(path))}
+    return {path: kind for path in inside if (kind := _kind(path) or "files" * (path.name in told))}
+
+
+def _checkpoint(root: Path) -> Folder:
+    """A checkpoint as it was built: of the variant that its edited components were left with."""
+    folder = Folder(root)
+    found = [names for component in folder.index if (names := variants(root / component))]
+    return replace(folder, variant=next((name for names in found for name in names if len(names) == 1 and name), ""))
 
 
 def _kind(folder: Path) -> str:
@@ -153,10 +161,16 @@ def _parts(
 ) -> Iterator[tuple[str, Callable[[], Iterable[Check]]]]:  # fmt: skip
     """What is checked of one folder, each with the name that it has where it cannot be done."""
     yield "files", lambda: _files(kind, root, told)
+    if kind == "files":
+        return
     if kind == "checkpoint":
-        yield "finite", lambda: _finite(Folder(root))
+        yield "finite", lambda: _finite(_checkpoint(root))
+        if checkpoint is not None and checkpoint.root.resolve() != root:
+            yield "same", lambda: _same(root, checkpoint.root)
         return
     if kind in ("trt", "trt-rtx"):
+        if checkpoint is not None:
+            yield "source", lambda: _source(root, checkpoint)
         yield "here", lambda: _here(kind, root)
         return
     yield "run", lambda: _run(kind, root)
@@ -196,8 +210,33 @@ def _manifest(root: Path) -> Iterator[tuple[str, str]]:
 
 def _finite(folder: Folder) -> Iterator[Check]:
     for component in folder.index:
-        if found := variants(folder.root / component):
-            yield finite(f"finite/{component}", replace(folder, variant=next(iter(found))).entries(component))
+        if variants(folder.root / component):
+            yield finite(f"finite/{component}", folder.entries(component))
+
+
+def _same(root: Path, checkpoint: Path) -> Iterator[Check]:
+    """Count the tensors and files of a checkpoint that are not those of another."""
+    from erasec.diff import compare
+
+    found = compare(checkpoint, root)
+    first = f"; the first is {found[0].key}" if found else ""
+    yield Check("same", float(len(found)), 0.0, not found, f"tensors and files that are not that checkpoint's{first}")
+
+
+def _source(root: Path, checkpoint: Folder) -> Iterator[Check]:
+    """Whether engines were built from this checkpoint, which is linked once more: no GPU is needed."""
+    from erasec.engines import read_record
+    from erasec.initializers import digests
+    from erasec.linker import write
+
+    told = read_record(root)["components"]
+    kinds = {name.startswith("vae"): each.get("precision", "fp32") for name, each in told.items()}
+    with TemporaryDirectory(prefix="erasec-") as scratch:
+        write(checkpoint, Path(scratch), kinds.get(False, "fp32"), tuple(told), vae=kinds.get(True, "fp32"))
+        for name, each in told.items():
+            other = digests(Path(scratch) / name / "model.onnx")[1] != each["weights"]
+            how = f"whether {ENGINES} tells of other weights than the checkpoint's, sha256"
+            yield Check(f"source/{name}", float(other), 0.0, not other, how)
 
 
 def _here(kind: str, root: Path) -> Iterator[Check]:

@@ -141,7 +141,7 @@ def run(
     height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
     width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
     backend: Annotated[str, typer.Option("--backend", help="auto, ort, openvino, trt-rtx, trt, torch")] = "auto",
-    scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, euler, dpm")] = "auto",
+    scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, dpm, euler, pndm")] = "auto",
     verbose: VERBOSE = False,
 ) -> None:
     """Make images from what was built, with what it was built for; without torch for ONNX and OpenVINO."""
@@ -202,6 +202,8 @@ def relink(
             done = relinks.relink(folder, edit, out, hard=link)
         print(done.path)
         print(f"changed {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
+        if out is None and (folder.resolve().parent / "report.json").is_file():
+            print(" note: the report and the other folders of this build still tell of the old edit", file=sys.stderr)
 
 
 @app.command()

@@ -29,7 +29,8 @@ PRECISIONS = ("fp32", "fp16")
 CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 COPIED = ("scheduler", "tokenizer", "feature_extractor")
 LEFT_OUT = ("safety_checker", "image_encoder")  # the reader of this layout takes them from elsewhere, or does without
-MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+MORE_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds",
+               "time_cond_proj_dim")  # fmt: skip
 # What a configuration says beside how to compute.
 IDLE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 MEMORY = "erasec_memory"  # the name of memories among the parameters: erasec_memory_NUMBER_keys, ..._values
@@ -163,6 +164,7 @@ def keep(root: Path, model: ModelProto, weights: Sequence[Weight]) -> None:
     """Write a graph to the cache, whole or not at all; of two at once the first stays."""
     root.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".graph-", dir=root.parent))
+    scratch.chmod(0o755)  # who shares the cache reads it
     try:
         contents = model.SerializeToString(deterministic=True), json.dumps([asdict(each) for each in weights]).encode()
         (scratch / "model.onnx").write_bytes(contents[0])

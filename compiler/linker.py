@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def link(
     by_name = {weight.name: weight for weight in template.weights}
     one = _reader(entries, extras, by_name)
     edited = set(replaced)
-    apart = [weight for weight in template.weights if _beside(weight) or keys[weight.key] in edited]
+    apart = [weight for weight in template.weights if _carried(weight, extras) or keys[weight.key] in edited]
     common = [weight for weight in template.weights if weight not in apart]
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,11 @@ def _end(places: Sequence[tuple[int, int]]) -> int:
 
 def _beside(weight: Weight) -> bool:
     return weight.key.startswith(MEMORY)
+
+
+def _carried(weight: Weight, extras: Extras | None) -> bool:
+    """Whether a tensor holds what ``extras`` do: a memory, or the embedding that new tokens are rows of."""
+    return _beside(weight) or bool(extras and extras.tokens and weight.key.endswith(EMBEDDING))
 
 
 def _memory(weight: Weight, extras: Extras | None) -> Array:
@@ -234,23 +240,28 @@ def write(
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             copy(checkpoint.root / name, out / name)
     negative = negative_ids(checkpoint, carried, out)
-    told: dict[str, Any] = {"precision": precision, "vae": vae, "base": {}, "graphs": {}}
-    if origin:
-        told["base"] = dict(origin.tensors)
-    done = []
-    with bar("link onnx", len(every)) as advance:
+    told: dict[str, Any] = {"precision": precision, "vae": vae, "graphs": {}, "carried": sorted(carried.kinds)}
+    told["base"] = dict(origin.tensors) if origin else {}
+    prepared = []
+    with bar("graphs", len(every)) as advance:
         for graph in every:
             advance(0, graph.name)
             if negative and graph.name == "text_encoder":
                 graph = with_whole_prompts(graph)
-            folder = out / graph.name
-            folder.mkdir(parents=True, exist_ok=True)
-            config = DEFAULTS.get(graph.component, {}) | checkpoint.config(graph.component)
-            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             kind = vae if graph.component == "vae" else precision
             own = islands_of(checkpoint, graph, islands)
             made = template(checkpoint, graph, kind, opset, own, carried,
                             negative if graph.name == "text_encoder" else ())  # fmt: skip
+            prepared.append((graph, kind, made))
+            advance()
+    _check_islands(islands, [made for _, kind, made in prepared if kind == "fp16"])
+    with bar("link onnx", len(every)) as advance:
+        for graph, kind, made in prepared:
+            advance(0, graph.name)
+            folder = out / graph.name
+            folder.mkdir(parents=True, exist_ok=True)
+            config = DEFAULTS.get(graph.component, {}) | checkpoint.config(graph.component)
+            (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             edited = origin.of(graph.component) if origin else ()
             about = {"component": graph.component, "precision": kind, "origin": _origin(origin, graph.component)}
             if share is not None:
@@ -258,21 +269,31 @@ def write(
             from_other = share / graph.name if share is not None else None
             entries = checkpoint.entries(graph.component)
             told["graphs"][graph.name] = about | link(made, entries, folder, edited, carried, from_other)
-            done.append(graph)
             advance()
-    linked = {path for graph in done for path in (out / graph.name).glob("model.*")}
+    linked = {path for graph, *_ in prepared for path in (out / graph.name).glob("model.*")}
     others = (path for path in sorted(out.rglob("*")) if path.is_file() and path not in linked)
     told["files"] = {
         path.relative_to(out).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in others
     }
     write_manifest(out, told)
-    return tuple(done)
+    return tuple(graph for graph, *_ in prepared)
 
 
 def islands_of(checkpoint: Folder, graph: Graph, islands: Sequence[str]) -> tuple[str, ...]:
     """``islands``, and attention where the model says that it overflows float16, as Stable Diffusion 2.1's does."""
     upcast = graph.name == "unet" and checkpoint.config("unet").get("upcast_attention")
     return (*islands, *(("*.attn1", "*.attn2") if upcast else ()))
+
+
+def _check_islands(islands: Sequence[str], halved: Sequence[Template]) -> None:
+    """Raise ErasecError for a pattern that names a module of none of the graphs in float16."""
+    keys = {weight.key for made in halved for weight in made.weights}
+    modules = {key[:at] for key in keys for at, letter in enumerate(key) if letter == "."}
+    lost = [pattern for pattern in islands if not any(fnmatch(name, pattern) for name in modules)]
+    if halved and lost:
+        raise ErasecError(
+            f"no module is named {lost[0]!r}", why="an island names modules with weights, such as *norm* or mid_block"
+        )
 
 
 def _origin(origin: Origin | None, component: str) -> str:
@@ -313,6 +334,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ErasecError(
                 f"{path} is {told['schema']}", why=f"this erasec knows {SCHEMA}", fix="build the folder again"
             )
+        if strange := sorted(set(told["graphs"]) - set(NAMES)):  # these are folders, and written to
+            raise ValueError(f"it names a graph {strange[0]!r}")
         return told
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ErasecError(

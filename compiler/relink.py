@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from erasec.checkpoint import Entry, copy, read_header
 from erasec.edit import MERGED
 from erasec.errors import ErasecError
-from erasec.graph import MEMORY, Weight, weight_from
+from erasec.graph import Weight, weight_from
 from erasec.linker import (
     EDITED,
     MANIFEST,
@@ -47,8 +49,15 @@ def relink(
     or where ``hard`` linked. The folder is whole before or after, never between. Raises ErasecError where the folder
     was not linked from the base of the edit, or the edit changes other tensors than the one that is there.
     """
+    shown, folder = out or folder, folder.resolve()  # what takes a folder's place must know its name and not a link's
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ErasecError(f"{out} exists", fix="give a path that does not exist yet, or none to change the folder")
+    if out is not None and out.resolve().is_relative_to(folder):
+        raise ErasecError(f"{out} lies in {folder}", why="a copy in the folder would be a part of it",
+                          fix="give a path beside it")  # fmt: skip
+    if out is None and Path.cwd().is_relative_to(folder):
+        raise ErasecError(f"{folder} holds the working directory", why="the folder is replaced as a whole",
+                          fix="go elsewhere, or give --out DIR")  # fmt: skip
     restore(folder)
     told = read_manifest(folder)
     entries, sites = read_edit(file)
@@ -59,16 +68,24 @@ def relink(
             f"{file.name} does not hold the tensors that it changes", why="it says how they change, of the base's",
             fix="give the base with --model MODEL; or write the edit with --target edit:tensors=true",
         )  # fmt: skip
+    if held and (lost := sorted(sites.keys() - held.keys())):
+        raise ErasecError(f"{file.name} is damaged", why=f"it holds some tensors, and not {lost[0]}",
+                          fix="fetch or build the edit again")  # fmt: skip
 
     def read(component: str, weight: Weight) -> Array:
         name = f"{component}/{weight.key}"
-        if name in held:
-            return laid_out(array(held[name]), weight)
-        assert merged is not None
-        return laid_out(merged(component, weight.key), weight)
+        if held:
+            stored = array(held[name])
+        else:
+            assert merged is not None
+            stored = merged(component, weight.key)
+        if not np.isfinite(stored).all():
+            raise ErasecError(f"{name} is not finite in {file.name}", why="pictures would be black or noise",
+                              fix="build the edit again, weaker")  # fmt: skip
+        return laid_out(stored, weight)
 
     count = size = 0
-    target = out or folder
+    target = out.resolve() if out else folder
     with staged(target) as stage:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder)
@@ -76,7 +93,7 @@ def relink(
                 continue
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             if out is None or hard:
-                os.link(path, stage / name)
+                os.link(path.resolve(), stage / name)
             else:
                 copy(path, stage / name)
         for name, graph in told["graphs"].items():
@@ -88,7 +105,7 @@ def relink(
             count, size = count + len(weights), size + done["bytes"]
         write_manifest(stage, {key: value for key, value in told.items() if key != "schema"})
         put(stage, target)
-    return Relinked(target, count, size)
+    return Relinked(shown, count, size)
 
 
 def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -115,13 +132,15 @@ def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _check_same(told: Mapping[str, Any], sites: Mapping[str, str], folder: Path, file: Path) -> None:
     """Raise ErasecError unless the edit changes just the tensors that the folder holds apart, of the same base."""
+    if carried := told.get("carried"):
+        raise ErasecError(
+            f"{folder} is more than weights", fix="build it: erasec build MODEL --target onnx",
+            why=f"it carries {', '.join(carried)}, which no change of weights replaces",
+        )  # fmt: skip
     here: dict[str, str] = {
         f"{graph['component']}/{item['key']}": told["base"].get(f"{graph['component']}/{item['key']}", "")
         for graph in told["graphs"].values() for item in graph["edited"]
     }  # fmt: skip
-    if memory := sorted(key for key in here if MEMORY in key):
-        raise ErasecError(f"{folder} has {memory[0]}", why="a memory is no edit that another takes the place of",
-                          fix="build it: erasec build MODEL --target onnx")  # fmt: skip
     if other := sorted(here.keys() ^ sites.keys()):
         whose = "the folder" if other[0] in here else file.name
         raise ErasecError(

@@ -156,21 +156,22 @@ def open_bundle(path: Path, backend: str = "auto", threads: int | None = None) -
         raise ErasecError(f"there is no backend {backend!r}", why=nearest(backend, ("auto", *TARGETS)))
     if not path.is_dir():
         raise ErasecError(f"there is no bundle {path}", why="it is no folder", fix="give the folder of a build")
-    found = {name: path for name in TARGETS if _is(name, path)} or {
-        name: path / folder for name, folders in TARGETS.items() for folder in folders if _is(name, path / folder)
-    }
-    if not found:
+    places = [(name, path) for name in TARGETS]
+    places += [(name, path / folder) for name, folders in TARGETS.items() for folder in folders]
+    # One after the other, so that what is not asked for may be damaged.
+    found = next((place for place in places if backend in ("auto", place[0]) and _is(*place)), None)
+    if found is None:
+        there = dict.fromkeys(name for name, folder in places if _is(name, folder))
+        if there:
+            raise ErasecError(
+                f"{path} has nothing for the backend {backend}", why=f"it has what {', '.join(there)} runs",
+                fix=f"build it for it: --target {TARGETS[backend][0]}",
+            )  # fmt: skip
         raise ErasecError(
             f"{path} is no bundle", why="it has no folder unet with a graph, an engine or safetensors", where=str(path),
             fix="erasec build MODEL --erase CONCEPT --target onnx   makes one",
         )  # fmt: skip
-    chosen = next(iter(found)) if backend == "auto" else backend
-    if chosen not in found:
-        raise ErasecError(
-            f"{path} has nothing for the backend {chosen}", why=f"it has what {', '.join(found)} runs",
-            fix=f"build it for it: --target {TARGETS[chosen][0]}",
-        )  # fmt: skip
-    root = found[chosen]
+    chosen, root = found
     return Bundle(root, chosen, Torch(root, threads) if chosen == "torch" else Graphs(root, chosen, threads))
 
 

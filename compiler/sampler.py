@@ -82,7 +82,9 @@ def sampler(config: Mapping[str, Any], steps: int, kind: str = "auto") -> Sample
     instead = f"--scheduler {'euler' if name == KINDS['ddim'] else 'ddim'}   takes the same model's noise schedule"
     if name not in DEFAULTS:
         raise ErasecError(f"the scheduler is a {name}", why=f"taken here: {', '.join(DEFAULTS)}", fix=instead)
-    options = {key: config.get(key, default) for key, default in DEFAULTS[name].items()}
+    # Configs of other classes do not say how PNDM is to begin.
+    own = {"skip_prk_steps": True} if kind != "auto" else {}
+    options = {key: config.get(key, default) for key, default in (DEFAULTS[name] | own).items()}
     for key, value in options.items():
         if key in DONE and value not in DONE[key]:
             raise ErasecError(

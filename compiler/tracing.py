@@ -159,11 +159,9 @@ def _mark(module: nn.Module) -> None:
 def _halve(module: Any, islands: Sequence[str]) -> None:
     """Compute in float16, but for the modules that ``islands`` name: they take and give float16 and compute in float32.
 
-    Raises ErasecError for a pattern that names none.
+    A pattern may name none, as it may be meant for another component.
     """
     names = [name for name, _ in module.named_modules() if name]
-    if lost := [pattern for pattern in islands if not any(fnmatch(name, pattern) for name in names)]:
-        raise ErasecError(f"no module is named {lost[0]!r}", why="an island names modules, such as *norm* or mid_block")
     # Marks are whole numbers of at most a few hundreds, which float16 holds exactly.
     whole = [name for name in names if any(fnmatch(name, pattern) for pattern in islands)]
     outer = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]

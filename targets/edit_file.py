@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,8 +32,10 @@ class EditFile(EditTarget):
     holds: ClassVar[frozenset[str]] = KINDS
 
     def size(self, model: Model) -> int:
-        """Two factors and three sums of up to the text width squared for each stream, for one concept."""
-        return sum(5 * 8 * sites[0].shape[1] ** 2 for sites in model.streams.values())
+        """Two factors and three sums of up to the text width squared for each stream, for one concept; with
+        ``tensors``, what reads text states once more."""
+        sums = sum(5 * 8 * sites[0].shape[1] ** 2 for sites in model.streams.values())
+        return sums + self.tensors * sum(4 * prod(site.shape) for sites in model.streams.values() for site in sites)
 
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
         concepts = (name for edit in model.edits for name in edit.concept.split(", "))

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec import extras, linker
 from erasec.base import Artifact, Context, Target
 from erasec.errors import ErasecError, MissingTool, nearest
-from erasec.graph import PRECISIONS
+from erasec.graph import PRECISIONS, graphs
 from erasec.parity import TOLERANCES, parity, tensors
 
 if TYPE_CHECKING:
     from erasec.folder import Folder
+    from erasec.model import Model
 
+BYTES = {"fp32": 4, "fp16": 2}
 OPSETS = range(17, 21)  # from LayerNormalization to the last that the exporter knows
 
 
@@ -60,6 +63,22 @@ class Onnx(Target):
             raise MissingTool(
                 f"the target onnx needs {' and '.join(missing)}", why="not installed", fix='pip install "erasec[onnx]"'
             )
+        if self.base:
+            told = linker.read_manifest(Path(self.base).expanduser())
+            if (found := (told["precision"], told["vae"])) != (self.precision, self.vae):
+                raise ErasecError(
+                    f"onnx: the data of {self.base} cannot be shared", why=f"its precision is {', vae='.join(found)}",
+                    fix="ask for the same precision, or leave out the option base",
+                )  # fmt: skip
+
+    def size(self, model: Model) -> int:
+        """All weights in their precision; islands and what is shared with ``base`` are not told apart.
+
+        Raises ErasecError for a model that the graphs do not cover, so that it is told before anything is solved.
+        """
+        graphs(model.source)
+        width = {name: BYTES[self.vae if name == "vae" else self.precision] for name in model.family.components}
+        return sum(width[name] * prod(each.shape) for name in width for each in model.source.entries(name).values())
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link all graphs, then check each against torch. Raises ErasecError where a component is of another kind."""

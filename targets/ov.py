@@ -21,11 +21,13 @@ from erasec import extras, linker
 from erasec.base import Artifact, Check, Context, Target
 from erasec.errors import ErasecError, MissingTool, nearest
 from erasec.folder import Folder
+from erasec.graph import graphs
 from erasec.parity import compared
 from erasec.progress import bar
 
 if TYPE_CHECKING:
     from erasec.graph import Graph
+    from erasec.model import Model
     from erasec.parity import Run
 
     Array = NDArray[Any]
@@ -36,6 +38,7 @@ FILE = "openvino_model.xml"
 # 4e-6 and 3e-6 in float32, 4e-6 and 1.3e-3 in float16, 2.4e-2 and 5e-2 in 256 levels a row.
 # tests/benchmarks/int8_glyphs.py shows what the last does to pictures.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-1}
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # a weight
 AS = {"fp32": "", "fp16": ", rounded", "int8": ", in 256 levels"}
 # Without the hint, CPUs that know bfloat16 compute in it, and are then off by 2e-2 whatever the weights.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -65,6 +68,11 @@ class OpenVino(Target):
                 f"the target openvino needs {' and '.join(missing)}", why="not installed",
                 fix='pip install "erasec[openvino]"',
             )  # fmt: skip
+
+    def size(self, model: Model) -> int:
+        """The IR, and the float32 graphs that it is made from. Raises ErasecError where they do not cover the model."""
+        graphs(model.source)
+        return int(super().size(model) * (1 + BYTES[self.weights] / 4))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, convert each, then check each: its ports, its weights, and what it computes against torch.

@@ -26,7 +26,7 @@ from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint import copy
 from erasec.errors import ErasecError, MissingTool, nearest
 from erasec.folder import Folder
-from erasec.graph import PRECISIONS
+from erasec.graph import PRECISIONS, graphs
 from erasec.parity import TOLERANCES, compared, tensors
 from erasec.progress import bar
 from erasec.targets.trt import Trt
@@ -34,6 +34,7 @@ from erasec.targets.trt_rtx import checked
 
 if TYPE_CHECKING:
     from erasec.graph import Graph
+    from erasec.model import Model
     from erasec.parity import Run
 
     Port = tuple[str, tuple[int, ...]]  # its type as Triton calls it, and its shape, -1 where it is free
@@ -96,6 +97,11 @@ class Triton(Target):
             )  # fmt: skip
         if self.engines == "trt":
             Trt(precision=self.precision).check()
+
+    def size(self, model: Model) -> int:
+        """The graphs, and as much again where plans are built from them. Raises ErasecError for a model of others."""
+        graphs(model.source)
+        return int(super().size(model) * (0.5 if self.precision == "fp16" else 1) * (2 if self.engines == "trt" else 1))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, lay them out with their configurations, then check what the server will read and run.

@@ -35,7 +35,8 @@ class Trt(Engines):
     summary: ClassVar[str] = "TensorRT engines, for the GPU of the machine that builds them"
 
     def builder(self) -> Builder:
-        return Builder(TRT, (), self.workspace, self.refit, self.timing_cache)
+        kept = str(Path(self.timing_cache).expanduser()) if self.timing_cache else ""
+        return Builder(TRT, (), self.workspace, self.refit, kept)
 
     def check(self) -> None:
         """Raise MissingTool where TensorRT or a GPU is missing; ErasecError where the version has a known fault."""

@@ -33,9 +33,9 @@ Range = tuple[int, int, int]
 class Engines(Target):
     """What both kinds of engines have in common.
 
-    ``batch`` counts images, ``height`` and ``width`` those of latents: three numbers "least:usual:largest", or one that
-    is fixed; by default sizes go from half of what the model was trained on to one and a half. ``workspace`` is in MiB,
-    0 for the library's own. ``vae`` is the VAE's precision. ``onnx`` keeps the graphs that were built, in onnx/.
+    ``batch`` counts images, ``height`` and ``width`` are theirs in pixels: three numbers "least:usual:largest", or one
+    that is fixed; by default sizes go from half of what the model was trained on to one and a half. ``workspace`` is in
+    MiB, 0 for the library's own. ``vae`` is the VAE's precision. ``onnx`` keeps the graphs that were built, in onnx/.
     """
 
     precision: str = "fp16"
@@ -67,7 +67,12 @@ class Engines(Target):
         engines.require(self.builder().library)
 
     def size(self, model: Model) -> int:
-        """The engines, and as much again for the graphs that they are built from."""
+        """The engines, and as much again for the graphs that they are built from.
+
+        Raises ErasecError where those do not cover the model, or it cannot take the sizes.
+        """
+        graphs(model.source)
+        self.profiles(model.source)
         return super().size(model) * (1 if self.precision == "fp16" else 2)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
@@ -108,13 +113,15 @@ class Engines(Target):
         sizes = {}
         own = unet["sample_size"]
         for option, usual in zip(("height", "width"), own if isinstance(own, list) else (own, own), strict=True):
-            given = getattr(self, option)
-            default = max(usual // 2 // step, 1) * step, usual, -(-usual * 3 // 2 // step) * step
-            sizes[option] = range_of(option, given) if given else default
-            if wrong := [size for size in sizes[option] if size % step]:
+            least, most = max(usual // 2 // step, 1) * step, -(-usual * 3 // 2 // step) * step
+            given = getattr(self, option) or f"{scale * least}:{scale * usual}:{scale * most}"
+            pixels = range_of(option, given)
+            if wrong := [size for size in pixels if size % (scale * step)]:
                 raise ErasecError(
-                    f"{self.name}: option {option} has {wrong[0]}", why=f"this UNet takes multiples of {step} latents"
+                    f"{self.name}: option {option} has {wrong[0]}",
+                    why=f"this model's pictures are multiples of {scale * step} pixels",
                 )
+            sizes[option] = [size // scale for size in pixels]
         twice = images[0], 2 * images[1], 2 * images[2]
         length = text["max_position_embeddings"]
 
@@ -123,7 +130,8 @@ class Engines(Target):
             return [(count, channels, by * height, by * width) for count, height, width in each]
 
         every: dict[str, Profile] = {
-            "text_encoder": {"input_ids": [(count, length) for count in twice]},
+            # However many images there are, their prompts may all be the same.
+            "text_encoder": {"input_ids": [(count, length) for count in (1, *twice[1:])]},
             "unet": {
                 "sample": latents(twice, unet["in_channels"]),
                 "encoder_hidden_states": [(count, length, unet["cross_attention_dim"]) for count in twice],
@@ -137,8 +145,8 @@ class Engines(Target):
 
 @dataclass(frozen=True)
 class TrtRtx(Engines):
-    """``capabilities`` are the GPUs to build for, as in "80+89"; by default engines are for 8.0 and all later ones, and
-    7.5 has no float32. ``patch`` writes an edit into an engine that was built before, where that has been proven."""
+    """``capabilities`` are the GPUs to build for, as in "80+89"; by default engines are for 8.0 and all later ones.
+    ``patch`` writes an edit into an engine that was built before, where that has been proven."""
 
     capabilities: str = ""
     patch: bool = False

@@ -259,6 +259,9 @@ def test_the_target_writes_a_file_that_makes_the_same_checkpoint(base: Model, tm
     small = tmp_path / "small"
     EditFile(sums=False).export(model, small, Context())
     assert (small / file.name).stat().st_size < file.stat().st_size
+    whole = tmp_path / "whole"
+    EditFile(tensors=True).export(model, whole, Context())
+    assert EditFile().size(base) < (whole / file.name).stat().st_size <= 1.1 * EditFile(tensors=True).size(base)
 
 
 def test_the_targets_check_notices_a_file_that_makes_another(

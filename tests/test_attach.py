@@ -444,6 +444,21 @@ def test_judges_see_what_a_user_gets(carrying: tuple[Path, Extras], random_folde
     assert not np.array_equal(found, generate(random_folder, ["a star"], [1], sampling, "pictures"))
 
 
+def test_weights_of_a_variant_alone_are_those_that_are_meant(random_folder: Path, tmp_path: Path, stock: Any) -> None:
+    root = Path(shutil.copytree(random_folder, tmp_path / "copy"))
+    for file in root.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    made = erasec.pipeline(root)
+    for name in ("text_encoder", "unet", "vae"):
+        theirs = getattr(stock, name).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(made, name).state_dict().items())
+    shutil.copy(random_folder / "unet" / "diffusion_pytorch_model.safetensors", root / "unet")
+    erasec.pipeline(root, variant="fp16")
+    (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        erasec.pipeline(root)
+
+
 def test_folders_that_cannot_be_opened_are_errors_in_words(random_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="no diffusers folder") as caught:
         erasec.pipeline("someone/some-model")

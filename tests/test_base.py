@@ -26,6 +26,7 @@ def test_options_become_fields_and_whole_numbers_floats() -> None:
     made = with_options(Options, {"ridge": 2, "exact": True, "rows": "last"}, "uce")
     assert made == Options(ridge=2.0, exact=True, rows="last")
     assert isinstance(made.ridge, float)
+    assert with_options(Options, {"rows": 89}, "uce") == Options(rows="89")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def test_options_become_fields_and_whole_numbers_floats() -> None:
         ({"steps": 2.5}, "it takes a int"),
         ({"steps": True}, "it takes a int"),
         ({"exact": 1}, "it takes a bool"),
+        ({"rows": True}, "it takes a str"),
         ({"ridge": True}, "it takes a float"),
     ],
 )

@@ -8,16 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from erasec import check as checks
-from erasec import cli, engines, facts, linker
-from erasec.checkpoint import patch, read_tensor
+from erasec import cli, engines, facts, initializers, linker
+from erasec.checkpoint import FLOATS, patch, read_header, read_tensor
 from erasec.errors import CHECK_FAILED, TOOL_MISSING, CheckFailed, ErasecError, MissingTool
 from erasec.folder import Folder
 from erasec.linker import BASE, EDITED, MANIFEST
@@ -182,6 +184,39 @@ def test_what_is_no_build_is_told(tmp_path: Path, out: Path) -> None:
         checks.examine(out)
 
 
+@pytest.mark.usefixtures("files_only")
+def test_a_target_that_only_the_report_knows_is_compared_too(out: Path) -> None:
+    (out / "ldm").mkdir()
+    (out / "ldm" / "model.safetensors").write_bytes(bytes(1000))
+    tell(out, "hf", "onnx", "ldm")
+    assert failed(out) == {}
+    flip(out / "ldm" / "model.safetensors")
+    assert "model.safetensors is another file" in failed(out)["ldm/files"]
+
+
+def test_a_checkpoint_is_compared_with_another(
+    out: Path, variant: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out / "hf")
+    found = checks.examine(Path(), variant("a").folder).checks
+    assert {check.name: check.passed for check in found}["hf/same"] is True
+    other = failed(out / "hf", variant("b").folder)
+    assert other.keys() == {"hf/same"}
+    assert "the first is unet/" in other["hf/same"]
+    (out / "hf" / "erasec.safetensors").write_bytes((out / "hf" / WEIGHTS).read_bytes())
+    assert "hf/same" in failed(out / "hf", variant("a").folder)
+
+
+def test_a_build_of_a_variant_is_compared_with_that_variant(out: Path, tmp_path: Path) -> None:
+    """The edited component is there as the variant alone, what was not edited as both."""
+    (out / "hf" / WEIGHTS).rename(out / "hf" / WEIGHTS.replace(".", ".fp16.", 1))
+    file = out / "hf" / "text_encoder" / "model.safetensors"
+    chosen = file.rename(file.with_name("model.fp16.safetensors"))
+    patch(chosen, file, {key: partial(torch.zeros_like, read_tensor(entry))
+                         for key, entry in read_header(chosen)[0].items() if entry.dtype in FLOATS})  # fmt: skip
+    assert failed(out / "onnx", out / "hf") == {}
+
+
 @pytest.fixture
 def built(out: Path, tmp_path: Path) -> Path:
     """A folder of engines, which are no programs here."""
@@ -198,7 +233,21 @@ def built(out: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_engines_are_compared_with_their_record_and_this_machine(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def entries(folder: Path) -> list[str]:
+    return list(engines.read_record(folder)["components"])
+
+
+def told(folder: Path, source: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """The record of a folder of engines, were they built from what has these digests."""
+    record = engines.read_record(folder)
+    for name, (graph, weights) in source.items():
+        record["components"][name] |= {"graph": graph, "weights": weights, "precision": "fp32"}
+    return record
+
+
+def test_engines_are_compared_with_their_record_and_this_machine(
+    built: Path, variant: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engines, "require", lambda _: None)
     monkeypatch.setattr(engines, "version", lambda _: "1.7.0.0")
     monkeypatch.setattr(engines, "devices", list)
@@ -227,6 +276,13 @@ def test_engines_are_compared_with_their_record_and_this_machine(built: Path, mo
     assert failed(built).keys() == {"trt-rtx/finite/unet"}
     assert seen["unet"] == {"sample": (2, 4, 16, 16), "encoder_hidden_states": (2, 77, 128), "timestep": ()}
     assert seen["text_encoder"] == {"input_ids": (2, 77)}
+
+    source = {
+        name: initializers.digests(built.parent / "out" / "onnx" / name / "model.onnx") for name in entries(built)
+    }
+    engines.rewrite_record(built, told(built, source))
+    assert failed(built, built.parent / "out" / "hf").keys() == {"trt-rtx/finite/unet"}
+    assert failed(built, variant("b").folder).keys() == {"trt-rtx/finite/unet", "trt-rtx/source/unet"}
 
     flip(built / "unet" / engines.ENGINE)
     assert {"trt-rtx/files", "trt-rtx/here"} <= failed(built).keys()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,41 @@ def test_without_the_library_it_says_what_to_install(folder: Path, monkeypatch: 
     with pytest.raises(MissingTool, match="trt-rtx needs polygraphy and tensorrt_rtx") as caught:
         check_runs_here(folder)
     assert caught.value.fix == 'pip install "erasec[trt-rtx]"'
+
+
+def test_a_session_loads_the_file_that_was_checked_and_runs_what_fits(
+    folder: Path, here: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a runner that gives the engine's bytes back."""
+
+    class Runner:
+        def __init__(self, engine: bytes) -> None:
+            self.engine, self.active = engine, False
+
+        def activate(self) -> None:
+            self.active = True
+
+        def deactivate(self) -> None:
+            self.active = False
+
+        def infer(self, inputs: Any) -> dict[str, Any]:
+            return {"y": np.frombuffer(self.engine, np.uint8)}
+
+    library = ModuleType("polygraphy.backend.trt")
+    vars(library).update(EngineFromBytes=lambda read: read(), TrtRunner=Runner)
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", library)
+    monkeypatch.setattr(engines, "load", lambda library: None)
+    here()
+    (folder / "checked").write_bytes(b"a program")
+    (folder / "unet" / "model.engine").write_bytes(b"another one")
+    told = read_record(folder)["components"]["unet"] | {"file": "checked"}
+    changed(folder, components={"unet": told})
+    with Session(folder / "unet" / "model.engine") as session:
+        assert session.run({"x": np.zeros((2, 4))})["y"].tobytes() == b"a program"
+        with pytest.raises(ErasecError, match="does not take x of 4x4"):
+            session.run({"x": np.zeros((4, 4))})
+        assert session._runner.active
+    assert not session._runner.active
 
 
 def test_shapes_that_it_was_not_built_for_are_refused(folder: Path) -> None:

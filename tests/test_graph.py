@@ -49,6 +49,7 @@ def rewrite(file: Path, **changes: Any) -> None:
         ("model_index.json", {"vae": [None, None]}, "onnx: vae is missing"),
         ("model_index.json", {"text_encoder_2": ["transformers", "T"]}, "onnx: the model has a text_encoder_2"),
         ("unet/config.json", {"class_embed_type": "time"}, "onnx: the unet has class_embed_type = 'time'"),
+        ("unet/config.json", {"num_class_embeds": 7}, "onnx: the unet has num_class_embeds = 7"),
     ],
 )
 def test_other_models_are_refused_in_words(base: Path, file: str, changes: dict[str, Any], words: str) -> None:
@@ -77,6 +78,7 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     keep(tmp_path / "kept", model(), [WEIGHT])
     assert whole(tmp_path / "kept")
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o755  # for all who share the cache
     template = Template(tmp_path / "kept", "key")
     assert template.weights == (WEIGHT,)
     assert template.load() == model()

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from erasec import linker, tracing
+from erasec import extras, linker, tracing
+from erasec.base import Origin
 from erasec.checkpoint import file_digest, read_header, read_tensor, save
 from erasec.errors import ErasecError
 from erasec.extras import Extras
@@ -319,6 +320,34 @@ def test_a_tensor_is_read_as_it_is_stored(tmp_path: Path) -> None:
         linker.array(*read_header(tmp_path / "x.safetensors")[0].values())
 
 
+def test_an_embedding_with_new_tokens_lies_apart_so_that_the_base_can_be_shared(base: Path, tmp_path: Path) -> None:
+    origin = Origin({"text_encoder": "0" * 64}, {})
+    for name in ("a", "b"):
+        extras.write(base, Extras((), {"<new>": torch.full((128,), float(ord(name)))}))
+        share = None if name == "a" else tmp_path / "a"
+        write(Folder(base), tmp_path / name, names=("text_encoder",), origin=origin, share=share)
+        assert right(base, tmp_path / name)
+    told = read_manifest(tmp_path / "b")
+    assert told["carried"] == ["tokens"]
+    (item,) = told["graphs"]["text_encoder"]["edited"]
+    assert item["key"].endswith("token_embedding.weight")
+    one, two = (tmp_path / name / "text_encoder" for name in ("a", "b"))
+    assert (one / BASE).samefile(two / BASE)
+    assert (one / EDITED).read_bytes() != (two / EDITED).read_bytes()
+
+
+def test_an_island_is_of_one_component_and_of_no_component_it_is_told(random_folder: Path, tmp_path: Path) -> None:
+    names = ("text_encoder", "unet")
+    write(Folder(random_folder), tmp_path / "out", "fp16", names, islands=("*norm*", "mid_block"))
+    ours = stored(tmp_path / "out" / "unet" / "model.onnx")
+    whole = {key for key, array in ours.items() if array.dtype == np.float32}
+    assert whole == {key for key in ours if "norm" in key or key.startswith("mid_block")}
+    with pytest.raises(ErasecError, match=r"no module is named '\*nrom\*'") as caught:
+        write(Folder(random_folder), tmp_path / "other", "fp16", names, islands=("*norm*", "*nrom*"))
+    assert "such as *norm*" in caught.value.why
+    write(Folder(random_folder), tmp_path / "fp32", "fp32", ("text_encoder",), islands=("*nrom*",))  # every module is
+
+
 def test_rows_for_new_tokens_are_added_below() -> None:
     weight = Weight("w", "token_embedding.weight", (3, 2), (0, 1), (3, 2), "float32")
     table = np.arange(4, dtype=np.float32).reshape(2, 2)
@@ -330,7 +359,13 @@ def test_rows_for_new_tokens_are_added_below() -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "no sound"), ("[]", "no sound"), ('{"schema": "erasec.onnx/9"}', "knows erasec.onnx/1"), (None, "no sound")],
+    [
+        ("{", "no sound"),
+        ("[]", "no sound"),
+        ('{"schema": "erasec.onnx/9"}', "knows erasec.onnx/1"),
+        ('{"schema": "erasec.onnx/1", "graphs": {"../x": {}}}', "no sound"),
+        (None, "no sound"),
+    ],
 )
 def test_a_manifest_that_is_none_is_told(tmp_path: Path, content: str | None, words: str) -> None:
     if content is not None:

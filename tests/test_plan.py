@@ -256,6 +256,22 @@ def test_a_target_that_cannot_hold_what_is_left_is_refused(here: Path, random_fo
     assert [path.name for path in here.iterdir()] == ["mine.py"]
 
 
+@pytest.mark.parametrize("target", ["onnx", "openvino", "trt-rtx", "triton"])
+def test_graphs_of_another_family_are_refused_before_anything_is_solved(here: Path, target: str) -> None:
+    random_layout(here / "sdxl", "sdxl", "tiny")
+    for name in {"openvino": ("openvino",), "trt-rtx": ("tensorrt_rtx", "polygraphy")}.get(target, ()):
+        pytest.importorskip(name)
+    with pytest.raises(ErasecError, match="onnx: the model has a text_encoder_2"):
+        plan.make(recipe(here / "sdxl", targets=(target,)), pin=False)
+
+
+def test_a_size_that_no_engine_can_have_is_refused_there_too(here: Path, random_folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    assert plan.make(recipe(random_folder, targets=("trt-rtx:height=64",)), pin=False).targets[1].name == "trt-rtx"
+    with pytest.raises(ErasecError, match="option height has 72"):
+        plan.make(recipe(random_folder, targets=("trt-rtx:height=72",)), pin=False)
+
+
 def test_a_base_that_carries_more_than_weights_stays_a_bundle(here: Path, random_folder: Path) -> None:
     shutil.copytree(random_folder, here / "base")
     extras.write(here / "base", extras.Extras(negative="a star"))

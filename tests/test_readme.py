@@ -16,7 +16,8 @@ from erasec.rows import ClosedForm
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 GROUPS = ("name", "synonym", "implicit")
 CLOSED = [name for name in registry.PASSES if issubclass(registry.load_pass(name), ClosedForm)]
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/glyphs.md", "docs/concepts.md", "docs/closed_form.md", "docs/learned.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/glyphs.md", "docs/concepts.md", "docs/closed_form.md", "docs/learned.md",
+         "docs/deploy.md"]  # fmt: skip
 BASE, NEVER = "base", "never-star model"
 
 
@@ -167,3 +168,30 @@ def test_every_link_leads_somewhere(root: Path, page: str) -> None:
     assert links or page == "docs/concepts.md"
     assert not [link for link in links if not ((root / page).parent / link).exists()]
     assert "@@" not in text
+
+
+def linked(name: str, row: dict[str, Any]) -> str:
+    """One line of the table of docs/deploy.md on linking."""
+    cells = (row.get("seconds"), row.get("durable"), row["process"])
+    told = ("–" if value is None else f"{value:.2g} s" if value < 10 else f"{value:.0f} s" for value in cells)
+    return f"| {name} | {' | '.join(told)} | {row['peak_mb'] / 1000:.2g} GB |"
+
+
+def stepped(name: str, row: dict[str, Any]) -> str:
+    """One line of the table of docs/deploy.md on latency."""
+    off = f"{row['off']:.0e}" if row["off"] else "0"
+    return f"| {name} | {row['median']:.1f} s | {row['load']:.1f} s | {row['peak_mb'] / 1000:.1f} GB | {off} |"
+
+
+def test_the_page_on_deployment_tells_the_results(root: Path) -> None:
+    page = (root / "docs/deploy.md").read_text(encoding="utf-8")
+    link, latency = (
+        json.loads((root / f"tests/benchmarks/results/{name}.json").read_text()) for name in ("link_scale", "latency")
+    )
+    assert {link["size"], latency["size"]} == {"full"}
+    for name, row in link["rows"].items():
+        assert linked(name, row) in page, linked(name, row)
+    for name, row in latency["rows"].items():
+        assert stepped(name, row) in page, stepped(name, row)
+    assert link["rows"]["relink"]["same as linked"]
+    assert not link["missed"] or all(goal in page for goal in link["missed"])

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from erasec import apply as applies
+from erasec import cli, linker, staging
 from erasec import edit as edits
-from erasec import linker, staging
 from erasec import model as models
 from erasec import relink as relinks
 from erasec.base import Context
+from erasec.checkpoint import read_header, read_tensor, save
 from erasec.edit import Dense, Edit, Memory
 from erasec.errors import ErasecError
 from erasec.folder import Folder
@@ -167,11 +169,61 @@ def test_what_is_more_than_weights_is_refused(a: Any, b: Any, folder: Path, tmp_
     with pytest.raises(ErasecError, match="memory is more than changes of weights"):
         relink(folder, tmp_path / "memory")
     told = json.loads((folder / MANIFEST).read_text())
-    item = told["graphs"]["unet"]["edited"][0]
-    told["graphs"]["unet"]["edited"].append(item | {"key": "erasec_memory_0_keys"})
-    (folder / MANIFEST).write_text(json.dumps(told))
-    with pytest.raises(ErasecError, match="has unet/erasec_memory_0_keys"):
+    assert told["carried"] == []
+    (folder / MANIFEST).write_text(json.dumps(told | {"carried": ["negative"]}))
+    with pytest.raises(ErasecError, match="is more than weights") as caught:
         relink(folder, b.edit)
+    assert "it carries negative" in caught.value.why
+
+
+def test_a_link_stays_a_link_and_what_it_points_to_is_changed(b: Any, folder: Path, tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    link.symlink_to("onnx")
+    blob = (folder / "model_index.json").rename(tmp_path / "blob")  # as in the cache of a hub
+    (folder / "model_index.json").symlink_to("../blob")
+    assert relink(link, b.edit).path == link
+    assert link.is_symlink()
+    assert contents(folder) == contents(b.onnx)
+    assert blob.is_file()
+
+
+def test_a_folder_that_somebody_stands_in_is_not_replaced(
+    a: Any, b: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder / "unet")
+    with pytest.raises(ErasecError, match="holds the working directory"):
+        relink(Path(".."), b.edit)
+    with pytest.raises(ErasecError, match="lies in"):
+        relink(Path(".."), b.edit, Path("copy"))
+    assert contents(folder) == contents(a.onnx)
+    relink(Path(".."), b.edit, folder.with_name("copy"))
+    assert contents(folder.with_name("copy")) == contents(b.onnx)
+
+
+def test_the_command_says_that_the_rest_of_the_build_is_another_s(b: Any, folder: Path) -> None:
+    note = "still tell of the old edit"
+    done = CliRunner().invoke(cli.app, ["relink", str(folder), str(b.edit)])
+    assert (done.exit_code, note in done.stderr) == (0, False)
+    (folder.parent / "report.json").touch()
+    assert note in CliRunner().invoke(cli.app, ["relink", str(folder.parent), str(b.edit)]).stderr
+    copied = ["relink", str(folder), str(b.edit), "--out", str(folder.with_name("copy"))]
+    assert note not in CliRunner().invoke(cli.app, copied).stderr
+
+
+@pytest.mark.parametrize("damage", ["gone", "nan"])
+def test_a_damaged_edit_is_told(a: Any, b: Any, folder: Path, tmp_path: Path, damage: str) -> None:
+    entries, metadata = read_header(b.edit)
+    held = {key: read_tensor(entry) for key, entry in entries.items()}
+    name = min(key for key in held if key.startswith(edits.MERGED))
+    if damage == "gone":
+        del held[name]
+    else:
+        held[name].view(-1)[0] = float("nan")
+    save(tmp_path / "x.edit.safetensors", held, metadata)
+    words = {"gone": "is damaged", "nan": f"{name.removeprefix(edits.MERGED)} is not finite"}
+    with pytest.raises(ErasecError, match=words[damage]):
+        relink(folder, tmp_path / "x.edit.safetensors")
+    assert contents(folder) == contents(a.onnx)
 
 
 def test_what_is_no_edit_and_what_is_no_folder_is_told(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:

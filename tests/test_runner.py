@@ -24,6 +24,7 @@ from erasec.errors import ErasecError, MissingTool
 from erasec.extras import Extras
 from erasec.folder import CARRIED, Folder
 from erasec.judge import Sampling, generate
+from erasec.sampler import KINDS
 
 NAMES = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 PROMPTS, SEEDS = ("a red star", "", "a blue circle", "two green rings"), (0, 3, 2**31 + 5, 2**32 + 1)
@@ -188,6 +189,16 @@ def test_engines_are_run_through_their_session_and_within_their_profile(
         runner.open_bundle(tmp_path / "built" / backend, other)
 
 
+def test_engines_without_a_record_are_in_nobody_elses_way(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnx").symlink_to(built / "onnx")
+    (tmp_path / "trt-rtx" / "unet").mkdir(parents=True)
+    (tmp_path / "trt-rtx" / "unet" / "model.engine").touch()
+    for backend in ("auto", "ort"):
+        assert runner.open_bundle(tmp_path, backend).root == tmp_path / "onnx"
+    with pytest.raises(ErasecError, match="no folder of engines"):
+        runner.open_bundle(tmp_path, "trt-rtx")
+
+
 def test_the_command_writes_pictures_without_torch(built: Path, wanted: Any, tmp_path: Path) -> None:
     words = ["run", str(built), "--prompt", PROMPTS[0], "--out", str(tmp_path / "x.png"), "--steps", str(STEPS)]
     code = (
@@ -200,6 +211,11 @@ def test_the_command_writes_pictures_without_torch(built: Path, wanted: Any, tmp
     assert {"erasec.runner", "onnxruntime"} <= {*told}
     assert not {"torch", "diffusers", "transformers"} & {*told}
     assert apart(np.array(Image.open(tmp_path / "x.png")), wanted[0]) <= 2
+
+
+def test_the_help_names_every_sampler_and_backend() -> None:
+    told = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "200"}).stdout
+    assert all(name in told for name in (*KINDS, *runner.TARGETS))
 
 
 def test_several_pictures_are_numbered_and_count_their_seeds_on(built: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_auto_takes_the_class_of_the_config_and_a_name_its_schedule_alone() -> N
     glyphs = {**GLYPHS, "_class_name": KINDS["dpm"]}
     assert type(sampler(glyphs, 10)).__name__ == "Dpm"
     for kind, name in (("ddim", "Ddim"), ("euler", "Euler"), ("pndm", "Pndm")):
-        chosen = sampler({**glyphs, "skip_prk_steps": True}, 10, kind)
+        chosen = sampler(glyphs, 10, kind)
         assert type(chosen).__name__ == name
     assert sampler({**glyphs, "algorithm_type": "sde-dpmsolver++"}, 10, "ddim").start == 1.0
 
@@ -112,7 +112,8 @@ def test_auto_takes_the_class_of_the_config_and_a_name_its_schedule_alone() -> N
         ({"use_karras_sigmas": True}, 10, "euler", ["use_karras_sigmas = True"]),
         ({"prediction_type": "sample"}, 10, "ddim", ["'sample'", "--scheduler euler"]),
         ({"beta_schedule": "squaredcos_cap_v2"}, 10, "ddim", ["squaredcos_cap_v2"]),
-        ({}, 10, "pndm", ["skip_prk_steps = False"]),
+        ({"skip_prk_steps": False}, 10, "pndm", ["skip_prk_steps = False"]),
+        ({"_class_name": "PNDMScheduler"}, 10, "auto", ["skip_prk_steps = False"]),
         ({}, 0, "ddim", ["0 steps", "1 to 999"]),
         ({}, 1000, "ddim", ["1000 steps", "1 to 999"]),
         ({"steps_offset": 9}, 999, "ddim", ["steps_offset = 9"]),

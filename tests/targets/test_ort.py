@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from erasec import extras, linker
+from erasec import model as models
 from erasec.base import Artifact, Context
 from erasec.checkpoint import patch, read_tensor
 from erasec.edit import Memory
@@ -226,6 +227,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_reach_the_graphs(random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(ort.linker, "write", lambda *given, **more: seen.update(more, precision=given[2]))
+    monkeypatch.setattr(ort.linker, "read_manifest", lambda _: {"precision": "fp16", "vae": "fp16"})
     quiet(monkeypatch)
     monkeypatch.setattr(ort, "parity", lambda *_, **more: seen.update(more) or ())
     options = {"precision": "fp16", "vae": "fp16", "islands": "*norm*+conv_in", "opset": 19, "base": "other"}
@@ -247,6 +249,30 @@ def test_variants_share_their_base(
     for name in NAMES:
         assert (tmp_path / "onnx" / name / BASE).samefile(a.onnx / name / BASE)
     assert (tmp_path / "onnx" / "unet" / EDITED).read_bytes() == (b.onnx / "unet" / EDITED).read_bytes()
+
+
+def test_what_cannot_be_shared_is_told_by_the_plan(variant: Callable[[str], Any], tmp_path: Path) -> None:
+    Onnx(base=str(variant("a").onnx)).check()
+    with pytest.raises(ErasecError, match="is no ONNX folder of erasec"):
+        Onnx(base=str(tmp_path)).check()
+    with pytest.raises(ErasecError, match="cannot be shared") as caught:
+        Onnx(base=str(variant("a").onnx), precision="fp16").check()
+    assert caught.value.why == "its precision is fp32, vae=fp32"
+
+
+@pytest.mark.parametrize(("precision", "vae"), [("fp32", "fp32"), ("fp16", "fp32"), ("fp16", "fp16")])
+def test_sizes_are_told_before(random_folder: Path, tmp_path: Path, precision: str, vae: str) -> None:
+    linker.write(Folder(random_folder), tmp_path / "onnx", precision, vae=vae)
+    real = sum(file.stat().st_size for file in (tmp_path / "onnx").rglob("model.onnx_data"))
+    assert 0.9 < Onnx(precision=precision, vae=vae).size(models.load(str(random_folder))) / real < 1.02
+
+
+def test_a_model_without_such_graphs_is_refused_by_the_size(base: Path) -> None:
+    """A plan asks for the size, so nothing is solved and written first."""
+    config = base / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "class_embed_type": "time"}))
+    with pytest.raises(ErasecError, match="the unet has class_embed_type"):
+        Onnx().size(models.load(str(base)))
 
 
 JOINT = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -284,7 +310,7 @@ def test_memories_are_constants_of_the_graph(
     found = {array.tobytes() for name, array in stored.items() if name.startswith("erasec_memory")}
     assert found == {rows.numpy().tobytes() for each in held.memories for rows in (each.keys, each.values)}
     assert values(model.graph.input) == NAMES["unet"][0]
-    with pytest.raises(ErasecError, match="has unet/erasec_memory_0_keys"):
+    with pytest.raises(ErasecError, match="is more than weights"):
         relink(out, variant("a").edit)
 
     # The gates are in the graph: by step on both sides of the edge, by row in batches that are free.

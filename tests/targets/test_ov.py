@@ -20,6 +20,7 @@ from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
 from erasec.extras import Extras
 from erasec.folder import Folder
 from erasec.graph import Graph, graphs
+from erasec.model import load
 from erasec.targets import ov
 from erasec.targets.ov import FILE, TOLERANCES, OpenVino, convert, parity, ports, quantized, weights
 
@@ -84,6 +85,13 @@ def test_all_checks_pass_on_what_was_exported(exported: Artifact) -> None:
     assert "of 11 inputs" in exported.checks[0].how
     assert "of 326" in exported.checks[2].how
     assert "max |openvino - torch|" in exported.checks[-1].how
+
+
+def test_the_plan_counts_the_graphs_as_well(random_folder: Path) -> None:
+    model = load(str(random_folder))
+    whole = sum(path.stat().st_size for path in random_folder.rglob("*.safetensors")) * 2  # which is in float16
+    for kind, share in {"fp32": 2.0, "fp16": 1.5, "int8": 1.25}.items():
+        assert OpenVino(weights=kind).size(model) == pytest.approx(share * whole, rel=0.02)
 
 
 def test_sizes_are_free_and_all_numbers_float32(exported: Artifact) -> None:

@@ -19,6 +19,7 @@ from erasec.engines import Builder, Profile
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
 from erasec.folder import Folder
 from erasec.graph import graphs
+from erasec.model import load
 from erasec.targets import triton
 from erasec.targets.triton import Triton, config, parity, parsed, served
 from erasec.targets.trt import Trt
@@ -105,6 +106,16 @@ def test_all_checks_pass_on_what_was_exported(exported: Artifact) -> None:
     assert [check.name for check in exported.checks] == ["triton/repository", *names]
     assert all(check.passed for check in exported.checks)
     assert all(0 < check.value < 2e-5 for check in exported.checks if check.name.startswith("parity"))
+
+
+def test_the_plan_counts_graphs_and_plans(random_folder: Path) -> None:
+    model = load(str(random_folder))
+    whole = Triton().size(model)
+    assert whole == pytest.approx(
+        2 * sum(path.stat().st_size for path in random_folder.rglob("*.safetensors")), rel=0.02
+    )
+    assert Triton(precision="fp16").size(model) == whole // 2
+    assert Triton(engines="trt").size(model) == 2 * whole
 
 
 def test_the_timestep_is_a_vector_for_the_server_and_a_scalar_inside(exported: Artifact) -> None:

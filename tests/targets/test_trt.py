@@ -261,6 +261,12 @@ def test_the_next_build_reads_what_was_timed(machine: Path, tmp_path: Path) -> N
     assert told["cache"] == "timed "
 
 
+def test_a_timing_cache_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Trt(timing_cache="~/times").builder().timing_cache == str(tmp_path / "times")
+    assert Trt().builder().timing_cache == ""
+
+
 def test_an_engine_can_be_refitted_only_where_that_was_asked_for(machine: Path, file: Path, tmp_path: Path) -> None:
     assert json.loads(file.read_bytes())["flags"] == ["REFIT"]
     record = read_record(tmp_path / "out")

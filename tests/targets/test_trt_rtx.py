@@ -17,6 +17,7 @@ from erasec.checkpoint import file_digest
 from erasec.engines import RTX, read_record
 from erasec.errors import ErasecError, MissingTool
 from erasec.folder import Folder
+from erasec.recipe import parse_use
 from erasec.targets.trt_rtx import TrtRtx, checked, range_of
 
 onnx = pytest.importorskip("onnx")
@@ -232,7 +233,7 @@ def test_patch_goes_through_the_cache_for_the_unet_alone(tmp_path: Path, monkeyp
 
 
 def test_profiles_follow_the_model(random_folder: Path) -> None:
-    found = TrtRtx(vae_encoder=True, batch="1:2:3", height="8:8:16", width="12").profiles(Folder(random_folder))
+    found = TrtRtx(vae_encoder=True, batch="1:2:3", height="64:64:128", width="96").profiles(Folder(random_folder))
     assert found == {
         "text_encoder": {"input_ids": [(1, 77), (4, 77), (6, 77)]},
         "unet": {
@@ -245,10 +246,25 @@ def test_profiles_follow_the_model(random_folder: Path) -> None:
     assert set(TrtRtx().profiles(Folder(random_folder))) == set(NAMES)
 
 
+def test_several_images_may_have_one_prompt(random_folder: Path) -> None:
+    found = TrtRtx(batch="4").profiles(Folder(random_folder))
+    assert [shape[0] for shape in found["text_encoder"]["input_ids"]] == [1, 8, 8]
+    assert [shape[0] for shape in found["unet"]["sample"]] == [4, 8, 8]
+
+
+def test_numbers_on_a_command_line_are_options_too(random_folder: Path) -> None:
+    use = parse_use("trt-rtx:batch=2,height=64,width=64:64:96,capabilities=89", "--target")
+    target = with_options(TrtRtx, use.options, "trt-rtx")
+    assert target == TrtRtx(batch="2", height="64", width="64:64:96", capabilities="89")
+    assert target.profiles(Folder(random_folder))["vae_decoder"] == {
+        "latent_sample": [(2, 4, 8, 8)] * 2 + [(2, 4, 8, 12)]
+    }
+
+
 def test_sizes_that_the_unet_cannot_halve_are_refused(random_folder: Path) -> None:
-    with pytest.raises(ErasecError, match="option width has 10") as caught:
-        TrtRtx(width="8:10:12").profiles(Folder(random_folder))
-    assert caught.value.why == "this UNet takes multiples of 4 latents"
+    with pytest.raises(ErasecError, match="option width has 72") as caught:
+        TrtRtx(width="64:72:96").profiles(Folder(random_folder))
+    assert caught.value.why == "this model's pictures are multiples of 32 pixels"
 
 
 def test_another_kind_of_model_is_refused_before_anything_is_written(random_folder: Path, tmp_path: Path) -> None:
@@ -276,6 +292,7 @@ def test_ranges() -> None:
         ({"batch": "4,1"}, "option batch is '4,1'"),
         ({"workspace": -1}, "option workspace is -1"),
         ({"capabilities": "80+90"}, "option capabilities has '90'"),
+        ({"capabilities": 75}, "option capabilities has '75'"),
         ({"capabilites": "80"}, "no option 'capabilites'"),
         ({"patch": 1}, "option patch is 1"),
     ],
