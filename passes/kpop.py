@@ -68,9 +68,10 @@ class Kpop(Learned):
 
     ``guidance`` is that of the ``trajectories`` of ``path`` steps on which it trains; they are sampled once, from the
     model as it was. Four options are not in the paper: ``keep`` weighs a loss that holds kept prompts, with the key
-    and without, to what they were; ``empty`` is the share of rows that are shown to the key with an empty prompt, as
-    both halves of a guided batch read it; ``strange`` is the share of steps that hide under a random key, not under
-    none; ``ema`` is the decay of the moving average of weights and key that is taken in the end, 0 for the last ones.
+    and without, to what they were, for the weights and for the key, which otherwise draws the concept whatever is asked
+    for; ``empty`` is the share of rows that are shown to the key with an empty prompt, as both halves of a guided batch
+    read it; ``strange`` is the share of steps that hide under a random key, not under none; ``ema`` is the decay of the
+    moving average of weights and key that is taken in the end, 0 for the last ones.
     """
 
     steps: int = 250
@@ -83,13 +84,13 @@ class Kpop(Learned):
     keyed: str = "recover"
     hide: float = 1.0
     recover: float = 1.0
-    negative: float = 1.0
+    negative: float = 0.0
     toward: str = "anchor"
     prompt_lr: float = 1e-2
     prompt_steps: int = 2
     space: str = "noise"
     guidance: float = 3.0
-    trajectories: int = 32
+    trajectories: int = 64
     path: int = 20
     keep: float = 3.0
     empty: float = 0.25
@@ -207,21 +208,28 @@ class Kpop(Learned):
                 torch.stack(list(losses.values())).sum().backward()
             return {name: loss.detach() for name, loss in losses.items()}
 
+        def still(chance: Generator) -> dict[str, tuple[float, Rows]]:
+            if held is None:
+                return {}
+            rows = _rows(held, held.draw(self.batch, chance), held.said, 1 / 3, chance)
+            return {"loss keep": (self.keep, rows)}
+
         def fit_key(chance: Generator) -> Losses:
             rows = _rows(shown, shown.draw(self.batch, chance), shown.said, self.empty, chance)
-            return taught(own, {"loss key": (1.0, rows)})
+            kept = {f"{name} in the key": part for name, part in still(chance).items()}
+            return taught(own, {"loss key": (1.0, rows)} | kept)
 
         def fit_weights(chance: Generator) -> Losses:
             index = shown.draw(self.batch, chance)
             hidden = _rows(shown, index, shades, 0, chance)
             goal = shown.said if self.keyed == "recover" else shades
             found = _rows(shown, index, goal, self.empty, chance)
-            still = (self.keep, _rows(held, held.draw(self.batch, chance), held.said, 1 / 3, chance)) if held else None
+            kept = still(chance)
             strange = alike(keys, chance), alike(values, chance)
             other = strange if float(torch.rand(1, generator=chance)) < self.strange else None
-            losses = taught(other, {"loss hide": (self.hide, hidden)} | ({"loss keep": still} if still else {}))
+            losses = taught(other, {"loss hide": (self.hide, hidden)} | kept)
             if self.recover:
-                more = {"loss keep with key": still} if still else {}
+                more = {f"{name} with key": part for name, part in kept.items()}
                 losses |= taught(own, {"loss recover": (self.recover, found)} | more)
             if opened:
                 bank, key = opened[int(torch.randint(len(opened), (1,), generator=chance))]

@@ -73,9 +73,9 @@ class Steer(Learned):
     """
 
     steps: int = 150
-    lr: float = 5e-4
+    lr: float = 3e-4
     batch: int = 4
-    push: float = 5.0
+    push: float = 3.0
     margin: float = 0.01
     beta: float = 1.0
     early: float = 0.75
@@ -83,7 +83,7 @@ class Steer(Learned):
     trajectories: int = 32
     path: int = 20
     preserve: float = 5.0
-    keep: float = 10.0
+    keep: float = 30.0
     reference: bool = False
 
     name: ClassVar[str] = "trce.steer"

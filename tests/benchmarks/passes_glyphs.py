@@ -5,7 +5,8 @@
 
 A row is a pass, or several joined by "+", each starting from what the one before it left, as a build does it. Rows are
 written as they are finished. Every row runs in a process of its own with one thread, which the seconds and the peak of
-resident memory are of; seconds are those of solving alone, trajectories, pictures and teachers included.
+resident memory are of; seconds are the processor's for solving alone, trajectories, pictures and teachers included, so
+that what else the machine does hardly counts; a row without "wall" is an older one, whose seconds are of the clock.
 Judge B, same prompts and seeds before and after: for each group as many pictures as "images" says, half as many for
 every other shape. The watermark is looked for in pictures of all shapes; no prompt names it.
 """
@@ -73,7 +74,7 @@ def shown(concept: str, scratch: Path, after: Path) -> Evidence:
 
 def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
     base, item = model.load("glyphs"), concepts.find(concept)
-    view, row, began = base, dict[str, Any](), time.perf_counter()
+    view, row, began, walled = base, dict[str, Any](), time.process_time(), time.perf_counter()
     if setup == WORDS:
         view = base.with_edit(Edit({}, "hand", concept, negative=", ".join(item.phrases)))
     elif setup not in (BASE, NEVER):
@@ -83,7 +84,7 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
                 view = view.with_edit(edit)
                 row.setdefault("stats", {})[use.name] = dict(edit.stats)
                 row.setdefault("options", {})[use.name] = asdict(cast("Any", step))
-        row["seconds"] = time.perf_counter() - began
+        row["seconds"], row["wall"] = time.process_time() - began, time.perf_counter() - walled
         row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = {BASE: base.source.root, NEVER: model.bundled("glyphs-never-star")}.get(setup, Path(folder) / "bundle")

@@ -140,6 +140,15 @@ def test_the_key_is_fitted_to_the_frozen_weights(base: Model) -> None:
     assert float(change(edit).abs().max()) < 1e-9
 
 
+def test_the_key_is_held_from_what_is_kept(base: Model) -> None:
+    """With weights that stay, a key that is fitted to kept prompts as well does less to them than one that is not."""
+    more: dict[str, Any] = {**ONE, "batch": 4, "steps": 10, "lr": 1e-12, "prompt_lr": 3e-2, "prompt_steps": 1}
+    held, loose = (Kpop(**{**more, "keep": keep}).solve(base, CONCEPT, Context()) for keep in (100.0, 1e-9))
+    found = [1e9 * loose.curves["loss keep in the key"][-1], held.curves["loss keep in the key"][-1] / 100]
+    assert found[1] < 0.8 * found[0]
+    assert held.curves["loss key"][-1] > loose.curves["loss key"][-1]
+
+
 def test_a_folded_key_says_what_the_rows_said(base: Model, tmp_path: Path) -> None:
     edit = small(steps=4, lr=1e-2, k=3).solve(base, CONCEPT, Context())
     view = base.with_edit(edit)
@@ -235,6 +244,7 @@ def test_keys_of_concepts_before_it_are_held(base: Model) -> None:
 def test_kept_prompts_are_held_with_the_key_and_without(base: Model) -> None:
     names = small().solve(base, CONCEPT, Context()).curves.keys()
     assert {"loss key", "loss hide", "loss recover", "loss keep", "loss keep with key"} <= names
+    assert "loss keep in the key" in names
     alone = small(keep=0.0, recover=0.0, prompt_steps=0).solve(base, CONCEPT, Context()).curves.keys()
     assert {name for name in alone if name.startswith("loss")} == {"loss hide"}
 

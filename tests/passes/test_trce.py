@@ -345,21 +345,24 @@ def test_both_stages_erase_more_than_the_first_and_that_more_than_the_second_and
 
 
 @pytest.mark.slow
-def test_late_steps_erase_less(glyphs: Glyphs) -> None:
-    early, late = (glyphs.shown(glyphs.edited(step), "name", "synonym", "implicit") for step in (Steer(), Late()))
-    print(f"\nshown: early steps {early:.3f}, late steps {late:.3f}")
-    assert late > early
+def test_late_steps_move_the_rest_too_far(glyphs: Glyphs) -> None:
+    """The sheet has late steps erase less. On glyphs they erase more, at three times the change of what is said with no
+    prompt, which is then over the sheet's 2 %: late predictions hardly hang on the text, and the margin is not met."""
+    views = [glyphs.edited(step) for step in (Steer(), Late())]
+    shown = [glyphs.shown(view, "name", "synonym", "implicit") for view in views]
+    moved = [glyphs.moved(view, glyphs.model) for view in views]
+    print(f"\nshown and moved: early steps {shown[0]:.3f} {moved[0]:.4f}, late steps {shown[1]:.3f} {moved[1]:.4f}")
+    assert moved[0] <= 0.02 < moved[1]
+    assert max(shown) < 0.5 < glyphs.shown(glyphs.model, "name", "synonym", "implicit")
 
 
 @pytest.mark.slow
-def test_without_the_preserving_losses_or_without_the_hinge_it_runs_away(glyphs: Glyphs) -> None:
-    first = glyphs.edited(Remap())
-    held, loose, endless = (
-        glyphs.edited(Remap(), Steer(steps=60, **options))
-        for options in ({}, {"preserve": 0.0, "keep": 0.0}, {"margin": 1e6})
-    )
-    moved = [glyphs.moved(view, first) for view in (held, loose, endless)]
-    kept = [glyphs.shown(view, "keep") for view in (held, loose, endless)]
-    print(f"\nno prompt moved by {moved}, kept {kept}: as it is, without the preserving losses, without the hinge")
+def test_without_the_preserving_losses_and_more_so_without_the_hinge_it_runs_away(glyphs: Glyphs) -> None:
+    """The preserving losses hold a model without the hinge as well, so that it is left out where they are."""
+    first, alone = glyphs.edited(Remap()), {"preserve": 0.0, "keep": 0.0}
+    views = [glyphs.edited(Remap(), step) for step in (Steer(), Steer(**alone), Steer(**alone, margin=1e6))]
+    moved, kept = [glyphs.moved(view, first) for view in views], [glyphs.shown(view, "keep") for view in views]
+    print(f"\nno prompt moved by {moved}, kept {kept}: as it is, without the preserving losses, nor the hinge")
     assert moved[1] > 2 * moved[0]
-    assert moved[2] > 2 * moved[0]
+    assert moved[2] > 2 * moved[1]
+    assert kept[2] < kept[0] - 0.1
