@@ -158,9 +158,13 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     for target in plan.targets:
         with _timed(seconds, f"export {target.name}"):
             if isinstance(target, EditTarget):
-                checks += target.export(model, stage / target.name, context).checks
+                made = target.export(model, stage / target.name, context).checks
             else:
-                checks += target.export(built, stage / target.name, context).checks
+                made = target.export(built, stage / target.name, context).checks
+            taken = {check.name for check in checks}  # several targets compare weights and outputs
+            checks += [
+                replace(check, name=f"{target.name}/{check.name}") if check.name in taken else check for check in made
+            ]
 
     judge = validate.judge_of(plan.model)
     evidence: list[Evidence] = []

@@ -145,10 +145,12 @@ def test_a_folder_of_one_variant_stays_one_and_says_how_to_load_it(random_folder
     base = shutil.copytree(random_folder, tmp_path / "base")
     for file in base.glob("*/*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
-    report = make(tmp_path / "out", model=str(base), targets=("hf", "onnx"))
+    report = make(tmp_path / "out", model=str(base), targets=("hf", "onnx", "triton"))
     assert any('variant="fp16"' in note for note in report.notes)
     assert (tmp_path / "out/hf/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
-    assert {"parity/unet", "parity/text_encoder"} <= {check.name for check in report.checks}
+    names = [check.name for check in report.checks]
+    assert {"parity/unet", "parity/text_encoder", "triton/parity/unet"} <= set(names)
+    assert len(names) == len(set(names))
     plain = make(tmp_path / "plain", model=str(random_folder))
     assert not any("variant" in note for note in plain.notes)
 
