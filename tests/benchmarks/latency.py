@@ -14,7 +14,6 @@ float32| on the same inputs, so that what is fast and wrong is seen to be.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -111,6 +110,7 @@ def prepare(place: Path, size: str, backends: list[str]) -> None:
     from erasec import linker
     from erasec.folder import Folder
     from erasec.layouts import random_folder
+    from erasec.targets.ov import convert
 
     model = place / "model"
     if not model.is_dir():
@@ -122,25 +122,10 @@ def prepare(place: Path, size: str, backends: list[str]) -> None:
     for weights in sorted({"fp32" if (kind := name.split()[1]) == "bf16" else kind
                            for name in backends if name.startswith("openvino")}):  # fmt: skip
         if not (place / f"openvino_{weights}").is_dir():
-            if weights == "int8" and importlib.util.find_spec("nncf") is None:
-                print("openvino int8 is left out: nncf is not installed", file=sys.stderr)
-                continue
-            convert(place, weights)
+            folder = place / f"openvino_{weights}/unet"
+            folder.mkdir(parents=True)
+            convert(place / "onnx_fp32/unet/model.onnx", folder / "openvino_model.xml", weights)
     (place / "outputs").mkdir(exist_ok=True)
-
-
-def convert(place: Path, weights: str) -> None:
-    """IR of the linked graph, as the target openvino writes it; int8 by nncf, which erasec does not use."""
-    import openvino
-
-    made = openvino.convert_model(place / "onnx_fp32/unet/model.onnx")
-    if weights == "int8":
-        import nncf
-
-        made = nncf.compress_weights(made)
-    folder = place / f"openvino_{weights}/unet"
-    folder.mkdir(parents=True)
-    openvino.save_model(made, folder / "openvino_model.xml", compress_to_fp16=weights == "fp16")
 
 
 def main() -> None:
