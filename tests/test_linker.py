@@ -40,7 +40,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def stored(file: Path) -> dict[str, Any]:
     """The arrays of an ONNX file's initializers, by name."""
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(file).graph.initializer}
+    # Not by onnx.load, which refuses data that has a second name, as a shared file does.
+    found = {}
+    for tensor in onnx.load(file, load_external_data=False).graph.initializer:
+        place = {item.key: item.value for item in tensor.external_data}
+        if not place:
+            found[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            continue
+        data = (file.parent / place["location"]).read_bytes()
+        start, dtype = int(place["offset"]), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        found[tensor.name] = np.frombuffer(data[start : start + int(place["length"])], dtype).reshape(tensor.dims)
+    return found
 
 
 def right(checkpoint: Path, exported: Path) -> bool:
