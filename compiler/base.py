@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from erasec.checkpoint import FLOATS, read_tensor
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, MissingTool, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -147,6 +148,13 @@ class EditTarget(Output):
     @abstractmethod
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
         """Write the edits of ``model`` below ``out`` (a folder of its own) and check what was written."""
+
+
+def require(what: str, modules: Sequence[str], extra: str) -> None:
+    """Raise MissingTool where one of the ``modules`` is not installed, with the extra of erasec that brings them."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise MissingTool(f"{what} needs {' and '.join(missing)}", why="not installed",
+                          fix=f'pip install "erasec[{extra}]"')  # fmt: skip
 
 
 def finite(name: str, entries: Mapping[str, Entry]) -> Check:

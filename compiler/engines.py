@@ -11,7 +11,6 @@ Polygraphy knows one of the two a process, by an environment variable that it re
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import json
 import os
@@ -25,6 +24,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.base import require as require_modules
 from erasec.checkpoint import atomic, file_digest
 from erasec.errors import ErasecError, MissingTool
 from erasec.initializers import digests
@@ -149,11 +149,7 @@ def load(library: str) -> Any:
 
 def require(library: str) -> None:
     """Raise MissingTool where what builds and runs engines of ``library`` is not installed."""
-    missing = [name for name in ("onnx", "polygraphy", library) if importlib.util.find_spec(name) is None]
-    if missing:
-        target = TARGETS[library]
-        raise MissingTool(f"{target} needs {' and '.join(missing)}", why="not installed",
-                          fix=f'pip install "erasec[{target}]"')  # fmt: skip
+    require_modules(TARGETS[library], ("onnx", "polygraphy", library), TARGETS[library])
 
 
 def devices() -> list[tuple[str, str]]:

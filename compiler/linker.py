@@ -39,7 +39,6 @@ ISLANDS = ("*norm*",)
 # What old configs lack and the reader then guesses wrongly or warns about; the values are diffusers' own defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {"unet": {"time_cond_proj_dim": None}, "vae": {"scaling_factor": 0.18215}}
 PAGE = 4096  # where readers may map a tensor into memory as it lies
-CHUNK = 1 << 24
 NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 # Names of one tensor in the module that is traced now and in checkpoints that older libraries wrote.
 PREFIX = "text_model."

@@ -65,7 +65,7 @@ def template(
     root = cache() / "graphs" / key
     if not whole(root):
         module = empty(checkpoint, graph, precision, islands, replace(extras, memories=memories), negative)
-        keep(root, *traced(module, checkpoint, graph, opset, negative))
+        keep(root, *traced(module, checkpoint, graph, opset))
     return Template(root, key)
 
 
@@ -248,8 +248,8 @@ def inputs(checkpoint: Folder, graph: Graph, size: tuple[int, int, int], step: i
 
 
 def traced(
-    module: nn.Module, checkpoint: Folder, graph: Graph, opset: int, negative: Sequence[Sequence[int]] = ()
-) -> tuple[ModelProto, tuple[Weight, ...]]:
+    module: nn.Module, checkpoint: Folder, graph: Graph, opset: int
+) -> tuple[ModelProto, tuple[Weight, ...]]:  # fmt: skip
     """The graph of a module, its parameters made initializers without data, and what each of these is."""
     import onnx
 

@@ -6,15 +6,14 @@ can get wrong, sizes and steps frozen into the graph, and ``tensors`` for what a
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec import extras, linker
-from erasec.base import Artifact, Context, Target
-from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.base import Artifact, Context, Target, require
+from erasec.errors import ErasecError, nearest
 from erasec.graph import PRECISIONS, graphs
 from erasec.parity import TOLERANCES, parity, tensors
 
@@ -58,11 +57,7 @@ class Onnx(Target):
                 raise ErasecError(f"onnx: option {option} is {given!r}", why=nearest(given, PRECISIONS))
 
     def check(self) -> None:
-        missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise MissingTool(
-                f"the target onnx needs {' and '.join(missing)}", why="not installed", fix='pip install "erasec[onnx]"'
-            )
+        require("the target onnx", ("onnx", "onnxruntime"), "onnx")
         if self.base:
             told = linker.read_manifest(Path(self.base).expanduser())
             if (found := (told["precision"], told["vae"])) != (self.precision, self.vae):

@@ -5,7 +5,6 @@ Weights keep their names on the way from the checkpoint through ONNX into IR, so
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec import extras, linker
-from erasec.base import Artifact, Check, Context, Target
-from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.base import Artifact, Check, Context, Target, require
+from erasec.errors import ErasecError, nearest
 from erasec.folder import Folder
 from erasec.graph import graphs
-from erasec.parity import compared
+from erasec.parity import TOLERANCES, compared
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -33,12 +32,9 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 FILE = "openvino_model.xml"
-# By how weights are stored, the parity that is asked for; arithmetic is float32 in each, and weights are compared too.
-# Measured on glyphs, whose weights are float16 anyway, and on random float32 ones in the UNet of Stable Diffusion 1:
-# 4e-6 and 3e-6 in float32, 4e-6 and 1.3e-3 in float16, 2.4e-2 and 5e-2 in 256 levels a row.
-# tests/benchmarks/int8_glyphs.py shows what the last does to pictures.
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-1}
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1}  # a weight
+# A weight's, by how weights are stored; arithmetic is float32 in each. tests/benchmarks/int8_glyphs.py shows what the
+# last does to pictures.
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 AS = {"fp32": "", "fp16": ", rounded", "int8": ", in 256 levels"}
 # Without the hint, CPUs that know bfloat16 compute in it, and are then off by 2e-2 whatever the weights.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -56,18 +52,13 @@ class OpenVino(Target):
     holds: ClassVar[frozenset[str]] = extras.KINDS
 
     def __post_init__(self) -> None:
-        if self.weights not in TOLERANCES:
+        if self.weights not in BYTES:
             raise ErasecError(
-                f"openvino: weights cannot be stored as {self.weights!r}", why=nearest(self.weights, TOLERANCES)
+                f"openvino: weights cannot be stored as {self.weights!r}", why=nearest(self.weights, BYTES)
             )
 
     def check(self) -> None:
-        missing = [name for name in ("onnx", "openvino") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise MissingTool(
-                f"the target openvino needs {' and '.join(missing)}", why="not installed",
-                fix='pip install "erasec[openvino]"',
-            )  # fmt: skip
+        require("the target openvino", ("onnx", "openvino"), "openvino")
 
     def size(self, model: Model) -> int:
         """The IR, and the float32 graphs that it is made from. Raises ErasecError where they do not cover the model."""

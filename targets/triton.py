@@ -9,7 +9,6 @@ is in its model_config.proto and in the checks of its backends when they load a 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import tempfile
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from erasec import engines, extras, linker
-from erasec.base import Artifact, Check, Context, Target
+from erasec.base import Artifact, Check, Context, Target, require
 from erasec.checkpoint import copy
-from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.errors import ErasecError, nearest
 from erasec.folder import Folder
 from erasec.graph import PRECISIONS, graphs
 from erasec.parity import TOLERANCES, compared, tensors
@@ -89,12 +88,7 @@ class Triton(Target):
             raise ErasecError("triton: plans of TensorRT do not run on a CPU", fix="instances=auto, or engines=onnx")
 
     def check(self) -> None:
-        missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise MissingTool(
-                f"the target triton needs {' and '.join(missing)}", why="not installed",
-                fix='pip install "erasec[onnx]"',
-            )  # fmt: skip
+        require("the target triton", ("onnx", "onnxruntime"), "onnx")
         if self.engines == "trt":
             Trt(precision=self.precision).check()
 

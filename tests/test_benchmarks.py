@@ -191,3 +191,58 @@ def test_goals_that_are_missed_are_named(load) -> None:
 def test_figures_are_medians_and_the_highest_peak(load) -> None:
     runs = [{"copy": {"seconds": float(s), "peak_mb": float(m)}} for s, m in ((3, 5), (1, 9), (2, 4))]
     assert load("files_scale").summary(runs)["copy"] == {"seconds": 2.0, "peak_mb": 9.0, "runs": [3.0, 1.0, 2.0]}
+
+
+def test_linking_is_held_to_its_goals_and_beside_the_exporters(load) -> None:
+    scale = load("link_scale")
+    rows = {
+        name: {"seconds": 10.0, "durable": 12.0, "process": 20.0, "peak_mb": 100.0} for name in ("copy", "cold", "warm")
+    }
+    rows |= {"relink": {"seconds": 0.5, "process": 0.8, "peak_mb": 60.0}, "torch": {"seconds": 40.0, "process": 44.0}}
+    rows["check outputs"] = {"seconds": 30.0}
+    told = scale.verdict(rows)
+    assert told["missed"] == []
+    assert list(told["ratios"].values()) == [4.0, 44 / 0.8, 1.0]
+    rows["relink"] = {"seconds": 0.9, "process": 1.1, "peak_mb": 400.0}
+    rows["cold"]["seconds"] = 151.0
+    assert scale.verdict(rows)["missed"] == ["cold", "relink", "relink_peak_mb"]
+    told = scale.verdict(rows | {"optimum": {"process": 200.0}})
+    assert told["ratios"]["optimum / cold, whole processes"] == 10.0
+
+
+@pytest.mark.slow
+def test_link_scale_links_relinks_and_exports(load, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    scale, out = load("link_scale"), tmp_path / "out.json"
+    scale.main(["--size", "tiny", "--keep", str(tmp_path / "keep"), "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert rows["relink"]["same as linked"] is True
+    assert rows["fp16"]["mb"] < 0.7 * rows["warm"]["mb"]
+    assert {"cold", "shared", "relink back", "check tensors", "check outputs", "torch"} <= rows.keys()
+
+
+@pytest.mark.slow
+def test_latency_tells_how_far_each_backend_is_off(load, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    latency, out = load("latency"), tmp_path / "out.json"
+    arguments = ["--size", "tiny", "--keep", str(tmp_path / "keep"), "--out", str(out)]
+    latency.main([*arguments, "--only", "torch fp32", "ort fp32", "openvino int8"])
+    latency.main([*arguments, "--only", "ort fp16"])
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["torch fp32", "ort fp32", "openvino int8", "ort fp16"]
+    assert rows["torch fp32"]["off"] == 0 < rows["ort fp32"]["off"] < 1e-4 < rows["openvino int8"]["off"] < 1e-1
+    assert all(row["median"] > 0 and len(row["runs"]) == latency.ROUNDS for row in rows.values())
+
+
+@pytest.mark.slow
+def test_int8_glyphs_judges_every_row(load, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    int8, out = load("int8_glyphs"), tmp_path / "out.json"
+    int8.main(["--images", "1", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert set(rows) == {f"{name}, {row}" for name in ("base", "erased") for row in int8.ROWS}
+    for name in ("base", "erased"):
+        exact, small = rows[f"{name}, onnx fp32"], rows[f"{name}, onnx int8"]
+        assert (exact["psnr"], exact["agreement"]) == (99.0, 1.0)
+        assert small["psnr"] < 99 and small["bytes"]["unet"] < exact["bytes"]["unet"]
+        assert exact["parity"]["unet"] < 1e-4 < small["parity"]["unet"]

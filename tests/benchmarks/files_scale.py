@@ -18,22 +18,19 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import machine
+from machine import Told
 
 RESULT = Path(__file__).parent / "results" / "files_scale.json"
 GOALS = {"ratio": 1.3, "in_place": 1.0, "peak_mb": 600.0}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RANK = 10
-Told = dict[str, Any]
 
 
 def make(folder: str, size: str) -> Callable[[], None]:
@@ -104,35 +101,13 @@ STEPS: dict[str, Callable[..., Callable[[], None]]] = {
 
 
 def step(name: str, written: str, *arguments: str) -> Told:
-    """Run one step in this process; ``written`` is the file or folder that it writes, or "" where that is not asked."""
-    run = STEPS[name](*arguments)
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    if written:
-        flush(Path(written))
-    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": machine.status("VmHWM")}
+    """Time one step in this process."""
+    return machine.step(STEPS[name](*arguments), written)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or all files of a folder, are on disk."""
-    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def fresh(name: str, written: str, *arguments: str) -> Told:
+def fresh(*arguments: str) -> Told:
     """``step`` in a fresh process."""
-    start = time.perf_counter()
-    command = [sys.executable, __file__, "--step", name, written, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"step {name} {' '.join(arguments)} failed with exit code {done.returncode}")
-    found: Told = json.loads(done.stdout.splitlines()[-1])
-    return found | {"process": time.perf_counter() - start}
+    return machine.fresh(__file__, *arguments)
 
 
 def remove(path: Path) -> None:

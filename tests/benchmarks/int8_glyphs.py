@@ -16,7 +16,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,11 @@ def psnr(images: Images, reference: Images) -> float:
     return float(np.minimum(10 * np.log10(255**2 / np.maximum(error, 1e-9)), 99).mean())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=12, help="pictures of each group")
     parser.add_argument("--out", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     base, questions = model.load("glyphs"), asked(given.images)
     found: dict[str, Any] = {

@@ -21,20 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import machine
 import numpy as np
+from machine import Told
 
 RESULT = Path(__file__).parent / "results" / "latency.json"
 BACKENDS = ("torch fp32", "torch bf16", "torch compile", "ort fp32", "ort fp16", "openvino fp32", "openvino fp16",
             "openvino bf16", "openvino int8")  # fmt: skip
 ROUNDS = 3
 Run = Callable[[dict[str, Any]], Any]
-Told = dict[str, Any]
 
 
 def feed(folder: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def prepare(place: Path, size: str, backends: list[str]) -> None:
     (place / "outputs").mkdir(exist_ok=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="full", choices=("full", "tiny"))
     parser.add_argument("--keep", type=Path)
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--prepare", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.step:
         print(json.dumps(step(Path(options.step[0]), options.step[1])))
         return

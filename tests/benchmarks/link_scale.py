@@ -24,19 +24,19 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import machine
-from files_scale import copy, flush, make
+from files_scale import copy, make
+from machine import Told
 
 RESULT = Path(__file__).parent / "results" / "link_scale.json"
-GOALS = {"cold": 150.0, "cold_peak_mb": 5000.0, "warm": 60.0, "relink": 1.0, "relink_peak_mb": 300.0}
+GOALS = {"cold": 150.0, "cold_peak_mb": 5000.0, "warm": 60.0, "relink": 1.0, "relink_peak_mb": 300.0, "check": 30.0}
 RANK = 10
-Told = dict[str, Any]
 
 
 def edited(folder: str, out: str, seed: str) -> Callable[[], None]:
@@ -121,20 +121,15 @@ def torch_unet(folder: str, out: str, dynamo: str = "") -> Callable[[], None]:
 
 
 def check(folder: str, out: str, what: str) -> Callable[[], None]:
-    """The checks of the target onnx: bytes of all tensors, or the numbers of the UNet."""
+    """The checks of the target onnx: bytes of all tensors, or outputs of all graphs, loading included."""
     import onnxruntime  # noqa: F401
 
     from erasec import parity
     from erasec.folder import Folder
-    from erasec.graph import graphs
 
     def run() -> None:
-        checkpoint = Folder(Path(folder))
-        unet = next(each for each in graphs(checkpoint) if each.name == "unet")
-        if what == "tensors":
-            found = parity.tensors(checkpoint, Path(out))
-        else:
-            found = (parity.compared(checkpoint, unet, Path(out), "fp32", 0, 1e-4),)
+        compare = {"tensors": parity.tensors, "outputs": parity.parity}[what]
+        found = compare(Folder(Path(folder)), Path(out))
         if failed := [item.name for item in found if not item.passed]:
             raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -147,26 +142,13 @@ STEPS: dict[str, Callable[..., Callable[[], None]]] = {
 
 
 def step(name: str, written: str, *arguments: str) -> Told:
-    """Run one step in this process; ``written`` is the file or folder that it writes, or "" where that is not asked."""
-    run = STEPS[name](*arguments)
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    if written:
-        flush(Path(written))
-    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": machine.status("VmHWM")}
+    """Time one step in this process."""
+    return machine.step(STEPS[name](*arguments), written)
 
 
 def fresh(cache: Path, name: str, written: str, *arguments: str) -> Told:
     """``step`` in a fresh process."""
-    start = time.perf_counter()
-    command = [sys.executable, __file__, "--step", name, written, *arguments]
-    environment = {**os.environ, "ERASEC_CACHE": str(cache)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"step {name} {' '.join(arguments)} failed with exit code {done.returncode}")
-    found: Told = json.loads(done.stdout.splitlines()[-1])
-    found["process"] = time.perf_counter() - start
+    found = machine.fresh(__file__, name, written, *arguments, environment={"ERASEC_CACHE": str(cache)})
     print(f"{name} {Path(written).name}: {found['seconds']:.1f} s, {found['peak_mb']:.0f} MB", file=sys.stderr)
     return found
 
@@ -211,7 +193,7 @@ def measure(place: Path, options: argparse.Namespace) -> Told:
     ]
     told["relink"]["same as linked"] = all(same)
     told["check tensors"] = fresh(cache, "check", "", str(second), str(out["warm"]), "tensors")
-    told["check unet"] = fresh(cache, "check", "", str(second), str(out["warm"]), "parity")
+    told["check outputs"] = fresh(cache, "check", "", str(second), str(out["warm"]), "outputs")
     for name in ("warm", "shared"):
         shutil.rmtree(out[name])
     linked("fp16", merged, edits[0], "fp16")
@@ -245,6 +227,7 @@ def verdict(rows: dict[str, Told]) -> Told:
     found = {
         "cold": rows["cold"]["seconds"], "cold_peak_mb": rows["cold"]["peak_mb"], "warm": rows["warm"]["seconds"],
         "relink": rows["relink"]["process"], "relink_peak_mb": rows["relink"]["peak_mb"],
+        "check": rows["check outputs"]["seconds"],
     }  # fmt: skip
     ratios = {
         "torch's exporter (UNet) / linked from the cache (all)": rows["torch"]["seconds"] / rows["warm"]["seconds"],
@@ -257,7 +240,7 @@ def verdict(rows: dict[str, Told]) -> Told:
     return {"found": found, "goals": GOALS, "missed": sorted(k for k in GOALS if found[k] > GOALS[k]), "ratios": ratios}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="full", choices=("full", "tiny"))
     parser.add_argument("--keep", type=Path)
@@ -265,7 +248,7 @@ def main() -> None:
     parser.add_argument("--optimum", default="")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.step:
         print(json.dumps(step(*options.step)))
         return

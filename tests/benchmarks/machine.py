@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+Told = dict[str, Any]
 
 
 def status(name: str) -> float:
@@ -15,7 +22,7 @@ def status(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def about() -> dict[str, Any]:
+def about() -> Told:
     """What the figures were measured on."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
@@ -25,3 +32,36 @@ def about() -> dict[str, Any]:
         "avx2": "avx2" in cpu, "avx512": "avx512f" in cpu, "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }  # fmt: skip
+
+
+def step(run: Callable[[], None], written: str) -> Told:
+    """Time ``run`` in this process; ``written`` is the file or folder that it writes, or "" where that is not asked."""
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    if written:
+        flush(Path(written))
+    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": status("VmHWM")}
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or all files of a folder, are on disk."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def fresh(benchmark: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Told:
+    """What a step of ``benchmark``, a file, tells of itself in a fresh process, and how long that took as a whole."""
+    start = time.perf_counter()
+    command = [sys.executable, benchmark, "--step", *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
+    if done.returncode:
+        raise SystemExit(f"step {' '.join(arguments)} failed with exit code {done.returncode}")
+    found: Told = json.loads(done.stdout.splitlines()[-1])
+    return found | {"process": time.perf_counter() - start}

@@ -21,8 +21,9 @@ from erasec.extras import Extras
 from erasec.folder import Folder
 from erasec.graph import Graph, graphs
 from erasec.model import load
+from erasec.parity import TOLERANCES
 from erasec.targets import ov
-from erasec.targets.ov import FILE, TOLERANCES, OpenVino, convert, parity, ports, quantized, weights
+from erasec.targets.ov import BYTES, FILE, OpenVino, convert, parity, ports, quantized, weights
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("onnx")
@@ -106,7 +107,7 @@ def test_sizes_are_free_and_all_numbers_float32(exported: Artifact) -> None:
 
 
 def test_the_same_graph_gives_the_same_bytes_and_half_of_them_in_float16(linked: Path, tmp_path: Path) -> None:
-    for kind in TOLERANCES:
+    for kind in BYTES:
         (tmp_path / kind).mkdir()
         for name in ("one", "two"):
             convert(linked / "text_encoder" / "model.onnx", tmp_path / kind / f"{name}.xml", kind)
