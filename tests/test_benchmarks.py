@@ -199,7 +199,7 @@ def test_linking_is_held_to_its_goals_and_beside_the_exporters(load) -> None:
         name: {"seconds": 10.0, "durable": 12.0, "process": 20.0, "peak_mb": 100.0} for name in ("copy", "cold", "warm")
     }
     rows |= {"relink": {"seconds": 0.5, "process": 0.8, "peak_mb": 60.0}, "torch": {"seconds": 40.0, "process": 44.0}}
-    rows["check outputs"] = {"seconds": 30.0}
+    rows["check outputs"] = {"seconds": 50.0, "loading": 20.0}
     told = scale.verdict(rows)
     assert told["missed"] == []
     assert list(told["ratios"].values()) == [4.0, 44 / 0.8, 1.0]

@@ -95,7 +95,7 @@ def apply(*arguments: str) -> Callable[[], None]:
     return run
 
 
-STEPS: dict[str, Callable[..., Callable[[], None]]] = {
+STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
     "make": make, "solve": solve, "single": single, "copy": copy, "apply": apply
 }  # fmt: skip
 

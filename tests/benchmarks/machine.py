@@ -34,14 +34,14 @@ def about() -> Told:
     }  # fmt: skip
 
 
-def step(run: Callable[[], None], written: str) -> Told:
-    """Time ``run`` in this process; ``written`` is the file or folder that it writes, or "" where that is not asked."""
+def step(run: Callable[[], Told | None], written: str) -> Told:
+    """Time ``run`` in this process, and add what it tells; ``written`` is the file or folder that it writes, or ""."""
     start = time.perf_counter()
-    run()
+    told = run() or {}
     seconds = time.perf_counter() - start
     if written:
         flush(Path(written))
-    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": status("VmHWM")}
+    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": status("VmHWM"), **told}
 
 
 def flush(path: Path) -> None:
