@@ -67,7 +67,7 @@ def single(folder: str, out: str) -> Callable[[], None]:
     from erasec.folder import Folder
 
     target: Any = registry.load_target("ldm")()
-    return lambda: target.export(Folder(Path(folder)), Path(out), Context())
+    return lambda: target.export(Folder(Path(folder)), Path(out), Context()) and None
 
 
 def copy(source: str, out: str) -> Callable[[], None]:
