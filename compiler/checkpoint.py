@@ -225,6 +225,18 @@ def copy(source: Path, path: Path) -> None:
         _copy(old, new, 0, source.stat().st_size)
 
 
+def hard_link(source: Path, path: Path) -> None:
+    """Make ``path`` a hard link to a file, in place of what was there; a copy where the file system has no links."""
+    temporary = path.with_name(f".{path.name}.link")
+    try:
+        os.link(source.resolve(), temporary)
+        os.replace(temporary, path)
+    except OSError:
+        copy(source, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _copy(source: FileIO, target: FileIO, start: int, stop: int) -> None:
     """Append bytes ``start`` to ``stop`` of one file to another, inside the kernel where the file systems can."""
     while start < stop:

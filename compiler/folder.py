@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint import Entry, copy, patch, read_header
+from erasec.checkpoint import Entry, copy, hard_link, patch, read_header
 from erasec.errors import ErasecError
 from erasec.progress import bar
 
@@ -172,19 +171,6 @@ class Folder:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if source in patched:
                     patch(source, target, patched[source])
-                elif not link or not _linked(source.resolve(), target):
-                    copy(source, target)
+                else:
+                    (hard_link if link else copy)(source, target)
                 advance(note=name.name)
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Make ``target`` a hard link to ``source``; False where the file system cannot."""
-    temporary = target.with_name(f".{target.name}.link")
-    try:
-        os.link(source, temporary)
-        os.replace(temporary, target)
-    except OSError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec import extras as extras_
-from erasec.checkpoint import Entry, atomic, copy, file_digest
+from erasec.checkpoint import Entry, atomic, copy, file_digest, hard_link
 from erasec.errors import ErasecError
 from erasec.graph import COPIED, EMBEDDING, MEMORY, Graph, Template, Weight, graphs, weight_from, with_whole_prompts
 from erasec.progress import bar
@@ -214,7 +213,7 @@ def _shared(source: Path, target: Path, size: int) -> dict[str, Any]:
             f"{source} cannot be shared", why="it is not as large as this model's own would be",
             fix="share a folder that was built from the same base, with edits of the same tensors",
         )  # fmt: skip
-    os.link(source, target)
+    hard_link(source, target)
     return dict(told)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from erasec.checkpoint import Entry, copy, read_header
+from erasec.checkpoint import Entry, copy, hard_link, read_header
 from erasec.edit import MERGED
 from erasec.errors import ErasecError
 from erasec.graph import Weight, weight_from
@@ -92,10 +91,7 @@ def relink(
             if path.name in (EDITED, MANIFEST):
                 continue
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            if out is None or hard:
-                os.link(path.resolve(), stage / name)
-            else:
-                copy(path, stage / name)
+            (hard_link if out is None or hard else copy)(path, stage / name)
         for name, graph in told["graphs"].items():
             weights = [weight_from(item) for item in graph["edited"]]
             if not weights:

@@ -86,6 +86,19 @@ def test_a_copy_leaves_the_folder_as_it_is(a: Any, b: Any, folder: Path, tmp_pat
     assert not set(own.values()) & set(copied.values())
 
 
+def test_where_the_file_system_has_no_links_files_are_copied(
+    b: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refused)
+    relink(folder, b.edit, tmp_path / "linked", hard=True)
+    assert not set(inodes(folder).values()) & set(inodes(tmp_path / "linked").values())
+    relink(folder, b.edit)
+    assert contents(folder) == contents(tmp_path / "linked") == contents(b.onnx)
+
+
 def test_an_edit_without_tensors_takes_them_from_the_base(
     a: Any, b: Any, folder: Path, random_folder: Path, tmp_path: Path
 ) -> None:
