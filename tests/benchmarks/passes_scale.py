@@ -4,7 +4,7 @@
     ... --device cuda                                      steps a second in bfloat16, beside a plain loop of two UNets
 
 Batch 1, latents 64 x 64, everything else at the pass's defaults but the numbers of pictures and trajectories, on which
-memory hardly depends. Each pass has its own process; peak memory is its largest resident size, libraries included, and
+memory hardly depends, and few_shot's guard of kept prompts, which weights that mean nothing do not pass. Each pass has its own process; peak memory is its largest resident size, libraries included, and
 on a GPU torch's largest allocation. The plain loop is ESD's as published: a frozen and a trained UNet, both whole and
 in float32, the cross-attention trained. On a CPU it is left out unless --plain asks for it.
 """
@@ -29,7 +29,8 @@ from erasec.concept import Concept
 
 RESULT = Path(__file__).parent / "results" / "passes_scale.json"
 PASSES = ("esd", "kpop", "safegen", "trce.steer", "few_shot", "geom_erasing")
-SMALL = {"trajectories": 1, "path": 2, "images": 1, "batch": 1, "prompt_steps": 1}
+# few_shot's guard stops at the first step of a text encoder of random weights: "cosine" and "worse" leave it out.
+SMALL = {"trajectories": 1, "path": 2, "images": 1, "batch": 1, "prompt_steps": 1, "cosine": 0.0, "worse": 0.0}
 PLAIN = "plain two-UNet loop"
 CONCEPT = Concept(name="nudity", erase=("nudity",), anchor="a dressed person", keep=("a church",), kind="safety")
 
