@@ -3,10 +3,11 @@
     python tests/benchmarks/passes_scale.py                writes tests/benchmarks/results/passes_scale.json
     ... --device cuda                                      steps a second in bfloat16, beside a plain loop of two UNets
 
-Batch 1, latents 64 x 64, everything else at the pass's defaults but the numbers of pictures and trajectories, on which
-memory hardly depends, and few_shot's guard of kept prompts, which weights that mean nothing do not pass. Each pass has its own process; peak memory is its largest resident size, libraries included, and
-on a GPU torch's largest allocation. The plain loop is ESD's as published: a frozen and a trained UNet, both whole and
-in float32, the cross-attention trained. On a CPU it is left out unless --plain asks for it.
+Batch 1, latents 64 x 64, everything else at the pass's defaults but the numbers of pictures and trajectories, on
+which memory hardly depends, and few_shot's guard of kept prompts, which weights that mean nothing do not pass. Each
+pass has its own process; peak memory is its largest resident size, libraries included, and on a GPU torch's largest
+allocation. The plain loop is ESD's as published: a frozen and a trained UNet, both whole and in float32, the
+cross-attention trained. On a CPU it is left out unless --plain asks for it.
 """
 
 from __future__ import annotations
