@@ -55,7 +55,7 @@ class FewShot(Learned):
     weighs a loss that the paper does not have: the text states of kept prompts stay, in squares relative to their own.
     """
 
-    steps: int = 120
+    steps: int = 160
     lr: float = 3e-4
     batch: int = 4
     train: str = "mlp-final-attn"
@@ -64,7 +64,7 @@ class FewShot(Learned):
     path: int = 20
     guidance: float = 4.0
     keep: float = 30.0
-    ratio: float = 3.0
+    ratio: float = 3.5
     cosine: float = 0.98
     worse: float = 0.05
 

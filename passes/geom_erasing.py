@@ -123,11 +123,12 @@ class GeomErasing(Learned):
     Pictures come from the folder ``boxes``, whose table boxes.csv has the columns file, left, top, right, bottom, and
     if known confidence and caption; or are ``images`` of the model's own, of ``path`` steps at ``guidance``, in which a
     judge finds the concept. A grid of ``bins`` x ``bins`` tokens says where it is. ``alpha`` weighs the loss outside
-    the concept over that inside. ``keep`` weighs a loss that the paper does not have: where cross-attention trains, the
-    network is held to what it said of all pictures by their plain captions.
+    the concept over that inside. Where cross-attention trains, ``clean`` weighs the loss of pictures without the
+    concept by their plain captions, which so come to mean that; and ``keep`` one that the paper does not have,
+    which holds the network to what it said of all pictures.
     """
 
-    steps: int = 200
+    steps: int = 500
     lr: float = 5e-4
     batch: int = 8
     train: str = "tokens+x"
@@ -137,7 +138,8 @@ class GeomErasing(Learned):
     images: int = 400
     path: int = 10
     guidance: float = 1.0
-    keep: float = 40.0
+    clean: float = 4.0
+    keep: float = 0.0
 
     name: ClassVar[str] = "geom_erasing"
     version: ClassVar[str] = "1"
@@ -159,8 +161,9 @@ class GeomErasing(Learned):
                 raise ErasecError(f"{self.name}: option {name} is {getattr(self, name)}", why="it takes 1 or more")
         if not self.alpha > 0:
             raise ErasecError(f"{self.name}: option alpha is {self.alpha}", why="it takes a number above 0")
-        if self.keep < 0:
-            raise ErasecError(f"{self.name}: option keep is {self.keep}", why="it takes 0 or more")
+        for name in ("clean", "keep"):
+            if getattr(self, name) < 0:
+                raise ErasecError(f"{self.name}: option {name} is {getattr(self, name)}", why="it takes 0 or more")
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         found = learned.trainable(model, lambda site: ".attn2." in site.key, self.rank)
@@ -201,6 +204,7 @@ class GeomErasing(Learned):
     ) -> Callable[[Generator], Losses]:
         name, tokens = concept.erase[0], names(concept, self.bins)
         with_it = torch.tensor([row for row, boxes in enumerate(shown.boxes) if boxes])
+        without = torch.tensor([row for row, boxes in enumerate(shown.boxes) if not boxes])
         inside = torch.stack([marked.covered(boxes, *denoiser.shape[1:]) for boxes in shown.boxes])
         weight = weights(inside, self.alpha).to(denoiser.device)
         cells = [marked.covered(boxes, self.bins, self.bins, SLACK).flatten() for boxes in shown.boxes]
@@ -223,21 +227,34 @@ class GeomErasing(Learned):
             wrong = (told - denoiser.target(latents[index], noise, times)).square()
             return (weight[index][:, None] * wrong).mean()
 
+        def captioned(index: Tensor, chance: Generator) -> Tensor:
+            shares = torch.rand(self.batch, generator=chance).tolist()
+            return denoiser.states([
+                "" if share < EMPTY else shown.captions[row] for row, share in zip(index.tolist(), shares, strict=True)
+            ])  # fmt: skip
+
+        def clear(chance: Generator) -> Tensor:
+            index = without[torch.randint(len(without), (self.batch,), generator=chance)]
+            states = captioned(index, chance)
+            there, noise, times = noised(index, chance)
+            told = denoiser.predict(there, times, states)
+            return (told - denoiser.target(latents[index], noise, times)).square().mean()
+
         def still(teacher: Student, chance: Generator) -> Tensor:
             index = torch.randint(len(latents), (self.batch,), generator=chance)
-            shares = torch.rand(self.batch, generator=chance).tolist()
-            captions = [
-                "" if share < EMPTY else shown.captions[row] for row, share in zip(index.tolist(), shares, strict=True)
-            ]
+            states = captioned(index, chance)
             there, _, times = noised(index, chance)
-            states = denoiser.states(captions)
             with teacher.teacher():
                 wanted = denoiser.predict(there, times, states)
             return (denoiser.predict(there, times, states) - wanted).square().mean()
 
         def loss(chance: Generator) -> Losses:
             found = {"loss named": named(chance)}
-            return found | ({"loss keep": self.keep * still(student, chance)} if student and self.keep else {})
+            if student and self.clean and len(without):
+                found["loss clean"] = self.clean * clear(chance)
+            if student and self.keep:
+                found["loss keep"] = self.keep * still(student, chance)
+            return found
 
         return loss
 

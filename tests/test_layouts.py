@@ -251,7 +251,8 @@ def test_full_sd1_in_half_precision_has_the_published_size(tmp_path: Path) -> No
     for component, count in NUMBERS["sd1"].items():
         (file,) = Folder(tmp_path).weight_files(component)
         entries, metadata = checkpoint.read_header(file)
-        assert metadata == {"format": "pt"} and list(entries) == sorted(entries)
+        assert metadata == {"format": "pt"}
+        assert list(entries) == sorted(entries, key=lambda name: (entries[name].dtype != "I64", name))
         ids = 77 * 8 if component == "text_encoder" else 0
         header = min(entry.start for entry in entries.values())
         assert file.stat().st_size == header + 2 * count + ids

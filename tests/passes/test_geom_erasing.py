@@ -16,7 +16,7 @@ from erasec import concept as concepts
 from erasec import extras, model
 from erasec.base import Context
 from erasec.concept import Concept
-from erasec.edit import Dense
+from erasec.edit import Dense, Edit
 from erasec.errors import ErasecError
 from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge, prompt
@@ -202,6 +202,7 @@ def test_alpha_and_the_kind_of_prediction_change_the_loss(
         ({"bins": 0}, "option bins is 0"),
         ({"alpha": 0.0}, "option alpha is 0"),
         ({"keep": -1.0}, "option keep is -1"),
+        ({"clean": -1.0}, "option clean is -1"),
         ({"train": "token"}, "option train is 'token'"),
         ({"boxes": "nowhere"}, "there is no nowhere"),
         ({"boxes": ""}, "there are no boxes"),
@@ -233,6 +234,22 @@ def test_what_is_kept_is_held_to_the_model_as_it_was(base: Model, pictures: Path
     assert held["loss named"][0] == free["loss named"][0]
     assert held["loss named"][-1] != free["loss named"][-1]
     assert "loss keep" not in free
+
+
+def test_clean_pictures_train_by_their_plain_captions(base: Model, pictures: Path, tmp_path: Path) -> None:
+    def solved(folder: Path = pictures, **options: object) -> Edit:
+        return small(folder, train="tokens+x", steps=3, lr=1e-3, **options).solve(base, SEAL, Context())
+
+    shown, left_out = solved(clean=5.0), solved(clean=0.0)
+    assert shown.curves["loss clean"][0] > 0
+    assert "loss clean" not in left_out.curves
+    one, other = (next(iter(edit.deltas.values())) for edit in (shown, left_out))
+    assert isinstance(one, Dense) and isinstance(other, Dense)
+    assert not torch.equal(one.value, other.value)
+    folder = Path(shutil.copytree(pictures, tmp_path / "marked"))
+    rows = (folder / "boxes.csv").read_text().splitlines()
+    (folder / "boxes.csv").write_text("\n".join(rows[:2]))  # none is clean
+    assert "loss clean" not in solved(folder, clean=5.0).curves
 
 
 # --- glyphs: minutes --------------------------------------------------------------------------------------------
@@ -281,13 +298,10 @@ def painted(folder: Path, prompts: list[str], negative: str | None) -> Images:
 def test_its_own_negative_prompt_leaves_fewer_marks_than_none_or_the_name_alone(
     marks: dict[str, tuple[float, float]],
 ) -> None:
-    """Marks in 9.2 % of the base's pictures and in 5.4 % of its own; in 11.7 % without it, 16.7 % with the name alone.
-
-    The paper goes to a quarter, and there the name alone already helps; glyphs has never read that word.
-    """
-    print(marks)
+    """Marks in 9.2 % of the base's pictures, in 2.9 % of its own, in 17.5 % without it and in 6.2 % with the name
+    alone. The order, and how much goes, are the paper's."""
     assert marks["base"][0] > 0.05  # there is something to remove
-    assert marks["own"][0] <= 0.7 * marks["base"][0]
+    assert marks["own"][0] <= 0.5 * marks["base"][0]
     assert marks["own"][0] <= 0.7 * min(marks["none"][0], marks["name"][0])
     assert marks["own"][1] >= marks["base"][1] - 0.05
 
