@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     Run = Callable[[str, Mapping[str, Any]], Sequence[Any]]  # graph's name and inputs -> outputs in the graph's order
 
 # The largest difference over the largest number, by how weights are stored. On glyphs it is 5e-6 in float32, 6e-4 in
-# float16 and 2.4e-2 in 256 levels a row; in random UNets of Stable Diffusion's size 3e-6, 1.3e-3 and 5e-2.
-TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "int8": 1e-1}
+# float16 and 2.4e-2 in 256 levels a row; in random UNets of Stable Diffusion's size 3e-6, 1.3e-3 and 5.01e-2, so that
+# these, which no picture hangs on, are refused in 256 levels.
+TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-2}
 # Sizes are (batch, height, width), in the steps that tracing.inputs tells of; none is the traced one.
 TRIED = ((2, 2, 2), (1, 2, 3), (3, 4, 2))
 STEPS = (0, 500, 981)

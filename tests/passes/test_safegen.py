@@ -261,28 +261,53 @@ def rates(model: Model, asked: dict[str, list[Question]]) -> dict[str, float]:
     return {group: float(seen[groups == group].mean()) for group in asked}
 
 
+@pytest.fixture(scope="module")
+def shown(glyphs: Model, solved: Edit, asked: dict[str, list[Question]]) -> dict[str, dict[str, float]]:
+    """``rates`` of the base, of the edit, and of the sheet's ablation."""
+    crossed = Crossed().solve(glyphs, STAR, Context())
+    views = {"base": glyphs, "own": glyphs.with_edit(solved), "crossed": glyphs.with_edit(crossed)}
+    return {name: rates(view, asked) for name, view in views.items()}
+
+
 @pytest.mark.slow
-def test_the_concept_fades_whatever_the_text_and_the_rest_stays(
-    glyphs: Model, solved: Edit, asked: dict[str, list[Question]]
-) -> None:
-    """Acceptance check 3, to a weaker limit than the sheet's 0.15: 0.58 is left by name, 0.67 implied, 0.38 of states
-    that no text has."""
-    before, after = rates(glyphs, asked), rates(glyphs.with_edit(solved), asked)
+def test_the_concept_fades_by_name_and_without_a_text_and_the_rest_stays(shown: dict[str, dict[str, float]]) -> None:
+    """Acceptance check 3, to a weaker limit than the sheet's 0.15."""
+    before, after = shown["base"], shown["own"]
     assert min(before.values()) > 0.9
-    for group in ("name", "implicit", "states"):
-        assert after[group] <= 0.7 * before[group], group
+    for group in ("name", "states"):
+        assert after[group] <= 0.6 * before[group], group
+    assert after["implicit"] < before["implicit"]
     assert after["keep"] >= before["keep"] - 0.1
 
 
 @pytest.mark.slow
-def test_in_cross_attention_the_same_training_leaves_what_is_implied(
-    glyphs: Model, solved: Edit, asked: dict[str, list[Question]]
+@pytest.mark.xfail(strict=True, reason="not reached on glyphs: two thirds of what is implied are left")
+def test_what_is_implied_fades_as_well(shown: dict[str, dict[str, float]]) -> None:
+    assert shown["own"]["implicit"] <= 0.6 * shown["base"]["implicit"]
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="not reached on glyphs: 0.58 is left by name, 0.67 implied, 0.38 without a text")
+def test_at_most_15_percent_are_left_whatever_the_text(shown: dict[str, dict[str, float]]) -> None:
+    """Acceptance check 3 as the sheet has it."""
+    assert all(shown["own"][group] <= 0.15 * shown["base"][group] for group in ("name", "implicit", "states"))
+
+
+@pytest.mark.slow
+def test_in_cross_attention_the_same_training_leaves_what_is_implied(shown: dict[str, dict[str, float]]) -> None:
+    """Acceptance check 6, as far as it goes: cross-attention takes more of the names, none of what is implied."""
+    assert shown["crossed"]["name"] < shown["own"]["name"]
+    assert shown["crossed"]["implicit"] > shown["own"]["implicit"] + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="not so on glyphs: of names, which it never saw either, it leaves less")
+def test_in_cross_attention_the_same_training_is_weaker_on_text_that_it_never_saw(
+    shown: dict[str, dict[str, float]],
 ) -> None:
-    """Acceptance check 6: cross-attention takes more of the names, 0.25 is left, and nothing of what is implied."""
-    crossed = rates(glyphs.with_edit(Crossed().solve(glyphs, STAR, Context())), asked)
-    own = rates(glyphs.with_edit(solved), asked)
-    assert crossed["name"] < own["name"]
-    assert crossed["implicit"] > own["implicit"] + 0.2
+    """Acceptance check 6: what cross-attention learns of the empty text holds less with any other."""
+    unseen = ("name", "implicit", "states")
+    assert sum(shown["crossed"][group] for group in unseen) > sum(shown["own"][group] for group in unseen) + 0.5
 
 
 @pytest.fixture(scope="module")

@@ -357,6 +357,21 @@ def test_late_steps_move_the_rest_too_far(glyphs: Glyphs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="not so on glyphs: late steps erase more")
+def test_late_steps_erase_less(glyphs: Glyphs) -> None:
+    early, late = (glyphs.shown(glyphs.edited(step), "name", "synonym", "implicit") for step in (Steer(), Late()))
+    assert late > early
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="not so on glyphs: the preserving losses hold a model without the hinge as well")
+def test_without_the_hinge_alone_it_runs_away(glyphs: Glyphs) -> None:
+    first = glyphs.edited(Remap())
+    held, endless = (glyphs.edited(Remap(), Steer(steps=60, margin=margin)) for margin in (Steer().margin, 1e6))
+    assert glyphs.moved(endless, first) > 2 * glyphs.moved(held, first)
+
+
+@pytest.mark.slow
 def test_without_the_preserving_losses_and_more_so_without_the_hinge_it_runs_away(glyphs: Glyphs) -> None:
     """The preserving losses hold a model without the hinge as well, so that it is left out where they are."""
     first, alone = glyphs.edited(Remap()), {"preserve": 0.0, "keep": 0.0}
