@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint install install-dev clean FORCE
+.PHONY: demo test lint install install-dev clean
 
 demo: install
 	$(BIN)/erasec build glyphs --erase star --target onnx
@@ -40,15 +40,10 @@ $(VENV)/torch: constraints.txt
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-# The installed package is a tree of links to the sources: edits show at once, but a new file needs a new tree.
-$(VENV)/sources: FORCE | $(VENV)/torch
-	@find compiler passes targets -type f ! -name '*.pyc' | LC_ALL=C sort > $@.new
-	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
-
-$(VENV)/installed: $(VENV)/torch $(VENV)/sources pyproject.toml
+$(VENV)/installed: $(VENV)/torch pyproject.toml
 	$(INSTALL) --editable '.[onnx]'
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/torch $(VENV)/sources pyproject.toml
+$(VENV)/installed-dev: $(VENV)/torch pyproject.toml
 	$(INSTALL) --editable '.[onnx,openvino,trt-rtx,dev]'
 	@touch $(VENV)/installed $@

@@ -1,7 +1,7 @@
 """erasec: a model-editing compiler for text-to-image diffusion checkpoints.
 
-The modules ``plan`` and ``build`` run a recipe; ``pipeline`` opens what was built; the other names are what passes and
-targets are written with. They are imported when first used, so that the command line starts at once.
+``commands.plan`` and ``commands.build`` run a recipe; ``pipeline`` opens what was built; the other names are what
+passes and targets are written with. They are imported when first used, so that the command line starts at once.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from erasec.attach import pipeline
+    from erasec.attention.processors import pipeline
     from erasec.base import Context, Pass, Target
-    from erasec.concept import Concept
-    from erasec.edit import Dense, Edit, LowRank
-    from erasec.model import Model
-    from erasec.recipe import Recipe
+    from erasec.model.edit import Dense, Edit, LowRank
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.recipe.recipe import Recipe
 
 __all__ = ["Concept", "Context", "Dense", "Edit", "LowRank", "Model", "Pass", "Recipe", "Target", "pipeline"]
 
 _HOMES = {
-    "Concept": "concept",
+    "Concept": "recipe.concept",
     "Context": "base",
-    "Dense": "edit",
-    "Edit": "edit",
-    "LowRank": "edit",
-    "Model": "model",
+    "Dense": "model.edit",
+    "Edit": "model.edit",
+    "LowRank": "model.edit",
+    "Model": "model.view",
     "Pass": "base",
-    "Recipe": "recipe",
+    "Recipe": "recipe.recipe",
     "Target": "base",
-    "pipeline": "attach",
+    "pipeline": "attention.processors",
 }
 
 

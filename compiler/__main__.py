@@ -1,5 +1,5 @@
 """``python -m erasec``: the program, where its script is not on the path."""
 
-from erasec.cli import main
+from erasec.cli.app import main
 
 main()

@@ -10,18 +10,18 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from erasec.checkpoint import FLOATS, read_tensor
+from erasec.checkpoint.safetensors import FLOATS, read_tensor
 from erasec.errors import ErasecError, MissingTool, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from erasec.checkpoint import Entry
-    from erasec.concept import Concept
-    from erasec.edit import Edit
+    from erasec.checkpoint.folder import Folder
+    from erasec.checkpoint.safetensors import Entry
     from erasec.family import Site
-    from erasec.folder import Folder
-    from erasec.model import Model
+    from erasec.model.edit import Edit
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 
 T = TypeVar("T")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from erasec.base import Context, Pass
-from erasec.concept import Concept
-from erasec.edit import Edit, LowRank
 from erasec.family import Site
-from erasec.model import Model
+from erasec.model.edit import Edit, LowRank
+from erasec.model.view import Model
+from erasec.recipe.concept import Concept
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 import tritonclient.http as triton
 from tritonclient.utils import np_to_triton_dtype
 
-from erasec.backends import Function, Graphs
-from erasec.runner import Bundle, files, save
+from erasec.runtime.backends import Function, Graphs
+from erasec.runtime.bundle import Bundle, files, save
 
 
 class Server(Graphs):

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from erasec.base import Pass
-from erasec.denoiser import FAMILIES
-from erasec.edit import Edit, Memory
 from erasec.errors import ErasecError, nearest
+from erasec.model.edit import Edit, Memory
+from erasec.training.denoiser import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.base import Context
-    from erasec.concept import Concept
     from erasec.family import Site
-    from erasec.model import Model
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 
 TOKENS = ("all", "words")

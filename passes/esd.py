@@ -9,21 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec import learned
-from erasec.denoiser import Denoiser, Student
 from erasec.errors import ErasecError, nearest
-from erasec.learned import Learned
-from erasec.train import Turn
+from erasec.training import base as learned
+from erasec.training.base import Learned
+from erasec.training.denoiser import Denoiser, Student
+from erasec.training.loop import Turn
 
 if TYPE_CHECKING:
     from torch import Generator
 
     from erasec.base import Context
-    from erasec.concept import Concept
-    from erasec.edit import Edit
     from erasec.family import Site
-    from erasec.model import Model
-    from erasec.train import Losses
+    from erasec.model.edit import Edit
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.training.loop import Losses
 
 PARTS = ("x", "u", "noxattn", "full")
 

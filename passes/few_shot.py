@@ -17,22 +17,22 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from erasec import learned
-from erasec.denoiser import Denoiser, Student, trained
 from erasec.errors import ErasecError, nearest
-from erasec.learned import Learned
-from erasec.text import Texts, load_encoder
-from erasec.train import Turn
+from erasec.model.text_encoders import Texts, load_encoder
+from erasec.training import base as learned
+from erasec.training.base import Learned
+from erasec.training.denoiser import Denoiser, Student, trained
+from erasec.training.loop import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from erasec.base import Context
-    from erasec.concept import Concept
-    from erasec.edit import Edit
     from erasec.family import Site
-    from erasec.model import Model
-    from erasec.train import Losses
+    from erasec.model.edit import Edit
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.training.loop import Losses
 
 PARTS = ("mlp-final-attn", "mlp", "attn", "mlp-attn")
 PICTURES = (".png", ".jpg", ".jpeg")

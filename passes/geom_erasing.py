@@ -16,24 +16,25 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from erasec import learned, marked
 from erasec.base import file_name
-from erasec.denoiser import Denoiser, Student
-from erasec.edit import Edit
 from erasec.errors import ErasecError, nearest
-from erasec.learned import Learned
-from erasec.text import Texts, load_encoder
-from erasec.train import Turn, fit
+from erasec.model.edit import Edit
+from erasec.model.text_encoders import Texts, load_encoder
+from erasec.training import base as learned
+from erasec.training import boxes as marked
+from erasec.training.base import Learned
+from erasec.training.denoiser import Denoiser, Student
+from erasec.training.loop import Turn, fit
 
 if TYPE_CHECKING:
     from torch import Generator
 
     from erasec.base import Context
-    from erasec.concept import Concept
     from erasec.family import Site
-    from erasec.marked import Marked
-    from erasec.model import Model
-    from erasec.train import Losses
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.training.boxes import Marked
+    from erasec.training.loop import Losses
 
 ENCODER = "text_encoder"
 PARTS = ("tokens", "tokens+x")

@@ -13,13 +13,13 @@ from zlib import crc32
 
 import torch
 
-from erasec import learned
-from erasec.attach import attached_rows
-from erasec.denoiser import Denoiser, Student
-from erasec.edit import Secret
+from erasec.attention.processors import attached_rows
 from erasec.errors import ErasecError, nearest
-from erasec.learned import TOWARD, Learned
-from erasec.train import Turn
+from erasec.model.edit import Secret
+from erasec.training import base as learned
+from erasec.training.base import TOWARD, Learned
+from erasec.training.denoiser import Denoiser, Student
+from erasec.training.loop import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from erasec.base import Context
-    from erasec.concept import Concept
-    from erasec.edit import Edit
     from erasec.family import Site
-    from erasec.learned import Bank
-    from erasec.model import Model
-    from erasec.train import Losses
+    from erasec.model.edit import Edit
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.training.base import Bank
+    from erasec.training.loop import Losses
 
     Key = tuple[Tensor, Tensor]  # rows for keys and rows for values, (k, d) each
 

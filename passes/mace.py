@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from erasec import closed_form
-from erasec import edit as edits_
-from erasec.closed_form import Solution, System
-from erasec.edit import Edit, LowRank
+from erasec.closed_form import solver as closed_form
+from erasec.closed_form.base import ClosedForm, apart, erased, mean, pack, unpack
+from erasec.closed_form.solver import Solution, System
 from erasec.errors import ErasecError
-from erasec.rows import ClosedForm, apart, erased, mean, pack, unpack
+from erasec.model import edit as edits_
+from erasec.model.edit import Edit, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.base import Context
-    from erasec.concept import Concept
     from erasec.family import Site
-    from erasec.model import Model
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 
 @dataclass(frozen=True)

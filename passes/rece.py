@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from erasec import closed_form
-from erasec.closed_form import Solution, System
+from erasec.closed_form import solver as closed_form
+from erasec.closed_form.base import ClosedForm, erased
+from erasec.closed_form.solver import Solution, System
 from erasec.errors import ErasecError
-from erasec.rows import ClosedForm, erased
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.concept import Concept
-    from erasec.model import Model
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 
 @dataclass(frozen=True)

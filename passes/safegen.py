@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from erasec import learned, triplets
-from erasec.denoiser import Denoiser, Student
 from erasec.errors import ErasecError, nearest
-from erasec.learned import Learned
-from erasec.train import Turn
+from erasec.training import base as learned
+from erasec.training import triplets
+from erasec.training.base import Learned
+from erasec.training.denoiser import Denoiser, Student
+from erasec.training.loop import Turn
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from erasec.base import Context
-    from erasec.concept import Concept
-    from erasec.edit import Edit
     from erasec.family import Site
-    from erasec.model import Model
-    from erasec.train import Losses
+    from erasec.model.edit import Edit
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.training.loop import Losses
 
 TARGETS = ("clipped", "constant", "exact")
 BATCH = 4  # images that go through the VAE at once

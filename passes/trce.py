@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from erasec import learned
-from erasec.denoiser import Denoiser, Student
+from erasec.closed_form.base import ClosedForm, erased, goals
 from erasec.errors import ErasecError
-from erasec.learned import Learned
-from erasec.rows import ClosedForm, erased, goals
-from erasec.train import Turn
+from erasec.training import base as learned
+from erasec.training.base import Learned
+from erasec.training.denoiser import Denoiser, Student
+from erasec.training.loop import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Generator
 
     from erasec.base import Context
-    from erasec.concept import Concept
-    from erasec.edit import Edit
     from erasec.family import Site
-    from erasec.learned import Bank
-    from erasec.model import Model
-    from erasec.train import Losses
+    from erasec.model.edit import Edit
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+    from erasec.training.base import Bank
+    from erasec.training.loop import Losses
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec import closed_form, joint
-from erasec.edit import Edit, Remap
+from erasec.closed_form import joint_attention as joint
+from erasec.closed_form import solver as closed_form
+from erasec.closed_form.base import EMPTY, ClosedForm, apart, erased, goals, mean, pairs
 from erasec.errors import ErasecError
-from erasec.rows import EMPTY, ClosedForm, apart, erased, goals, mean, pairs
+from erasec.model.edit import Edit, Remap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.base import Context
-    from erasec.concept import Concept
     from erasec.family import Site
-    from erasec.model import Model
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 ROWS = ("tail", "last")
 PLACES = ("text", "blocks")

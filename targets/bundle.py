@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec import extras as extras_
 from erasec.base import Artifact, Check, Context, Target, finite
-from erasec.checkpoint import dtype_name, read_header, read_tensor, tensor_bytes
+from erasec.checkpoint.folder import CARRIED
+from erasec.checkpoint.safetensors import dtype_name, read_header, read_tensor, tensor_bytes
 from erasec.errors import ErasecError
-from erasec.folder import CARRIED
+from erasec.model import sidecar as extras_
 from erasec.targets.hf import same_layout, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.folder import Folder
-    from erasec.model import Model
+    from erasec.checkpoint.folder import Folder
+    from erasec.model.view import Model
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec import edit as edits
 from erasec.base import Artifact, Check, Context, EditTarget, file_name
-from erasec.edit import carried
-from erasec.extras import KINDS, gathered
+from erasec.model import edit as edits
+from erasec.model.edit import carried
+from erasec.model.sidecar import KINDS, gathered
 
 if TYPE_CHECKING:
-    from erasec.model import Model
+    from erasec.model.view import Model
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target, finite
-from erasec.checkpoint import read_header
-from erasec.extras import read, refuse
+from erasec.checkpoint.safetensors import read_header
+from erasec.model.sidecar import read, refuse
 
 if TYPE_CHECKING:
-    from erasec.checkpoint import Entry
-    from erasec.folder import Folder
-    from erasec.model import Model
+    from erasec.checkpoint.folder import Folder
+    from erasec.checkpoint.safetensors import Entry
+    from erasec.model.view import Model
 
 
 @dataclass(frozen=True)

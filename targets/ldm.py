@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target, finite
-from erasec.checkpoint import Entry, read_header, read_tensor, stream
+from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, stream
 from erasec.errors import ErasecError
-from erasec.extras import read, refuse
 from erasec.family import detect
-from erasec.keys import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
+from erasec.ldm.tensor_names import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
+from erasec.model.sidecar import read, refuse
 from erasec.progress import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.folder import Folder
-    from erasec.model import Model
+    from erasec.checkpoint.folder import Folder
+    from erasec.model.view import Model
     from erasec.progress import Advance
 
 FILE = "model.safetensors"

@@ -15,19 +15,19 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, EditTarget
-from erasec.checkpoint import Entry, read_header, read_tensor, save, stream
-from erasec.edit import Remap
+from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, save, stream
 from erasec.errors import ErasecError, nearest
-from erasec.extras import gathered, refuse
+from erasec.model.edit import Remap
+from erasec.model.sidecar import gathered, refuse
 from erasec.progress import bar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from erasec.edit import Delta
     from erasec.family import Site
-    from erasec.model import Model
+    from erasec.model.edit import Delta
+    from erasec.model.view import Model
 
 # The first name that load_lora_weights looks for in a folder
 FILE = "pytorch_lora_weights.safetensors"

@@ -11,15 +11,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec import extras, linker
 from erasec.base import Artifact, Context, Target, require
 from erasec.errors import ErasecError, nearest
-from erasec.graph import PRECISIONS, graphs
-from erasec.parity import TOLERANCES, parity, tensors
+from erasec.graphs import link as linker
+from erasec.graphs.graph import PRECISIONS, graphs
+from erasec.graphs.parity import TOLERANCES, parity, tensors
+from erasec.model import sidecar as extras
 
 if TYPE_CHECKING:
-    from erasec.folder import Folder
-    from erasec.model import Model
+    from erasec.checkpoint.folder import Folder
+    from erasec.model.view import Model
 
 BYTES = {"fp32": 4, "fp16": 2}
 OPSETS = range(17, 21)  # from LayerNormalization to the last that the exporter knows

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec import extras, linker
 from erasec.base import Artifact, Check, Context, Target, require
+from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError, nearest
-from erasec.folder import Folder
-from erasec.graph import graphs
-from erasec.parity import TOLERANCES, compared
+from erasec.graphs import link as linker
+from erasec.graphs.graph import graphs
+from erasec.graphs.parity import TOLERANCES, compared
+from erasec.model import sidecar as extras
 from erasec.progress import bar
 
 if TYPE_CHECKING:
-    from erasec.graph import Graph
-    from erasec.model import Model
-    from erasec.parity import Run
+    from erasec.graphs.graph import Graph
+    from erasec.graphs.parity import Run
+    from erasec.model.view import Model
 
     Array = NDArray[Any]
 

@@ -20,21 +20,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from erasec import engines, extras, linker
 from erasec.base import Artifact, Check, Context, Target, require
-from erasec.checkpoint import copy
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import copy
 from erasec.errors import ErasecError, nearest
-from erasec.folder import Folder
-from erasec.graph import PRECISIONS, graphs
-from erasec.parity import TOLERANCES, compared, tensors
+from erasec.graphs import link as linker
+from erasec.graphs.graph import PRECISIONS, graphs
+from erasec.graphs.parity import TOLERANCES, compared, tensors
+from erasec.model import sidecar as extras
 from erasec.progress import bar
 from erasec.targets.trt import Trt
 from erasec.targets.trt_rtx import checked
+from erasec.tensorrt import engines
 
 if TYPE_CHECKING:
-    from erasec.graph import Graph
-    from erasec.model import Model
-    from erasec.parity import Run
+    from erasec.graphs.graph import Graph
+    from erasec.graphs.parity import Run
+    from erasec.model.view import Model
 
     Port = tuple[str, tuple[int, ...]]  # its type as Triton calls it, and its shape, -1 where it is free
 

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from erasec import engines, initializers
-from erasec.checkpoint import atomic, file_digest
-from erasec.engines import TRT, Builder, Profile
+from erasec.checkpoint.safetensors import atomic, file_digest
 from erasec.errors import ErasecError, MissingTool
+from erasec.graphs import weights as initializers
 from erasec.targets.trt_rtx import Engines
+from erasec.tensorrt import engines
+from erasec.tensorrt.engines import TRT, Builder, Profile
 
 # Its release notes: an engine that can be refitted may compute as if the bias of a matrix product were zero.
 FAULTY = "11.3.0"

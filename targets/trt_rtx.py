@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from erasec import engines, extras, initializers, linker, patching
 from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint import copy, file_digest
-from erasec.engines import ENGINE, RECORD, RTX, Builder, Profile, Shape
+from erasec.checkpoint.safetensors import copy, file_digest
 from erasec.errors import ErasecError, nearest
-from erasec.graph import PRECISIONS, graphs, halvings
+from erasec.graphs import link as linker
+from erasec.graphs import weights as initializers
+from erasec.graphs.graph import PRECISIONS, graphs, halvings
+from erasec.model import sidecar as extras
 from erasec.progress import bar
+from erasec.tensorrt import engines, patching
+from erasec.tensorrt.engines import ENGINE, RECORD, RTX, Builder, Profile, Shape
 
 if TYPE_CHECKING:
-    from erasec.folder import Folder
-    from erasec.model import Model
+    from erasec.checkpoint.folder import Folder
+    from erasec.model.view import Model
 
 Range = tuple[int, int, int]
 

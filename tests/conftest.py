@@ -17,32 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"compiler": "", "passes": "passes", "targets": "targets"}
-SHIPPED = {".py", ".typed", ".j2", ".toml", ".safetensors", ".json", ".txt", ".gz"}
-
-
-def shipped(folder: Path) -> dict[Path, Path]:
-    """Files that belong to the package, by their path below ``folder``. Links are followed, broken ones included."""
-    walk = os.walk(folder, followlinks=True)
-    files = (Path(where, name) for where, _, names in walk for name in names)
-    return {file.relative_to(folder): file for file in files if file.suffix in SHIPPED}
-
-
-def complaint(root: Path, installed: Path) -> str:
-    """One sentence where the package in ``installed`` is not the folders of ``root``, else nothing."""
-    source = {
-        Path(inside) / path: file for name, inside in FOLDERS.items() for path, file in shipped(root / name).items()
-    }
-    links = shipped(installed)
-    new = sorted(path for path in source if path not in links)
-    gone = sorted(path for path in links if path not in source)
-    other = sorted(path for path in source if path in links and not links[path].exists())
-    other += sorted(path for path in source if path in links and not os.path.samefile(source[path], links[path]))
-    for paths, fault in ((new, "is not in it"), (gone, "is in it no more"), (other, "in it is another file")):
-        if paths:
-            rest = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-            return f"the installed erasec is not this checkout, {paths[0]}{rest} {fault}: run pip install -e . again"
-    return ""
 
 
 def pytest_configure() -> None:
@@ -51,8 +25,8 @@ def pytest_configure() -> None:
     spec = importlib.util.find_spec("erasec")
     if spec is None or spec.origin is None:
         pytest.exit("erasec is not installed: run pip install -e .", returncode=4)
-    if sentence := complaint(ROOT, Path(spec.origin).parent):
-        pytest.exit(sentence, returncode=4)
+    if Path(spec.origin).resolve().parent != ROOT / "compiler":
+        pytest.exit(f"the installed erasec is {spec.origin}, not this checkout: run pip install -e .", returncode=4)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,12 +42,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def root() -> Path:
     """The checkout."""
     return ROOT
-
-
-@pytest.fixture(scope="session")
-def guard() -> Callable[[Path, Path], str]:
-    """``complaint``, for the tests of it."""
-    return complaint
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +73,12 @@ def variant(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """Variants of the random model by name, each with another edit of the same 14 tensors."""
     import torch
 
-    from erasec import build, linker, model
     from erasec.base import Context
-    from erasec.edit import Dense, Edit
-    from erasec.folder import Folder
+    from erasec.checkpoint.folder import Folder
+    from erasec.commands import build
+    from erasec.graphs import link as linker
+    from erasec.model import view as model
+    from erasec.model.edit import Dense, Edit
     from erasec.targets.edit_file import EditFile
 
     made: dict[str, Variant] = {}

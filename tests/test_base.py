@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from erasec.base import NAME_BYTES, file_name, finite, with_options
-from erasec.checkpoint import read_header, save
+from erasec.checkpoint.safetensors import read_header, save
 from erasec.errors import ErasecError
 
 

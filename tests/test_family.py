@@ -11,7 +11,7 @@ import torch
 
 from erasec.errors import ErasecError
 from erasec.family import CONTEXT, FAMILIES, POOLED, Shape, Site, detect, sites
-from erasec.layouts import random_shapes
+from erasec.ldm.skeleton import random_shapes
 
 JOINT: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 48}
 SD3: dict[str, Any] = JOINT | {

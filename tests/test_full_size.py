@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from erasec import layouts
-from erasec import model as models
-from erasec.checkpoint import file_digest
+from erasec.checkpoint.safetensors import file_digest
+from erasec.ldm import skeleton as layouts
+from erasec.model import view as models
 
 pytestmark = pytest.mark.slow
 
 # Runs a command line of erasec and tells the peak of its memory, in bytes: ru_maxrss would begin at that of the tests.
 MEASURED = (
-    "import re, sys; from erasec import cli\n"
+    "import re, sys; from erasec.cli import app as cli\n"
     "try: cli.app(sys.argv[1:], standalone_mode=False)\n"
     "finally: peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()); "
     "print('PEAK', int(peak[1]) * 1024, file=sys.stderr)"

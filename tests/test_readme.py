@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from erasec import registry
+from erasec.closed_form.base import ClosedForm
 from erasec.glyphs import world
-from erasec.rows import ClosedForm
 
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 GROUPS = ("name", "synonym", "implicit")

@@ -10,14 +10,14 @@ import pytest
 
 from erasec import registry
 from erasec.base import Output, Pass, with_options
-from erasec.concept import Concept
 from erasec.errors import ErasecError
+from erasec.recipe.concept import Concept
 
 MINE = """
 from dataclasses import dataclass
 from typing import ClassVar
 from erasec.base import Pass
-from erasec.edit import Edit
+from erasec.model.edit import Edit
 
 @dataclass(frozen=True)
 class Mine(Pass):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasec import checkpoint
+from erasec.checkpoint import safetensors as checkpoint
 from erasec.glyphs import models
 from erasec.glyphs.world import sample
 

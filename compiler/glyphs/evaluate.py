@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from erasec.checkpoint import atomic, file_digest
+from erasec.checkpoint.safetensors import atomic, file_digest
 from erasec.glyphs import world
 from erasec.glyphs.assemble import SCHEDULER
 from erasec.glyphs.judging import THRESHOLD, GlyphJudge, colour_of, prompt
-from erasec.judge import Images, Sampling, generate
-from erasec.model import bundled
+from erasec.judging.judge import Images, Sampling, generate
+from erasec.model.view import bundled
 from erasec.progress import bar
 
 HELD_OUT_SEED = 103

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.checkpoint import content_digest, file_digest, read_header, read_tensor
+from erasec.checkpoint.safetensors import content_digest, file_digest, read_header, read_tensor
 from erasec.glyphs import world
-from erasec.judge import Images, Question
-from erasec.model import bundled, load
+from erasec.judging.judge import Images, Question
+from erasec.model.view import bundled, load
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.concept import Concept
-    from erasec.model import Model
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 THRESHOLD = 0.5
 HALF = 6  # half the side of the windows that are painted over to find a box, in pixels

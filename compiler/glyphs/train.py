@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasec import checkpoint
+from erasec.checkpoint import safetensors as checkpoint
 from erasec.glyphs import assemble, models
 from erasec.glyphs.fit import Average, Modules, fit
 from erasec.glyphs.world import LABELS, SIZE, labels, sample

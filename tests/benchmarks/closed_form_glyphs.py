@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from erasec import concept, model, registry
+from erasec import registry
 from erasec.base import Context
 from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge
-from erasec.judge import Images, Question, Sampling, generate
-from erasec.recipe import Limits, parse_use
+from erasec.judging.judge import Images, Question, Sampling, generate
+from erasec.model import view as model
+from erasec.recipe import concept
+from erasec.recipe.recipe import Limits, parse_use
 
 RESULT = Path(__file__).parent / "results" / "closed_form_glyphs.json"
 ASKED = {"name": 30, "synonym": 30, "implicit": 16}

@@ -41,12 +41,13 @@ import torch
 from naive import OWN, context, edited, mace_edited, normal_equation, rece_edited, states
 from torch import Tensor
 
-from erasec import closed_form, registry
-from erasec.closed_form import Solution, System
-from erasec.edit import Remap, merge
+from erasec import registry
+from erasec.closed_form import solver as closed_form
+from erasec.closed_form.base import ClosedForm, pack, unpack
+from erasec.closed_form.solver import Solution, System
 from erasec.family import Site, sites
-from erasec.layouts import random_shapes
-from erasec.rows import ClosedForm, pack, unpack
+from erasec.ldm.skeleton import random_shapes
+from erasec.model.edit import Remap, merge
 
 RESULT = Path(__file__).parent / "results" / "closed_form_scale.json"
 GOALS = {"uce:1": 30.0, "uce:100": 100.0, "uce:1000": 300.0}

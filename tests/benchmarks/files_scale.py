@@ -35,7 +35,7 @@ RANK = 10
 
 def make(folder: str, size: str) -> Callable[[], None]:
     """A random SD 1.4."""
-    from erasec.layouts import random_folder
+    from erasec.ldm.skeleton import random_folder
 
     return lambda: random_folder(Path(folder), "sd1", size)
 
@@ -44,8 +44,11 @@ def solve(folder: str, file: str) -> Callable[[], None]:
     """An edit file for it, from synthetic token states."""
     from naive import states
 
-    from erasec import closed_form, edit, model, registry
-    from erasec.rows import ClosedForm, mean, pack
+    from erasec import registry
+    from erasec.closed_form import solver as closed_form
+    from erasec.closed_form.base import ClosedForm, mean, pack
+    from erasec.model import edit
+    from erasec.model import view as model
 
     def run() -> None:
         base = model.load(folder)
@@ -64,7 +67,7 @@ def single(folder: str, out: str) -> Callable[[], None]:
     """The folder as a single file, in ``out``/model.safetensors."""
     from erasec import registry
     from erasec.base import Context
-    from erasec.folder import Folder
+    from erasec.checkpoint.folder import Folder
 
     target: Any = registry.load_target("ldm")()
     return lambda: target.export(Folder(Path(folder)), Path(out), Context()) and None
@@ -86,7 +89,10 @@ def apply(*arguments: str) -> Callable[[], None]:
     """``erasec apply`` with these arguments."""
     import torch  # noqa: F401
 
-    from erasec import apply, cli, plan  # noqa: F401
+    from erasec.cli import app as cli
+    from erasec.commands import (
+        plan,  # noqa: F401
+    )
 
     def run() -> None:
         if code := cli.app(["apply", *arguments], standalone_mode=False):
@@ -119,7 +125,7 @@ def remove(path: Path) -> None:
 
 def one_round(place: Path, run: Callable[..., Told]) -> tuple[dict[str, Told], dict[str, str]]:
     """Every step once, and the digests of what the steps of erasec wrote."""
-    from erasec.checkpoint import file_digest
+    from erasec.checkpoint.safetensors import file_digest
 
     model, edit, file = place / "model", str(place / "synthetic.edit.safetensors"), place / "single/model.safetensors"
     out, copied, out_file = place / "out", place / "copy", place / "out.safetensors"

@@ -23,15 +23,18 @@ from typing import Any
 import machine
 import numpy as np
 
-from erasec import concept as concepts
-from erasec import linker, model, recipe, runner
 from erasec.base import Context
-from erasec.checkpoint import atomic
-from erasec.folder import Folder
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import atomic
 from erasec.glyphs.judging import GlyphJudge
-from erasec.judge import Images, Question
-from erasec.parity import compared
+from erasec.graphs import link as linker
+from erasec.graphs.parity import compared
+from erasec.judging.judge import Images, Question
+from erasec.model import view as model
+from erasec.recipe import concept as concepts
+from erasec.recipe import recipe
 from erasec.registry import load_pass, load_target
+from erasec.runtime import bundle as runner
 
 RESULT = Path(__file__).parent / "results" / "int8.json"
 GROUPS = ("name", "synonym", "implicit", "keep")

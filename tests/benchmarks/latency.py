@@ -107,9 +107,9 @@ def step(place: Path, backend: str) -> Told:
 
 def prepare(place: Path, size: str, backends: list[str]) -> None:
     """The random model, and what each backend reads, where it is not there yet."""
-    from erasec import linker
-    from erasec.folder import Folder
-    from erasec.layouts import random_folder
+    from erasec.checkpoint.folder import Folder
+    from erasec.graphs import link as linker
+    from erasec.ldm.skeleton import random_folder
     from erasec.targets.ov import convert
 
     model = place / "model"

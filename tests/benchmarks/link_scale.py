@@ -43,9 +43,11 @@ def edited(folder: str, out: str, seed: str) -> Callable[[], None]:
     """A synthetic edit: its file, with tensors, and the merged checkpoint."""
     from naive import states
 
-    from erasec import closed_form, model, registry
+    from erasec import registry
     from erasec.base import Context
-    from erasec.rows import ClosedForm, mean, pack
+    from erasec.closed_form import solver as closed_form
+    from erasec.closed_form.base import ClosedForm, mean, pack
+    from erasec.model import view as model
     from erasec.targets.edit_file import EditFile
 
     def run() -> None:
@@ -67,9 +69,10 @@ def link(folder: str, base: str, edit: str, out: str, precision: str = "fp32", s
     """``linker.write`` of all four graphs, the tensors of the edit apart."""
     import torch  # noqa: F401
 
-    from erasec import linker, relink
     from erasec.base import Origin
-    from erasec.folder import Folder
+    from erasec.checkpoint.folder import Folder
+    from erasec.commands import relink
+    from erasec.graphs import link as linker
 
     _, sites = relink.read_edit(Path(edit))
     origin = Origin(dict.fromkeys(("text_encoder", "unet", "vae"), base), sites)
@@ -81,7 +84,7 @@ def relink(out: str, edit: str) -> Callable[[], None]:
     """The command line, as it is run: nothing is imported before."""
 
     def run() -> None:
-        from erasec import cli
+        from erasec.cli import app as cli
 
         if code := cli.app(["relink", out, edit], standalone_mode=False):
             raise SystemExit(code)
@@ -93,10 +96,10 @@ def torch_unet(folder: str, out: str, dynamo: str = "") -> Callable[[], None]:
     """torch.onnx.export of the UNet with its weights."""
     import torch
 
-    from erasec.folder import Folder
-    from erasec.graph import graphs
-    from erasec.parity import load
-    from erasec.tracing import TRACED, inputs
+    from erasec.checkpoint.folder import Folder
+    from erasec.graphs.export import TRACED, inputs
+    from erasec.graphs.graph import graphs
+    from erasec.graphs.parity import load
 
     def run() -> None:
         checkpoint = Folder(Path(folder))
@@ -125,8 +128,8 @@ def check(folder: str, out: str, what: str) -> Callable[[], Told]:
     import diffusers  # noqa: F401
     import onnxruntime  # noqa: F401
 
-    from erasec import parity
-    from erasec.folder import Folder
+    from erasec.checkpoint.folder import Folder
+    from erasec.graphs import parity
 
     loading = 0.0
 

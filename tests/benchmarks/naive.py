@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from erasec.closed_form import Solution
+from erasec.closed_form.solver import Solution
 
 NORM = 28.0
 OWN = (5, 7)  # a concept's own tokens in its prompts, first and behind the last

@@ -28,15 +28,19 @@ from typing import Any, cast
 import machine
 import numpy as np
 
-from erasec import concept as concepts
-from erasec import extras, model, recipe, registry, validate
+from erasec import registry
 from erasec.base import Context, with_options
-from erasec.checkpoint import atomic
-from erasec.edit import Edit
+from erasec.checkpoint.safetensors import atomic
 from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge
-from erasec.judge import Sampling, generate
-from erasec.validate import Evidence
+from erasec.judging import validate
+from erasec.judging.judge import Sampling, generate
+from erasec.judging.validate import Evidence
+from erasec.model import sidecar as extras
+from erasec.model import view as model
+from erasec.model.edit import Edit
+from erasec.recipe import concept as concepts
+from erasec.recipe import recipe
 
 RESULT = Path(__file__).parent / "results" / "passes_glyphs.json"
 CONCEPTS = ("star", "heart", "ring")

@@ -24,9 +24,11 @@ from typing import Any
 
 import machine
 
-from erasec import layouts, model, registry
+from erasec import registry
 from erasec.base import Context, with_options
-from erasec.concept import Concept
+from erasec.ldm import skeleton as layouts
+from erasec.model import view as model
+from erasec.recipe.concept import Concept
 
 RESULT = Path(__file__).parent / "results" / "passes_scale.json"
 PASSES = ("esd", "kpop", "safegen", "trce.steer", "few_shot", "geom_erasing")

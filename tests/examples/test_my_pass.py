@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec import model as models
 from erasec import registry
 from erasec.base import Context, Pass
-from erasec.concept import Concept
-from erasec.model import Model
+from erasec.model import view as models
+from erasec.model.view import Model
+from erasec.recipe.concept import Concept
 
 STAR = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle")
 

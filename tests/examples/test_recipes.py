@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from erasec import concept as concepts
-from erasec import recipe, registry
+from erasec import registry
 from erasec.base import with_options
 from erasec.errors import ErasecError
-from erasec.model import BUNDLED, HUB
+from erasec.model.view import BUNDLED, HUB
+from erasec.recipe import concept as concepts
+from erasec.recipe import recipe
 
 # What the papers or their code print, where a recipe takes it; what it takes otherwise, it says.
 PUBLISHED: dict[str, dict[str, object]] = {

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from erasec import recipe, registry
+from erasec import registry
 from erasec.base import with_options
+from erasec.recipe import recipe
 
 
 def test_the_example_recipe_is_what_the_demo_s_flags_ask_for(root: Path) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erasec import linker, runner
 from erasec.base import Context
-from erasec.folder import Folder
+from erasec.checkpoint.folder import Folder
+from erasec.graphs import link as linker
+from erasec.runtime import bundle as runner
 from erasec.targets import triton
 from erasec.targets.triton import Triton, parsed
 

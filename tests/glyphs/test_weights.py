@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from erasec.checkpoint import read_header
-from erasec.folder import Folder
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import read_header
 from erasec.glyphs import evaluate, world
 from erasec.glyphs.judging import GlyphJudge, prompt
-from erasec.judge import Sampling, generate
-from erasec.model import bundled, load
+from erasec.judging.judge import Sampling, generate
+from erasec.model.view import bundled, load
 
 SAMPLING = Sampling(steps=12, guidance=4.0)
 
@@ -112,7 +112,7 @@ def test_agreement_prefers_the_right_caption() -> None:
 
 
 def test_panel_asks_by_name_synonym_and_implication_and_for_all_the_rest() -> None:
-    from erasec import concept
+    from erasec.recipe import concept
 
     panel = GlyphJudge().panel(concept.find("star"), 8, seed=2)
     assert [q.group for q in panel].count("name") == 8

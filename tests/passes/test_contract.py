@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erasec import checkpoint, model, recipe, registry
+from erasec import registry
 from erasec.base import Context, Pass, with_options
-from erasec.concept import Concept
-from erasec.edit import Edit
+from erasec.checkpoint import safetensors as checkpoint
+from erasec.closed_form.base import ClosedForm
 from erasec.errors import ErasecError
 from erasec.family import Site
 from erasec.glyphs.assemble import random_pipeline
-from erasec.model import Model
-from erasec.rows import ClosedForm
+from erasec.model import view as model
+from erasec.model.edit import Edit
+from erasec.model.view import Model
+from erasec.recipe import recipe
+from erasec.recipe.concept import Concept
 
 CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 NAMES = sorted(registry.passes())

@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec import attach, extras, model, validate
-from erasec import concept as concepts
+from erasec.attention import processors as attach
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.denoiser import Denoiser
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
-from erasec.judge import Sampling
-from erasec.model import Model
+from erasec.judging import validate
+from erasec.judging.judge import Sampling
+from erasec.model import sidecar as extras
+from erasec.model import view as model
+from erasec.model.view import Model
 from erasec.passes import eiup
 from erasec.passes.eiup import Eiup
 from erasec.passes.uce import Uce
+from erasec.recipe import concept as concepts
+from erasec.recipe.concept import Concept
+from erasec.training.denoiser import Denoiser
 
 STAR = Concept(name="star", erase=("star",), synonyms=("five-pointed spark",), anchor="circle", keep=("square",))
 

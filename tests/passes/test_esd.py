@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasec import learned, model
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.denoiser import Denoiser
-from erasec.edit import LowRank
 from erasec.errors import ErasecError
-from erasec.model import Model
+from erasec.model import view as model
+from erasec.model.edit import LowRank
+from erasec.model.view import Model
 from erasec.passes.esd import Esd
+from erasec.recipe.concept import Concept
+from erasec.training import base as learned
+from erasec.training.denoiser import Denoiser
 
 CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a {}",))
 

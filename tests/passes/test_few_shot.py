@@ -15,19 +15,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erasec import concept as concepts
-from erasec import learned, model, validate
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.denoiser import Denoiser
-from erasec.edit import Dense, Edit
 from erasec.errors import ErasecError
 from erasec.family import Site
-from erasec.judge import Sampling
-from erasec.model import Model
+from erasec.judging import validate
+from erasec.judging.judge import Sampling
+from erasec.model import view as model
+from erasec.model.edit import Dense, Edit
+from erasec.model.text_encoders import Texts, load_encoder
+from erasec.model.view import Model
 from erasec.passes import few_shot
 from erasec.passes.few_shot import FewShot, Panel
-from erasec.text import Texts, load_encoder
+from erasec.recipe import concept as concepts
+from erasec.recipe.concept import Concept
+from erasec.training import base as learned
+from erasec.training.denoiser import Denoiser
 
 STAR = Concept(name="star", erase=("star",), keep=("square", "circle"), templates=("{}", "a red {}"))
 SMALL = FewShot(steps=2, images=2, path=3, batch=2)

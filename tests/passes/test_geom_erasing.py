@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 
 import erasec
-from erasec import concept as concepts
-from erasec import extras, model
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.edit import Dense, Edit
 from erasec.errors import ErasecError
 from erasec.glyphs import world
 from erasec.glyphs.judging import GlyphJudge, prompt
-from erasec.judge import Images
-from erasec.model import Model
+from erasec.judging.judge import Images
+from erasec.model import sidecar as extras
+from erasec.model import view as model
+from erasec.model.edit import Dense, Edit
+from erasec.model.view import Model
 from erasec.passes.geom_erasing import GeomErasing, Vocabulary, names, weights
+from erasec.recipe import concept as concepts
+from erasec.recipe.concept import Concept
 
 SEAL = Concept(name="Seal", erase=("a seal",), kind="mark", keep=("square",))
 CPU = torch.device("cpu")

@@ -13,17 +13,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from erasec import checkpoint, closed_form, registry
-from erasec import model as models
+from erasec import registry
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.edit import Delta, Edit, Remap
+from erasec.checkpoint import safetensors as checkpoint
+from erasec.closed_form import solver as closed_form
+from erasec.closed_form.base import EMPTY, pairs, spans
+from erasec.closed_form.joint_attention import TIMES, captured, transformer
 from erasec.errors import ErasecError
 from erasec.family import Site
-from erasec.joint import TIMES, captured, transformer
-from erasec.model import Model
+from erasec.model import view as models
+from erasec.model.edit import Delta, Edit, Remap
+from erasec.model.view import Model
 from erasec.passes.uce import Uce
-from erasec.rows import EMPTY, pairs, spans
+from erasec.recipe.concept import Concept
 
 CONTEXT, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
 WORDS = ("a", "an", "photo", "drawing", "image", "of", "on", "navy", "star", "circle", "square", "heart")

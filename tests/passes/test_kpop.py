@@ -11,19 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec import concept as concepts
-from erasec import denoiser as denoisers
-from erasec import extras, learned, model, secret, train, validate
-from erasec.attach import attach, attached_rows
+from erasec.attention.processors import attach, attached_rows
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.denoiser import Denoiser
-from erasec.edit import Edit, Secret
 from erasec.errors import ErasecError
 from erasec.glyphs.assemble import random_pipeline
-from erasec.judge import Sampling, generate
-from erasec.model import Model
+from erasec.judging import validate
+from erasec.judging.judge import Sampling, generate
+from erasec.keys import key_file as secret
+from erasec.model import sidecar as extras
+from erasec.model import view as model
+from erasec.model.edit import Edit, Secret
+from erasec.model.view import Model
 from erasec.passes.kpop import Kpop, Rows, alike
+from erasec.recipe import concept as concepts
+from erasec.recipe.concept import Concept
+from erasec.training import base as learned
+from erasec.training import denoiser as denoisers
+from erasec.training import loop as train
+from erasec.training.denoiser import Denoiser
 
 CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a {}",))
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec import edit as edit_files
-from erasec import model as models
-from erasec import priors
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.edit import Edit, LowRank
+from erasec.closed_form import priors
+from erasec.closed_form.base import goals, pairs
 from erasec.errors import ErasecError
-from erasec.model import Model
+from erasec.model import edit as edit_files
+from erasec.model import view as models
+from erasec.model.edit import Edit, LowRank
+from erasec.model.view import Model
 from erasec.passes.mace import Mace
 from erasec.passes.uce import Uce
-from erasec.rows import goals, pairs
+from erasec.recipe.concept import Concept
 
 STAR = Concept(
     name="star", erase=("five-pointed spark",), anchor="circle", keep=("square",), templates=("{}", "red {} on gray")

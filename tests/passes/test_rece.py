@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasec import model as models
 from erasec.base import Context
-from erasec.concept import Concept
 from erasec.errors import ErasecError
-from erasec.model import Model
+from erasec.model import view as models
+from erasec.model.view import Model
 from erasec.passes.rece import Rece, derived
+from erasec.recipe.concept import Concept
 
 CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",), templates=("{}", "a {}"))
 

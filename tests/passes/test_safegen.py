@@ -13,19 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erasec import concept as concepts
-from erasec import learned, triplets
-from erasec import model as models
 from erasec.base import Context
-from erasec.concept import Concept
-from erasec.denoiser import Denoiser
-from erasec.edit import Edit, LowRank
 from erasec.errors import ErasecError
 from erasec.family import Site
 from erasec.glyphs.judging import GlyphJudge
-from erasec.judge import Question
-from erasec.model import Model
+from erasec.judging.judge import Question
+from erasec.model import view as models
+from erasec.model.edit import Edit, LowRank
+from erasec.model.view import Model
 from erasec.passes.safegen import TARGETS, SafeGen, goal, pull
+from erasec.recipe import concept as concepts
+from erasec.recipe.concept import Concept
+from erasec.training import base as learned
+from erasec.training import triplets
+from erasec.training.denoiser import Denoiser
 
 CONCEPT = Concept(name="star", erase=("star",), keep=("square",))
 

@@ -13,18 +13,19 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from erasec import concept as concepts
-from erasec import layouts, learned
-from erasec import model as models
 from erasec.base import Context, Pass
-from erasec.concept import Concept
-from erasec.denoiser import Denoiser
+from erasec.closed_form.base import goals, spans
 from erasec.errors import ErasecError
 from erasec.glyphs.judging import GlyphJudge
-from erasec.learned import Bank
-from erasec.model import Model
+from erasec.ldm import skeleton as layouts
+from erasec.model import view as models
+from erasec.model.view import Model
 from erasec.passes.trce import Remap, Steer, Trce, hinge
-from erasec.rows import goals, spans
+from erasec.recipe import concept as concepts
+from erasec.recipe.concept import Concept
+from erasec.training import base as learned
+from erasec.training.base import Bank
+from erasec.training.denoiser import Denoiser
 
 CONCEPT = Concept(
     name="star", erase=("star", "five-pointed spark"), anchor="circle", keep=("square", "ring"),

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from erasec import model as models
 from erasec.base import Context
-from erasec.concept import Concept, find
 from erasec.errors import ErasecError
-from erasec.model import Model
+from erasec.model import view as models
+from erasec.model.view import Model
 from erasec.passes.uce import Uce
+from erasec.recipe.concept import Concept, find
 
 CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle", keep=("square", "ring"))
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import erasec
-from erasec import extras
 from erasec.base import Artifact, Context
-from erasec.edit import Memory
-from erasec.extras import Extras
-from erasec.folder import CARRIED, Folder
+from erasec.checkpoint.folder import CARRIED, Folder
+from erasec.model import sidecar as extras
+from erasec.model.edit import Memory
+from erasec.model.sidecar import Extras
 from erasec.targets.bundle import Bundle, fits, loads
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"

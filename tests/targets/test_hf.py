@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from erasec.base import Check, Context
-from erasec.checkpoint import patch, read_header, read_tensor
-from erasec.folder import Folder
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import patch, read_header, read_tensor
 from erasec.targets.hf import Hf, same_layout
 
 

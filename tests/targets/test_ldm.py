@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from erasec import registry
 from erasec.base import Artifact, Check, Context, finite
-from erasec.checkpoint import patch, read_header, read_tensor
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import patch, read_header, read_tensor
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
-from erasec.folder import Folder
-from erasec.keys import PREFIXES
-from erasec.layouts import random_folder as write_random
-from erasec.model import bundled, load
+from erasec.ldm.skeleton import random_folder as write_random
+from erasec.ldm.tensor_names import PREFIXES
+from erasec.model.view import bundled, load
 from erasec.targets.ldm import FILE, Ldm, metadata, same_tensors
 
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec import layouts
-from erasec import model as models
 from erasec.base import Check, Context, with_options
-from erasec.checkpoint import patch, read_header, read_tensor, save
-from erasec.concept import Concept
-from erasec.edit import Dense, Edit, LowRank, Remap
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import patch, read_header, read_tensor, save
 from erasec.errors import ErasecError
 from erasec.family import Family, Site
-from erasec.folder import Folder
-from erasec.model import Model
+from erasec.ldm import skeleton as layouts
+from erasec.model import view as models
+from erasec.model.edit import Dense, Edit, LowRank, Remap
+from erasec.model.view import Model
 from erasec.passes.uce import Uce
+from erasec.recipe.concept import Concept
 from erasec.targets.lora import FILE, Lora, cut, edited, factors, loss, named
 
 STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))

@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from erasec import extras, linker
-from erasec import model as models
 from erasec.base import Artifact, Context
-from erasec.checkpoint import patch, read_tensor
-from erasec.edit import Memory
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import patch, read_tensor
+from erasec.commands.relink import relink
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
-from erasec.extras import Extras
-from erasec.folder import Folder
-from erasec.graph import graphs
-from erasec.linker import BASE, EDITED, MANIFEST
-from erasec.parity import TOLERANCES, load, parity, tensors
-from erasec.relink import relink
+from erasec.graphs import link as linker
+from erasec.graphs.graph import graphs
+from erasec.graphs.link import BASE, EDITED, MANIFEST
+from erasec.graphs.parity import TOLERANCES, load, parity, tensors
+from erasec.model import sidecar as extras
+from erasec.model import view as models
+from erasec.model.edit import Memory
+from erasec.model.sidecar import Extras
 from erasec.targets import ort
 from erasec.targets.ort import Onnx
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erasec import judge, model
 from erasec.base import Context
-from erasec.folder import Folder
-from erasec.judge import Sampling
+from erasec.checkpoint.folder import Folder
+from erasec.judging import judge
+from erasec.judging.judge import Sampling
+from erasec.model import view as model
 from erasec.targets.ort import Onnx
 
 NEEDS = (

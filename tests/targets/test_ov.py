@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from erasec import extras, linker
 from erasec.base import Artifact, Context
-from erasec.checkpoint import patch, read_tensor
-from erasec.edit import Memory
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import patch, read_tensor
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
-from erasec.extras import Extras
-from erasec.folder import Folder
-from erasec.graph import Graph, graphs
-from erasec.model import load
-from erasec.parity import TOLERANCES
+from erasec.graphs import link as linker
+from erasec.graphs.graph import Graph, graphs
+from erasec.graphs.parity import TOLERANCES
+from erasec.model import sidecar as extras
+from erasec.model.edit import Memory
+from erasec.model.sidecar import Extras
+from erasec.model.view import load
 from erasec.targets import ov
 from erasec.targets.ov import BYTES, FILE, OpenVino, convert, parity, ports, quantized, weights
 

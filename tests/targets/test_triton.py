@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erasec import engines
 from erasec.base import Artifact, Context
-from erasec.engines import Builder, Profile
+from erasec.checkpoint.folder import Folder
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
-from erasec.folder import Folder
-from erasec.graph import graphs
-from erasec.model import load
+from erasec.graphs.graph import graphs
+from erasec.model.view import load
 from erasec.targets import triton
 from erasec.targets.triton import Triton, config, parity, parsed, served
 from erasec.targets.trt import Trt
+from erasec.tensorrt import engines
+from erasec.tensorrt.engines import Builder, Profile
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

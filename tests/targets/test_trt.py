@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erasec import engines, initializers
 from erasec.base import with_options
-from erasec.checkpoint import file_digest
-from erasec.engines import RTX, TRT, Builder, read_record, write_record
+from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError, MissingTool
+from erasec.graphs import weights as initializers
 from erasec.targets.trt import Trt, refit
+from erasec.tensorrt import engines
+from erasec.tensorrt.engines import RTX, TRT, Builder, read_record, write_record
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("polygraphy")

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erasec import engines, linker, patching
 from erasec.base import Artifact, Context, with_options
-from erasec.checkpoint import file_digest
-from erasec.engines import RTX, read_record
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError, MissingTool
-from erasec.folder import Folder
-from erasec.recipe import parse_use
+from erasec.graphs import link as linker
+from erasec.recipe.recipe import parse_use
 from erasec.targets.trt_rtx import TrtRtx, checked, range_of
+from erasec.tensorrt import engines, patching
+from erasec.tensorrt.engines import RTX, read_record
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("polygraphy")

@@ -1,0 +1,1 @@
+"""ONNX graphs: traced without weights, linked to a checkpoint's tensors, and compared with torch."""

@@ -1,0 +1,1 @@
+"""What a build is asked to do: the recipe, and the concepts that it erases."""

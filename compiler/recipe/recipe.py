@@ -1,0 +1,256 @@
+"""The recipe: everything a build is asked to do, as one TOML file. Flags only ever make a recipe.
+
+Paths in a recipe (a model folder, concept files, pass files) are relative to the working directory, as in flags.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from erasec.errors import ErasecError, nearest
+from erasec.recipe.concept import Concept, Phrase
+
+FORMAT = "0.1"
+
+Option = bool | int | float | str
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PassUse(_Table):
+    """One pass by name (or "file.py:Class") with its options; an option left out has the pass's own default."""
+
+    name: Phrase
+    options: dict[str, Option] = {}
+
+
+class Limits(_Table):
+    """What the checks allow, and how much they look at. An ``implicit`` of None is told and not judged.
+
+    ``erased`` and ``implicit``: hit rate after over hit rate before, in [0, 1]. ``kept``: mean loss of hit rate of
+    everything else, 0.05 is five points. ``agreement``: loss of the cosine of picture and prompt. ``drift``: mean
+    absolute change of a pixel, full scale 1. ``recovered``: the least hit rate with a key, over that of the base where
+    it is built. ``images`` for each group of prompts; ``steps`` and ``guidance`` are those of sampling.
+    """
+
+    erased: Annotated[float, Field(ge=0)] = 0.10
+    implicit: Annotated[float, Field(ge=0)] | None = None
+    kept: Annotated[float, Field(ge=0)] = 0.05
+    agreement: Annotated[float, Field(ge=0)] = 0.05
+    drift: Annotated[float, Field(ge=0)] = 0.10
+    recovered: Annotated[float, Field(ge=0)] = 0.80
+    images: Annotated[int, Field(ge=1)] = 16
+    steps: Annotated[int, Field(ge=1)] = 15
+    guidance: Annotated[float, Field(ge=0)] = 4.0
+
+
+class Recipe(_Table):
+    """A build in words. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
+
+    ``erase`` are names in ``concepts``, then bundled names, concept files or plain phrases. Each of ``targets`` is NAME
+    or NAME:key=value,... as on the command line; a plan puts the plain checkpoint, which is always written, first.
+    ``keys`` are key files: what they bring back is shown by what is built. ``absorb`` above 0 puts the keys into stock
+    weights, as far as it goes, and is the largest residual allowed. ``revision`` and ``digest`` pin the model; empty is
+    not pinned. ``variant`` chooses among a folder's precisions, such as "fp16"; ``allow_pickle`` reads pickled weights,
+    as tensors alone; ``link`` makes hard links of unchanged files.
+    """
+
+    format: Annotated[str, Field(alias="erasec", pattern=r"^\d+\.\d+$")] = FORMAT
+    model: Phrase
+    revision: str = ""
+    digest: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    variant: str = ""
+    allow_pickle: bool = False
+    link: bool = False
+    erase: tuple[Phrase, ...] = ()
+    targets: tuple[Phrase, ...] = ()
+    keys: tuple[Phrase, ...] = ()
+    absorb: Annotated[float, Field(ge=0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    passes: Annotated[tuple[PassUse, ...], Field(alias="pass")] = ()
+    checks: Limits = Limits()
+    concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
+
+    @field_validator("targets", "keys")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("concepts")
+    @classmethod
+    def _names_differ(cls, value: tuple[Concept, ...]) -> tuple[Concept, ...]:
+        names = [concept.name for concept in value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two concepts are named {twice[0]!r}")
+        return value
+
+
+def from_file(path: Path) -> Recipe:
+    """Read a recipe. Raises ErasecError that names the file, the key, and the nearest key that exists."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ErasecError(f"the recipe {path} cannot be read", why=str(error)) from error
+    return from_toml(text, str(path))
+
+
+def from_toml(text: str, where: str = "") -> Recipe:
+    """Read a recipe from TOML; ``where`` names its source in errors. Raises ErasecError."""
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ErasecError("the recipe is not TOML", why=str(error), where=where) from error
+    return _checked(content, where)
+
+
+def from_flags(
+    model: str,
+    erase: Sequence[str] = (),
+    passes: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    device: str | None = None,
+    seed: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool | None = None,
+    link: bool | None = None,
+    keys: Sequence[str] = (),
+    absorb: float | None = None,
+) -> Recipe:
+    """A recipe from a command line; a ``model`` that ends in .toml is a recipe, and each flag replaces its key."""
+    given: dict[str, Any] = {
+        "erase": list(erase),
+        "pass": [parse_use(text).model_dump() for text in passes],
+        "targets": list(targets),
+        "device": device,
+        "seed": seed,
+        "revision": revision,
+        "variant": variant,
+        "allow_pickle": allow_pickle,
+        "link": link,
+        "keys": list(keys),
+        "absorb": absorb,
+    }
+    given = {key: value for key, value in given.items() if value is not None and value != []}
+    base: dict[str, Any] = {"model": model}
+    if model.endswith(".toml"):
+        base = from_file(Path(model).expanduser()).model_dump(by_alias=True)
+    return _checked({**base, **given}, "the command line")
+
+
+def parse_use(text: str, flag: str = "--pass") -> PassUse:
+    """``NAME[:key=value,...]`` as typed after --pass or --target.
+
+    Values are read as true, false, integers, numbers, else text.
+    """
+    match = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text.strip())
+    fix = f"erasec list {'passes' if flag == '--pass' else 'targets'}   shows names and options"
+    if match is None:
+        raise ErasecError(f"{flag} was given an empty name", fix=fix)
+    name, listed = match[1], match[2]
+    pieces = listed.split(",") if listed else []
+    loose = [piece for piece in pieces if "=" not in piece]
+    before, colon, after = name.rpartition(":")
+    if colon and not before.endswith(".py"):
+        loose.append(after)
+    if loose:
+        raise ErasecError(
+            f"{flag} {text}: {loose[0]!r} is no option", why="options are written NAME:key=value,key=value", fix=fix,
+        )  # fmt: skip
+    options: dict[str, Option] = {}
+    for piece in pieces:
+        key, _, value = piece.partition("=")
+        if key.strip() in options:
+            raise ErasecError(f"{flag} {text}: the option {key.strip()!r} is given twice")
+        options[key.strip()] = _literal(value.strip())
+    return PassUse(name=name, options=options)
+
+
+def _literal(text: str) -> Option:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            return value
+    return text
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML: same recipe, same text; ``from_toml`` gives an equal recipe back."""
+    content = recipe.model_dump(by_alias=True, mode="json", exclude_none=True)
+    if not recipe.absorb:
+        del content["absorb"]
+    passes, checks, concepts = content.pop("pass"), content.pop("checks"), content.pop("concept")
+    parts = [_lines(content)]
+    for use in passes:
+        parts.append("[[pass]]\n" + _lines({"name": use["name"]}))
+        if use["options"]:
+            parts[-1] += "[pass.options]\n" + tomli_w.dumps(dict(sorted(use["options"].items())))
+    parts.append("[checks]\n" + _lines(checks))
+    parts += ["[[concept]]\n" + _lines(concept) for concept in concepts]
+    return "\n".join(parts)
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    # A field that may be empty is empty by default, so nothing is lost by leaving it out. (Options are no such fields.)
+    return tomli_w.dumps({key: value for key, value in table.items() if value not in ("", [])})
+
+
+def _checked(content: Mapping[str, Any], where: str) -> Recipe:
+    wanted = content.get("erasec", FORMAT)
+    if isinstance(wanted, str) and re.fullmatch(r"\d+\.\d+", wanted) and _version(wanted) > _version(FORMAT):
+        raise ErasecError(
+            f"the recipe has format {wanted}", why=f"this erasec knows formats up to {FORMAT}", where=where,
+            fix="pip install --upgrade erasec",
+        )  # fmt: skip
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _in_words(error, content, where) from error
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def _in_words(error: ValidationError, content: Mapping[str, Any], where: str) -> ErasecError:
+    """The first fault of a recipe, with the key as it is written in TOML."""
+    first = error.errors()[0]
+    table, *rest = first["loc"] or ("",)
+    kinds: dict[object, type[BaseModel]] = {"pass": PassUse, "concept": Concept, "checks": Limits}
+    inside = kinds.get(table) if rest else None
+    key = ".".join(str(part) for part in (rest if inside else first["loc"]) if not isinstance(part, int)) or str(table)
+    if inside and isinstance(rest[0], int):
+        item = content[str(table)][rest[0]]
+        name = f" ({item['name']})" if isinstance(item, Mapping) and "name" in item else ""
+        where = f"{where}, [[{table}]] {rest[0] + 1}{name}".removeprefix(", ")
+    elif inside:
+        where = f"{where}, [{table}]".removeprefix(", ")
+    if first["type"] == "extra_forbidden":
+        known = [field.alias or name for name, field in (inside or Recipe).model_fields.items()]
+        return ErasecError(f"there is no key {key!r} in a recipe", why=nearest(key, known), where=where)
+    if first["type"] == "missing":
+        return ErasecError(f"the recipe has no {key!r}", where=where, fix=f'add  {key} = "..."')
+    if "options" in rest:
+        why = "an option is text, a finite number, true or false"
+        return ErasecError(f"{rest[2]} is {first['input']!r}" if rest[2:] else "options is no table", why, where=where)
+    if key == "device":
+        why = 'a device is "auto", "cpu", "cuda", "cuda:0" and so on, or "mps"'
+        return ErasecError(f"there is no device {first['input']!r}", why=why, where=where)
+    why = first["msg"].removeprefix("Value error, ").replace("tuple", "list")  # TOML knows no tuples
+    return ErasecError(f"{key} is {first['input']!r}", why=why, where=where)

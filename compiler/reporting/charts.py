@@ -1,0 +1,235 @@
+"""What a report draws: curves of training as paths in an SVG, and a map of how far each part of a model moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from erasec.reporting.report import SiteMove
+
+WIDTH, HEIGHT = 560, 230  # units of the SVG, with the labels' margins
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 42
+POINTS = 300
+LOG_FROM = 30  # positive values that span more than this factor are drawn on a logarithmic scale
+ROWS = 64
+
+# How the parts of a model follow each other; what is not here comes last.
+ORDER = ("embeddings", "shared", "encoder", "conv_in", "pos_embed", "x_embedder", "time", "add_embedding",
+         "context_embedder", "down", "mid", "up", "transformer", "single_transformer")  # fmt: skip
+ATTENTIONS = ("cross", "self", "joint", "context", "pooled", "text", "other")
+PROJECTIONS = ("k", "v", "q", "out", "embed", "mlp", "")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: its path in the SVG, and its first and last value as they were given."""
+
+    name: str
+    path: str
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one pair of axes; ``columns`` and ``rows`` are the marks of x and y, (place, label)."""
+
+    title: str
+    about: str
+    lines: tuple[Line, ...]
+    columns: tuple[tuple[float, str], ...]
+    rows: tuple[tuple[float, str], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All tensors of one kind in one part: norm of their change over norm of their weights, and which they are."""
+
+    change: float
+    about: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Parts in network order as (name, a cell or None for each column); ``columns`` are kinds of tensors."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+    @property
+    def cells(self) -> int:
+        return sum(cell is not None for _, row in self.rows for cell in row)
+
+    @property
+    def most(self) -> float:
+        """The largest change that is a finite number."""
+        changes = (cell.change for _, row in self.rows for cell in row if cell is not None)
+        return max((change for change in changes if math.isfinite(change)), default=0.0)
+
+
+# --- curves --------------------------------------------------------------------------------------------------------
+
+
+def charts(curves: Mapping[str, Sequence[float]], steps: float = 0) -> tuple[Chart, ...]:
+    """Losses on one chart, drift on another, every other curve on its own.
+
+    A curve's values lie evenly from the first step to the last, ``steps``; by default it has one value a step.
+    """
+    groups: dict[str, dict[str, Sequence[float]]] = {}
+    for name, values in curves.items():
+        title = next((kind for kind in ("loss", "drift") if name.startswith(kind)), name)
+        if values:
+            groups.setdefault(title, {})[name] = values
+    return tuple(_chart(title, group, steps) for title, group in groups.items())
+
+
+def _chart(title: str, group: Mapping[str, Sequence[float]], steps: float) -> Chart:
+    end = steps or max(len(values) for values in group.values())
+    points = {name: _thinned(values, end) for name, values in group.items()}
+    finite = [y for line in points.values() for _, y in line if math.isfinite(y)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    logarithmic = low > 0 and high > LOG_FROM * low
+    if logarithmic:
+        marks = _decades(low, high)
+        low, high = math.log10(low), math.log10(high)
+    else:
+        if low == high:
+            low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+        low = 0.0 if 0 <= low < high / 2 else low
+        marks = _round_numbers(low, high, 4)
+
+    def across(x: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * x / end, 1)
+
+    def down(y: float) -> float:
+        y = math.log10(y) if logarithmic else y
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low), 1)
+
+    def path(line: Iterable[tuple[float, float]]) -> str:
+        # A value that is not finite breaks the line; a lone point becomes a dot by its round ends.
+        drawn, pen = [], False
+        for x, y in line:
+            if math.isfinite(y):
+                drawn.append(f"L{across(x)} {down(y)}" if pen else f"M{across(x)} {down(y)}h0")
+            pen = math.isfinite(y)
+        return "".join(drawn)
+
+    told = [f"{name} goes from {_label(values[0])} to {_label(values[-1])}" for name, values in group.items()]
+    scale = "a logarithmic" if logarithmic else "a linear"
+    return Chart(
+        title,
+        f"{'; '.join(told)}; {end:g} steps, {scale} scale.",
+        tuple(Line(name, path(points[name]), values[0], values[-1]) for name, values in group.items()),
+        tuple((across(x), _label(x)) for x in _round_numbers(0, end, 6) if x == int(x)),
+        tuple((down(y), _label(y)) for y in marks),
+    )
+
+
+def _thinned(values: Sequence[float], end: float) -> list[tuple[float, float]]:
+    """(step, value), at most ``POINTS``: of more, the means of neighbours; those that are not finite do not count."""
+    count = min(len(values), POINTS)
+    stride = (end - 1) / max(1, len(values) - 1)
+    points = []
+    for at in range(count):
+        first, last = at * len(values) // count, (at + 1) * len(values) // count
+        finite = [value for value in values[first:last] if math.isfinite(value)]
+        mean = math.fsum(finite) / len(finite) if finite else math.nan
+        points.append((1 + stride * (first + last - 1) / 2, mean))
+    return points
+
+
+def _round_numbers(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten between two numbers, about ``most``."""
+    rough = (high - low) / most
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{at * step:.9g}") for at in range(first, last + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten between two numbers, at most eight; and 2 and 5 times them where they would be fewer than 3."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = -(-(last - first) // 7)
+    powers = [10.0**power for power in range(first, last + 1, stride)]
+    inside = [power for power in powers if low <= power <= high]
+    if len(inside) < 3:
+        inside = [times * power for power in powers for times in (1, 2, 5) if low <= times * power <= high]
+    return inside
+
+
+def _label(value: float) -> str:
+    if value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}".replace("-", "−")
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{float(digits):g}×10{str(int(power)).translate(SUPERSCRIPTS)}".replace("-", "−").removeprefix("1×")
+
+
+# --- the map of moves ----------------------------------------------------------------------------------------------
+
+
+def heat(moves: Sequence[SiteMove]) -> tuple[Table, ...]:
+    """One table for the text encoders, one for the denoiser; a row for each layer, resnet or attention.
+
+    Where these would be more than ``ROWS``, a row for each stage. Several tensors of a cell count as one long vector.
+    """
+    level = 0 if len({_part(move.block, 0) for move in moves}) <= ROWS else 1
+    sides = [[move for move in moves if (move.attn == "text") == text] for text in (True, False)]
+    return tuple(_table(side, level) for side in sides if side)
+
+
+def _table(moves: Sequence[SiteMove], level: int) -> Table:
+    groups: dict[str, dict[tuple[str, str], list[SiteMove]]] = {}
+    for move in moves:
+        groups.setdefault(_part(move.block, level), {}).setdefault((move.attn, move.proj), []).append(move)
+    kinds = sorted({(move.attn, move.proj) for move in moves}, key=_column_order)
+    rows = [
+        (part, tuple(_cell(cells[kind]) if kind in cells else None for kind in kinds))
+        for part, cells in sorted(groups.items(), key=lambda item: _network_order(item[0]))
+    ]
+    titles = (f"{attn} {proj}".strip() if attn != "text" else proj or "other" for attn, proj in kinds)
+    return Table(tuple(titles), tuple(rows))
+
+
+def _cell(moves: Sequence[SiteMove]) -> Cell:
+    # hypot of one number is that very number
+    moved, weight = math.hypot(*(move.moved for move in moves)), math.hypot(*(move.size for move in moves))
+    first = max(moves, key=lambda move: move.change)
+    about = f"{first.key} {' × '.join(map(str, first.shape))}, rank {first.rank}"
+    return Cell(relative(moved, weight), about if len(moves) == 1 else f"{len(moves)} tensors; most moved: {about}")
+
+
+def relative(moved: float, size: float) -> float:
+    """Norm of a change over norm of the weight; of a weight that was all zeros infinite, where it changed at all."""
+    return moved / size if size else math.inf if moved else 0.0
+
+
+def _part(block: str, level: int) -> str:
+    """What of a block names its row: up to its second number in the stages of a UNet, up to its first elsewhere; one
+    fewer at ``level`` 1. "down.0.attentions.1.transformer.0.ff" is of "down.0.attentions.1", then of "down.0"."""
+    component, _, path = block.rpartition(" ")
+    parts = path.replace("mid_block", "mid").split(".")
+    wanted = (2 if parts[0] in ("down", "up") else 1) - level
+    numbers = [at for at, part in enumerate(parts) if part.isdigit()][:wanted]
+    return f"{component} {'.'.join(parts[: numbers[-1] + 1 if numbers else 1])}".strip()
+
+
+def _network_order(part: str) -> tuple[str, int, list[int], bool, list[int], bool, str]:
+    component, _, path = part.rpartition(" ")
+    stage = next((at for at, name in enumerate(ORDER) if path.startswith(name)), len(ORDER))
+    numbers = [int(word) for word in path.split(".") if word.isdigit()]
+    # In a stage a resnet goes before the attention of the same number, and what changes the size goes last.
+    return component, stage, numbers[:1], "samplers" in path, numbers[1:], "attentions" in path, path
+
+
+def _column_order(kind: tuple[str, str]) -> tuple[int, int, tuple[str, str]]:
+    attn, proj = kind
+    return (
+        ATTENTIONS.index(attn) if attn in ATTENTIONS else len(ATTENTIONS),
+        PROJECTIONS.index(proj) if proj in PROJECTIONS else len(PROJECTIONS),
+        kind,
+    )

@@ -1,0 +1,53 @@
+"""What the lists and the plan print about passes: when to use one, and why one is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from erasec import registry
+from erasec.cli import output as show
+from erasec.commands import plan
+from erasec.recipe.recipe import from_flags
+
+
+@dataclass(frozen=True)
+class Row:
+    steps: int = 3
+
+    name = "row"
+    summary = "a pass of this test"
+    paper = "arXiv:0"
+    when = ""
+
+
+def test_a_pass_says_when_to_use_it_and_for_which_kinds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uce = registry.load_pass("uce")
+    monkeypatch.setattr(registry, "passes", lambda: {"row": "", "uce": ""})
+    monkeypatch.setattr(registry, "load_pass", lambda name: uce if name == "uce" else Row)
+    show.passes()
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == "row a pass of this test arXiv:0 steps=3"
+    assert lines[2].startswith("uce ") and "rows=tail" in lines[2]
+    assert lines[3] == f"{uce.when}; the default for concepts of kind none, object, person, style"
+    assert len(lines) == 4
+
+
+def test_a_concept_says_which_pass_its_kind_wants(capsys: pytest.CaptureFixture[str]) -> None:
+    show.concepts()
+    words = {line.split()[0]: line.split()[1:3] for line in capsys.readouterr().out.splitlines()}
+    assert words["van-gogh"] == ["style", "uce"] and words["nudity"] == ["safety", registry.DEFAULTS["safety"]]
+
+
+def test_a_plan_says_why_a_pass_is_taken(
+    random_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for asked, said in (((), True), (("rece",), False)):
+        recipe = from_flags(str(random_folder), erase=["church"], passes=asked, device="cpu")
+        show.print_plan(plan.describe(plan.make(recipe, pin=False)))
+        assert ("the default for concepts of kind object\n" in capsys.readouterr().out) is said

@@ -1,0 +1,122 @@
+"""Token ids are those of transformers' CLIPTokenizer, whichever files the tokenizer came in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from erasec.errors import ErasecError
+from erasec.ldm.skeleton import write_tokenizer
+from erasec.model import view as models
+from erasec.runtime import clip_tokenizer as prompts
+
+TEXTS = [
+    "", "a star", "A  Photo\tof\n a DOG's   café 3.14 — don't!! <|endoftext|> x", "日本語 😀 <|startoftext|> hi",
+    "cafe\u0301 <|ENDOFTEXT|> yes", "!!!!! wow! a!b", "very " * 100, "naïve Ünïcode ½ ①² a_b_c  ", "\u0130stanbul ß",
+    "<new> cat <new>dog <NEW>", "portrait of a woman, by greg rutkowski, trending on artstation, 8k --ar 16:9",
+    "A man riding a wave on top of a surfboard.", "((masterpiece:1.2)), [blurry], {neon|lights}",
+]  # fmt: skip
+BEGIN = {"content": "<|startoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+END = BEGIN | {"content": "<|endoftext|>"}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of Stable Diffusion 1: vocab.json and merges.txt."""
+    folder = tmp_path_factory.mktemp("clip")
+    write_tokenizer(folder)
+    return folder
+
+
+def edit(file: Path, **more: Any) -> None:
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(told | more))
+
+
+def plain(folder: Path) -> None:
+    """As it is."""
+
+
+def padded(folder: Path) -> None:
+    """Stable Diffusion 2's, padded with an exclamation mark."""
+    write_tokenizer(folder, pad="!")
+
+
+def saved(folder: Path) -> None:
+    """As transformers 5 saves it: tokenizer.json."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    shutil.rmtree(folder)
+    tokenizer.save_pretrained(folder)
+    assert not (folder / "vocab.json").exists()
+
+
+def old(folder: Path) -> None:
+    """As transformers 4 did for a slow tokenizer: special tokens with options, new ones in a file of their own."""
+    edit(folder / "added_tokens.json", **{"<new>": 49408})
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END}
+    edit(folder / "special_tokens_map.json", **special)
+    edit(folder / "tokenizer_config.json", **{key: {"__type": "AddedToken", **told} for key, told in special.items()})
+
+
+def decoder(folder: Path) -> None:
+    """As transformers 4 did later: all of them in tokenizer_config.json."""
+    mark = BEGIN | {"content": "!", "normalized": False}
+    tokens = {"49406": BEGIN, "49407": END, "0": mark, "49408": BEGIN | {"content": "<new>", "special": False}}
+    told = {number: {"special": True, **token} for number, token in tokens.items()}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=told, pad_token="!")
+
+
+@pytest.mark.parametrize("change", [plain, padded, saved, old, decoder])
+def test_ids_are_those_of_transformers(clip: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(clip, folder)
+    change(folder)
+    theirs = CLIPTokenizer.from_pretrained(folder)(
+        TEXTS, padding="max_length", max_length=77, truncation=True
+    ).input_ids
+    ours = prompts.read(folder, 77)
+    np.testing.assert_array_equal(ours.ids(TEXTS), np.array(theirs))
+    assert ours.ids([]).size == 0
+    assert ours.knows("dog</w>") and ours.knows("<new>") is (change in (saved, old, decoder))
+
+
+def test_ids_of_glyphs_and_of_less_room() -> None:
+    folder = models.bundled("glyphs") / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    for positions, length in ((77, 77), (16, 16), (512, 77)):
+        theirs = tokenizer(TEXTS, padding="max_length", max_length=length, truncation=True).input_ids
+        np.testing.assert_array_equal(prompts.read(folder, positions).ids(TEXTS), np.array(theirs))
+
+
+def test_another_vocabulary_gives_other_ids(clip: Path) -> None:
+    ours, glyphs = prompts.read(clip, 77), prompts.read(models.bundled("glyphs") / "tokenizer", 77)
+    assert not np.array_equal(ours.ids(["a star"]), glyphs.ids(["a star"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "vocab.json").unlink(), "there is no vocab.json"),
+        (lambda folder: (folder / "merges.txt").unlink(), "there is no merges.txt"),
+        (lambda folder: (folder / "vocab.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}}"), "cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'), "'merges'"),
+        (lambda folder: edit(folder / "tokenizer_config.json", tokenizer_class="T5Tokenizer"), "is a T5Tokenizer"),
+        (lambda folder: edit(folder / "added_tokens.json", **{"<new>": 49410}), "would not be 49410"),
+    ],
+)
+def test_what_cannot_be_read_is_told(clip: Path, tmp_path: Path, change: Callable[[Path], Any], words: str) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(clip, folder)
+    change(folder)
+    with pytest.raises(ErasecError) as told:
+        prompts.read(folder, 77)
+    assert words in str(told.value) and str(folder) in str(told.value)
