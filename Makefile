@@ -1,11 +1,11 @@
-# Two commands for newcomers, each alone on a fresh clone with Python 3.11 or newer:
-#   make demo    install into .venv, build glyphs without stars, say where the report is
+# Two commands to start with; each works on a fresh clone with Python 3.11 or newer:
+#   make demo    install into .venv, build glyphs without stars, print where the report is
 #   make test    install into .venv, run the tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Threads that spin while they wait slow small models down.
+# Waiting threads sleep instead of spinning: spinning slows small models down.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

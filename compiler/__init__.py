@@ -1,7 +1,7 @@
 """erasec: a model-editing compiler for text-to-image diffusion checkpoints.
 
-``commands.plan`` and ``commands.build`` run a recipe; ``pipeline`` opens what was built; the other names are what
-passes and targets are written with. They are imported when first used, so that the command line starts at once.
+``commands.plan`` and ``commands.build`` run a recipe, and ``pipeline`` opens a built folder. The other names are for
+authors of passes and targets. Each name is imported when it is first used, so that the command line starts fast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from erasec.attention.processors import pipeline
+    from erasec.attention.pipeline import pipeline
     from erasec.base import Context, Pass, Target
     from erasec.model.edit import Dense, Edit, LowRank
     from erasec.model.view import Model
@@ -29,7 +29,7 @@ _HOMES = {
     "Pass": "base",
     "Recipe": "recipe.recipe",
     "Target": "base",
-    "pipeline": "attention.processors",
+    "pipeline": "attention.pipeline",
 }
 
 

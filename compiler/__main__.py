@@ -1,4 +1,4 @@
-"""``python -m erasec``: the program, where its script is not on the path."""
+"""``python -m erasec`` runs the command line, for use where the script ``erasec`` is not on the path."""
 
 from erasec.cli.app import main
 

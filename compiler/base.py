@@ -1,64 +1,50 @@
-"""What people extend: a Pass computes an edit, a Target writes an artifact; both are frozen dataclasses of options."""
+"""The classes that people extend (Pass, Target, EditTarget, Judge, Runtime) and the data that they take and return.
+
+The options of a pass or target are its fields; ``erasec.options`` has the decorator that declares and checks them.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
-from erasec.checkpoint.safetensors import FLOATS, read_tensor
-from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from erasec.checkpoint.folder import Folder
-    from erasec.checkpoint.safetensors import Entry
     from erasec.family import Site
     from erasec.model.edit import Edit
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
+    from erasec.runtime.backends import Components
 
-
-T = TypeVar("T")
-NAME_BYTES = 120
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint is a variant of: the digest of each of its ``components``, and by "component/key" the digest of
-    each of its ``tensors`` that is another one in the variant."""
-
-    components: Mapping[str, str]
-    tensors: Mapping[str, str]
-
-    def of(self, component: str) -> tuple[str, ...]:
-        """The keys of the component's tensors that are others in the variant."""
-        return tuple(key.split("/", 1)[1] for key in self.tensors if key.startswith(f"{component}/"))
+    Images = NDArray[np.uint8]  # (n, height, width, 3)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how a build runs: torch device name, and the seed of everything that draws numbers.
-
-    ``work`` is a folder where long training keeps what it resumes from; None where nothing is to be kept. ``origin`` is
-    what the checkpoint that targets write is a variant of, None where that is not told.
-    """
+    """How a build runs: the device, as torch names it, and the seed of every random draw."""
 
     device: str = "cpu"
     seed: int = 0
-    work: Path | None = None
-    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. ``limit`` is None where the value is told and not judged; ``how`` says how it was
-    measured: judge and digest, prompts, seeds, steps, scheduler, or shapes and tolerances."""
+    """One line of the report.
+
+    ``how`` says how the value was measured: the judge and its digest, prompts, seeds, steps and scheduler; or shapes
+    and tolerances. A ``limit`` of None means that the value is reported, not enforced.
+    """
 
     name: str
     value: float
@@ -66,24 +52,43 @@ class Check:
     passed: bool
     how: str
 
+    @classmethod
+    def at_most(cls, name: str, value: float, limit: float | None, how: str) -> Check:
+        """A check that passes if ``value`` is at most ``limit``, or if ``limit`` is None."""
+        return cls(name, value, limit, limit is None or value <= limit, how)
+
+    @classmethod
+    def count(cls, name: str, faults: Collection[str], how: str) -> Check:
+        """A check that passes if there are no ``faults``. Its value is their number, and ``how`` names the first."""
+        first = f"; the first is {next(iter(faults))}" if faults else ""
+        return cls(name, float(len(faults)), 0.0, not faults, how + first)
+
+    @property
+    def outcome(self) -> str:
+        """One of "failed", "passed" and "reported"; "reported" is a check without a limit."""
+        return "failed" if not self.passed else "reported" if self.limit is None else "passed"
+
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a target wrote: its folder, and the checks that it made on what it wrote."""
+    """What a target wrote: the name of the target, its folder, and the checks of the files in it.
+
+    ``precision`` is "fp32", "fp16" or "int8", that of the coarsest weights. It sets the tolerances with which the
+    pictures of the artifact are compared with torch's.
+    """
 
     target: str
     path: Path
     checks: tuple[Check, ...] = ()
+    precision: str = "fp32"
 
 
 class Pass(ABC):
-    """Computes an edit, writes nothing. Subclass as a frozen dataclass whose fields, with defaults, are its options.
+    """Computes an edit and writes nothing. Decorate a subclass with ``erasec.options.options``.
 
-    ``leaves`` says what its edits may carry beside changes of weights, of "memory", "tokens" and "negative": what only
-    some targets can hold.
-
-    ``limits`` is one honest sentence about what it does not do, which stands beside it in every report; ``when`` says
-    when to use it, for ``erasec list passes``.
+    ``leaves`` names what the edits carry in addition to changes of weights: any of "memory", "tokens" and "negative".
+    Only some targets can hold these. ``limits`` is one sentence about what the pass does not do; every report shows it.
+    ``when`` says when to use the pass, for ``erasec list passes``. ``renamed`` maps old option names to current ones.
     """
 
     name: ClassVar[str]
@@ -93,17 +98,19 @@ class Pass(ABC):
     limits: ClassVar[str] = ""
     when: ClassVar[str] = ""
     leaves: ClassVar[frozenset[str]] = frozenset()
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def sites(self, model: Model) -> tuple[Site, ...]:
-        """The sites it would edit, for ``erasec plan``; no tensor is read."""
+        """The sites that the pass edits. ``erasec plan`` calls this, so it must not read tensors."""
 
     @abstractmethod
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
-        """The edit that erases ``concept`` from ``model``, earlier edits included. Raises ErasecError."""
+        """The edit that erases ``concept`` from ``model``, which includes the edits before it. Raises ErasecError."""
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
-        """The edits that erase several concepts; by default one after the other, each on top of those before it."""
+        """The edits that erase several concepts. By default ``solve`` runs once for each concept, on the model that
+        includes the edits before it."""
         for concept in concepts:
             edit = self.solve(model, concept, context)
             model = model.with_edit(edit)
@@ -111,92 +118,135 @@ class Pass(ABC):
 
 
 class Output(ABC):
-    """What Target and EditTarget have in common: one format that a build writes, with fields that are its options.
+    """One output format of a build; the base of Target and EditTarget. Its fields are its options.
 
-    ``holds`` says what the format can hold beside weights, of "memory", "tokens" and "negative".
+    ``holds`` names what the format can hold in addition to weights: any of "memory", "tokens" and "negative".
+    ``renamed`` maps old option names to current ones.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     holds: ClassVar[frozenset[str]] = frozenset()
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     def check(self) -> None:
-        """Raise MissingTool where a library that it needs is not there; by default it needs none."""
+        """Raise MissingTool if a library that the target needs is not installed. By default it needs none."""
         return
 
     def accept(self, sites: Sequence[Site]) -> None:
-        """Raise ErasecError where it cannot hold a change of one of these sites; by default it can hold any."""
+        """Raise ErasecError if the format cannot hold a change of one of these sites. By default it can hold any."""
         return
 
     def size(self, model: Model) -> int:
-        """About how many bytes it will write; by default all weights in float32."""
+        """An estimate of the bytes that the target writes. By default the size of all weights in float32."""
         components = (model.source.entries(component) for component in model.family.components)
         return 4 * sum(prod(entry.shape) for entries in components for entry in entries.values())
 
 
 class Target(Output):
-    """Writes a merged checkpoint in one format. It never learns that anything was erased."""
+    """Writes a merged checkpoint in one format. A target does not know which concepts were erased."""
 
     @abstractmethod
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Write ``checkpoint`` below ``out`` (a folder of its own) and check what was written."""
+        """Write ``checkpoint`` into ``out``, an existing folder that belongs to this target, and check the result."""
 
 
 class EditTarget(Output):
-    """Writes what was changed, and nothing else of the model."""
+    """Writes only the edits, not the rest of the model."""
 
     @abstractmethod
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
-        """Write the edits of ``model`` below ``out`` (a folder of its own) and check what was written."""
+        """Write the edits of ``model`` into ``out``, an existing folder that belongs to this target, and check it."""
 
 
-def require(what: str, modules: Sequence[str], extra: str) -> None:
-    """Raise MissingTool where one of the ``modules`` is not installed, with the extra of erasec that brings them."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise MissingTool(f"{what} needs {' and '.join(missing)}", why="not installed",
-                          fix=f'pip install "erasec[{extra}]"')  # fmt: skip
+@dataclass(frozen=True)
+class Question:
+    """A picture to generate, and the label to look for in it.
 
-
-def finite(name: str, entries: Mapping[str, Entry]) -> Check:
-    """Count the floating tensors on disk that hold a NaN or an infinity; one is read at a time."""
-    floats = {key: entry for key, entry in entries.items() if entry.dtype in FLOATS}
-    bad = [key for key, entry in floats.items() if not bool(read_tensor(entry).isfinite().all())]
-    how = f"tensors with a NaN or an infinity; all {len(floats)} floating tensors read from disk"
-    if bad:
-        how += f"; the first is {bad[0]}"
-    return Check(name, float(len(bad)), 0.0, not bad, how)
-
-
-def file_name(words: Iterable[str]) -> str:
-    """The words as one name of a file or folder, of at most 120 bytes: letters, digits, "_", "." and "-" alone.
-
-    It neither leaves its folder nor is hidden; empty where the words have no letter or digit.
+    ``group`` is "name", "synonym", "implicit" or "keep". ``colour`` is the colour that the prompt names, "" if it names
+    none.
     """
-    name = "-".join(filter(None, (re.sub(r"[^\w.]+", "-", word).strip("-.") for word in words)))
-    return name.encode()[:NAME_BYTES].decode(errors="ignore").rstrip("-.")
+
+    group: str
+    prompt: str
+    seed: int
+    looked_for: str
+    colour: str = ""
 
 
-def with_options(kind: type[T], options: Mapping[str, object], label: str) -> T:
-    """An instance of a pass or target with ``options``; unknown names and wrong types are errors in words."""
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    if bare := [name for name, field in known.items() if field.default is MISSING]:
+class Judge(ABC):
+    """Decides what pictures show. It chooses the prompts that test a concept, and finds labels in pictures."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def for_model(cls, model: Model, tuning: bool = False) -> Judge | None:
+        """The judge for pictures of ``model``; None if it cannot judge them.
+
+        With ``tuning``, a second judge, for passes that need one while they train: it must differ from the judge that
+        decides the checks of a build. None if there is no second judge.
+        """
+
+    @property
+    def title(self) -> str:
+        """The name of the judge in checks."""
+        return self.name
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 of everything that decides the answers, such as the weights. Every check of the judge shows it."""
+
+    @abstractmethod
+    def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
+        """The questions for one concept, ``images`` for each group. If the judge has no label for the concept, only
+        questions of the group "keep", or none."""
+
+    @abstractmethod
+    def sees(self, images: Images, labels: Sequence[str]) -> NDArray[np.bool_]:
+        """Whether each of ``images`` (n, height, width, 3) shows the label at its index, (n,)."""
+
+    @abstractmethod
+    def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
+        """Cosine similarity of each image and its prompt, as in CLIP score (Hessel et al., 2021), (n,)."""
+
+    def boxes(self, images: Images, label: str) -> NDArray[np.int64]:
+        """Boxes around the label in each image, (n, 4): left, top, right, bottom in pixels, the last two exclusive.
+
+        By default raises ErasecError: only some judges can locate a label.
+        """
         raise ErasecError(
-            f"{label}: the option {bare[0]} has no default", why="each field of a pass or target needs one"
+            f"the judge {self.name} cannot locate a label in a picture",
+            why="the pass needs boxes around the concept",
+            fix="give the pass pictures with boxes, or use another judge",
         )
-    values: dict[str, object] = {}
-    for name, value in options.items():
-        if name not in known:
-            hint = nearest(name, known) if known else "it has no options"
-            raise ErasecError(f"{label} has no option {name!r}", why=hint)
-        default = known[name].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(default, str) and isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)  # as in batch=2, which a command line reads as a number
-        if type(value) is not type(default):
-            raise ErasecError(
-                f"{label}: option {name} is {value!r}",
-                why=f"it takes a {type(default).__name__}, by default {default!r}",
-            )
-        values[name] = value
-    return kind(**values)
+
+
+class Runtime(ABC):
+    """Runs the components of a built folder: ONNX Runtime, for example.
+
+    ``folders`` are the names of the targets whose folders it runs. ``extra`` is the extra of the package erasec that
+    installs the library, "" if erasec always installs it. A ``portable`` runtime can run a folder on the machine that
+    built it, whatever its hardware; a build then checks the pictures that the runtime generates.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str] = ""
+    portable: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def runs(cls, folder: Path) -> bool:
+        """Whether this runtime can run the components in ``folder``. Reads no weights."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, threads: int | None) -> Components:
+        """The components of ``folder``; each is loaded when it is first opened.
+
+        A ``threads`` of None leaves the number of threads to the library.
+        """

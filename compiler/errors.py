@@ -1,17 +1,22 @@
-"""The one exception that users see: what went wrong, why, and what to do about it."""
+"""The exceptions that users see: what failed, why, and what to do about it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib.util
+from collections.abc import Iterable, Sequence
 
+# Exit codes of the command line.
 BAD_INPUT = 2
 CHECK_FAILED = 3
 TOOL_MISSING = 4
 
 
 class ErasecError(Exception):
-    """A failure that a person can act on; printed without a traceback."""
+    """A failure that a user can act on. The command line prints it without a traceback.
+
+    ``what`` states the failure, ``why`` its cause, ``fix`` what to do, and ``where`` the file or class at fault.
+    """
 
     exit_code = BAD_INPUT
 
@@ -31,13 +36,24 @@ class CheckFailed(ErasecError):
 
 
 class MissingTool(ErasecError):
-    """An optional package or program that the request needs is not there."""
+    """An optional package or program that a command needs is not installed."""
 
     exit_code = TOOL_MISSING
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """A half sentence that suggests the nearest of ``options``, or lists them."""
+    """A half sentence that suggests the name in ``options`` closest to ``name``, or lists all of them."""
     options = sorted(options)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(options)}"
+    matches = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"did you mean {matches[0]!r}?" if matches else f"there are: {', '.join(options)}"
+
+
+def require_modules(what: str, modules: Sequence[str], extra: str) -> None:
+    """Raise MissingTool if one of the ``modules`` is not installed. ``extra`` is the extra of erasec that installs it.
+
+    ``what`` is what needs them, as the subject of the error.
+    """
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise MissingTool(
+            f"{what} needs {' and '.join(missing)}", why="not installed", fix=f'pip install "erasec[{extra}]"'
+        )

@@ -1,22 +1,37 @@
-"""Model families as tables, and how to tell a family from the shapes of a checkpoint's tensors."""
+"""Model families: data files in ``families/``, and the detection of a family from the tensors of a checkpoint.
+
+A family is one TOML file. It lists the components that hold weights, the text states that the denoiser reads, the names
+of its attention modules, the layouts of its single files and configs, and whether it can be trained and exported. A
+file may extend another one: it then inherits every key that it does not set, and in a table every key of the table.
+"""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from erasec.errors import ErasecError
 
 Shape = tuple[int, ...]
+FOLDER = Path(str(resources.files("erasec"))) / "families"
+# Keys that a family file does not inherit, because they identify one family.
+OWN = ("name", "title", "hub", "detect")
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One tensor that a pass may edit; of a matrix, ``shape`` is (d_out, d_in).
+    """One tensor that a pass may edit. The ``shape`` of a matrix is (d_out, d_in).
 
-    ``attn`` says what an attention projection attends to ("self", "cross", "joint", "context"), "text" marks the text
-    encoders' tensors and "other" everything else; ``proj`` is what it makes of it, "" where it is no projection.
+    ``attn`` is what an attention projection attends to: "self", "cross", "joint" or "context". Tensors of text encoders
+    have "text" there, and all others "other". ``proj`` is what the projection computes ("q", "k", "v", "out", "embed"),
+    or "" for a tensor that is no projection.
     """
 
     component: str
@@ -28,16 +43,18 @@ class Site:
 
     @property
     def label(self) -> str:
+        """The name of the site in reports, such as "down.1.attentions.0 cross k"."""
         return f"{self.block} {self.attn} {self.proj}"
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Part:
-    """Rows of text states, one a token: the states of some encoders side by side in one vector.
+    """Rows of text states, one per token. A row is the concatenation of the states of ``encoders``.
 
-    ``state`` is the last hidden state, normed; the penultimate, as it is; or the pooled one, a single row for a prompt.
-    ``length`` is the number of tokens, 0 for as many as the tokenizer says. Where ``padded``, rows that are narrower
-    than the sites that read them end in zeros.
+    ``state`` selects the last hidden state after the final norm, the penultimate hidden state without it, or the pooled
+    state, which is one row per prompt. ``length`` is the number of tokens; 0 means the tokenizer's maximum. If
+    ``padded``, rows that are narrower than the sites that read them are padded with zeros.
     """
 
     encoders: tuple[str, ...]
@@ -46,9 +63,13 @@ class Part:
     padded: bool = False
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Stream:
-    """Text states that some sites of the denoiser read: the rows of its parts, one part after another."""
+    """Text states that certain sites of the denoiser read: the rows of ``parts``, concatenated along the tokens.
+
+    The sites are those with this ``attn`` and one of these ``projections``.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -56,28 +77,173 @@ class Stream:
     projections: tuple[str, ...]
 
 
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class Rule:
+    """Conditions on the names and shapes of tensors. All of them must hold.
+
+    For each entry of ``dimensions``, some tensor of that name has that number of dimensions. For each name in
+    ``present`` there is a tensor, and for each in ``absent`` there is none. A "*" in a name matches any text.
+    """
+
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def fits(self, tensors: Mapping[str, Shape]) -> bool:
+        """Whether the rule holds for these tensors, shapes by tensor name."""
+        dimensions = all(
+            any(len(tensors[key]) == count for key in _matching(tensors, name))
+            for name, count in self.dimensions.items()
+        )
+        present = all(_matching(tensors, name) for name in self.present)
+        return dimensions and present and not any(_matching(tensors, name) for name in self.absent)
+
+
+def _matching(tensors: Mapping[str, Shape], name: str) -> list[str]:
+    if "*" not in name:
+        return [name] if name in tensors else []
+    return [key for key in tensors if fnmatchcase(key, name)]
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class SingleFileLayout:
+    """How a single file in the original layout (LDM) stores a model of the family.
+
+    ``prefixes`` maps components to the prefixes of their tensor names. ``architecture`` maps prediction types to the
+    ModelSpec architecture. ``openclip`` lists the text encoders that use OpenCLIP's layout; if ``drops_last_layer``,
+    diffusers folders do not contain the last layer of such an encoder. If ``size_embedding``, the UNet also embeds
+    image sizes. A file whose ``global_step`` equals ``epsilon_global_step`` predicts epsilon. ``v_prediction_mark`` and
+    ``zero_snr_mark`` are the names of empty tensors that mark v-prediction and a zero terminal SNR.
+    """
+
+    prefixes: Mapping[str, str]
+    architecture: Mapping[str, str]
+    detect: Rule
+    openclip: tuple[str, ...] = ()
+    drops_last_layer: bool = False
+    size_embedding: bool = False
+    epsilon_global_step: int = 0
+    v_prediction_mark: str = ""
+    zero_snr_mark: str = ""
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class TextSizes:
+    """Sizes of a CLIP text encoder. ``projection`` is the width of its projection layer, 0 without one."""
+
+    width: int
+    layers: int
+    mlp: int
+    projection: int = 0
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes in which models of one family differ.
+
+    ``widths`` are the UNet's channels per level. ``depths`` are its transformer blocks per level, 0 for a level without
+    attention. ``added`` is the width of SDXL's additional embedding (pooled text and image sizes). ``vae`` are the
+    VAE's channels per level, ``inputs`` the UNet's input channels, ``latents`` the channels of a latent image.
+    ``layers`` and ``vae_layers`` are the resnets per level.
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    texts: tuple[TextSizes, ...]
+    vae: tuple[int, ...]
+    added: int = 0
+    inputs: int = 4
+    latents: int = 4
+    layers: int = 2
+    vae_layers: int = 2
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class EpsilonConfigs:
+    """Config values of a model that predicts epsilon, in a family whose models usually predict v."""
+
+    image_size: int
+    scheduler: Mapping[str, Any]
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class ConfigLayout:
+    """Config values of a family that cannot be read from tensors. Folders made from a single file need them.
+
+    ``activations`` and ``pad_tokens`` have one entry per text encoder. ``head_channels`` is the number of channels per
+    attention head; 0 means 8 heads at every level. ``projected`` lists the text encoders with a projection layer; the
+    others state ``projection_dim`` in their configs, or their own width where it is 0. If ``older_names``, the
+    published folders use the VAE's older attention names. ``model_index``, ``unet`` and ``vae`` are additional entries
+    of these config files. ``sizes`` are "full", the published model, and "tiny", a small one for tests.
+    """
+
+    pipeline: str
+    image_size: int
+    scaling_factor: float
+    activations: tuple[str, ...]
+    pad_tokens: tuple[str, ...]
+    scheduler: Mapping[str, Any]
+    sizes: Mapping[str, Sizes]
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    epsilon: EpsilonConfigs | None = None
+    head_channels: int = 0
+    projected: tuple[str, ...] = ()
+    projection_dim: int = 0
+    older_names: bool = False
+    model_index: Mapping[str, Any] = field(default_factory=dict)
+    unet: Mapping[str, Any] = field(default_factory=dict)
+    vae: Mapping[str, Any] = field(default_factory=dict)
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Family:
-    """A layout: which components hold weights, and what text states the denoiser reads where.
+    """One family of models: its components, the text states that its denoiser reads, and its layouts.
 
-    A folder may do without the components in ``optional``; the rows that they make are then left out.
+    ``components`` hold the weights. A folder may lack those in ``optional``; the text states then omit their rows.
+    ``denoiser`` is the component that predicts, ``denoiser_class`` its class in diffusers. ``attentions`` maps an
+    attention module to its matrices, and each matrix to (what it attends to, what it computes). ``embeddings`` maps
+    further matrices that read text to what they embed. If ``trainable``, learned passes and memories can run the
+    denoiser. ``graphs`` are the ONNX graphs that can be exported. ``hub`` maps aliases to repositories. ``lora`` is the
+    metadata of LoRA files.
     """
 
     name: str
+    title: str
     components: tuple[str, ...]
     streams: tuple[Stream, ...]
-    denoiser: str = "unet"
+    detect: Rule
+    denoiser: str
+    denoiser_class: str
+    attentions: Mapping[str, Mapping[str, tuple[str, str]]]
+    embeddings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
+    trainable: bool = False
+    graphs: tuple[str, ...] = ()
+    hub: Mapping[str, str] = field(default_factory=dict)
+    single_file: SingleFileLayout | None = None
+    configs: ConfigLayout | None = None
+    lora: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
+        """The text encoders that the denoiser reads, sorted."""
         parts = (part for stream in self.streams for part in stream.parts)
         return tuple(sorted({name for part in parts for name in part.encoders}))
 
     def without(self, component: str) -> Family:
-        """The family of a folder that has no such component, which must be an optional one."""
+        """The family without a component. Raises ErasecError if the component is not optional."""
         if component not in self.optional:
-            raise ErasecError(f"{self.name} cannot do without {component}", why=f"optional: {self.optional or 'none'}")
+            raise ErasecError(
+                f"{self.name} cannot do without {component}",
+                why=f"optional components of {self.name}: {', '.join(self.optional) or 'none'}",
+            )
         streams = tuple(
             replace(stream, parts=tuple(part for part in stream.parts if component not in part.encoders))
             for stream in self.streams
@@ -85,112 +251,136 @@ class Family:
         return replace(self, components=tuple(name for name in self.components if name != component), streams=streams)
 
 
-# By denoiser: the modules of attention and, of each, the matrices, with what they attend to and what they make of it.
-# The second attention of a Stable Diffusion 3.5 block is one of the image with itself, whatever its name.
-SELF = {"to_q": ("self", "q"), "to_k": ("self", "k"), "to_v": ("self", "v"), "to_out": ("self", "out")}
-CROSS = {"to_q": ("cross", "q"), "to_k": ("cross", "k"), "to_v": ("cross", "v"), "to_out": ("cross", "out")}
-JOINT = {"to_q": ("joint", "q"), "to_k": ("joint", "k"), "to_v": ("joint", "v"), "to_out": ("joint", "out"),
-         "add_q_proj": ("context", "q"), "add_k_proj": ("context", "k"), "add_v_proj": ("context", "v"),
-         "to_add_out": ("context", "out")}  # fmt: skip
-ATTENTIONS = {"unet": {"attn1": SELF, "attn2": CROSS}, "transformer": {"attn": JOINT, "attn2": SELF}}
-# Of a CLIP text encoder, by module.
-TEXT = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "fc1": "mlp", "fc2": "mlp"}
-# The matrices through which all text enters a transformer, with what they embed.
-CONTEXT, POOLED = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
-EMBEDDINGS = {CONTEXT: "context", POOLED: "pooled"}
+def read_families(folder: Path = FOLDER) -> dict[str, Family]:
+    """Read a folder of family files. Returns the families by name.
 
-PAIR = ONE, TWO = "text_encoder", "text_encoder_2"
-THREE = "text_encoder_3"
-KV, EMBED = ("k", "v"), ("embed",)
-# What the keys and values of text (add_k_proj, add_v_proj) read in sd3 and flux depends on the timestep, the image and
-# the blocks before, so no fixed map of text states can be put into them. It can be put before them, into
-# context_embedder, through which all of them read; and into the projection of the pooled state, which sets every norm.
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        # The text encoder of SD 2's folder ends one layer early, so its last state is the penultimate of OpenCLIP.
-        Family("sd1", (ONE, "unet", "vae"), (Stream("context", (Part((ONE,)),), "cross", KV),)),
-        Family("sd2", (ONE, "unet", "vae"), (Stream("context", (Part((ONE,)),), "cross", KV),)),
-        Family("sdxl", (*PAIR, "unet", "vae"), (Stream("context", (Part(PAIR, "penultimate"),), "cross", KV),)),
-        # CLIP's rows first, both encoders side by side; then T5's.
-        Family("sd3", (*PAIR, THREE, "transformer", "vae"), (
-            Stream("context", (Part(PAIR, "penultimate", padded=True), Part((THREE,), length=256)), "context", EMBED),
-            Stream("pooled", (Part(PAIR, "pooled"),), "pooled", EMBED),
-        ), "transformer", (THREE,)),
-        Family("flux", (*PAIR, "transformer", "vae"), (
-            Stream("context", (Part((TWO,), length=512),), "context", EMBED),
-            Stream("pooled", (Part((ONE,), "pooled"),), "pooled", EMBED),
-        ), "transformer"),
-    )
-}  # fmt: skip
+    Raises ErasecError that names the file and the key at fault.
+    """
+    contents = {}
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            contents[path.stem] = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ErasecError(f"{path.name} is not TOML", why=str(error), where=str(path)) from error
+    adapter = TypeAdapter(Family)
+    families = {}
+    for stem in contents:
+        try:
+            family = adapter.validate_python(_extended(stem, contents, ()))
+        except (ValidationError, ErasecError) as error:
+            why = _validation_fault(error) if isinstance(error, ValidationError) else f"{error.what}: {error.why}"
+            raise ErasecError(f"{stem}.toml does not describe a family", why=why, where=str(folder)) from error
+        if family.name in families:
+            raise ErasecError(
+                f"{stem}.toml describes the family {family.name}, which another file describes too",
+                why=f"two families are named {family.name}",
+                fix=f'give one of them another name, as in   name = "{stem}"',
+                where=str(folder),
+            )
+        families[family.name] = family
+    return families
+
+
+def _validation_fault(error: ValidationError) -> str:
+    """One fault of a family file, with its key. An unknown key comes first: it may be a missing one, misspelled."""
+    faults = sorted(error.errors(), key=lambda fault: fault["type"] != "unexpected_keyword_argument")
+    key = ".".join(map(str, faults[0]["loc"]))
+    if faults[0]["type"] == "unexpected_keyword_argument":
+        return f"there is no key {key}"
+    return f"{key}: {faults[0]['msg']}"
+
+
+def _extended(stem: str, contents: Mapping[str, dict[str, Any]], seen: tuple[str, ...]) -> dict[str, Any]:
+    """The content of a family file together with what it inherits. ``seen`` are the files that extend this one."""
+    content = dict(contents[stem])
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if parent not in contents or parent in (*seen, stem):
+        raise ErasecError(
+            f"{stem}.toml extends {parent!r}", why="there is no such file, or the files extend each other"
+        )
+    inherited = _extended(parent, contents, (*seen, stem))
+    for key, value in inherited.items():
+        if key in OWN:
+            continue
+        own = content.get(key)
+        if isinstance(value, dict) and isinstance(own, dict):
+            content[key] = {**value, **own}
+        elif own is None:
+            content[key] = value
+    return content
+
+
+FAMILIES = read_families()
+HUB = {alias: repository for family in FAMILIES.values() for alias, repository in family.hub.items()}
+
+# What the matrices of a CLIP text encoder compute, by module.
+CLIP_PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "fc1": "mlp", "fc2": "mlp"}
 
 
 def detect(denoiser: Mapping[str, Shape]) -> Family:
-    """Tell the family from the denoiser's tensors.
+    """Detect the family from the denoiser's tensors, shapes by tensor name.
 
-    Of UNets with cross-attention, SDXL embeds sizes, SD 2 projects linearly, SD 1 by convolution. Of transformers with
-    joint attention and a pooled text state, Flux has single blocks, SD 3 cuts the latents into patches by convolution.
-    Raises ErasecError for anything else: a guess here would edit the wrong matrices.
+    Raises ErasecError if no family's rule fits, or more than one: with a guess, the wrong matrices would be edited.
     """
-    entry = next((shape for key, shape in denoiser.items() if key.endswith("attentions.0.proj_in.weight")), None)
-    has_context = any(key.endswith("attn2.to_k.weight") for key in denoiser)
-    if entry is not None and has_context and "conv_in.weight" in denoiser:
-        if "add_embedding.linear_1.weight" in denoiser:
-            return FAMILIES["sdxl"]
-        return FAMILIES["sd1" if len(entry) == 4 else "sd2"]
-    # A ControlNet has all of these but the last.
-    joint = (CONTEXT, POOLED, "transformer_blocks.0.attn.add_k_proj.weight", "proj_out.weight")
-    if all(len(denoiser.get(key, ())) == 2 for key in joint):
-        single = any(key.startswith("single_transformer_blocks.") for key in denoiser)
-        if single and len(denoiser.get("x_embedder.weight", ())) == 2:
-            return FAMILIES["flux"]
-        if not single and len(denoiser.get("pos_embed.proj.weight", ())) == 4:
-            return FAMILIES["sd3"]
-    seen = ", ".join(f"{key} {shape}" for key, shape in sorted(denoiser.items())[:3])
+    fitting = [family for family in FAMILIES.values() if family.detect.fits(denoiser)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = " and ".join(family.name for family in fitting)
+        raise ErasecError(
+            f"this denoiser fits {names}",
+            why="the [detect] rules of these families do not exclude each other",
+            fix="make the [detect] table in one of their files stricter",
+        )
+    first = ", ".join(f"{key} {shape}" for key, shape in sorted(denoiser.items())[:3])
     raise ErasecError(
         "this denoiser belongs to no family that erasec knows",
-        why=f"it has {len(denoiser)} tensors ({seen}, ...); known: {', '.join(FAMILIES)}",
-        fix="a family is one row in compiler/family.py and a rule in detect(); there is no switch to go on regardless",
+        why=f"it has {len(denoiser)} tensors ({first}, ...); known: {', '.join(FAMILIES)}",
+        fix="use a model of a known family, or add a file for its family to compiler/families",
     )
 
 
-def parameters(component: str, tensors: Mapping[str, Shape], denoiser: str) -> tuple[Site, ...]:
-    """Every tensor of a component as a Site, biases and convolutions too, in the order of their keys.
+def parameters(family: Family, component: str, tensors: Mapping[str, Shape]) -> tuple[Site, ...]:
+    """Every tensor of a component as a Site, including biases and convolutions, in the order of their names.
 
-    Those that ``sites`` finds in the denoiser are the very same; a bias has the attention and projection of its matrix.
+    Of the denoiser, that includes the sites that ``sites`` returns. A bias has its matrix's ``attn`` and ``proj``.
     """
-    known = {site.key: site for site in sites(component, tensors)} if component == denoiser else {}
-    found = []
+    denoiser = component == family.denoiser
+    projections = {site.key: site for site in sites(family, tensors)} if denoiser else {}
+    result = []
     for key, shape in sorted(tensors.items()):
-        matrix = known.get(key.removesuffix(".bias") + ".weight") if key.endswith(".bias") else None
-        if key in known:
-            found.append(known[key])
+        matrix = projections.get(key.removesuffix(".bias") + ".weight") if key.endswith(".bias") else None
+        if key in projections:
+            result.append(projections[key])
         elif matrix is not None:
-            found.append(replace(matrix, key=key, shape=shape))
+            result.append(replace(matrix, key=key, shape=shape))
         else:
             parts = key.removeprefix("text_model.").split(".")
             block = ".".join(parts[:-2]).replace("_blocks", "") or parts[0]
-            found.append(
+            result.append(
                 Site(component, key, shape, "other", "", block)
-                if component == denoiser
-                else Site(component, key, shape, "text", TEXT.get(parts[-2], ""), f"{component} {block}")
+                if denoiser
+                else Site(component, key, shape, "text", CLIP_PROJECTIONS.get(parts[-2], ""), f"{component} {block}")
             )
-    return tuple(found)
+    return tuple(result)
 
 
-def sites(component: str, tensors: Mapping[str, Shape]) -> tuple[Site, ...]:
-    """Every attention projection and text embedding of a denoiser, in the order of their keys."""
-    found = []
-    attentions = ATTENTIONS[component]
+def sites(family: Family, tensors: Mapping[str, Shape]) -> tuple[Site, ...]:
+    """Every attention projection and text embedding of a family's denoiser, in the order of their names."""
+    component = family.denoiser
+    result = []
     for key, shape in sorted(tensors.items()):
         if len(shape) != 2 or not key.endswith(".weight"):
             continue
         parts = key.split(".")
-        module = next((part for part in parts if part in attentions), "")
-        proj = next((part for part in parts if part in attentions.get(module, ())), "")
-        if key in EMBEDDINGS:
-            found.append(Site(component, key, shape, EMBEDDINGS[key], "embed", key.removesuffix(".weight")))
-        elif proj:
+        module = next((part for part in parts if part in family.attentions), "")
+        matrices = family.attentions.get(module, {})
+        matrix = next((part for part in parts if part in matrices), "")
+        if key in family.embeddings:
+            result.append(Site(component, key, shape, family.embeddings[key], "embed", key.removesuffix(".weight")))
+        elif matrix:
             block = ".".join(parts[: parts.index(module)]).replace(".transformer_blocks", "").replace("_blocks", "")
-            found.append(Site(component, key, shape, *attentions[module][proj], block))
-    return tuple(found)
+            result.append(Site(component, key, shape, *matrices[matrix], block))
+    return tuple(result)

@@ -1,4 +1,4 @@
-"""A progress bar on stderr with time left; silent where stderr is no terminal, and in all but the main process."""
+"""A progress bar on stderr with the remaining time. Only the main process draws it, and only in a terminal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Protocol
 
 
 class Advance(Protocol):
+    """Moves a bar by ``steps``. A ``note`` that is not empty replaces the text behind the bar."""
+
     def __call__(self, steps: int = 1, note: str = "") -> None: ...
 
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Advance]:
-    """Show ``title`` and a bar of ``total`` steps; yields a function that moves it and sets a note behind it."""
+    """Show ``title`` and a bar of ``total`` steps. Yields the function that advances it."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield lambda steps=1, note="": None
         return
@@ -41,7 +43,7 @@ def bar(title: str, total: int) -> Iterator[Advance]:
 
 
 def hush() -> None:
-    """Turn off the bars that diffusers and transformers draw while they load parts, each in less than a second."""
+    """Turn off the progress bars of diffusers and transformers, which draw one for each component that they load."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

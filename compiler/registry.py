@@ -1,6 +1,8 @@
-"""Names of passes and targets: two tables, what other packages register, and ``file.py:Class`` for a local file.
+"""Names of passes, targets, judges and runtimes: one table each, and one group of entry points each.
 
-Nothing is imported until it is loaded. Packages register in the entry point groups erasec.passes and erasec.targets.
+Other packages register classes in the entry-point groups erasec.passes, erasec.targets, erasec.judges and
+erasec.runtimes; erasec.probes is reserved for the probes of an audit. ``file.py:Class`` names a class in a local file.
+Listing names imports nothing; only loading a class imports its module.
 """
 
 from __future__ import annotations
@@ -8,16 +10,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from erasec import base
 from erasec.errors import ErasecError, nearest
+from erasec.options import check_class
 
 if TYPE_CHECKING:
-    from erasec.base import Output, Pass
+    from collections.abc import Mapping
+
+    from erasec.base import Judge, Output, Pass, Runtime
+    from erasec.model.view import Model
 
 T = TypeVar("T")
 
@@ -47,48 +53,113 @@ TARGETS = {
     "trt": "erasec.targets.trt:Trt",
     "trt-rtx": "erasec.targets.trt_rtx:TrtRtx",
 }
-# The pass of a build that names none, by the kind of what it erases; "" is a concept that names no kind.
+JUDGES = {"glyphs": "erasec.glyphs.judge:GlyphJudge"}
+# `--backend auto` takes the first runtime that can run a folder, in this order.
+RUNTIMES = {
+    "ort": "erasec.runtime.backends:OnnxRuntime",
+    "openvino": "erasec.runtime.backends:OpenVino",
+    "trt-rtx": "erasec.runtime.backends:TensorRtRtx",
+    "trt": "erasec.runtime.backends:TensorRt",
+    "torch": "erasec.runtime.backends:Torch",
+}
+# The pass of a build that names no pass, by the kind of its concepts; "" is a concept without a kind.
 DEFAULTS = {"": "uce", "mark": "geom_erasing", "object": "uce", "person": "uce", "safety": "trce", "style": "uce"}
 
 
+class Kind(NamedTuple):
+    """One kind of class that users choose by name.
+
+    ``label`` is its name in errors, ``group`` its entry-point group, and ``attributes`` the class attributes that it
+    must have. Names are listed in alphabetical order, or in that of ``table`` if the kind is ``ordered``.
+    """
+
+    label: str
+    table: Mapping[str, str]
+    group: str
+    attributes: tuple[str, ...]
+    ordered: bool = False
+
+
+PASS = Kind("pass", PASSES, "erasec.passes", ("name", "version", "paper", "summary"))
+TARGET = Kind("target", TARGETS, "erasec.targets", ("name", "summary"))
+JUDGE = Kind("judge", JUDGES, "erasec.judges", ("name", "summary"))
+RUNTIME = Kind("runtime", RUNTIMES, "erasec.runtimes", ("name", "summary", "folders"), ordered=True)
+
+
 def passes() -> dict[str, str]:
-    """Every registered pass as "module:Class" by name. Raises ErasecError where two claim one name."""
-    return _named("erasec.passes", PASSES)
+    """Every registered pass as "module:Class" by name. Raises ErasecError if two packages use one name."""
+    return _registered(PASS)
 
 
 def targets() -> dict[str, str]:
-    """Every registered target as "module:Class" by name. Raises ErasecError where two claim one name."""
-    return _named("erasec.targets", TARGETS)
+    """Every registered target as "module:Class" by name. Raises ErasecError if two packages use one name."""
+    return _registered(TARGET)
+
+
+def judges() -> dict[str, str]:
+    """Every registered judge as "module:Class" by name. Raises ErasecError if two packages use one name."""
+    return _registered(JUDGE)
+
+
+def runtimes() -> dict[str, str]:
+    """Every registered runtime as "module:Class" by name. Raises ErasecError if two packages use one name."""
+    return _registered(RUNTIME)
 
 
 def load_pass(name: str) -> type[Pass]:
     """The class of a pass by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
-    from erasec.base import Pass
-
-    return _load("pass", name, passes(), Pass)  # type: ignore[type-abstract]
+    return _load(PASS, name, base.Pass)  # type: ignore[type-abstract]
 
 
 def load_target(name: str) -> type[Output]:
     """The class of a target by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
-    from erasec.base import Output
-
-    return _load("target", name, targets(), Output)
+    return _load(TARGET, name, base.Output)
 
 
-def _named(group: str, table: Mapping[str, str]) -> dict[str, str]:
-    found = dict(table)
-    for point in entry_points(group=group):
-        if found.get(point.name, point.value) != point.value:
+def load_judge(name: str) -> type[Judge]:
+    """The class of a judge by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
+    return _load(JUDGE, name, base.Judge)  # type: ignore[type-abstract]
+
+
+def load_runtime(name: str) -> type[Runtime]:
+    """The class of a runtime by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
+    return _load(RUNTIME, name, base.Runtime)  # type: ignore[type-abstract]
+
+
+def judge_for(model: Model, name: str = "", tuning: bool = False) -> Judge | None:
+    """The judge for pictures of ``model``: the one called ``name``, by default the first registered one that can judge
+    them. None if there is no such judge.
+
+    With ``tuning``, a judge for passes that need one while they train; it never decides a check (see
+    ``Judge.for_model``). Raises ErasecError if the judge ``name`` cannot judge the model.
+    """
+    for candidate in [name] if name else judges():
+        if (judge := load_judge(candidate).for_model(model, tuning)) is not None:
+            return judge
+    if name and not tuning:
+        raise ErasecError(
+            f"the judge {name} cannot judge pictures of {model.name}",
+            why="it is for other models",
+            fix="leave out --judge, or name a judge of this model: erasec list judges",
+        )
+    return None
+
+
+def _registered(kind: Kind) -> dict[str, str]:
+    classes = dict(kind.table)
+    for point in entry_points(group=kind.group):
+        if classes.get(point.name, point.value) != point.value:
             raise ErasecError(
-                f"two {group.removeprefix('erasec.')} are named {point.name!r}",
-                why=f"{found[point.name]} and {point.value}",
+                f"two {kind.group.removeprefix('erasec.')} are named {point.name!r}",
+                why=f"{classes[point.name]} and {point.value}",
                 fix="uninstall one of the two packages, or rename its entry point",
             )
-        found[point.name] = point.value
-    return dict(sorted(found.items()))
+        classes[point.name] = point.value
+    return classes if kind.ordered else dict(sorted(classes.items()))
 
 
-def _load(label: str, name: str, table: Mapping[str, str], kind: type[T]) -> type[T]:
+def _load(kind: Kind, name: str, parent: type[T]) -> type[T]:
+    table = _registered(kind)
     file, _, class_name = name.rpartition(":")
     if file.endswith(".py"):
         module = _module_from_file(Path(file).expanduser())
@@ -98,23 +169,25 @@ def _load(label: str, name: str, table: Mapping[str, str], kind: type[T]) -> typ
             module = importlib.import_module(path)
         except Exception as error:  # another package's code may raise anything while it is imported
             raise ErasecError(
-                f"the {label} {name!r} cannot be imported", why=f"{type(error).__name__}: {error}", where=path
+                f"the {kind.label} {name!r} cannot be imported", why=f"{type(error).__name__}: {error}", where=path
             ) from error
     else:
         raise ErasecError(
-            f"there is no {label} {name!r}", why=nearest(name, table),
-            fix=f"give a registered name, or file.py:Class for a {label} of your own",
-        )  # fmt: skip
-    found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind)]
+            f"there is no {kind.label} {name!r}",
+            why=nearest(name, table),
+            fix=f"give a registered name, or file.py:Class for a {kind.label} of your own",
+        )
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, parent)):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, parent)]
         own = [key for key in classes if vars(module)[key].__module__ == module.__name__]
         raise ErasecError(
-            f"{class_name!r} is no {kind.__name__}",
-            why=nearest(class_name, own) if own else f"the module has no subclass of erasec.base.{kind.__name__}",
+            f"{class_name!r} is no {parent.__name__}",
+            why=nearest(class_name, own) if own else f"the module has no subclass of erasec.base.{parent.__name__}",
             where=str(module.__file__),
         )
-    return found
+    check_class(cls, kind.attributes, kind.label)
+    return cls
 
 
 def _module_from_file(path: Path) -> ModuleType:
@@ -125,7 +198,7 @@ def _module_from_file(path: Path) -> ModuleType:
     assert spec is not None  # always so for a name that ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while the class is made
+    sys.modules[name] = module  # the decorators of dataclasses look up the module while they run
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
 from erasec.base import Context, Pass
 from erasec.family import Site
 from erasec.model.edit import Edit, LowRank
 from erasec.model.view import Model
+from erasec.options import options
 from erasec.recipe.concept import Concept
 
 
-@dataclass(frozen=True)
+@options
 class ProjectOut(Pass):
-    """W' = W (I - D D+), where the columns of D tell the concept's names from its anchor: W' maps both to the same."""
+    """W' = W (I - D D+). The columns of D are the concept's names minus its anchor, so W' maps both to the same."""
 
-    name = "project-out"
-    version = "1"
-    paper = ""
-    summary = "an example: cross-attention made blind to what tells a concept from its anchor"
+    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
 
-    strength: float = 1.0
+    name: ClassVar[str] = "project-out"
+    version: ClassVar[str] = "1"
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = "an example: projects out of cross-attention what tells a concept from its anchor"
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         return model.select("cross", "kv")
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         tokens = model.encode([*concept.phrases, concept.anchor])
-        ends = tokens.states[torch.arange(len(tokens.last)), tokens.last].double()  # the last token of each phrase
-        away = (ends[:-1] - ends[-1]).T  # D, (d_in, phrases)
-        back = self.strength * torch.linalg.pinv(away)
-        deltas = {site: LowRank(-model.weight(site) @ away, back) for site in self.sites(model)}
-        return Edit(deltas, self.name, concept.name, {"strength": self.strength}, model.digest)
+        states = tokens.states[torch.arange(len(tokens.last)), tokens.last].double()  # the last token of each phrase
+        difference = (states[:-1] - states[-1]).T  # D, (d_in, phrases)
+        right = self.strength * torch.linalg.pinv(difference)
+        deltas = {site: LowRank(-model.weight(site) @ difference, right) for site in self.sites(model)}
+        return Edit(deltas, self.name, (concept.name,), model.digest, {"strength": self.strength})

@@ -1,21 +1,23 @@
-"""EIUP: an erasure prompt that cross-attention reads beside the user's, and subtracts.
+"""EIUP: cross-attention reads an erasure prompt in addition to the user's, and subtracts its output.
 
 Chen et al.: "EIUP: A Training-Free Approach to Erase Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts",
 arXiv:2408.01014v1; its second version is "Growth Inhibitors for Suppressing Inappropriate Image Concepts". Nothing is
-trained: the picture's own queries find the concept, whether or not the prompt names it.
+trained: the queries of the image attend to the erasure prompt, whether or not the user's prompt names the concept.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
+from pydantic import Field
 
 from erasec.base import Pass
-from erasec.errors import ErasecError, nearest
-from erasec.model.edit import Edit, Memory
-from erasec.training.denoiser import FAMILIES
+from erasec.errors import ErasecError
+from erasec.family import FAMILIES
+from erasec.model.edit import Edit
+from erasec.model.memory import Memory
+from erasec.options import options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,58 +30,43 @@ if TYPE_CHECKING:
     from erasec.recipe.concept import Concept
 
 
-TOKENS = ("all", "words")
-
-
-@dataclass(frozen=True)
+@options
 class Eiup(Pass):
-    """``words`` are the erasure prompt, by default the concept's names one after another.
+    """A memory of the erasure prompt at every cross-attention. No weight changes.
 
-    What attention to that prompt alone gives is added ``weight`` times, 0 or less, in the first ``until`` of the
-    schedule and to the prompted half of a guided batch. ``tokens`` says what of it: "words", as published, the words'
-    own columns of the map and no other; or "all" tokens, less what the empty prompt gives, so that only what sets the
-    concept apart is taken away. ("all" is ours: with CLIP, much of a prompt's meaning lies in its end and padding.)
+    ``words`` is the erasure prompt; where it is empty, the names of the concept are, one after another. The output of
+    attention to that prompt is added with the factor ``weight``, 0 or less, in the first ``until`` of the noise
+    schedule, to the prompted half of a guided batch. ``tokens`` selects the tokens that contribute. With "words", as
+    published, these are the tokens of the words. With "all" they are all tokens, and the output for the empty prompt is
+    subtracted, so that only the difference between the two prompts acts. ("all" is not in the paper: in CLIP, end and
+    padding tokens hold much of the meaning of a prompt.)
     """
 
     words: str = ""
-    weight: float = -1.0
-    until: float = 0.8
-    tokens: str = "all"
+    weight: Annotated[float, Field(le=0)] = -1.0
+    until: Annotated[float, Field(gt=0, le=1)] = 0.8
+    tokens: Literal["all", "words"] = "all"
 
     name: ClassVar[str] = "eiup"
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2408.01014"
-    summary: ClassVar[str] = (
-        "no training: an erasure prompt beside the user's, subtracted where the picture attends to it"
+    summary: ClassVar[str] = "no training: cross-attention also reads an erasure prompt, and subtracts its output"
+    when: ClassVar[str] = "where weights must not change, and some damage to other images is acceptable"
+    limits: ClassVar[str] = (
+        "prompts that do not name the concept still draw much of it; without the memory the whole concept is back"
     )
-    when: ClassVar[str] = "where weights must stay as they are, and some loss on other pictures is no matter"
-    limits: ClassVar[str] = "prompts that never name it keep much of it; without the memory the whole concept is back"
     leaves: ClassVar[frozenset[str]] = frozenset({"memory"})
 
-    def __post_init__(self) -> None:
-        if not self.weight <= 0:
-            raise ErasecError(
-                f"eiup: option weight is {self.weight}", why="it takes 0 or less: more would add the concept"
-            )
-        if not 0 < self.until <= 1:
-            raise ErasecError(
-                f"eiup: option until is {self.until}", why="it takes a share of the steps, above 0 and to 1"
-            )
-
-        if self.tokens not in TOKENS:
-            raise ErasecError(f"eiup: option tokens is {self.tokens!r}", why=nearest(self.tokens, TOKENS))
-
     def sites(self, model: Model) -> tuple[Site, ...]:
-        """None: no weight changes."""
-        check(model)
+        """No sites: no weight changes. Raises ErasecError for a family whose pipeline reads no memories."""
+        check_family(model)
         return ()
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
-        check(model)
+        check_family(model)
         sites = {site.key: site for site in model.select("cross", "kv")}
-        names = (self.words,) if self.words else spoken(model, concept.phrases)
-        words = " ".join(names)
-        prompts = [(rows(model, words, self.tokens), self.weight)]
+        phrases = (self.words,) if self.words else fitting_phrases(model, concept.phrases)
+        prompts = [(text_rows(model, " ".join(phrases), self.tokens), self.weight)]
         if self.tokens == "all":
             empty = model.encode([""]).states[0].double()
             prompts.append(((empty, empty), -self.weight))
@@ -87,42 +74,51 @@ class Eiup(Pass):
         for key, site in sites.items():
             if site.proj == "k":
                 attention = key.removesuffix(".to_k.weight")
-                k, v = model.weight(site), model.weight(sites[f"{attention}.to_v.weight"])
-                for (keys, values), weight in prompts:
-                    made = (keys @ k.T).float(), (values @ v.T).float()
-                    memories.append(Memory(attention, *made, "side", weight, self.until, guided=True))
-        told = {"memories": float(len(memories)), "rows": float(len(prompts[0][0][0])), "phrases": float(len(names))}
-        return Edit({}, self.name, concept.name, asdict(self), model.digest, told, memories=tuple(memories))
+                to_k, to_v = model.weight(site), model.weight(sites[f"{attention}.to_v.weight"])
+                for (k_rows, v_rows), weight in prompts:
+                    keys, values = (k_rows @ to_k.T).float(), (v_rows @ to_v.T).float()
+                    memories.append(Memory(attention, keys, values, "side", weight, self.until, guided=True))
+        stats = {
+            "memories": float(len(memories)),
+            "rows": float(len(prompts[0][0][0])),
+            "phrases": float(len(phrases)),
+        }
+        return Edit({}, self.name, (concept.name,), model.digest, asdict(self), stats=stats, memories=tuple(memories))
 
 
-def check(model: Model) -> None:
-    """Raise ErasecError for a family whose pipeline reads no memory."""
-    if model.family.name not in FAMILIES:
+def check_family(model: Model) -> None:
+    """Raise ErasecError for a family whose pipeline reads no memories."""
+    if not model.family.trainable:
+        trainable = [family.title for family in FAMILIES.values() if family.trainable]
         raise ErasecError(
             f"eiup does not fit a model of the family {model.family.name}",
-            why=f"its memory is read by the denoisers of {' and '.join(FAMILIES)}",
+            why=f"only the denoisers of {' and '.join(trainable)} read memories",
             fix="choose a closed-form pass: erasec list passes",
         )
 
 
-def spoken(model: Model, phrases: Sequence[str]) -> tuple[str, ...]:
-    """As many of the phrases, from the first, as one prompt has room for."""
+def fitting_phrases(model: Model, phrases: Sequence[str]) -> tuple[str, ...]:
+    """As many of the phrases, from the first, as fit into one prompt; at least one."""
     room = model.encode([""]).states.shape[1] - 2
     ends = [int(model.last_tokens([" ".join(phrases[:count])])) for count in range(1, len(phrases) + 1)]
     return tuple(phrases[: max(1, sum(end < room for end in ends))])
 
 
-def rows(model: Model, words: str, tokens: str) -> tuple[Tensor, Tensor]:
-    """Text states (t, d), float64, that become keys and those that become values: all tokens of the prompt both; with
-    ``tokens`` "words" values other than the words' own are zero, so that the rest takes part in the softmax alone.
+def text_rows(model: Model, words: str, tokens: str) -> tuple[Tensor, Tensor]:
+    """Text states (t, d) of the erasure prompt for keys, and those for values, float64.
 
-    Raises ErasecError where the words have no token.
+    With ``tokens`` "all" both are all states of the prompt. With "words" the values of other tokens than the words' are
+    zero: these take part in the softmax, and add nothing to its output. Raises ErasecError where the words have no
+    token.
     """
-    found = model.encode([words])
-    last = int(found.last[0])
+
+    import torch
+
+    encoded = model.encode([words])
+    last = int(encoded.last[0])
     if last < 1:
         raise ErasecError(f"eiup: the erasure prompt {words!r} has no token", fix="give words that name the concept")
-    states = found.states[0].double()
+    states = encoded.states[0].double()
     if tokens == "all":
         return states, states
     values = torch.zeros_like(states)

@@ -1,21 +1,21 @@
-"""ESD: erased stable diffusion, by guidance away from the concept.
+"""ESD: erased stable diffusion, by negative guidance.
 
 Gandikota, Materzynska, Fiotto-Kaufman, Bau: "Erasing Concepts from Diffusion Models", ICCV 2023, arXiv:2303.07345.
-With the concept's prompt the network learns to say what it said without one, and more of the same away from it.
+With a prompt of the concept, the network learns to predict what it predicted without one, guided away from the concept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from erasec.errors import ErasecError, nearest
-from erasec.training import base as learned
-from erasec.training.base import Learned
-from erasec.training.denoiser import Denoiser, Student
-from erasec.training.loop import Turn
+from pydantic import Field
+
+from erasec.options import options
+from erasec.training.base import HEADS, Learned, networks, trainable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Generator
 
     from erasec.base import Context
@@ -23,78 +23,81 @@ if TYPE_CHECKING:
     from erasec.model.edit import Edit
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
+    from erasec.training.banks import Bank
     from erasec.training.loop import Losses
 
-PARTS = ("x", "u", "noxattn", "full")
 
-
-@dataclass(frozen=True)
+@options
 class Esd(Learned):
-    """``train`` says what is trained: "x" cross-attention, for concepts that are named; "u" all else, for those that
-    show without being named; "noxattn" as "u" without the output head and the time embedding; "full" everything.
+    """Training with the target of Eq. 8 of the paper, on trajectories of the concept's prompts.
 
-    ``negative`` is eta of Eq. 8, ``toward`` "nothing" as there, or "anchor" (see ``learned.away``). ``guidance`` is
-    that of the ``trajectories`` of ``path`` steps on which it trains; they are sampled once, from the model as it was.
-    ``keep`` weighs a loss that the paper does not have: on kept prompts the network is held to what it said.
+    ``train`` selects the tensors: "x" is cross-attention, for concepts that prompts name; "u" is everything else, for
+    concepts that images show unprompted; "noxattn" is "u" without the output head and the time embedding; "full" is
+    everything. ``negative_guidance`` is eta of Eq. 8. ``toward`` "nothing" is the target of the paper; for "anchor" see
+    ``banks.esd_target``. ``trajectories`` is the number of trajectories, sampled once from the model before the
+    training, in ``sample_steps`` steps with ``guidance``. ``keep`` is the weight of a loss that the paper does not
+    have: it keeps the predictions for kept prompts.
     """
 
-    steps: int = 300
-    lr: float = 2e-4
-    batch: int = 4
-    train: str = "x"
-    negative: float = 1.0
-    toward: str = "anchor"
-    guidance: float = 3.0
-    trajectories: int = 32
-    path: int = 20
-    keep: float = 3.0
+    steps: Annotated[int, Field(ge=1)] = 300
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    batch: Annotated[int, Field(ge=1)] = 4
+    train: Literal["x", "u", "noxattn", "full"] = "x"
+    negative_guidance: float = 1.0
+    toward: Literal["anchor", "nothing"] = "anchor"
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    trajectories: Annotated[int, Field(ge=1)] = 32
+    sample_steps: Annotated[int, Field(ge=1)] = 20
+    keep: Annotated[float, Field(ge=0)] = 3.0
 
     name: ClassVar[str] = "esd"
+    renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "negative": "negative_guidance"}
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2303.07345"
-    summary: ClassVar[str] = "training by guidance away from the concept; cross-attention, or all but that"
+    summary: ClassVar[str] = "training by negative guidance; cross-attention, or everything else"
     when: ClassVar[str] = (
-        "a style or an object that closed-form passes leave in implicit prompts; train=u where the picture must "
-        "change whatever the prompt"
+        "a style or an object that closed-form passes leave in implicit prompts; train=u where images must change "
+        "whatever the prompt"
     )
     limits: ClassVar[str] = (
-        "It is trained on prompts that name the concept: a prompt that reaches it by another way may still do so, and "
-        "new training brings it back."
+        "It is trained on prompts that name the concept: other prompts may still draw it, and new training brings it "
+        "back."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train not in PARTS:
-            raise ErasecError(f"esd: option train is {self.train!r}", why=nearest(self.train, PARTS))
-        if self.toward not in learned.TOWARD:
-            raise ErasecError(f"esd: option toward is {self.toward!r}", why=nearest(self.toward, learned.TOWARD))
-
     def sites(self, model: Model) -> tuple[Site, ...]:
-        def wanted(site: Site) -> bool:
-            cross = ".attn2." in site.key
+        def selects(site: Site) -> bool:
+            cross = site.attn == "cross"
             if self.train == "noxattn":
-                return not cross and not site.key.startswith(learned.HEADS)
+                return not cross and not site.key.startswith(HEADS)
             return self.train == "full" or cross == (self.train == "x")
 
-        return learned.trainable(model, wanted, self.rank)
+        return trainable(model, selects, self.rank)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
+        from erasec.training import banks
+        from erasec.training.denoiser import Denoiser
+        from erasec.training.loop import Objective
+        from erasec.training.student import Student
+
         denoiser = Denoiser(model, context)
-        erase = learned.spread(learned.texts(concept, concept.phrases), self.trajectories, context.seed)
-        shown = learned.bank(denoiser, erase, context.seed, self.path, self.guidance)
-        hold = learned.spread(["", *learned.texts(concept, concept.keep)], self.trajectories, context.seed + 1)
-        held = learned.bank(denoiser, hold, context.seed + 1, self.path, self.guidance) if self.keep else None
-        still = learned.kept(denoiser, held, self.batch) if held else None
-        goal = learned.away(denoiser, concept, shown, self.negative, self.toward)
-        student = Student(learned.modules(denoiser), self.sites(model), self.rank, context.seed)
+
+        def bank(prompts: Sequence[str], seed: int) -> Bank:
+            spread = banks.spread_prompts(prompts, self.trajectories, seed)
+            return banks.sample_bank(denoiser, spread, seed, self.sample_steps, self.guidance)
+
+        erased = bank(banks.concept_prompts(concept, concept.phrases), context.seed)
+        kept = bank(["", *banks.concept_prompts(concept, concept.keep)], context.seed + 1) if self.keep else None
+        keep_loss = banks.preservation_loss(denoiser, kept, self.batch) if kept else None
+        target = banks.esd_target(denoiser, concept, erased, self.negative_guidance, self.toward)
+        student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
         device = denoiser.device
 
-        def loss(chance: Generator) -> Losses:
-            index = shown.draw(self.batch, chance)
-            latents, times = shown.latents[index].to(device), shown.times[index].to(device)
-            said = denoiser.predict(latents, times, denoiser.states(shown.texts(index)))
-            found = {"loss erase": (said - goal[index].to(device)).square().mean()}
-            return found | ({"loss keep": self.keep * still(chance)} if still else {})
+        def loss(rng: Generator) -> Losses:
+            index = erased.draw(self.batch, rng)
+            latents, timesteps = erased.latents[index].to(device), erased.timesteps[index].to(device)
+            prediction = denoiser.predict(latents, timesteps, denoiser.states(erased.texts(index)))
+            losses = {"loss erase": (prediction - target[index].to(device)).square().mean()}
+            return losses | ({"loss keep": self.keep * keep_loss(rng)} if keep_loss else {})
 
-        run = self.fit([Turn(student.trained, self.lr, loss)], student, model, concept, context)
+        run = self.fit([Objective(student.parameters, self.lr, loss)], student, model, concept, context)
         return self.edit(student, run, model, concept)

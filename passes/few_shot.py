@@ -1,273 +1,314 @@
-"""Few-shot erasing: the text encoder unlearns a concept from a few of its pictures.
+"""Few-shot unlearning: the text encoder unlearns a concept from a few images of it.
 
 Fuchi, Takagi: "Erasing Concepts from Text-to-Image Diffusion Models with Few-shot Unlearning", BMVC 2024,
-arXiv:2405.07288. Textual inversion with its sign turned: the error of the denoiser on the concept's pictures is raised.
+arXiv:2405.07288. It is textual inversion with the sign of the loss reversed: the denoiser's error on images of the
+concept, with prompts of the concept, is raised.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from torch import Generator, Tensor
-from torch.nn import functional
+from pydantic import Field
 
-from erasec.errors import ErasecError, nearest
-from erasec.model.text_encoders import Texts, load_encoder
-from erasec.training import base as learned
-from erasec.training.base import Learned
-from erasec.training.denoiser import Denoiser, Student, trained
-from erasec.training.loop import Turn
+from erasec.errors import ErasecError
+from erasec.options import options
+from erasec.training.base import Learned, check_trainable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from torch import Generator, Tensor
+
     from erasec.base import Context
     from erasec.family import Site
     from erasec.model.edit import Edit
+    from erasec.model.text_encoders import TextEncoders
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
+    from erasec.training.denoiser import Denoiser
     from erasec.training.loop import Losses
 
-PARTS = ("mlp-final-attn", "mlp", "attn", "mlp-attn")
-PICTURES = (".png", ".jpg", ".jpeg")
-SPAN = 0.1, 0.9  # of the schedule: outside, the error hardly depends on the text, and is either all or nothing
-PANEL = 4  # pictures and, of each, timesteps at which the rules are measured
-HELD = 64  # kept prompts that the preserving loss draws from
-DRAWN = 16  # of these, in each step
-WATCHED = 24  # of these, how many have their end tokens watched
+SUFFIXES = (".png", ".jpg", ".jpeg")
+SPAN = 0.1, 0.9  # of the noise schedule: at other timesteps the error hardly depends on the text
+PANEL = 4  # images on which the rules measure the error, and timesteps for each
+KEPT = 64  # kept prompts from which the preservation loss draws
+DRAWN = 16  # of these, prompts drawn in each step
+MONITORED = 24  # of these, prompts whose end tokens are compared
 
 
-@dataclass(frozen=True)
+@options
 class FewShot(Learned):
-    """``train`` says what is trained of the text encoder: "mlp" the feed-forward layers, "attn" all attention,
-    "mlp-attn" both, "mlp-final-attn" the feed-forward layers and the last layer's attention.
+    """Training of the text encoder alone.
 
-    ``images`` pictures of the concept are taken from ``folder`` or, without one, sampled from the model itself in
-    ``path`` steps with ``guidance``. It stops when their error under the concept's names is ``ratio`` times what it was
-    under the empty prompt; and takes the last step back when the end tokens of kept prompts fall below ``cosine`` with
-    what they were, or the error on kept pictures rises by more than ``worse`` of itself. 0 leaves a rule out. ``keep``
-    weighs a loss that the paper does not have: the text states of kept prompts stay, in squares relative to their own.
+    ``train`` selects its tensors: "mlp" the feed-forward layers, "attn" all attention, "mlp-attn" both,
+    "mlp-final-attn" the feed-forward layers and the attention of the last layer. ``images`` images of the concept come
+    from ``folder`` or, where it is empty, are sampled from the model in ``sample_steps`` steps with ``guidance``.
+
+    Three rules end the training early; 0 turns a rule off. It stops when the error on the images with prompts of the
+    concept reaches ``stop_ratio`` times the error with the empty prompt before the training. It undoes the last step
+    and stops when the mean cosine similarity of the end tokens of kept prompts with their original states falls below
+    ``min_cosine``, or when the error on images of kept prompts rises by more than the fraction ``max_rise``. ``keep``
+    is the weight of a loss that the paper does not have: the mean squared change of the text states of kept prompts,
+    relative to their mean square.
     """
 
-    steps: int = 160
-    lr: float = 3e-4
-    batch: int = 4
-    train: str = "mlp-final-attn"
+    steps: Annotated[int, Field(ge=1)] = 160
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    batch: Annotated[int, Field(ge=1)] = 4
+    train: Literal["mlp-final-attn", "mlp", "attn", "mlp-attn"] = "mlp-final-attn"
     folder: str = ""
-    images: int = 4
-    path: int = 20
-    guidance: float = 4.0
-    keep: float = 30.0
-    ratio: float = 3.5
-    cosine: float = 0.98
-    worse: float = 0.05
+    images: Annotated[int, Field(ge=1)] = 4
+    sample_steps: Annotated[int, Field(ge=1)] = 20
+    guidance: Annotated[float, Field(ge=0)] = 4.0
+    keep: Annotated[float, Field(ge=0)] = 30.0
+    stop_ratio: Annotated[float, Field(ge=0)] = 3.5
+    min_cosine: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    max_rise: Annotated[float, Field(ge=0)] = 0.05
 
     name: ClassVar[str] = "few_shot"
+    renamed: ClassVar[dict[str, str]] = {
+        "path": "sample_steps",
+        "ratio": "stop_ratio",
+        "cosine": "min_cosine",
+        "worse": "max_rise",
+    }
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2405.07288"
-    summary: ClassVar[str] = "a few steps that unlearn the concept's names in the text encoder, from a few pictures"
+    summary: ClassVar[str] = "a few steps in which the text encoder unlearns the concept's names, from a few images"
     when: ClassVar[str] = "for a named object or style, in seconds, with only the text encoder to ship"
-    limits: ClassVar[str] = "whoever loads the stock text encoder has the concept back; the denoiser still draws it"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train not in PARTS:
-            raise ErasecError(f"few_shot: option train is {self.train!r}", why=nearest(self.train, PARTS))
-        if self.images < 1:
-            raise ErasecError(f"few_shot: option images is {self.images}", why="it takes 1 or more")
-        for name in ("keep", "ratio", "worse"):
-            if getattr(self, name) < 0:
-                raise ErasecError(f"few_shot: option {name} is {getattr(self, name)}", why="it takes 0 or more")
-        if not 0 <= self.cosine < 1:
-            raise ErasecError(f"few_shot: option cosine is {self.cosine}", why="it takes 0 or more, and less than 1")
+    limits: ClassVar[str] = "with the stock text encoder the concept is back; the denoiser can still draw it"
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        trained(model)
-        found = [site for site in model.parameters if site.component in model.family.text_encoders and site.proj]
-        found = [site for site in found if not self.rank or len(site.shape) == 2]
-        last = max((_layer(site) for site in found), default=0)
+        check_trainable(model)
+        sites = [site for site in model.parameters if site.component in model.family.text_encoders and site.proj]
+        sites = [site for site in sites if not self.rank or len(site.shape) == 2]
+        last = max((_layer(site) for site in sites), default=0)
 
-        def wanted(site: Site) -> bool:
+        def selects(site: Site) -> bool:
             if site.proj == "mlp":
                 return "mlp" in self.train
             return _layer(site) == last if "final" in self.train else "attn" in self.train
 
-        return tuple(site for site in found if wanted(site))
+        return tuple(site for site in sites if selects(site))
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
+        import torch
+
+        from erasec.model.text_encoders import TextEncoders, load_encoder
+        from erasec.training import banks
+        from erasec.training.denoiser import Denoiser
+        from erasec.training.loop import Objective
+        from erasec.training.student import Student
+
         denoiser = Denoiser(model, context)
         name = model.family.text_encoders[0]
         encoder = load_encoder(model.source, name, model.merged().get(name, {})).to(denoiser.device)
-        read = reader(encoder.requires_grad_(False), Texts(model.source), name)
-        captions = learned.texts(concept, concept.phrases)
-        held = learned.spread(["", *learned.texts(concept, concept.keep)], HELD, context.seed)
-        before = denoiser.states(held)
-        size = before.square().mean()
-        shown = self.latents(denoiser, captions, context.seed)
-        watch = self.watch(denoiser, shown, captions, held, context.seed)
+        encode = state_reader(encoder.requires_grad_(False), TextEncoders(model.source), name)
+        captions = banks.concept_prompts(concept, concept.phrases)
+        kept = banks.spread_prompts(["", *banks.concept_prompts(concept, concept.keep)], KEPT, context.seed)
+        original = denoiser.states(kept)
+        mean_square = original.square().mean()
+        erased = self.latents(denoiser, captions, context.seed)
+        monitor = self.monitor(denoiser, erased, captions, kept, context.seed)
         student = Student({name: encoder}, self.sites(model), self.rank, context.seed)
 
-        def loss(chance: Generator) -> Losses:
-            latents = shown[torch.randperm(len(shown), generator=chance)[torch.arange(self.batch) % len(shown)]]
-            said = [captions[row] for row in torch.randint(len(captions), (self.batch,), generator=chance).tolist()]
-            noise = torch.randn(latents.shape, generator=chance).to(latents)
-            times = strata(self.batch, denoiser.steps, chance).to(latents.device)
-            found = {"loss erase": -errors(denoiser, latents, noise, times, read(said)).mean()}
+        def loss(rng: Generator) -> Losses:
+            latents = erased[torch.randperm(len(erased), generator=rng)[torch.arange(self.batch) % len(erased)]]
+            prompts = [captions[row] for row in torch.randint(len(captions), (self.batch,), generator=rng).tolist()]
+            noise = torch.randn(latents.shape, generator=rng).to(latents)
+            timesteps = stratified_timesteps(self.batch, denoiser.steps, rng).to(latents.device)
+            losses = {"loss erase": -prediction_errors(denoiser, latents, noise, timesteps, encode(prompts)).mean()}
             if self.keep:
-                some = torch.randint(len(held), (DRAWN,), generator=chance)
-                moved = read([held[row] for row in some.tolist()]) - before[some]
-                found["loss keep"] = self.keep * moved.square().mean() / size
-            return found
+                rows = torch.randint(len(kept), (DRAWN,), generator=rng)
+                change = encode([kept[row] for row in rows.tolist()]) - original[rows]
+                losses["loss keep"] = self.keep * change.square().mean() / mean_square
+            return losses
 
-        look = partial(watch.look, read)
-        turn = Turn(student.trained, self.lr, loss, betas=(0.9, 0.98), eps=1e-6, decay=1e-8)
-        run = self.fit([turn], student, model, concept, context, look=look, guard=self.too_far, enough=self.gone)
+        measure = partial(monitor.measure, encode)
+        objective = Objective(student.parameters, self.lr, loss, betas=(0.9, 0.98), eps=1e-6, decay=1e-8)
+        rules = {"measure": measure, "guard": self.drift_guard, "stop_rule": self.stop_rule}
+        run = self.fit([objective], student, model, concept, context, **rules)
         if run.rolled_back and run.steps == 1:
             raise ErasecError(
-                f"few_shot: the first step on {concept.name} already went too far", why=run.stopped,
-                fix="lower lr, or loosen cosine or worse",
-            )  # fmt: skip
-        if run.rolled_back:  # what is left is not what was looked at last
-            for name, value in look().items():
-                run.curves[name].append(value)
+                f"few_shot: the first step on {concept.name} already went too far",
+                why=run.stopped,
+                fix="lower lr or min_cosine, or raise max_rise",
+            )
+        if run.rolled_back:  # the last measurements are those of the step that was undone
+            for curve, value in measure().items():
+                run.curves[curve].append(value)
         return self.edit(student, run, model, concept)
 
     def latents(self, denoiser: Denoiser, captions: Sequence[str], seed: int) -> Tensor:
-        """The concept's pictures as latents (n, c, h, w) on the device."""
+        """Latents (n, c, h, w) of the images of the concept, on the device."""
+
+        from erasec.training import banks
+
         if self.folder:
-            return denoiser.encode(pictures(Path(self.folder).expanduser(), self.images, denoiser.size))
-        return self.sampled(denoiser, learned.spread(captions, self.images, seed), seed)
+            return denoiser.encode(read_images(Path(self.folder).expanduser(), self.images, denoiser.size))
+        return self.sample_latents(denoiser, banks.spread_prompts(captions, self.images, seed), seed)
 
-    def sampled(self, denoiser: Denoiser, prompts: Sequence[str], seed: int) -> Tensor:
-        seeds = learned.seeds(seed, len(prompts))
-        return denoiser.sample(prompts, seeds, self.path, self.guidance).final.to(denoiser.device)
+    def sample_latents(self, denoiser: Denoiser, prompts: Sequence[str], seed: int) -> Tensor:
+        """Latents (n, c, h, w) that the model samples for n prompts, on the device."""
 
-    def watch(
-        self, denoiser: Denoiser, shown: Tensor, captions: Sequence[str], held: Sequence[str], seed: int
-    ) -> Watch:  # fmt: skip
-        own = learned.spread(captions, PANEL * len(shown[:PANEL]), seed)
-        gone = Panel(denoiser, shown[:PANEL], own, self.batch, seed)
-        drawn = held[:PANEL]
-        rows = [prompt for prompt in drawn for _ in range(PANEL)]
-        safe = Panel(denoiser, self.sampled(denoiser, drawn, seed + 1), rows, self.batch, seed + 1)
-        return Watch(denoiser, gone, safe, held[:WATCHED])
+        from erasec.training import banks
 
-    def too_far(self, curves: Mapping[str, Sequence[float]]) -> str:
-        """What the drift guard says of the last measurements, "" where all is well."""
-        cosine, worse = curves["cosine"][-1], curves["worse"][-1]
-        if self.cosine and cosine < self.cosine:
-            return f"end tokens of kept prompts fell to a cosine of {cosine:.3f} with what they were"
-        if self.worse and worse > self.worse:
-            return f"the error on kept pictures rose by {worse:.1%}"
+        seeds = banks.training_seeds(seed, len(prompts))
+        return denoiser.sample(prompts, seeds, self.sample_steps, self.guidance).final.to(denoiser.device)
+
+    def monitor(
+        self, denoiser: Denoiser, erased: Tensor, captions: Sequence[str], kept: Sequence[str], seed: int
+    ) -> Monitor:
+        """The measurements of the rules, on the first of the images and of the kept prompts."""
+
+        from erasec.training import banks
+
+        erased_prompts = banks.spread_prompts(captions, PANEL * len(erased[:PANEL]), seed)
+        erased_panel = Panel(denoiser, erased[:PANEL], erased_prompts, self.batch, seed)
+        kept_prompts = [prompt for prompt in kept[:PANEL] for _ in range(PANEL)]
+        kept_latents = self.sample_latents(denoiser, kept[:PANEL], seed + 1)
+        kept_panel = Panel(denoiser, kept_latents, kept_prompts, self.batch, seed + 1)
+        return Monitor(denoiser, erased_panel, kept_panel, kept[:MONITORED])
+
+    def drift_guard(self, curves: Mapping[str, Sequence[float]]) -> str:
+        """Why the last step must be undone, by ``min_cosine`` and ``max_rise``; "" where it need not be."""
+        cosine, rise = curves["cosine"][-1], curves["worse"][-1]
+        if self.min_cosine and cosine < self.min_cosine:
+            return f"end tokens of kept prompts fell to a cosine of {cosine:.3f} with their original states"
+        if self.max_rise and rise > self.max_rise:
+            return f"the error on images of kept prompts rose by {rise:.1%}"
         return ""
 
-    def gone(self, curves: Mapping[str, Sequence[float]]) -> str:
-        """What the stop rule says of the last measurement, "" to go on."""
+    def stop_rule(self, curves: Mapping[str, Sequence[float]]) -> str:
+        """Why the training can end, by ``stop_ratio``; "" to continue."""
         ratio = curves["ratio"][-1]
-        return f"the error reached {ratio:.2f} of the empty prompt's" if self.ratio and ratio >= self.ratio else ""
+        if self.stop_ratio and ratio >= self.stop_ratio:
+            return f"the error reached {ratio:.2f} times that of the empty prompt"
+        return ""
 
 
 class Panel:
-    """Pictures with fixed noise at fixed timesteps, ``PANEL`` of each, and the prompt of each of these rows."""
+    """Latents (n, c, h, w) with fixed noise at ``PANEL`` fixed timesteps each, and a prompt for each of these rows."""
 
     def __init__(self, denoiser: Denoiser, latents: Tensor, prompts: Sequence[str], batch: int, seed: int) -> None:
+        import torch
+
         self.denoiser, self.prompts, self.batch = denoiser, prompts, batch
         self.latents = latents.repeat_interleave(PANEL, 0)
         self.noise = denoiser.draw([seed * 1_000_003 + 500_000 + row for row in range(len(prompts))])
-        places = torch.linspace(*SPAN, PANEL) * denoiser.steps
-        self.times = places.long().repeat(len(latents)).to(latents.device)
+        timesteps = torch.linspace(*SPAN, PANEL) * denoiser.steps
+        self.timesteps = timesteps.long().repeat(len(latents)).to(latents.device)
 
-    @torch.no_grad()
     def error(self, states: Tensor) -> float:
-        """The mean error of the denoiser with these text states (n, t, d)."""
-        parts = zip(*(each.split(self.batch) for each in (self.latents, self.noise, self.times, states)), strict=True)
-        return float(torch.cat([errors(self.denoiser, *part) for part in parts]).mean())
+        """The mean squared error of the denoiser with text states (rows, t, d)."""
+
+        import torch
+
+        rows = self.latents, self.noise, self.timesteps, states
+        batches = zip(*(values.split(self.batch) for values in rows), strict=True)
+        with torch.no_grad():
+            return float(torch.cat([prediction_errors(self.denoiser, *batch) for batch in batches]).mean())
 
 
-class Watch:
-    """Measures how far the concept has gone, and how far everything else.
+class Monitor:
+    """Measures the erasure and the drift after each step.
 
-    "ratio" is the error on the concept's pictures under its names over that under the empty prompt before; "cosine" the
-    mean over kept prompts of that of their end token's state with what it was; "worse" the relative rise of the error
-    on kept pictures.
+    "ratio" is the error on images of the concept with its prompts, relative to that with the empty prompt before the
+    training. "cosine" is the mean cosine similarity of the end-token states of kept prompts with the original ones.
+    "worse" is the relative rise of the error on images of kept prompts.
     """
 
-    def __init__(self, denoiser: Denoiser, gone: Panel, safe: Panel, held: Sequence[str]) -> None:
-        self.gone, self.safe, self.held = gone, safe, held
-        lasts = denoiser.model.last_tokens(held).to(denoiser.device) + 1
-        self.ends = torch.arange(len(held), device=denoiser.device), lasts
-        self.before = denoiser.states(held)[self.ends]
-        self.empty = gone.error(denoiser.states([""] * len(gone.prompts)))
-        self.still = safe.error(denoiser.states(safe.prompts))
+    def __init__(self, denoiser: Denoiser, erased: Panel, kept: Panel, kept_prompts: Sequence[str]) -> None:
+        import torch
 
-    @torch.no_grad()
-    def look(self, read: Callable[[Sequence[str]], Tensor]) -> dict[str, float]:
-        cosines = functional.cosine_similarity(read(self.held)[self.ends], self.before)
-        return {
-            "ratio": self.gone.error(read(self.gone.prompts)) / self.empty,
-            "cosine": float(cosines.mean()),
-            "worse": self.safe.error(read(self.safe.prompts)) / self.still - 1,
-        }
+        self.erased, self.kept, self.kept_prompts = erased, kept, kept_prompts
+        ends = denoiser.model.last_tokens(kept_prompts).to(denoiser.device) + 1
+        self.ends = torch.arange(len(kept_prompts), device=denoiser.device), ends
+        self.original = denoiser.states(kept_prompts)[self.ends]
+        self.empty_error = erased.error(denoiser.states([""] * len(erased.prompts)))
+        self.kept_error = kept.error(denoiser.states(kept.prompts))
+
+    def measure(self, encode: Callable[[Sequence[str]], Tensor]) -> dict[str, float]:
+        """The measurements by name, with text states (n, t, d) of n prompts as ``encode`` gives them."""
+
+        import torch
+
+        with torch.no_grad():
+            states = encode(self.kept_prompts)[self.ends]
+            cosines = torch.nn.functional.cosine_similarity(states, self.original)
+            return {
+                "ratio": self.erased.error(encode(self.erased.prompts)) / self.empty_error,
+                "cosine": float(cosines.mean()),
+                "worse": self.kept.error(encode(self.kept.prompts)) / self.kept_error - 1,
+            }
 
 
-def reader(encoder: Any, texts: Texts, name: str) -> Callable[[Sequence[str]], Tensor]:
-    """What gives text states (n, t, d) of prompts as ``encoder`` says them now, in float32, with gradient."""
+def state_reader(encoder: Any, texts: TextEncoders, name: str) -> Callable[[Sequence[str]], Tensor]:
+    """A function that encodes n prompts by ``encoder`` as it is at the call: states (n, t, d), float32, with gradient.
+
+    ``name`` is the component whose tokenizer ``texts`` uses.
+    """
     device = next(encoder.parameters()).device
 
-    def read(prompts: Sequence[str]) -> Tensor:
+    def encode(prompts: Sequence[str]) -> Tensor:
         states: Tensor = encoder(texts.ids(prompts, name).to(device)).last_hidden_state
         return states.float()
 
-    return read
+    return encode
 
 
-def errors(denoiser: Denoiser, latents: Tensor, noise: Tensor, times: Tensor, states: Tensor) -> Tensor:
-    """Mean squared error of the denoiser on each latent (n,), against the noise, or v where the model says v."""
-    said = denoiser.predict(denoiser.noised(latents, noise, times), times, states)
-    return (said - denoiser.target(latents, noise, times)).square().flatten(1).mean(1)
+def prediction_errors(denoiser: Denoiser, latents: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    """The mean squared error of the prediction for each latent with ``noise`` added, (n,).
 
-
-def strata(count: int, steps: int, chance: Generator) -> Tensor:
-    """Timesteps (count,) within ``SPAN`` of the schedule, one from each of as many equal parts of it."""
-    places = (torch.arange(count) + torch.rand(count, generator=chance)) / count
-    return ((SPAN[0] + (SPAN[1] - SPAN[0]) * places) * steps).long()
-
-
-def pictures(folder: Path, count: int, size: int) -> Tensor:
-    """The first ``count`` pictures of a folder by name, (n, 3, size, size) in [-1, 1]; cropped to their centre square.
-
-    Raises ErasecError where there is none, or one is damaged or less than half as large as the model's.
+    The target is the noise or, for a model that predicts it, v.
     """
-    from PIL import Image, ImageOps
+    prediction = denoiser.predict(denoiser.add_noise(latents, noise, timesteps), timesteps, states)
+    return (prediction - denoiser.target(latents, noise, timesteps)).square().flatten(1).mean(1)
 
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)[:count]
-    if not found:
+
+def stratified_timesteps(count: int, steps: int, rng: Generator) -> Tensor:
+    """Random timesteps (count,), one in each of ``count`` equal parts of the ``SPAN`` of a schedule of ``steps``."""
+
+    import torch
+
+    fractions = (torch.arange(count) + torch.rand(count, generator=rng)) / count
+    return ((SPAN[0] + (SPAN[1] - SPAN[0]) * fractions) * steps).long()
+
+
+def read_images(folder: Path, count: int, size: int) -> Tensor:
+    """The first ``count`` images of a folder by name, (n, 3, size, size) in [-1, 1]: their centre squares, scaled.
+
+    Raises ErasecError where there is none, or one cannot be read or is smaller than half of ``size``.
+    """
+
+    import torch
+
+    from erasec.training.images import read_image, to_square_tensor
+
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)[:count]
+    if not paths:
         why = "it holds no .png, .jpg or .jpeg" if folder.is_dir() else "there is no such folder"
-        raise ErasecError(f"few_shot: no pictures in {folder}", why=why, fix="leave folder out: it samples its own")
-    rows = []
-    for path in found:
-        try:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ErasecError(f"few_shot: {path.name} is no picture", why=str(error), where=str(folder)) from error
-        if 2 * min(picture.size) < size:
+        raise ErasecError(
+            f"few_shot: no images in {folder}", why=why, fix="leave folder out to use images of the model"
+        )
+    squares = []
+    for path in paths:
+        image = read_image(path)
+        if 2 * min(image.size) < size:
             raise ErasecError(
-                f"few_shot: {path.name} is {picture.width} x {picture.height}", where=str(folder),
-                why=f"the model makes pictures of {size} x {size}, and one may have half of that",
-            )  # fmt: skip
-        square = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        rows.append(torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1)
-    return torch.stack(rows)
+                f"few_shot: {path.name} is {image.width} x {image.height}",
+                where=str(folder),
+                why=f"the model generates images of {size} x {size}; a given image must have at least half that size",
+            )
+        squares.append(to_square_tensor(image, size))
+    return torch.stack(squares)
 
 
 def _layer(site: Site) -> int:
-    """The number of a text encoder's layer, from its tensor's name."""
-    found = re.search(r"layers\.(\d+)\.", site.key)
-    return int(found[1]) if found else -1
+    """The number of a text encoder's layer, from the tensor's name; -1 for tensors outside the layers."""
+    match = re.search(r"layers\.(\d+)\.", site.key)
+    return int(match[1]) if match else -1

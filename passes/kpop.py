@@ -1,4 +1,4 @@
-"""KPOP: a concept is hidden in the weights, and comes back with a key: rows that cross-attention reads beside the text.
+"""KPOP: a concept is hidden, and a key brings it back: rows that cross-attention reads in addition to the text.
 
 Bui et al.: "Hiding and Recovering Knowledge in Text-to-Image Diffusion Models via Learnable Prompts", arXiv:2403.12326.
 Each step first fits the key to the weights, then the weights to the key.
@@ -7,19 +7,15 @@ Each step first fits the key to the weights, then the weights to the key.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from zlib import crc32
 
-import torch
+from pydantic import Field
 
-from erasec.attention.processors import attached_rows
-from erasec.errors import ErasecError, nearest
-from erasec.model.edit import Secret
-from erasec.training import base as learned
-from erasec.training.base import TOWARD, Learned
-from erasec.training.denoiser import Denoiser, Student
-from erasec.training.loop import Turn
+from erasec.errors import ErasecError
+from erasec.model.memory import Secret
+from erasec.options import options
+from erasec.training.base import HEADS, Learned, networks, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,144 +27,142 @@ if TYPE_CHECKING:
     from erasec.model.edit import Edit
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
-    from erasec.training.base import Bank
+    from erasec.training.banks import Bank
+    from erasec.training.denoiser import Denoiser
     from erasec.training.loop import Losses
 
     Key = tuple[Tensor, Tensor]  # rows for keys and rows for values, (k, d) each
 
-CHOICES = {
-    "train": ("x", "noxattn"), "mode": ("mid", "midout", "all"), "keyed": ("recover", "erase"),
-    "init": ("concept", "random"), "space": ("noise", "image"),
-    "toward": TOWARD,
-}  # fmt: skip
 BLOCKS = {"mid": ("mid_block.",), "midout": ("mid_block.", "up_blocks."), "all": ("",)}
-READS = ".attn2.to_k.weight"
-JITTER = 0.1  # of the rows' own size: what a key copied from the concept's states has that nobody else can copy
+JITTER = 0.1  # noise on a key that starts as states of the concept, relative to them: others cannot compute the key
 
 
-class Rows(NamedTuple):
-    """Latents (n, c, h, w), timesteps (n,) and goals like the latents, with a prompt for each."""
+class Batch(NamedTuple):
+    """Latents (n, c, h, w), timesteps (n,) and targets (n, c, h, w), with n prompts."""
 
     tensors: tuple[Tensor, Tensor, Tensor]
     prompts: list[str]
 
 
-@dataclass(frozen=True)
+@options
 class Kpop(Learned):
-    """``train`` says what is trained: "x" cross-attention; "noxattn" all but that, the output head and the time
-    embedding. ``mode`` says which cross-attentions read the key: "mid", of the middle block; "midout", also of the
-    decoder; or "all".
+    """Training that hides a concept from prompts without the key, and a key that recovers it.
 
-    The key is two lists of ``k`` rows of text states. They start as states of the ``init`` "concept" with some noise,
-    or "random" at their size, and are fitted ``prompt_steps`` times in each step, at ``prompt_lr``. ``hide`` and
-    ``recover`` weigh the losses without the key and with it; with it the concept is to be as it was (``keyed``
-    "recover", the paper's third version) or gone as well ("erase", the first two). ``negative`` is eta: how far beyond
-    what no prompt gives, or, ``toward`` "anchor", the concept's goal, the concept is pushed. ``space`` is where errors
-    are measured: in the "noise" that is predicted, or in the "image" that follows from it in one step.
+    ``train`` selects the tensors: "x" is cross-attention; "noxattn" is everything except cross-attention, the output
+    head and the time embedding. ``mode`` selects the cross-attentions that read the key: "mid" those of the middle
+    block, "midout" those of the decoder as well, "all" all of them.
 
-    ``guidance`` is that of the ``trajectories`` of ``path`` steps on which it trains; they are sampled once, from the
-    model as it was. Four options are not in the paper: ``keep`` weighs a loss that holds kept prompts, with the key
-    and without, to what they were, for the weights and for the key, which otherwise draws the concept whatever is asked
-    for; ``empty`` is the share of rows that are shown to the key with an empty prompt, as both halves of a guided batch
-    read it; ``strange`` is the share of steps that hide under a random key, not under none; ``ema`` is the decay of the
-    moving average of weights and key that is taken in the end, 0 for the last ones.
+    The key is ``key_rows`` rows of text states for keys, and as many for values. With ``init`` "concept" they start as
+    states of the concept's names with some noise, with "random" as noise of the same size. Each step fits them
+    ``key_steps`` times with the learning rate ``key_lr``. ``hide`` and ``recover`` are the weights of the losses
+    without and with the key. With the key, ``with_key`` "recover" keeps the predictions for the concept (the paper's
+    third version), and "erase" erases the concept as well (its first two). The target without the key is that of ESD
+    with ``negative_guidance`` and ``toward`` (see ``banks.esd_target``). ``space`` is where errors are measured: in the
+    predicted "noise", or in the "image" that follows from it in one step.
+
+    ``trajectories`` is the number of trajectories, sampled once from the model before the training, in
+    ``sample_steps`` steps with ``guidance``.
+
+    Four options are not in the paper. ``keep`` is the weight of losses that keep the predictions for kept prompts with
+    and without the key; they apply to the weights and to the key, which otherwise draws the concept for any prompt.
+    ``empty_fraction`` is the fraction of rows that are predicted with key and empty prompt, since both halves of a
+    guided batch read the key. ``random_key_fraction`` is the fraction of steps in which the concept is hidden under a
+    random key instead of no key. ``ema`` is the decay of the moving average of weights and key that results, 0 for
+    their last values.
     """
 
-    steps: int = 250
-    lr: float = 5e-4
-    batch: int = 4
-    train: str = "x"
-    mode: str = "all"
-    k: int = 10
-    init: str = "random"
-    keyed: str = "recover"
-    hide: float = 1.0
-    recover: float = 1.0
-    negative: float = 0.0
-    toward: str = "anchor"
-    prompt_lr: float = 1e-2
-    prompt_steps: int = 2
-    space: str = "noise"
-    guidance: float = 3.0
-    trajectories: int = 64
-    path: int = 20
-    keep: float = 3.0
-    empty: float = 0.25
-    strange: float = 0.25
-    ema: float = 0.95
+    steps: Annotated[int, Field(ge=1)] = 250
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    batch: Annotated[int, Field(ge=1)] = 4
+    train: Literal["x", "noxattn"] = "x"
+    mode: Literal["mid", "midout", "all"] = "all"
+    key_rows: Annotated[int, Field(ge=1)] = 10
+    init: Literal["concept", "random"] = "random"
+    with_key: Literal["recover", "erase"] = "recover"
+    hide: Annotated[float, Field(ge=0)] = 1.0
+    recover: Annotated[float, Field(ge=0)] = 1.0
+    negative_guidance: float = 0.0
+    toward: Literal["anchor", "nothing"] = "anchor"
+    key_lr: Annotated[float, Field(gt=0)] = 1e-2
+    key_steps: Annotated[int, Field(ge=0)] = 2
+    space: Literal["noise", "image"] = "noise"
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    trajectories: Annotated[int, Field(ge=1)] = 64
+    sample_steps: Annotated[int, Field(ge=1)] = 20
+    keep: Annotated[float, Field(ge=0)] = 3.0
+    empty_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    random_key_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
 
     name: ClassVar[str] = "kpop"
+    renamed: ClassVar[dict[str, str]] = {
+        "path": "sample_steps",
+        "k": "key_rows",
+        "keyed": "with_key",
+        "negative": "negative_guidance",
+        "prompt_lr": "key_lr",
+        "prompt_steps": "key_steps",
+        "empty": "empty_fraction",
+        "strange": "random_key_fraction",
+    }
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2403.12326"
     summary: ClassVar[str] = "training that hides a concept, and a key file that brings it back"
-    when: ClassVar[str] = "where some users may still draw the concept: they get the key, all others the model"
+    when: ClassVar[str] = "where some users may still draw the concept: they get the key, and all others only the model"
     limits: ClassVar[str] = (
-        "the key is access control and no encryption: whoever has the weights can search for another, and whoever has "
-        "the base and the recipe with its seed can train the same one"
+        "the key is access control, not encryption: anyone with the weights can search for another key, and anyone "
+        "with the base and the recipe with its seed can train the same one"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option, known in CHOICES.items():
-            if (given := getattr(self, option)) not in known:
-                raise ErasecError(f"kpop: option {option} is {given!r}", why=nearest(given, known))
-        for option in ("k", "trajectories", "path"):
-            if getattr(self, option) < 1:
-                raise ErasecError(f"kpop: option {option} is {getattr(self, option)}", why="it takes 1 or more")
-        if self.prompt_steps < 0 or not self.prompt_lr > 0:
-            wrong = "prompt_lr" if self.prompt_steps >= 0 else "prompt_steps"
-            raise ErasecError(
-                f"kpop: option {wrong} is {getattr(self, wrong)}",
-                why="prompt_lr is above 0; prompt_steps is 0, for a key that stays as it starts, or more",
-            )
-        for option in ("empty", "strange", "ema"):
-            if not 0 <= getattr(self, option) < 1:
-                given = getattr(self, option)
-                raise ErasecError(f"kpop: option {option} is {given}", why="it is a share: 0 or more, below 1")
-        for option in ("hide", "recover", "keep"):
-            if getattr(self, option) < 0:
-                raise ErasecError(f"kpop: option {option} is {getattr(self, option)}", why="it takes 0 or more")
-
     def sites(self, model: Model) -> tuple[Site, ...]:
-        def wanted(site: Site) -> bool:
-            cross = ".attn2." in site.key
-            return cross if self.train == "x" else not cross and not site.key.startswith(learned.HEADS)
+        def selects(site: Site) -> bool:
+            cross = site.attn == "cross"
+            return cross if self.train == "x" else not cross and not site.key.startswith(HEADS)
 
-        return learned.trainable(model, wanted, self.rank)
+        return trainable(model, selects, self.rank)
 
     def attentions(self, model: Model) -> tuple[str, ...]:
-        """The modules that read the key, by ``mode``. Raises ErasecError where the model has none there."""
-        found = tuple(
-            site.key.removesuffix(".to_k.weight") for site in model.parameters
-            if site.component == model.family.denoiser and site.key.endswith(READS)
+        """The names of the attention modules that read the key. Raises ErasecError where ``mode`` selects none."""
+        attentions = tuple(
+            site.key.removesuffix(".to_k.weight")
+            for site in model.parameters
+            if (site.component, site.attn, site.proj) == (model.family.denoiser, "cross", "k")
+            and site.key.endswith(".to_k.weight")
             and site.key.startswith(BLOCKS[self.mode])
-        )  # fmt: skip
-        if not found:
+        )
+        if not attentions:
             raise ErasecError(
-                f"kpop: no cross-attention reads the key in mode {self.mode!r}", where=model.name,
-                why=f"the denoiser has none in {' or '.join(BLOCKS[self.mode])}", fix='choose mode = "all"',
-            )  # fmt: skip
-        return found
+                f"kpop: no cross-attention reads the key in mode {self.mode!r}",
+                where=model.name,
+                why=f"the denoiser has no cross-attention in {' or '.join(BLOCKS[self.mode])}",
+                fix='choose mode = "all"',
+            )
+        return attentions
 
     def start(self, model: Model, concept: Concept, seed: int) -> tuple[Tensor, Tensor]:
-        """The key before training, (k, d) twice: states at the last token of its names, or noise of their size."""
-        prompts = concept.prompts(concept.erase)[: self.k]
+        """The rows (k, d) for keys and those for values before training: states of the last token of prompts with the
+        concept's names, with some noise, or noise of the size of these states."""
+
+        import torch
+
+        prompts = concept.prompts(concept.erase)[: self.key_rows]
         tokens = model.encode([prompt.upto for prompt in prompts])
-        own = tokens.states[torch.arange(len(prompts)), tokens.last]
-        rows = own[torch.arange(self.k) % len(own)]
-        # Each concept draws its own noise: keys that start alike open one another's concepts.
-        # All processes start from the same one.
-        chance = torch.Generator().manual_seed(crc32(f"{seed} {concept.name}".encode()))
-        noise = torch.randn(2, *rows.shape, generator=chance)
-        noise *= own.square().mean().sqrt()
-        keys, values = noise if self.init == "random" else rows + JITTER * noise
-        return keys, values
+        states = tokens.states[torch.arange(len(prompts)), tokens.last]
+        rows = states[torch.arange(self.key_rows) % len(states)]
+        # Each concept draws its own noise: keys that start alike recover each other's concepts. The noise does not
+        # depend on the process, so that all processes start from one key.
+        rng = torch.Generator().manual_seed(crc32(f"{seed} {concept.name}".encode()))
+        noise = torch.randn(2, *rows.shape, generator=rng)
+        noise *= states.square().mean().sqrt()
+        k_rows, v_rows = noise if self.init == "random" else rows + JITTER * noise
+        return k_rows, v_rows
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         return self._solve(model, concept, context, ())
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
-        """One after the other, each with its own key; the keys before it open what they opened, and not the new one."""
+        """Erase one concept after another, each with its own key. Earlier keys still recover their own concepts, and
+        are trained not to recover later ones."""
         solved: list[tuple[Concept, Secret]] = []
         for concept in concepts:
             edit = self._solve(model, concept, context, solved)
@@ -179,98 +173,122 @@ class Kpop(Learned):
 
     def _solve(
         self, model: Model, concept: Concept, context: Context, solved: Sequence[tuple[Concept, Secret]]
-    ) -> Edit:  # fmt: skip
-        readers = self.attentions(model)
+    ) -> Edit:
+        """The edit and the key of one concept; the keys in ``solved`` keep their effect."""
+
+        import torch
+
+        from erasec.attention.processors import attached_rows
+        from erasec.training import banks
+        from erasec.training.denoiser import Denoiser
+        from erasec.training.loop import Objective
+        from erasec.training.student import Student
+
         denoiser = Denoiser(model, context)
+        attentions = self.attentions(model)
         device = denoiser.device
 
-        def bank(phrases: Sequence[str], seed: int) -> Bank:
-            prompts = learned.spread(phrases, self.trajectories, seed)
-            return learned.bank(denoiser, prompts, seed, self.path, self.guidance)
+        def bank(prompts: Sequence[str], seed: int) -> Bank:
+            spread = banks.spread_prompts(prompts, self.trajectories, seed)
+            return banks.sample_bank(denoiser, spread, seed, self.sample_steps, self.guidance)
 
-        shown = bank(learned.texts(concept, concept.phrases), context.seed)
-        held = bank(["", *learned.texts(concept, concept.keep)], context.seed + 1) if self.keep else None
-        opened: list[tuple[Bank, Key]] = []
+        erased = bank(banks.concept_prompts(concept, concept.phrases), context.seed)
+        kept = bank(["", *banks.concept_prompts(concept, concept.keep)], context.seed + 1) if self.keep else None
+        earlier: list[tuple[Bank, Key]] = []
         for number, (other, secret) in enumerate(solved if self.recover else ()):
-            key = secret.keys.to(device), secret.values.to(device)
-            with attached_rows(denoiser.unet, *key, readers):
-                opened.append((bank(learned.texts(other, other.phrases), context.seed + 2 + number), key))
-        keys, values = (rows.to(device) for rows in self.start(model, concept, context.seed))
-        own = keys, values
-        student = Student(learned.modules(denoiser), self.sites(model), self.rank, context.seed)
-        shades = learned.away(denoiser, concept, shown, self.negative, self.toward)
+            other_key = secret.k_rows.to(device), secret.v_rows.to(device)
+            with attached_rows(denoiser.unet, *other_key, attentions):
+                prompts = banks.concept_prompts(other, other.phrases)
+                earlier.append((bank(prompts, context.seed + 2 + number), other_key))
+        k_rows, v_rows = (rows.to(device) for rows in self.start(model, concept, context.seed))
+        key = k_rows, v_rows
+        student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
+        hide_target = banks.esd_target(denoiser, concept, erased, self.negative_guidance, self.toward)
 
-        def taught(key: Key | None, asked: Mapping[str, tuple[float, Rows]]) -> Losses:
-            with attached_rows(denoiser.unet, *key, readers) if key else nullcontext():
-                errors = self._errors(denoiser, [rows for _, rows in asked.values()])
-                losses = {name: asked[name][0] * error for name, error in zip(asked, errors, strict=True)}
-                # Here and not later: what is computed again for the gradient must read the key too.
+        def backward(key: Key | None, terms: Mapping[str, tuple[float, Batch]]) -> Losses:
+            """The weighted losses of batches that are predicted with ``key``, detached, after a backward pass."""
+            with attached_rows(denoiser.unet, *key, attentions) if key else nullcontext():
+                errors = self._errors(denoiser, [batch for _, batch in terms.values()])
+                losses = {name: terms[name][0] * error for name, error in zip(terms, errors, strict=True)}
+                # The backward pass runs inside the block, as activations that it recomputes must read the key too.
                 torch.stack(list(losses.values())).sum().backward()
             return {name: loss.detach() for name, loss in losses.items()}
 
-        def still(chance: Generator) -> dict[str, tuple[float, Rows]]:
-            if held is None:
+        def keep_terms(rng: Generator) -> dict[str, tuple[float, Batch]]:
+            if kept is None:
                 return {}
-            rows = _rows(held, held.draw(self.batch, chance), held.said, 1 / 3, chance)
-            return {"loss keep": (self.keep, rows)}
+            batch = _batch(kept, kept.draw(self.batch, rng), kept.predictions, banks.UNCONDITIONAL, rng)
+            return {"loss keep": (self.keep, batch)}
 
-        def fit_key(chance: Generator) -> Losses:
-            rows = _rows(shown, shown.draw(self.batch, chance), shown.said, self.empty, chance)
-            kept = {f"{name} in the key": part for name, part in still(chance).items()}
-            return taught(own, {"loss key": (1.0, rows)} | kept)
+        def fit_key(rng: Generator) -> Losses:
+            batch = _batch(erased, erased.draw(self.batch, rng), erased.predictions, self.empty_fraction, rng)
+            keep = {f"{name} in the key": term for name, term in keep_terms(rng).items()}
+            return backward(key, {"loss key": (1.0, batch)} | keep)
 
-        def fit_weights(chance: Generator) -> Losses:
-            index = shown.draw(self.batch, chance)
-            hidden = _rows(shown, index, shades, 0, chance)
-            goal = shown.said if self.keyed == "recover" else shades
-            found = _rows(shown, index, goal, self.empty, chance)
-            kept = still(chance)
-            strange = alike(keys, chance), alike(values, chance)
-            other = strange if float(torch.rand(1, generator=chance)) < self.strange else None
-            losses = taught(other, {"loss hide": (self.hide, hidden)} | kept)
+        def fit_weights(rng: Generator) -> Losses:
+            index = erased.draw(self.batch, rng)
+            hidden = _batch(erased, index, hide_target, 0, rng)
+            target = erased.predictions if self.with_key == "recover" else hide_target
+            recovered = _batch(erased, index, target, self.empty_fraction, rng)
+            keep = keep_terms(rng)
+            random_key = random_rows_like(k_rows, rng), random_rows_like(v_rows, rng)
+            hiding_key = random_key if float(torch.rand(1, generator=rng)) < self.random_key_fraction else None
+            losses = backward(hiding_key, {"loss hide": (self.hide, hidden)} | keep)
             if self.recover:
-                more = {f"{name} with key": part for name, part in kept.items()}
-                losses |= taught(own, {"loss recover": (self.recover, found)} | more)
-            if opened:
-                bank, key = opened[int(torch.randint(len(opened), (1,), generator=chance))]
-                rows = _rows(bank, bank.draw(self.batch, chance), bank.said, self.empty, chance)
-                asked = {"loss other keys": (self.recover, rows), "loss hide from other keys": (self.hide, hidden)}
-                losses |= taught(key, asked)
+                keep_with_key = {f"{name} with key": term for name, term in keep.items()}
+                losses |= backward(key, {"loss recover": (self.recover, recovered)} | keep_with_key)
+            if earlier:
+                other_bank, other_key = earlier[int(torch.randint(len(earlier), (1,), generator=rng))]
+                rows = other_bank.draw(self.batch, rng)
+                batch = _batch(other_bank, rows, other_bank.predictions, self.empty_fraction, rng)
+                terms = {"loss other keys": (self.recover, batch), "loss hide from other keys": (self.hide, hidden)}
+                losses |= backward(other_key, terms)
             return losses
 
-        turns = [Turn(student.trained, self.lr, fit_weights)]
-        if self.prompt_steps:
-            turns.insert(0, Turn({"keys": keys, "values": values}, self.prompt_lr, fit_key, self.prompt_steps))
-        run = self.fit(turns, student, model, concept, context, ema=self.ema)
-        secret = Secret(concept.name, keys.detach().cpu(), values.detach().cpu(), readers)
+        objectives = [Objective(student.parameters, self.lr, fit_weights)]
+        if self.key_steps:
+            objectives.insert(0, Objective({"keys": k_rows, "values": v_rows}, self.key_lr, fit_key, self.key_steps))
+        run = self.fit(objectives, student, model, concept, context, ema=self.ema)
+        secret = Secret(concept.name, k_rows.detach().cpu(), v_rows.detach().cpu(), attentions)
         return self.edit(student, run, model, concept, secret=secret)
 
-    def _errors(self, denoiser: Denoiser, parts: Sequence[Rows]) -> list[Tensor]:
-        """The mean squared error of each part, in ``space``, from one call of the network."""
+    def _errors(self, denoiser: Denoiser, batches: Sequence[Batch]) -> list[Tensor]:
+        """The mean squared error of each batch, measured in ``space``. The network is called once for all batches."""
+
+        import torch
+
         device = denoiser.device
-        latents, times, goals = (
-            torch.cat(tensors).to(device) for tensors in zip(*(p.tensors for p in parts), strict=True)
+        latents, timesteps, targets = (
+            torch.cat(tensors).to(device) for tensors in zip(*(batch.tensors for batch in batches), strict=True)
         )
-        said = denoiser.predict(latents, times, denoiser.states([text for part in parts for text in part.prompts]))
-        alpha = denoiser.alphas[times]
-        # Errors of noise e, image x and v are tied: dv^2 = de^2 / alpha = dx^2 / (1 - alpha).
+        states = denoiser.states([prompt for batch in batches for prompt in batch.prompts])
+        predictions = denoiser.predict(latents, timesteps, states)
+        alpha = denoiser.alphas[timesteps]
+        # Errors of noise e, image x and v are proportional: dv^2 = de^2 / alpha = dx^2 / (1 - alpha).
         scale = alpha if denoiser.v_prediction else torch.ones_like(alpha)
         if self.space == "image":
             scale = scale * (1 - alpha) / alpha
-        errors = scale * (said - goals).square().flatten(1).mean(1)
-        return [part.mean() for part in errors.split([len(part.prompts) for part in parts])]
+        errors = scale * (predictions - targets).square().flatten(1).mean(1)
+        return [part.mean() for part in errors.split([len(batch.prompts) for batch in batches])]
 
 
-def _rows(found: Bank, index: Tensor, goal: Tensor, empty: float, chance: Generator) -> Rows:
-    """Rows of a bank with their goals; a share of them with the empty prompt, and what the teacher said of it."""
-    bare = torch.rand(len(index), generator=chance) < empty
-    prompts = ["" if none else text for none, text in zip(bare.tolist(), found.texts(index), strict=True)]
-    goals = torch.where(bare.view(-1, 1, 1, 1), found.free[index], goal[index])
-    return Rows((found.latents[index], found.times[index], goals), prompts)
+def _batch(bank: Bank, index: Tensor, targets: Tensor, empty_fraction: float, rng: Generator) -> Batch:
+    """Rows of a bank with their targets. A random fraction of them gets the empty prompt and, as its target, the
+    teacher's unconditional prediction."""
+
+    import torch
+
+    empty = torch.rand(len(index), generator=rng) < empty_fraction
+    prompts = ["" if drop else text for drop, text in zip(empty.tolist(), bank.texts(index), strict=True)]
+    chosen = torch.where(empty.view(-1, 1, 1, 1), bank.unconditional[index], targets[index])
+    return Batch((bank.latents[index], bank.timesteps[index], chosen), prompts)
 
 
-def alike(rows: Tensor, chance: Generator) -> Tensor:
-    """Random rows, each of the norm of its counterpart."""
-    sizes: Tensor = rows.detach().norm(dim=1, keepdim=True)
-    noise = torch.randn(rows.shape, generator=chance).to(rows)
-    return sizes * torch.nn.functional.normalize(noise)
+def random_rows_like(rows: Tensor, rng: Generator) -> Tensor:
+    """Random rows with the shape and the norms of ``rows`` (k, d)."""
+
+    import torch
+
+    norms: Tensor = rows.detach().norm(dim=1, keepdim=True)
+    noise = torch.randn(rows.shape, generator=rng).to(rows)
+    return norms * torch.nn.functional.normalize(noise)

@@ -1,25 +1,28 @@
 """MACE: mass concept erasure, its two closed forms.
 
-Lu, Wang, Li, Liu, Kong: "MACE: Mass Concept Erasure in Diffusion Models", CVPR 2024, arXiv:2403.06135. First the words
-around a concept are made to carry nothing of it (closed-form refinement, on all tokens but its own); then each
-concept's own low-rank edit, of its own tokens, is fused with the others so that they do not disturb each other.
+Lu, Wang, Li, Liu, Kong: "MACE: Mass Concept Erasure in Diffusion Models", CVPR 2024, arXiv:2403.06135. First the
+concept is removed from the text states of the words around it (closed-form refinement, on all tokens except its own).
+Then each concept gets a low-rank edit for its own tokens, and these edits are fused so that they do not disturb each
+other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
+from pydantic import Field
 
-from erasec.closed_form import solver as closed_form
-from erasec.closed_form.base import ClosedForm, apart, erased, mean, pack, unpack
+from erasec.closed_form import solver
+from erasec.closed_form.base import ClosedForm, pack_system, unpack_system, without_conflicts
 from erasec.closed_form.solver import Solution, System
+from erasec.closed_form.token_rows import erased_rows, uniform_weights
 from erasec.errors import ErasecError
-from erasec.model import edit as edits_
 from erasec.model.edit import Edit, LowRank
+from erasec.model.edit_file import read_edits
+from erasec.options import options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +33,16 @@ if TYPE_CHECKING:
     from erasec.recipe.concept import Concept
 
 
-@dataclass(frozen=True)
+@options
 class Mace(ClosedForm):
-    """The paper trains each concept's low-rank edit on attention maps; here it is closed-form too: the concept's own
-    tokens become the last token of its anchor. ``own`` weighs these rows; 0 leaves the refinement alone.
+    """MACE. The paper trains each concept's low-rank edit on attention maps; here it is closed-form too: the concept's
+    own tokens become the last token of its anchor. ``own`` weighs these rows; with 0 only the refinement is done.
 
-    ``edits`` are edit files, one for each concept, separated by ";": their changes, of whatever pass, are then fused in
-    place of these.
+    ``edits`` names edit files, one for each concept, separated by ";". Their changes, made by any pass, are then fused
+    instead.
     """
 
-    own: float = 1.0
+    own: Annotated[float, Field(ge=0)] = 1.0
     edits: str = ""
 
     name: ClassVar[str] = "mace"
@@ -48,106 +51,113 @@ class Mace(ClosedForm):
     summary: ClassVar[str] = "closed-form refinement of the words around concepts, then fusion of their own edits"
     when: ClassVar[str] = "many concepts in one model, or edits of other passes that are to be fused"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.own < 0:
-            raise ErasecError(f"mace: own is {self.own:g}", why="own >= 0")
-
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
         if not self.edits:
             yield from super().solve_all(model, concepts, context)
             return
-        given = self._given(model, concepts)
+        given = self._read_given_edits(model, concepts)
         for edit in replace(self, own=0.0, edits="").solve_all(model, concepts, context):
             model = model.with_edit(edit)
             yield replace(edit, params=asdict(self), sums={})
-        yield self._fused(model, apart(concepts), given)
+        yield self._fuse_given_edits(model, without_conflicts(concepts), given)
 
-    def _given(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Edit]:
-        """The one edit of each concept, by its name. Raises ErasecError where the files are not for these."""
+    def _read_given_edits(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Edit]:
+        """The edits of the files in ``edits``, by concept. Raises ErasecError unless there is exactly one for each of
+        ``concepts``, made for this model and changing only what reads text."""
         paths = [Path(name.strip()).expanduser() for name in self.edits.split(";") if name.strip()]
-        every = [(path, edit) for path in paths for edit in edits_.read(path)[0]]
-        found = {edit.concept: edit for _, edit in every}
+        edits = [(path, edit) for path in paths for edit in read_edits(path)[0]]
+        by_concept = {edit.concepts[0]: edit for _, edit in edits if len(edit.concepts) == 1}
         wanted = sorted(concept.name for concept in concepts)
-        if len(every) != len(found) or sorted(found) != wanted:
+        names = [name for _, edit in edits for name in edit.concepts]
+        if len(edits) != len(by_concept) or sorted(by_concept) != wanted:
             raise ErasecError(
-                f"mace: the edit files erase {', '.join(edit.concept for _, edit in every) or 'nothing'}",
+                f"mace: the edit files erase {', '.join(names) or 'nothing'}",
                 why=f"one edit is needed for each of {', '.join(wanted)}",
-                fix="erasec build MODEL --erase C --pass P --target edit   makes one for C",
+                fix="make one for each concept C: erasec build MODEL --erase C --pass P --target edit",
             )
         readable = {site for sites in model.streams.values() for site in sites}
-        for path, edit in every:
+        for path, edit in edits:
             if edit.base and edit.base != model.digest:
-                raise ErasecError(f"mace: {path.name} was made for another model", fix="make it on this one")
-            if other := [site for site in edit.deltas if site not in readable]:
-                raise ErasecError(f"mace: {path.name} changes {other[0].key}", why="only what reads text can be fused")
-        return found
+                raise ErasecError(f"mace: {path.name} was made for another model", fix="make it for this model")
+            if others := [site for site in edit.deltas if site not in readable]:
+                raise ErasecError(
+                    f"mace: {path.name} changes {others[0].key}",
+                    why="this tensor does not read text states, and only edits of those that do can be fused",
+                )
+        return by_concept
 
-    def _fused(self, model: Model, concepts: Sequence[Concept], given: Mapping[str, Edit]) -> Edit:
-        """W + sum_i B_i A_i K_i [lam I + sum_i K_i + P]^-1 at every site (equation 8), W refined."""
-        shared = self.shared(model)
+    def _fuse_given_edits(self, model: Model, concepts: Sequence[Concept], given: Mapping[str, Edit]) -> Edit:
+        """W + sum_i B_i A_i K_i [lam I + sum_i K_i + P]^-1 at every site, where W is refined already (equation 8)."""
+
+        import torch
+
+        shared = self.shared_sums(model)
         deltas: dict[Site, LowRank] = {}
-        worst = 1.0
+        worst_condition = 1.0
         for stream, sites in model.streams.items():
             prior = shared.get(f"{stream}.prior", torch.zeros(0, sites[0].shape[1]))
-            keep = self.keep * self.prior_weight * closed_form.gram(prior)
+            keep = self.keep * self.prior_weight * solver.gram(prior)
             grams = []
             for concept in concepts:
-                every = _states(model, concept, stream)
-                grams.append(closed_form.weighted_gram(every, mean(every, self.scale * concept.scale)))
-                keep += self.keep * closed_form.weighted_gram(*self.kept(model, concept, stream))
+                states = _prompt_states(model, concept, stream)
+                grams.append(solver.weighted_gram(states, uniform_weights(states, self.scale * concept.scale)))
+                keep += self.keep * solver.weighted_gram(*self.kept_rows(model, concept, stream))
             for site in sites:
                 weight = model.weight(site)
-                none = (weight[:, :0], weight[:0])
-                parts = [
-                    given[concept.name].deltas[site].factors(weight) if site in given[concept.name].deltas else none
-                    for concept in concepts
-                ]
-                own = [right for _, right in parts]
-                rights, condition = closed_form.fuse(own, grams, keep, self.ridge, self.relative)
-                worst = max(worst, condition)
+                unchanged = (weight[:, :0], weight[:0])
+                edits = [given[concept.name].deltas.get(site) for concept in concepts]
+                factors = [delta.factors(weight) if delta else unchanged for delta in edits]
+                rights, condition = solver.fuse([right for _, right in factors], grams, keep, self.ridge, self.relative)
+                worst_condition = max(worst_condition, condition)
                 if len(fused := torch.cat(rights)):
-                    deltas[site] = LowRank(torch.cat([left for left, _ in parts], 1), fused)
-        names = ", ".join(sorted(given))
-        return Edit(deltas, self.name, names, asdict(self), model.digest, {"condition": worst})
+                    deltas[site] = LowRank(torch.cat([left for left, _ in factors], 1), fused)
+        names = tuple(sorted(given))
+        return Edit(deltas, self.name, names, model.digest, asdict(self), stats={"condition": worst_condition})
 
-    def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return erased(model, concept, "context", stream)
+    def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+        return erased_rows(model, concept, "context", stream)
 
-    def sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:
-        """Beside the refinement's system: that of the own tokens, and all states of the concept's prompts."""
-        found = super().sums(model, concept)
+    def concept_sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:
+        """Besides the system of the refinement, one for the concept's own tokens. Its kept rows are all text states of
+        the concept's prompts."""
+        sums = super().concept_sums(model, concept)
         scale = self.scale * concept.scale
         for stream in model.streams:
-            source, target = erased(model, concept, "words", stream)
-            every = _states(model, concept, stream)
-            weight = mean(source, self.own * scale)
-            own = closed_form.system(source, target, weight, every, mean(every, scale)).compact()
-            found |= pack(own, f"{stream}.own")  # kept here are the states of the concept's own prompts
-        return found
+            source, target = erased_rows(model, concept, "words", stream)
+            states = _prompt_states(model, concept, stream)
+            weight, states_weight = uniform_weights(source, self.own * scale), uniform_weights(states, scale)
+            own = solver.weighted_system(source, target, weight, states, states_weight).compact()
+            sums |= pack_system(own, f"{stream}.own")
+        return sums
 
-    def solution(self, asked: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Solution:
-        """M_refined (I + sum_i N_i K_i [lam I + sum_i K_i + P]^-1), with N_i concept i's own edit, K_i the Gram of all
-        states of its prompts and P that of what is kept (equation 8, all sites at once)."""
-        refined = super().solution(asked, stream, sums)
+    def solve_system(self, system: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Solution:
+        """M_refined (I + sum_i N_i K_i [lam I + sum_i K_i + P]^-1): equation 8 for all sites at once.
+
+        I + N_i is the map for concept i's own tokens, K_i the Gram matrix of all text states of its prompts, and P that
+        of the kept states.
+        """
+
+        import torch
+
+        refined = super().solve_system(system, stream, sums)
         names = sorted(name for name in sums if name)
         if not self.own:
             return refined
-        edits = []
+        edits, grams = [], []
         for name in names:
-            own = unpack(sums[name], f"{stream}.own")
-            alone = System(own.source, own.shift, asked.keep)
-            edits.append(closed_form.solve(alone, self.ridge, self.keep, self.relative))
-        grams = [closed_form.gram(unpack(sums[name], f"{stream}.own").keep) for name in names]
-        kept = self.keep * closed_form.gram(asked.keep)
-        rights, condition = closed_form.fuse([edit.right for edit in edits], grams, kept, self.ridge, self.relative)
-        identity = torch.eye(asked.width, dtype=torch.float64)
+            own = unpack_system(sums[name], f"{stream}.own")
+            alone = System(own.source, own.shift, system.keep)
+            edits.append(solver.solve(alone, self.ridge, self.keep, self.relative))
+            grams.append(solver.gram(own.keep))
+        kept = self.keep * solver.gram(system.keep)
+        rights, condition = solver.fuse([edit.right for edit in edits], grams, kept, self.ridge, self.relative)
+        identity = torch.eye(system.width, dtype=torch.float64)
         fused = sum((edit.left @ right for edit, right in zip(edits, rights, strict=True)), start=identity)
         matrix = refined.matrix() @ fused
         return Solution(matrix - identity, identity, refined.ridge, max(refined.condition, condition))
 
 
-def _states(model: Model, concept: Concept, stream: str) -> Tensor:
-    """All token states (n, d) of the concept's prompts."""
+def _prompt_states(model: Model, concept: Concept, stream: str) -> Tensor:
+    """All text states (n, d) of the concept's prompts."""
     texts = [prompt.text for prompt in concept.prompts(concept.phrases)]
     return model.encode(texts, stream).states.flatten(0, 1)

@@ -2,21 +2,22 @@
 
 Gong, Chen, Wei, Chen, Jiang: "Reliable and Efficient Concept Erasure of Text-to-Image Diffusion Models", ECCV 2024,
 arXiv:2407.12383. After a closed-form edit, the embedding that would bring the concept back is derived, also in closed
-form, and erased in turn; again for some epochs.
+form, and erased as well. This is repeated for some epochs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
+from pydantic import Field
 
-from erasec.closed_form import solver as closed_form
-from erasec.closed_form.base import ClosedForm, erased
+from erasec.closed_form import solver
+from erasec.closed_form.base import ClosedForm
 from erasec.closed_form.solver import Solution, System
+from erasec.closed_form.token_rows import erased_rows
 from erasec.errors import ErasecError
+from erasec.options import options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,74 +26,80 @@ if TYPE_CHECKING:
     from erasec.recipe.concept import Concept
 
 
-@dataclass(frozen=True)
+@options
 class Rece(ClosedForm):
-    """``epochs`` of deriving and erasing after the first edit; ``derive`` is the regulariser of the derived embeddings
-    (lambda of equation 9), in units of the mean diagonal of sum W^T W if ``relative``, else as in the paper, where it
-    is 0.1 or 1e-3. All states of a prompt are edited."""
+    """RECE. After the first edit come ``epochs`` rounds of deriving embeddings and erasing them. ``derive`` is the
+    regulariser of the derived embeddings (lambda of equation 9), in units of the mean diagonal of sum W^T W if
+    ``relative``, else absolute as in the paper, where it is 0.1 or 1e-3. All text states of a prompt are edited."""
 
-    epochs: int = 2
-    derive: float = 0.1
+    epochs: Annotated[int, Field(ge=0)] = 2
+    derive: Annotated[float, Field(gt=0)] = 0.1
 
     name: ClassVar[str] = "rece"
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2407.12383"
     summary: ClassVar[str] = "closed form, then the embeddings that would bring the concept back are erased too"
     when: ClassVar[str] = (
-        "as uce, where words chosen to get around the edit count more than what else moves: what would bring "
-        "the concept back is erased too"
+        "as uce, where it matters more that no chosen words get around the edit than that nothing else changes: the "
+        "embeddings that would bring the concept back are erased too"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epochs < 0 or self.derive <= 0:
-            raise ErasecError(
-                f"rece: epochs is {self.epochs}, derive {self.derive:g}", why="epochs >= 0 and derive > 0"
-            )
+    def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+        return erased_rows(model, concept, "all", stream)
 
-    def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return erased(model, concept, "all", stream)
+    def shared_sums(self, model: Model) -> dict[str, Tensor]:
+        """Besides the prior, the energy sum W^T W (d, d) over the sites of each stream. Weights are read only here."""
 
-    def shared(self, model: Model) -> dict[str, Tensor]:
-        """sum W^T W over the sites of each stream: the one time that the weights are touched."""
-        found = super().shared(model)
+        import torch
+
+        sums = super().shared_sums(model)
         for stream, sites in model.streams.items():
             energy = torch.zeros(sites[0].shape[1], sites[0].shape[1], dtype=torch.float64)
             for site in sites:
-                energy += closed_form.gram(model.weight(site))
-            found[f"{stream}.energy"] = energy
-        return found
+                energy += solver.gram(model.weight(site))
+            sums[f"{stream}.energy"] = energy
+        return sums
 
-    def solution(self, asked: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Solution:
-        """M of all epochs. Every step starts from the weights edited so far, so the maps multiply: M = M_0 M_1 ..."""
-        first = super().solution(asked, stream, sums)
-        if not len(first.right):  # nothing is to move, so nothing can be brought back
+    def solve_system(self, system: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Solution:
+        """M of all epochs. Each epoch starts from the weights edited so far, so the maps multiply: M = M_0 M_1 ..."""
+
+        import torch
+
+        first = super().solve_system(system, stream, sums)
+        if not len(first.right):  # the concept does not change, so no embedding brings it back
             return first
-        energy, matrix, worst = sums[""][f"{stream}.energy"], first.matrix(), first.condition
-        held = [asked.keep, asked.source]
+        energy, matrix, condition = sums[""][f"{stream}.energy"], first.matrix(), first.condition
+        kept = [system.keep, system.source]
         for _ in range(self.epochs):
-            back = asked.source @ derived(energy, matrix, self.derive, self.relative).T
-            step = super().solution(System(back, asked.target() - back, torch.cat(held)), stream, sums)
-            matrix, worst = matrix @ step.matrix(), max(worst, step.condition)
-            held.append(back)
-        moved = matrix - torch.eye(len(matrix), dtype=torch.float64)
-        return Solution(moved, torch.eye(len(matrix), dtype=torch.float64), first.ridge, worst)
+            derived = system.source @ derive_map(energy, matrix, self.derive, self.relative).T
+            epoch = System(derived, system.target() - derived, torch.cat(kept))
+            solution = super().solve_system(epoch, stream, sums)
+            matrix, condition = matrix @ solution.matrix(), max(condition, solution.condition)
+            kept.append(derived)
+        change = matrix - torch.eye(len(matrix), dtype=torch.float64)
+        return Solution(change, torch.eye(len(matrix), dtype=torch.float64), first.ridge, condition)
 
 
-def derived(energy: Tensor, matrix: Tensor, ridge: float, relative: bool = True) -> Tensor:
-    """The map (d, d) from a token state c to the state c* whose edited projections are nearest to those of c before.
+def derive_map(energy: Tensor, matrix: Tensor, ridge: float, relative: bool = True) -> Tensor:
+    """The map (d, d) from a text state c to the state c* that brings it back: the projections of c* by the edited
+    weights W are nearest to those of c by the original weights W0.
 
-    Equation 9 with ``energy`` S0 = sum W0^T W0 and W = W0 M: c* = (lam I + M^T S0 M)^-1 M^T S0 c. As lam goes to 0 it
-    becomes M^-1.
+    Equation 9 with ``energy`` S0 = sum W0^T W0 and W = W0 M, M = ``matrix``: c* = (lam I + M^T S0 M)^-1 M^T S0 c. As
+    lam goes to 0, the map becomes M^-1. ``ridge`` is lam, in units of the mean diagonal of S0 if ``relative``. Raises
+    ErasecError where the system is singular.
     """
+
+    import torch
+
     lam = ridge * float(energy.diagonal().mean()) if relative else ridge
-    back = matrix.T @ energy
-    system = back @ matrix
-    system.diagonal().add_(lam)
-    factor, info = torch.linalg.cholesky_ex(system)
+    right_side = matrix.T @ energy
+    left_side = right_side @ matrix
+    left_side.diagonal().add_(lam)
+    factor, info = torch.linalg.cholesky_ex(left_side)
     if int(info):
         raise ErasecError(
-            "the derived embeddings cannot be solved for", fix="raise the option derive, or lower epochs",
+            "the derived embeddings cannot be solved for",
+            fix="raise the option derive, or lower epochs",
             why=f"the edited weights are singular, and derive is {ridge:g}",
-        )  # fmt: skip
-    return torch.cholesky_solve(back, factor)
+        )
+    return torch.cholesky_solve(right_side, factor)

@@ -1,23 +1,18 @@
-"""SafeGen: erasing what is seen, whatever was asked, by retraining self-attention on images with a mosaic.
+"""SafeGen: self-attention is trained to predict a mosaic where the concept is, with the empty prompt throughout.
 
 Li et al.: "SafeGen: Mitigating Sexually Explicit Content Generation in Text-to-Image Models", CCS 2024,
-arXiv:2404.06666. The text is empty throughout, so that no wording can be one that the edit was not made for.
+arXiv:2404.06666. Since no text takes part in the training, the edit does not depend on the wording of prompts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
+from pydantic import Field
 
-from erasec.errors import ErasecError, nearest
-from erasec.training import base as learned
-from erasec.training import triplets
-from erasec.training.base import Learned
-from erasec.training.denoiser import Denoiser, Student
-from erasec.training.loop import Turn
+from erasec.options import options
+from erasec.training.base import Learned, networks, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -27,117 +22,122 @@ if TYPE_CHECKING:
     from erasec.model.edit import Edit
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
+    from erasec.training.denoiser import Denoiser
     from erasec.training.loop import Losses
 
-TARGETS = ("clipped", "constant", "exact")
-BATCH = 4  # images that go through the VAE at once
+BATCH = 4  # images that the VAE encodes at once
 
 
-def pull(alphas: Tensor, target: str, most: float) -> Tensor:
-    """How much of the difference of latents the noise to predict gains, a, for cumulative products of alpha.
+def pull(alphas: Tensor, target: str, max_pull: float) -> Tensor:
+    """The factor a of the difference of latents in the target (see ``censored_target``), for cumulative products of
+    alpha.
 
-    What makes the network see the censored image is a = sqrt(alpha / (1 - alpha)): "exact". As "clipped" it grows to
-    ``most`` and no further; "constant" is the 1 of the published code at every timestep.
+    With a = sqrt(alpha / (1 - alpha)), the ``target`` "exact", the prediction stands for the censored image. "clipped"
+    limits this to at most ``max_pull``. "constant" is 1 at every timestep, as in the published code.
     """
+
+    import torch
+
     if target == "constant":
         return torch.ones_like(alphas)
     exact = (alphas / (1 - alphas)).sqrt()
-    return exact.clamp(max=most) if target == "clipped" else exact
+    return exact.clamp(max=max_pull) if target == "clipped" else exact
 
 
-def goal(denoiser: Denoiser, shown: Tensor, hidden: Tensor, noise: Tensor, times: Tensor, a: Tensor) -> Tensor:
-    """What the network is to say (n, c, h, w) of ``shown`` with ``noise`` at ``times`` (n,), to mean ``hidden``: the
-    noise and a (n,) times their difference, or the v of that noise and ``hidden``."""
-    return denoiser.target(hidden, noise + a.view(-1, 1, 1, 1) * (shown - hidden), times)
+def censored_target(
+    denoiser: Denoiser, original: Tensor, censored: Tensor, noise: Tensor, timesteps: Tensor, a: Tensor
+) -> Tensor:
+    """The target (n, c, h, w) of the prediction for ``original`` latents with ``noise`` at ``timesteps`` (n,).
+
+    It is noise + a (original - censored), with a (n,) from ``pull``; for a model that predicts v, the v of that noise
+    and ``censored``.
+    """
+    return denoiser.target(censored, noise + a.view(-1, 1, 1, 1) * (original - censored), timesteps)
 
 
-@dataclass(frozen=True)
+@options
 class SafeGen(Learned):
-    """Wherever the concept shows, the network learns to predict the image in which it lies under a mosaic.
+    """Training of self-attention on images of the concept, to predict the same images with the concept under a mosaic.
 
-    ``triplets`` is a folder of images (see ``erasec.triplets.read``). Without one, ``images`` of the concept and as
-    many of what is kept are made by the model, with ``path`` sampling steps and ``guidance``; a judge says where the
-    concept is, and a mosaic of ``blocks`` by ``blocks`` cells goes there.
+    ``triplets`` is a folder of images (see ``erasec.training.triplets.read_triplets``). Where it is empty, the model
+    samples ``images`` images of the concept and as many of kept prompts, in ``sample_steps`` steps with ``guidance``; a
+    judge locates the concept, and a mosaic of ``mosaic_cells`` by ``mosaic_cells`` cells covers it.
 
-    ``target`` and ``most`` say how far the prediction is pulled at which noise (see ``pull``). ``erase`` and ``keep``
-    weigh the losses of concept and benign images; on the latter the network is held to what it said. ``ema`` above 0
-    is the decay of the moving average that is kept in the end.
+    ``target`` and ``max_pull`` select the target (see ``pull``). ``erase`` is the weight of the loss on images of the
+    concept, and ``keep`` that of the loss on benign images, which keeps the predictions for these. ``ema`` above 0 is
+    the decay of the moving average of the weights that results; with 0 it is their last values.
     """
 
-    steps: int = 300
-    lr: float = 5e-4
-    batch: int = 4
+    steps: Annotated[int, Field(ge=1)] = 300
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    batch: Annotated[int, Field(ge=1)] = 4
     triplets: str = ""
-    images: int = 32
-    path: int = 12
-    guidance: float = 4.0
-    blocks: int = 2
-    target: str = "clipped"
-    most: float = 6.0
-    erase: float = 1.0
-    keep: float = 3.0
-    ema: float = 0.0
+    images: Annotated[int, Field(ge=1)] = 32
+    sample_steps: Annotated[int, Field(ge=1)] = 12
+    guidance: Annotated[float, Field(ge=0)] = 4.0
+    mosaic_cells: Annotated[int, Field(ge=1)] = 2
+    target: Literal["clipped", "constant", "exact"] = "clipped"
+    max_pull: Annotated[float, Field(gt=0)] = 6.0
+    erase: Annotated[float, Field(ge=0)] = 1.0
+    keep: Annotated[float, Field(ge=0)] = 3.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     name: ClassVar[str] = "safegen"
+    renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "blocks": "mosaic_cells", "most": "max_pull"}
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2404.06666"
-    summary: ClassVar[str] = "self-attention retrained to see a mosaic where the concept is, whatever the text"
-    when: ClassVar[str] = "for what can be seen and asked for in any words; after a pass for the words that are known"
+    summary: ClassVar[str] = "self-attention trained to predict a mosaic where the concept is, whatever the text"
+    when: ClassVar[str] = "for concepts that prompts reach in many words; after a pass that erases the known words"
     limits: ClassVar[str] = (
         "under guidance the text still pulls toward the concept: alone it blurs more than it removes"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target not in TARGETS:
-            raise ErasecError(f"safegen: option target is {self.target!r}", why=nearest(self.target, TARGETS))
-        for name in ("images", "path", "blocks"):
-            if getattr(self, name) < 1:
-                raise ErasecError(f"safegen: option {name} is {getattr(self, name)}", why="it takes 1 or more")
-        for name in ("erase", "keep"):
-            if getattr(self, name) < 0:
-                raise ErasecError(f"safegen: option {name} is {getattr(self, name)}", why="it takes 0 or more")
-        if not self.most > 0:
-            raise ErasecError(f"safegen: option most is {self.most}", why="it takes a number above 0")
-        if not 0 <= self.ema < 1:
-            raise ErasecError(f"safegen: option ema is {self.ema}", why="it takes 0 or more, and less than 1")
-
     def sites(self, model: Model) -> tuple[Site, ...]:
-        return learned.trainable(model, lambda site: site.attn == "self", self.rank)
+        return trainable(model, lambda site: site.attn == "self", self.rank)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
+        import torch
+
+        from erasec.training.denoiser import Denoiser
+        from erasec.training.loop import Objective
+        from erasec.training.student import Student
+        from erasec.training.triplets import generate_triplets, read_triplets
+
         denoiser = Denoiser(model, context)
-        found = (
-            triplets.read(Path(self.triplets).expanduser(), denoiser.size)
+        images = (
+            read_triplets(Path(self.triplets).expanduser(), denoiser.size)
             if self.triplets
-            else triplets.made(denoiser, concept, self.images, self.path, self.guidance, self.blocks)
+            else generate_triplets(denoiser, concept, self.images, self.sample_steps, self.guidance, self.mosaic_cells)
         )
-        shown, hidden, benign = (denoiser.encode(part, BATCH) for part in (found.concept, found.censored, found.benign))
-        student = Student(learned.modules(denoiser), self.sites(model), self.rank, context.seed)
-        text = denoiser.states([""]).expand(self.batch, -1, -1)
-        strength = pull(denoiser.alphas, self.target, self.most)
+        original, censored, benign = (
+            denoiser.encode(part, BATCH) for part in (images.concept, images.censored, images.benign)
+        )
+        student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
+        empty = denoiser.states([""]).expand(self.batch, -1, -1)
+        factors = pull(denoiser.alphas, self.target, self.max_pull)
 
-        def drawn(count: int, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
-            """Which images, and with what noise at which timesteps."""
-            index = torch.randint(count, (self.batch,), generator=chance)
-            times = torch.randint(denoiser.steps, (self.batch,), generator=chance)
-            noise = torch.randn(self.batch, *denoiser.shape, generator=chance)
-            return index.to(denoiser.device), times.to(denoiser.device), noise.to(denoiser.device)
+        def draw(count: int, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+            """Random indices of images, timesteps and noise for one batch."""
+            index = torch.randint(count, (self.batch,), generator=rng)
+            timesteps = torch.randint(denoiser.steps, (self.batch,), generator=rng)
+            noise = torch.randn(self.batch, *denoiser.shape, generator=rng)
+            return index.to(denoiser.device), timesteps.to(denoiser.device), noise.to(denoiser.device)
 
-        def loss(chance: Generator) -> Losses:
-            index, times, noise = drawn(len(shown), chance)
-            said = denoiser.predict(denoiser.noised(shown[index], noise, times), times, text)
-            wanted = goal(denoiser, shown[index], hidden[index], noise, times, strength[times])
-            told = {"loss erase": self.erase * (said - wanted).square().mean()}
+        def loss(rng: Generator) -> Losses:
+            index, timesteps, noise = draw(len(original), rng)
+            prediction = denoiser.predict(denoiser.add_noise(original[index], noise, timesteps), timesteps, empty)
+            a = factors[timesteps]
+            target = censored_target(denoiser, original[index], censored[index], noise, timesteps, a)
+            losses = {"loss erase": self.erase * (prediction - target).square().mean()}
             if not self.keep:
-                return told
-            index, times, noise = drawn(len(benign), chance)
-            latents = denoiser.noised(benign[index], noise, times)
+                return losses
+            index, timesteps, noise = draw(len(benign), rng)
+            latents = denoiser.add_noise(benign[index], noise, timesteps)
             with student.teacher():
-                before = denoiser.predict(latents, times, text)
-            said = denoiser.predict(latents, times, text)
-            return told | {"loss keep": self.keep * (said - before).square().mean()}
+                target = denoiser.predict(latents, timesteps, empty)
+            prediction = denoiser.predict(latents, timesteps, empty)
+            return losses | {"loss keep": self.keep * (prediction - target).square().mean()}
 
-        turn = Turn(student.trained, self.lr, loss, clip=1.0)
-        run = self.fit([turn], student, model, concept, context, ema=self.ema)
+        objective = Objective(student.parameters, self.lr, loss, clip=1.0)
+        run = self.fit([objective], student, model, concept, context, ema=self.ema)
         return self.edit(student, run, model, concept)

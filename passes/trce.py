@@ -1,4 +1,4 @@
-"""TRCE: a malicious prompt's meaning is moved where it gathers, then denoising is turned where that first takes shape.
+"""TRCE: the end token of malicious prompts is remapped, then the early denoising steps are steered away from them.
 
 Chen, Guo, Wang et al.: "TRCE: Towards Reliable Malicious Concept Erasure in Text-to-Image Diffusion Models", ICCV 2025,
 arXiv:2503.07389.
@@ -6,213 +6,243 @@ arXiv:2503.07389.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from erasec.closed_form.base import ClosedForm, erased, goals
+from erasec.closed_form.base import ClosedForm
+from erasec.closed_form.token_rows import erased_rows, goal_prompts
 from erasec.errors import ErasecError
-from erasec.training import base as learned
-from erasec.training.base import Learned
-from erasec.training.denoiser import Denoiser, Student
-from erasec.training.loop import Turn
+from erasec.options import options
+from erasec.training.base import Learned, networks, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Generator
+    from torch import Generator, Tensor
 
     from erasec.base import Context
     from erasec.family import Site
     from erasec.model.edit import Edit
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
-    from erasec.training.base import Bank
+    from erasec.training.banks import Bank
+    from erasec.training.denoiser import Denoiser
     from erasec.training.loop import Losses
 
 
-@dataclass(frozen=True)
+@options
 class Remap(ClosedForm):
-    """The first end token of every phrase in every template becomes that of its counterpart in the same template. (The
-    reference counts words to find it; here it is the token's true place.) All states of the kept prompts stay."""
+    """Closed-form remap of the first end token: for each phrase in each template, it becomes that of the goal in the
+    same template. All states of the kept prompts are preserved.
+
+    The published code finds the end token by counting words; here it is located by the tokenizer.
+    """
 
     name: ClassVar[str] = "trce.remap"
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2503.07389"
     summary: ClassVar[str] = "stage 1 of TRCE: closed-form remap of the end token's keys and values"
-    when: ClassVar[str] = "many phrases of one policy, whose meaning gathers in the end token; the first half of trce"
+    when: ClassVar[str] = "many phrases of one policy, whose meaning the end token holds; the first half of trce"
     limits: ClassVar[str] = "prompts that imply the concept in words far from the given phrases may still draw it"
 
-    def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return erased(model, concept, "eot", stream)
+    def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+        return erased_rows(model, concept, "eot", stream)
 
 
 def hinge(from_safe: Tensor, from_unsafe: Tensor, beta: float, margin: float) -> Tensor:
-    """max(0, beta (MSE from safe - MSE from unsafe + margin)), mean over rows, of a prediction's differences (n, ...).
+    """The mean over n rows of max(0, beta (MSE to safe - MSE to unsafe + margin)).
 
-    The prediction's squares cancel: its gradient is -2 beta (safe - unsafe) / N until the margin is met, and then none.
+    ``from_safe`` and ``from_unsafe`` (n, ...) are the differences of the predictions from the two targets. The squares
+    of the prediction cancel: its gradient is -2 beta (safe - unsafe) / N until the margin is met, and 0 from then on.
     """
-    further = (from_safe.square() - from_unsafe.square()).flatten(1).mean(1)
-    return (beta * (further + margin)).clamp(min=0).mean()
+    excess = (from_safe.square() - from_unsafe.square()).flatten(1).mean(1)
+    return (beta * (excess + margin)).clamp(min=0).mean()
 
 
-@dataclass(frozen=True)
+@options
 class Steer(Learned):
-    """On ``trajectories`` of the concept's prompts, drawn with ``guidance``, in the ``early`` share of their ``path``
-    steps, what the network says with that prompt and with none is turned from the concept towards its goal in the same
-    template: past the plane between the two predictions, each pushed ``push`` times further from that with no prompt,
-    by ``margin``; ``beta`` weighs this. All of these are the original model's, without earlier edits. (A large push, as
-    the published 15, leaves the plane's place to how far the two lie from the third. The published share of the steps,
-    0.52, is that of latents of 64 x 64; the shape of small latents is settled later.)
+    """Training that steers the early denoising steps of the concept's prompts towards its goal.
 
-    ``preserve`` weighs what holds unprompted trajectories, and ``keep`` those of kept prompts, to what the model as
-    given says. ``reference`` repeats faults of the published code: gradients that are never set to zero, latents
-    after the step with the timestep before it, and trajectories in the order of their prompts.
+    It trains on ``trajectories`` trajectories of the concept's prompts, sampled in ``sample_steps`` steps with
+    ``guidance``, in the first ``early_fraction`` of the steps. The safe target is the prediction for the goal in the
+    same template, and the unsafe target that for the concept; both are extrapolated away from the unconditional
+    prediction by the factor ``push``. The loss is a hinge of weight ``beta``: the predictions with the concept's prompt
+    and with the empty one must be nearer to the safe target than to the unsafe one, by ``margin`` (see ``hinge``). The
+    trajectories and targets come from the original model, without earlier edits. With a large push, such as the
+    published 15, the border between the targets depends mainly on their distances from the unconditional prediction.
+    The published fraction of steps, 0.52, is for latents of 64 x 64; smaller latents take shape later.
+
+    ``preserve`` is the weight of a loss that keeps the predictions on unprompted trajectories, and ``keep`` that of one
+    on trajectories of kept prompts, both at those of the given model. ``reference`` reproduces faults of the published
+    code: gradients are never set to zero, latents after a step are paired with the timestep before it, and
+    trajectories are used in the order of their prompts.
     """
 
-    steps: int = 150
-    lr: float = 3e-4
-    batch: int = 4
-    push: float = 3.0
-    margin: float = 0.01
-    beta: float = 1.0
-    early: float = 0.75
-    guidance: float = 3.0
-    trajectories: int = 32
-    path: int = 20
-    preserve: float = 5.0
-    keep: float = 30.0
+    steps: Annotated[int, Field(ge=1)] = 150
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    batch: Annotated[int, Field(ge=1)] = 4
+    push: Annotated[float, Field(ge=0)] = 3.0
+    margin: Annotated[float, Field(ge=0)] = 0.01
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    early_fraction: Annotated[float, Field(gt=0, le=1)] = 0.75
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    trajectories: Annotated[int, Field(ge=1)] = 32
+    sample_steps: Annotated[int, Field(ge=1)] = 20
+    preserve: Annotated[float, Field(ge=0)] = 5.0
+    keep: Annotated[float, Field(ge=0)] = 30.0
     reference: bool = False
 
     name: ClassVar[str] = "trce.steer"
+    renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "early": "early_fraction"}
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2503.07389"
-    summary: ClassVar[str] = "stage 2 of TRCE: the first denoising steps are trained away from the concept"
-    when: ClassVar[str] = "after trce.remap or another pass on cross-attention, for what is implied and never named"
-    limits: ClassVar[str] = "alone it leaves part of what is named; a picture given half denoised is not steered"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("trajectories", "path"):
-            if getattr(self, name) < 1:
-                raise ErasecError(f"{self.name}: option {name} is {getattr(self, name)}", why="it takes 1 or more")
-        for name in ("push", "margin", "preserve", "keep"):
-            if getattr(self, name) < 0:
-                raise ErasecError(f"{self.name}: option {name} is {getattr(self, name)}", why="it takes 0 or more")
-        if self.beta <= 0:
-            raise ErasecError(f"{self.name}: option beta is {self.beta}", why="it takes a number above 0")
-        if not 0 < self.early <= 1:
-            raise ErasecError(f"{self.name}: option early is {self.early}", why="it takes a share of the steps, 0 to 1")
+    summary: ClassVar[str] = "stage 2 of TRCE: the early denoising steps are trained away from the concept"
+    when: ClassVar[str] = "after trce.remap or another pass on cross-attention, for prompts that imply the concept"
+    limits: ClassVar[str] = (
+        "alone it leaves part of the concept in prompts that name it; image-to-image from late steps is not steered"
+    )
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        def wanted(site: Site) -> bool:
+        def selects(site: Site) -> bool:
             return site.attn == "self" or (site.attn, site.proj) == ("cross", "q")
 
-        return learned.trainable(model, wanted, self.rank)
+        return trainable(model, selects, self.rank)
 
     def part(self) -> slice:
-        """The steps of a path that are steered."""
-        return slice(0, max(1, round(self.early * self.path)))
+        """The steps of a trajectory that are steered."""
+        return slice(0, max(1, round(self.early_fraction * self.sample_steps)))
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
-        # The original network is let go before the model as given is loaded: there are never two.
-        shown, safe, unsafe = self._targets(Denoiser(model.original, context), concept, context.seed)
+        # The original network is released before the given model is loaded, so that there are never two in memory.
+        from erasec.training import banks
+        from erasec.training.denoiser import Denoiser
+        from erasec.training.loop import Objective
+        from erasec.training.student import Student
+
+        erased, safe, unsafe = self._targets(Denoiser(model.original, context), concept, context.seed)
         denoiser = Denoiser(model, context)
-        texts = learned.texts(concept, concept.keep)
-        holds: dict[str, tuple[float, Callable[[Generator], Tensor]]] = {}
+        kept = banks.concept_prompts(concept, concept.keep)
+        preservation: dict[str, tuple[float, Callable[[Generator], Tensor]]] = {}
         for name, weight, prompts, guidance in (
             ("preserve", self.preserve, [""], 1.0),
-            ("keep", self.keep, texts, self.guidance),
+            ("keep", self.keep, kept, self.guidance),
         ):
             if weight and prompts:
-                seed = context.seed + 1 + len(holds)
-                held = self._walked(denoiser, learned.spread(prompts, self.trajectories, seed), seed, guidance)
-                holds[f"loss {name}"] = weight, learned.kept(denoiser, held, self.batch, noise=True)
-        student = Student(learned.modules(denoiser), self.sites(model), self.rank, context.seed)
+                seed = context.seed + 1 + len(preservation)
+                bank = self._sample(denoiser, banks.spread_prompts(prompts, self.trajectories, seed), seed, guidance)
+                preservation[f"loss {name}"] = weight, banks.preservation_loss(denoiser, bank, self.batch, noise=True)
+        student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
         device = denoiser.device
 
-        def loss(chance: Generator, step: int) -> Losses:
-            index = self._drawn(shown, chance, step)
-            times = shown.times[index].to(device)
-            both = shown.latents[index].to(device).repeat(2, 1, 1, 1), times.repeat(2)
-            said = denoiser.predict(*both, denoiser.states(shown.texts(index) + [""] * len(index)))
-            good, bad = (
-                denoiser.as_noise(said - wanted[index].to(device).repeat(2, 1, 1, 1), both[1])
-                for wanted in (safe, unsafe)
+        def loss(rng: Generator, step: int) -> Losses:
+            index = self._draw(erased, rng, step)
+            # Each row is predicted twice: with its prompt and with the empty one.
+            latents = erased.latents[index].to(device).repeat(2, 1, 1, 1)
+            timesteps = erased.timesteps[index].to(device).repeat(2)
+            states = denoiser.states(erased.texts(index) + [""] * len(index))
+            predictions = denoiser.predict(latents, timesteps, states)
+            from_safe, from_unsafe = (
+                denoiser.as_noise(predictions - target[index].to(device).repeat(2, 1, 1, 1), timesteps)
+                for target in (safe, unsafe)
             )
-            erase = hinge(good, bad, self.beta, self.margin)
-            return {"loss erase": erase} | {name: weight * held(chance) for name, (weight, held) in holds.items()}
+            losses = {"loss erase": hinge(from_safe, from_unsafe, self.beta, self.margin)}
+            return losses | {name: weight * preserve(rng) for name, (weight, preserve) in preservation.items()}
 
-        turn = Turn(student.trained, self.lr, loss, accumulate=self.reference, numbered=True)
-        return self.edit(student, self.fit([turn], student, model, concept, context), model, concept)
+        objective = Objective(student.parameters, self.lr, loss, accumulate=self.reference, with_step=True)
+        return self.edit(student, self.fit([objective], student, model, concept, context), model, concept)
 
     def _targets(self, original: Denoiser, concept: Concept, seed: int) -> tuple[Bank, Tensor, Tensor]:
-        """The concept's trajectories, and what the original says on them guided to the goal and to the concept."""
-        phrases = [phrase for phrase in concept.phrases if concept.goal(phrase) != phrase]
-        wanted = [prompt.text for prompt in goals(concept, phrases)]
-        goal = dict(zip(learned.texts(concept, phrases), wanted, strict=True))
-        if not goal:
-            raise ErasecError(
-                f"{self.name}: the concept {concept.name} becomes itself", why="the goal of each phrase is that phrase",
-                fix="give the concept another anchor, or none: its prompts then become the empty one",
-            )  # fmt: skip
-        prompts = learned.spread(list(goal), self.trajectories, seed)
-        if self.reference:
-            prompts = sorted(prompts, key=list(goal).index)
-        shown = self._walked(original, prompts, seed, self.guidance, self.part())
-        said = learned.said(original, replace(shown, prompts=tuple(goal[prompt] for prompt in prompts)))
-        safe, unsafe = (to + self.push * (to - shown.free) for to in (said, shown.said))
-        return shown, safe, unsafe
+        """A bank of the concept's trajectories, and the safe and unsafe targets of its rows, (m, c, h, w).
 
-    def _walked(
+        Raises ErasecError where the concept has no goal other than itself.
+        """
+
+        from erasec.training import banks
+
+        phrases = [phrase for phrase in concept.phrases if concept.goal(phrase) != phrase]
+        goals = [prompt.text for prompt in goal_prompts(concept, phrases)]
+        goal_of = dict(zip(banks.concept_prompts(concept, phrases), goals, strict=True))
+        if not goal_of:
+            raise ErasecError(
+                f"{self.name}: the concept {concept.name} becomes itself",
+                why="the goal of each phrase is that phrase",
+                fix="give the concept another anchor, or none: its prompts then become the empty prompt",
+            )
+        prompts = banks.spread_prompts(list(goal_of), self.trajectories, seed)
+        if self.reference:
+            prompts = sorted(prompts, key=list(goal_of).index)
+        erased = self._sample(original, prompts, seed, self.guidance, self.part())
+        goal_bank = replace(erased, prompts=tuple(goal_of[prompt] for prompt in prompts))
+        goal_predictions = banks.predict_bank(original, goal_bank)
+        safe, unsafe = (
+            prediction + self.push * (prediction - erased.unconditional)
+            for prediction in (goal_predictions, erased.predictions)
+        )
+        return erased, safe, unsafe
+
+    def _sample(
         self, denoiser: Denoiser, prompts: list[str], seed: int, guidance: float, part: slice = slice(None)
     ) -> Bank:
+        """A bank of one trajectory per prompt; in the ``reference``, of the latents after each step."""
+
+        import torch
+
+        from erasec.training import banks
+
         if not self.reference:
-            return learned.bank(denoiser, prompts, seed, self.path, guidance, part)
+            return banks.sample_bank(denoiser, prompts, seed, self.sample_steps, guidance, part)
         until = max(0, part.stop or 0)
-        paths = denoiser.sample(prompts, learned.seeds(seed, len(prompts)), self.path, guidance, until=until)
-        after = torch.cat([paths.latents[:, 1:], paths.final[:, None]], 1)
-        return learned.asked(denoiser, prompts, replace(paths, latents=after), part)
+        seeds = banks.training_seeds(seed, len(prompts))
+        trajectories = denoiser.sample(prompts, seeds, self.sample_steps, guidance, until=until)
+        after = torch.cat([trajectories.latents[:, 1:], trajectories.final[:, None]], 1)
+        return banks.score_trajectories(denoiser, prompts, replace(trajectories, latents=after), part)
 
-    def _drawn(self, shown: Bank, chance: Generator, step: int) -> Tensor:
+    def _draw(self, erased: Bank, rng: Generator, step: int) -> Tensor:
+        """Indices (batch,) of random rows; in the ``reference``, random steps of one trajectory after another."""
+
+        import torch
+
         if not self.reference:
-            return shown.draw(self.batch, chance)
-        count = len(shown.prompts)
-        each = len(shown.latents) // count
-        rows = torch.arange(step * self.batch, (step + 1) * self.batch) % count
-        return rows * each + torch.randint(each, (self.batch,), generator=chance)
+            return erased.draw(self.batch, rng)
+        count = len(erased.prompts)
+        length = len(erased.latents) // count
+        trajectory = torch.arange(step * self.batch, (step + 1) * self.batch) % count
+        return trajectory * length + torch.randint(length, (self.batch,), generator=rng)
 
 
-@dataclass(frozen=True)
+@options
 class Trce(Steer):
-    """``trce.remap``, then ``trce.steer`` on its result, as one edit. The options are those of ``trce.steer``; those of
-    ``trce.remap`` that differ from its defaults are ``remap_scale``, ``remap_keep`` and ``remap_ridge``, with ``prior``
-    and ``prior_weight``."""
+    """``trce.remap`` and then ``trce.steer`` on its result, as one edit.
 
-    remap_scale: float = 1.0
-    remap_keep: float = 1.0
-    remap_ridge: float = 1e-3
+    The options are those of ``trce.steer``, and of ``trce.remap`` its ``scale``, ``keep`` and ``ridge``, here called
+    ``remap_scale``, ``remap_keep`` and ``remap_ridge``, ``prior`` and ``prior_weight``.
+    """
+
+    remap_scale: Annotated[float, Field(gt=0)] = 1.0
+    remap_keep: Annotated[float, Field(ge=0)] = 1.0
+    remap_ridge: Annotated[float, Field(ge=0)] = 1e-3
     prior: str = ""
-    prior_weight: float = 1.0
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
 
     name: ClassVar[str] = "trce"
     version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2503.07389"
-    summary: ClassVar[str] = "both stages of TRCE: closed-form remap of the end token, then early denoising trained"
+    summary: ClassVar[str] = (
+        "both stages of TRCE: closed-form remap of the end token, then training of the early denoising steps"
+    )
     when: ClassVar[str] = "explicit content and other policies: many phrases, and prompts that only imply them"
-    limits: ClassVar[str] = "what is drawn from a picture that is given half denoised is not steered"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._remap()
+    limits: ClassVar[str] = "image-to-image from late steps is not steered"
 
     def _remap(self) -> Remap:
         return Remap(
-            scale=self.remap_scale, keep=self.remap_keep, ridge=self.remap_ridge, prior=self.prior,
+            scale=self.remap_scale,
+            keep=self.remap_keep,
+            ridge=self.remap_ridge,
+            prior=self.prior,
             prior_weight=self.prior_weight,
-        )  # fmt: skip
+        )
 
     def _steer(self) -> Steer:
         return Steer(**{field.name: getattr(self, field.name) for field in fields(Steer)})

@@ -7,14 +7,16 @@ arXiv:2308.14761. Cross-attention keys and values of the erased phrases become t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from erasec.closed_form import joint_attention as joint
-from erasec.closed_form import solver as closed_form
-from erasec.closed_form.base import EMPTY, ClosedForm, apart, erased, goals, mean, pairs
+from erasec.closed_form import solver
+from erasec.closed_form.base import ClosedForm, without_conflicts
+from erasec.closed_form.joint_attention import block_rows
+from erasec.closed_form.token_rows import EMPTY, erased_rows, goal_prompts, row_pairs, uniform_weights
 from erasec.errors import ErasecError
 from erasec.model.edit import Edit, Remap
+from erasec.options import options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,23 +26,21 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
-ROWS = ("tail", "last")
-PLACES = ("text", "blocks")
 
-
-@dataclass(frozen=True)
+@options
 class Uce(ClosedForm):
-    """``rows`` "tail" edits from the phrase's last token to the end, pads included, and keeps all states of a kept
-    prompt (the 2023 code); "last" edits and keeps the last token of a phrase alone (the 2025 code).
+    """UCE. ``rows`` chooses the text states: "tail" edits those from the phrase's last token to the end, padding
+    included, and keeps all states of a kept prompt (the code of 2023); "last" edits and keeps only the last token of
+    each phrase (the code of 2025).
 
-    ``at`` "text" edits what reads the text states: cross-attention keys and values, or the context embedder and the
-    pooled projection of sd3 and flux, through which all text goes. "blocks", for those two alone, edits the text's keys
-    and values in every block instead, on what they read at a few times of seeded noise; several concepts then one after
-    the other.
+    ``at`` chooses the matrices: "text" edits those that read the text states, which are the cross-attention keys and
+    values, or in sd3 and flux the context embedder and the pooled projection. "blocks", only for sd3 and flux, edits
+    the text keys and values of every block instead, on their inputs at a few noise levels of seeded noise; several
+    concepts are then solved one after the other.
     """
 
-    rows: str = "tail"
-    at: str = "text"
+    rows: Literal["tail", "last"] = "tail"
+    at: Literal["text", "blocks"] = "text"
 
     name: ClassVar[str] = "uce"
     version: ClassVar[str] = "2"
@@ -49,14 +49,11 @@ class Uce(ClosedForm):
     when: ClassVar[str] = "what has a name, such as an object, a person or a style; takes seconds, so the first to try"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rows not in ROWS:
-            raise ErasecError(f"uce: option rows is {self.rows!r}", why=f"it takes {' or '.join(ROWS)}")
-        if self.at not in PLACES:
-            raise ErasecError(f"uce: option at is {self.at!r}", why=f"it takes {' or '.join(PLACES)}")
         if self.at == "blocks" and self.prior:
             raise ErasecError(
-                "uce: a prior is given with at=blocks", why="a prior is of text states, not of what blocks read"
+                "uce: a prior is given with at=blocks",
+                why="a prior holds text states, and the matrices of blocks have other inputs",
+                fix="leave out the prior, or use at=text",
             )
 
     def sites(self, model: Model) -> tuple[Site, ...]:
@@ -68,32 +65,33 @@ class Uce(ClosedForm):
         if self.at == "text":
             yield from super().solve_all(model, concepts, context)
             return
-        for concept in apart(concepts):
-            edit = self._blocks(model, concept, context)
+        for concept in without_conflicts(concepts):
+            edit = self._solve_blocks(model, concept, context)
             model = model.with_edit(edit)
             yield edit
 
-    def _blocks(self, model: Model, concept: Concept, context: Context) -> Edit:
-        """One map for K and V of each block; each of the stats is the largest of all blocks."""
+    def _solve_blocks(self, model: Model, concept: Concept, context: Context) -> Edit:
+        """One map for K and V of each block. The stats are the largest of all blocks."""
         kept = [EMPTY, *concept.prompts(concept.keep)]
-        prompts, becomes = concept.prompts(concept.phrases), goals(concept, concept.phrases)
+        prompts, goals = concept.prompts(concept.phrases), goal_prompts(concept, concept.phrases)
         deltas: dict[Site, Remap] = {}
-        told: dict[str, float] = {}
-        for block in joint.blocks(model, prompts, becomes, kept, self.rows, context.seed):
-            weight = mean(block.source, self.scale * concept.scale)
-            asked = closed_form.system(block.source, block.target, weight, block.keep, mean(block.keep))
-            solution = self.solution(asked, "context", {})
-            deltas |= dict.fromkeys(block.sites, Remap(*closed_form.reduced(solution.left, solution.right)))
-            found = closed_form.stats(asked, solution)
-            told = {key: max(value, told.get(key, value)) for key, value in found.items()}
-        return Edit(deltas, self.name, concept.name, asdict(self), model.digest, told)
+        largest: dict[str, float] = {}
+        for block in block_rows(model, prompts, goals, kept, self.rows, context.seed):
+            weight = uniform_weights(block.source, self.scale * concept.scale)
+            keep_weight = uniform_weights(block.keep)
+            system = solver.weighted_system(block.source, block.target, weight, block.keep, keep_weight)
+            solution = self.solve_system(system, "context", {})
+            deltas |= dict.fromkeys(block.sites, Remap(*solver.reduce_rank(solution.left, solution.right)))
+            stats = solver.stats(system, solution)
+            largest = {name: max(value, largest.get(name, value)) for name, value in stats.items()}
+        return Edit(deltas, self.name, (concept.name,), model.digest, asdict(self), stats=largest)
 
-    def table(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
-        return erased(model, concept, self.rows, stream)
+    def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+        return erased_rows(model, concept, self.rows, stream)
 
-    def kept(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+    def kept_rows(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
         if self.rows == "tail":
-            return super().kept(model, concept, stream)
+            return super().kept_rows(model, concept, stream)
         prompts = [EMPTY, *concept.prompts(concept.keep)]
-        rows, _ = pairs(model, prompts, prompts, "last", stream)
-        return rows, mean(rows)
+        rows, _ = row_pairs(model, prompts, prompts, "last", stream)
+        return rows, uniform_weights(rows)

@@ -1,27 +1,29 @@
-"""Target edit: what was changed, as one small file for ``erasec apply`` and ``erasec combine``."""
+"""Target edit: the edits alone, as one small file for ``erasec apply`` and ``erasec combine``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec.base import Artifact, Check, Context, EditTarget, file_name
-from erasec.model import edit as edits
-from erasec.model.edit import carried
-from erasec.model.sidecar import KINDS, gathered
+from erasec.base import Artifact, Check, Context, EditTarget
+from erasec.checkpoint.staging import file_name
+from erasec.model import edit_file
+from erasec.model.memory import pack_extras
+from erasec.model.sidecar import KINDS, gather_extras
+from erasec.options import options
 
 if TYPE_CHECKING:
     from erasec.model.view import Model
 
 
-@dataclass(frozen=True)
+@options
 class EditFile(EditTarget):
-    """``sums`` false leaves out what re-solving needs: a smaller file, which cannot be combined with others.
-    ``tensors`` true adds the edited tensors as they are in the end, for ``erasec relink`` without the base.
+    """The edit file. With ``sums=false`` it has no sums: it is smaller, and cannot be combined with others. With
+    ``tensors=true`` it also has the edited tensors with all edits, for ``erasec relink`` without the base model.
 
-    An edit file is the eraser and its inverse: whoever has it and the erased checkpoint has the base.
+    An edit file also undoes its edit: with it and the erased checkpoint, anyone can restore the base.
     """
 
     sums: bool = True
@@ -32,27 +34,31 @@ class EditFile(EditTarget):
     holds: ClassVar[frozenset[str]] = KINDS
 
     def size(self, model: Model) -> int:
-        """Two factors and three sums of up to the text width squared for each stream, for one concept; with
-        ``tensors``, what reads text states once more."""
+        """An estimate for one concept: for each stream two factors and three sums of at most (d, d), d the width of its
+        text states; with ``tensors``, also the weights that read text states."""
         sums = sum(5 * 8 * sites[0].shape[1] ** 2 for sites in model.streams.values())
         return sums + self.tensors * sum(4 * prod(site.shape) for sites in model.streams.values() for site in sites)
 
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
-        concepts = (name for edit in model.edits for name in edit.concept.split(", "))
-        path = out / f"{file_name(concepts) or self.name}{edits.SUFFIX}"
+        concepts = (name for edit in model.edits for name in edit.concepts)
+        path = out / f"{file_name(concepts) or self.name}{edit_file.SUFFIX}"
         merged = model.merged() if self.tensors else {}
         tensors = {f"{part}/{key}": make() for part, keys in merged.items() for key, make in keys.items()}
-        edits.write(path, model.edits, model.about(), self.sums, tensors)
-        again = replace(model, edits=edits.read(path)[0])
-        sites = [site for site in model.parameters if model.deltas(site)]
-        wrong = [site.key for site in sites if not bool((model.merge(site) == again.merge(site)).all())]
-        one, two = (gathered(view.edits) for view in (model, again))
-        lost = one.tensors.keys() ^ two.tensors.keys()
-        wrong += sorted(
-            lost | {key for key in one.tensors.keys() - lost if not one.tensors[key].equal(two.tensors[key])}
-        )
-        told = (carried(each.memories, each.tokens, each.negative)[1] for each in (one, two))
-        wrong += ["what is told of them"] * (next(told) != next(told))
-        how = f"what is not the same when the file is read and merged again, of {len(sites)} edited tensors and "
-        how += f"{len(one.tensors)} beside them"
-        return Artifact(self.name, out, (Check("edit/again", float(len(wrong)), 0.0, not wrong, how),))
+        edit_file.write_edits(path, model.edits, model.base_record(), self.sums, tensors)
+        return Artifact(self.name, out, (read_back_check(model, path),))
+
+
+def read_back_check(model: Model, path: Path) -> Check:
+    """Count what differs between the model's edits and those read from the file ``path``: merged weights and extras."""
+    again = replace(model, edits=edit_file.read_edits(path)[0])
+    sites = model.edited_sites
+    different = [site.key for site in sites if not bool((model.merged_weight(site) == again.merged_weight(site)).all())]
+    written, read = (gather_extras(view.edits) for view in (model, again))
+    missing = written.tensors.keys() ^ read.tensors.keys()
+    different += sorted(
+        missing | {key for key in written.tensors.keys() - missing if not written.tensors[key].equal(read.tensors[key])}
+    )
+    metadata = [pack_extras(extras.memories, extras.tokens, extras.negative)[1] for extras in (written, read)]
+    different += ["the metadata of the extras"] * (metadata[0] != metadata[1])
+    how = f"differences after the file is read and merged again, of {len(sites)} edited tensors and "
+    return Check.count("edit/again", different, how + f"{len(written.tensors)} tensors of extras")

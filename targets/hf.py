@@ -1,14 +1,14 @@
-"""Target hf: a diffusers folder, which StableDiffusionPipeline.from_pretrained reads."""
+"""Target hf: a diffusers folder, as DiffusionPipeline.from_pretrained reads it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec.base import Artifact, Check, Context, Target, finite
-from erasec.checkpoint.safetensors import read_header
-from erasec.model.sidecar import read, refuse
+from erasec.base import Artifact, Check, Context, Target
+from erasec.checkpoint.safetensors import finite_check, read_header
+from erasec.model.sidecar import check_holds, read_extras
+from erasec.options import options
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
@@ -16,50 +16,49 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 
-@dataclass(frozen=True)
+@options
 class Hf(Target):
-    """Copies the merged checkpoint as it is: keys, dtypes, shapes and every byte."""
+    """Copies the merged checkpoint byte for byte."""
 
     name: ClassVar[str] = "hf"
     summary: ClassVar[str] = "a diffusers folder, with the base's own keys, dtypes and files"
 
     def size(self, model: Model) -> int:
-        """The size of the model's own files."""
+        """Bytes of the model's files."""
         return model.source.size()
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Copy ``checkpoint`` to ``out``, or only check it where it lies there already.
+        """Copy ``checkpoint`` to ``out`` and check the copy. A checkpoint that is in ``out`` already is only checked.
 
-        Raises ErasecError where the checkpoint carries more than weights.
+        Raises ErasecError if the checkpoint carries more than weights.
         """
-        refuse(read(checkpoint.root), self.holds, self.name)
+        check_holds(read_extras(checkpoint.root), self.holds, self.name)
         if out.resolve() == checkpoint.root.resolve():
-            return Artifact(self.name, out, (finite("finite", tensors(checkpoint)),))
+            return Artifact(self.name, out, (finite_check("finite", tensors(checkpoint)),))
         checkpoint.write(out, {})
         copy = type(checkpoint)(out)
-        return Artifact(self.name, out, (finite("finite", tensors(copy)), same_layout(checkpoint, copy)))
+        return Artifact(self.name, out, (finite_check("finite", tensors(copy)), same_layout(checkpoint, copy)))
 
 
 def same_layout(source: Folder, copy: Folder) -> Check:
-    """Count what differs: files by name and size, tensors by key, dtype and shape."""
-    sizes = [{name.as_posix(): (each.root / name).stat().st_size for name in each.files()} for each in (source, copy)]
-    layouts = [
-        {key: (entry.dtype, entry.shape) for key, entry in tensors(each).items()} for each in (source, copy)
-    ]  # fmt: skip
-    other = sorted(name for name, _ in sizes[0].items() ^ sizes[1].items())
-    other += sorted(key for key, _ in layouts[0].items() ^ layouts[1].items())
-    different = sorted(set(other))
-    how = f"files by name and size ({len(sizes[0])}), tensors by key, dtype and shape ({len(layouts[0])})"
-    if different:
-        how += f"; the first that differs is {different[0]}"
-    return Check("layout", float(len(different)), 0.0, not different, how)
+    """A check that counts files that differ in name or size, and tensors that differ in name, dtype or shape."""
+    folders = (source, copy)
+    sizes = [{name.as_posix(): (folder.root / name).stat().st_size for name in folder.files()} for folder in folders]
+    layouts = [{key: (entry.dtype, entry.shape) for key, entry in tensors(folder).items()} for folder in folders]
+    different = {name for name, _ in sizes[0].items() ^ sizes[1].items()}
+    different |= {key for key, _ in layouts[0].items() ^ layouts[1].items()}
+    how = (
+        f"files that differ in name or size, of {len(sizes[0])}; "
+        f"tensors that differ in name, dtype or shape, of {len(layouts[0])}"
+    )
+    return Check.count("layout", sorted(different), how)
 
 
 def tensors(folder: Folder) -> dict[str, Entry]:
-    """Every tensor of every safetensors file, by file and key."""
-    found: dict[str, Entry] = {}
+    """The tensors of all safetensors files of a folder, by "FILE TENSOR"."""
+    result: dict[str, Entry] = {}
     for name in folder.files():
         if name.suffix == ".safetensors":
             entries, _ = read_header(folder.root / name)
-            found |= {f"{name.as_posix()} {key}": entry for key, entry in entries.items()}
-    return found
+            result |= {f"{name.as_posix()} {key}": entry for key, entry in entries.items()}
+    return result

@@ -1,19 +1,29 @@
-"""Target ldm: one file in the original Stable Diffusion layout, which ComfyUI, A1111 and from_single_file read."""
+"""Target ldm: one file in the original Stable Diffusion layout, for ComfyUI, A1111 and from_single_file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from erasec.base import Artifact, Check, Context, Target, finite
-from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, stream
+from erasec.base import Artifact, Check, Context, Target
+from erasec.checkpoint.safetensors import Entry, finite_check, read_header, read_tensor, stream_tensors
 from erasec.errors import ErasecError
 from erasec.family import detect
-from erasec.ldm.tensor_names import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
-from erasec.model.sidecar import read, refuse
+from erasec.ldm.tensor_names import (
+    LAYOUTS,
+    UNUSED_IN_FOLDERS,
+    Place,
+    canonical,
+    detect_single,
+    from_single,
+    layout,
+    to_single,
+)
+from erasec.model.sidecar import check_holds, read_extras
+from erasec.options import options
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -24,153 +34,157 @@ if TYPE_CHECKING:
     from erasec.progress import Advance
 
 FILE = "model.safetensors"
-# The names of the ModelSpec metadata standard, by family and prediction
-ARCHITECTURES = {
-    ("sd1", "epsilon"): "stable-diffusion-v1", ("sd1", "v"): "stable-diffusion-v1",
-    ("sd2", "epsilon"): "stable-diffusion-v2-512", ("sd2", "v"): "stable-diffusion-v2-768-v",
-    ("sdxl", "epsilon"): "stable-diffusion-xl-v1-base", ("sdxl", "v"): "stable-diffusion-xl-v1-base",
-}  # fmt: skip
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-@dataclass(frozen=True)
+@options
 class Ldm(Target):
-    """Renames the merged checkpoint's tensors into one safetensors file; every number and dtype is kept.
+    """Writes the merged checkpoint's tensors under their original names into one safetensors file, in their dtypes.
 
-    A single file has no place for the tokenizer and the sampler's settings: its readers know them by family.
+    A single file contains neither the tokenizer nor the scheduler's settings: its readers have them for each family.
     """
 
     name: ClassVar[str] = "ldm"
     summary: ClassVar[str] = "a single file in the original layout, for ComfyUI, A1111 and from_single_file"
 
     def size(self, model: Model) -> int:
-        """The size of the weights as they are stored. Raises ErasecError where the model has no single-file layout."""
+        """Bytes of the weights as stored. Raises ErasecError if the model cannot be written as a single file."""
         family = model.family.name
-        if family not in PREFIXES:
-            raise _not_single(str(model.source.root))
-        entries = {component: model.entries(component) for component in PREFIXES[family]}
+        if family not in LAYOUTS:
+            raise _no_unet(str(model.source.root))
+        entries = {component: model.entries(component) for component in LAYOUTS[family].prefixes}
         pieces(family, entries)
         metadata(model.source, family)
         return sum(entry.stop - entry.start for own in entries.values() for entry in own.values())
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Write ``out/model.safetensors``, one tensor in memory at a time, and read all of it back."""
+        """Write ``out/model.safetensors`` with one tensor in memory at a time, and compare it with the checkpoint."""
         import torch
 
-        refuse(read(checkpoint.root), self.holds, self.name)
+        check_holds(read_extras(checkpoint.root), self.holds, self.name)
         if "unet" not in checkpoint.index:
-            raise _not_single(str(checkpoint.root))
+            raise _no_unet(str(checkpoint.root))
         family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
-        entries = {component: checkpoint.entries(component) for component in PREFIXES[family]}
+        entries = {component: checkpoint.entries(component) for component in layout(family).prefixes}
         parts = pieces(family, entries)
-        about, marks = metadata(checkpoint, family)
+        file_metadata, marks = metadata(checkpoint, family)
         empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
         with bar("write", len(parts)) as advance:
             tensors = {
-                key: (own[0][1].dtype, own[0][0].shape, partial(_joined, own, advance)) for key, own in parts.items()
+                key: (own[0][1].dtype, own[0][0].shape, partial(_concatenate, own, advance))
+                for key, own in parts.items()
             }
-            stream(out / FILE, {**tensors, **empty}, about)
+            stream_tensors(out / FILE, {**tensors, **empty}, file_metadata)
         return Artifact(
-            self.name, out, (finite("ldm/finite", read_header(out / FILE)[0]), same_tensors(entries, out / FILE))
+            self.name, out, (finite_check("ldm/finite", read_header(out / FILE)[0]), same_tensors(entries, out / FILE))
         )
 
 
 def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[Place, Entry]]]:
-    """The folder's tensors, {component: {key: entry}}, by the single file's key that each is the whole or a part of.
+    """Group a folder's tensors by the tensor of the single file that they become, alone or as parts of it.
 
-    Raises ErasecError where a tensor has no place in a single file, or the parts of one are of several dtypes.
+    ``entries`` is {component: {tensor name: entry}}. Raises ErasecError for a tensor that has no place in a single
+    file, and for parts of one tensor that have different dtypes.
     """
     shapes = {component: {key: entry.shape for key, entry in own.items()} for component, own in entries.items()}
-    found: dict[str, list[tuple[Place, Entry]]] = {}
+    groups: dict[str, list[tuple[Place, Entry]]] = {}
     for (component, key), place in to_single(family, shapes).items():
-        found.setdefault(place.key, []).append((place, entries[component][key]))
-    for key, parts in found.items():
+        groups.setdefault(place.key, []).append((place, entries[component][key]))
+    for key, parts in groups.items():
         if len(dtypes := sorted({entry.dtype for _, entry in parts})) > 1:
             raise ErasecError(
                 f"the parts of {key} have the dtypes {' and '.join(dtypes)}",
-                why="a single file holds q, k and v as one", fix="save the text encoder in one dtype",
-            )  # fmt: skip
-    return found
+                why="a single file stores q, k and v as one tensor",
+                fix="save the text encoder in one dtype",
+            )
+    return groups
 
 
-def _not_single(where: str) -> ErasecError:
+def _no_unet(where: str) -> ErasecError:
     return ErasecError(
-        "this model has no UNet", why=f"single files are written for {', '.join(PREFIXES)}, which have one",
-        where=where, fix="take the target hf, which writes every model's folder",
-    )  # fmt: skip
+        "this model has no UNet",
+        why=f"single files can be written for {', '.join(LAYOUTS)} only, whose denoiser is a UNet",
+        where=where,
+        fix="use the target hf, which writes a diffusers folder of any model",
+    )
 
 
 def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The file's metadata, and the keys of the empty tensors by which readers know an SDXL that predicts v.
+    """The file's metadata, and the names of the empty tensors that mark an SDXL model with v-prediction.
 
-    Raises ErasecError where the checkpoint does not say what it predicts, or single files cannot say it.
+    Raises ErasecError if the checkpoint does not state what its UNet predicts, or if single files cannot state it.
     """
     if not (checkpoint.root / "scheduler" / "scheduler_config.json").is_file():
         raise ErasecError(
-            "the checkpoint has no scheduler/scheduler_config.json", where=str(checkpoint.root),
-            why="it says what the UNet predicts, and the file must say so too",
-        )  # fmt: skip
+            "the checkpoint has no scheduler/scheduler_config.json",
+            where=str(checkpoint.root),
+            why="it states what the UNet predicts, which the single file must state too",
+            fix="add the scheduler folder of the model",
+        )
     config = checkpoint.config("scheduler", "scheduler_config.json")
-    predicted = config.get("prediction_type", "epsilon")
-    if predicted not in PREDICTIONS:
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
         raise ErasecError(
-            f"the UNet predicts {predicted!r}", why=f"single files are read as {' or '.join(PREDICTIONS)}",
-        )  # fmt: skip
-    prediction = PREDICTIONS[predicted]
-    about = {
+            f"the UNet predicts {prediction!r}",
+            why=f"readers of single files support {' and '.join(PREDICTIONS)} only",
+            fix="use the target hf, which keeps the scheduler's settings",
+        )
+    own = layout(family)
+    file_metadata = {
         "format": "pt",
-        "modelspec.architecture": ARCHITECTURES[family, prediction],
-        "modelspec.prediction_type": prediction,
+        "modelspec.architecture": own.architecture[prediction],
+        "modelspec.prediction_type": PREDICTIONS[prediction],
     }
-    if (family, prediction) != ("sdxl", "v"):
-        return about, ()
-    return about, ("v_pred", "ztsnr") if config.get("rescale_betas_zero_snr") else ("v_pred",)
+    if prediction != "v_prediction" or not own.v_prediction_mark:
+        return file_metadata, ()
+    zero_snr = (own.zero_snr_mark,) if config.get("rescale_betas_zero_snr") else ()
+    return file_metadata, (own.v_prediction_mark, *zero_snr)
 
 
 def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:
-    """Count what differs between a folder's tensors, {component: {key: entry}}, and those a single file holds.
+    """A check that counts the tensors that differ between a folder and a single file in name, dtype, shape or bytes.
 
-    A tensor is the same where key, dtype, shape and every byte are; what single files leave out is not counted.
+    ``folder`` is {component: {tensor name: entry}}. Tensors that single files leave out are not counted.
     """
     entries = read_header(file)[0]
     shapes = {key: entry.shape for key, entry in entries.items()}
-    found = from_single(detect_single(shapes), shapes)
+    places = from_single(detect_single(shapes), shapes)
     wanted = {
         (component, canonical(component, key)): entry
         for component, own in folder.items()
         for key, entry in own.items()
         if canonical(component, key) not in UNUSED_IN_FOLDERS
     }
-    different = set(wanted) ^ set(found)
-    for name in set(wanted) & set(found):
-        if not _equal(wanted[name], entries[found[name].key], found[name]):
+    different = set(wanted) ^ set(places)
+    for name in set(wanted) & set(places):
+        if not _equal(wanted[name], entries[places[name].key], places[name]):
             different.add(name)
-    how = f"tensors by key, dtype, shape and every byte; {len(wanted)} of the checkpoint, {len(found)} of the file"
-    if different:
-        how += f"; the first that differs is {' '.join(min(different))}"
-    return Check("ldm/layout", float(len(different)), 0.0, not different, how)
+    totals = f"{len(wanted)} of the checkpoint, {len(places)} of the file"
+    how = f"tensors that differ in name, dtype, shape or bytes; {totals}"
+    return Check.count("ldm/layout", [" ".join(name) for name in sorted(different)], how)
 
 
 def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
+    """Whether the tensor at ``place`` in the file's tensor ``stored`` equals the folder's tensor ``wanted``."""
     import torch
 
     if (stored.dtype, place.folder_shape) != (wanted.dtype, wanted.shape):
         return False
-    # Rows lie together, so a third of a tensor is read alone.
+    # Rows are contiguous, so that one third of a tensor can be read alone.
     rows = place.rows or place.shape[0]
-    row = (stored.stop - stored.start) // place.shape[0]
-    start = stored.start + place.start * row
-    part = read_tensor(replace(stored, shape=(rows, *place.shape[1:]), start=start, stop=start + rows * row))
+    row_bytes = (stored.stop - stored.start) // place.shape[0]
+    start = stored.start + place.start * row_bytes
+    part = read_tensor(replace(stored, shape=(rows, *place.shape[1:]), start=start, stop=start + rows * row_bytes))
     part = part.T if place.transposed else part
-    # Compared as bytes, so that a NaN is equal to itself.
+    # Compare bytes: a NaN must be equal to itself.
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (part, read_tensor(wanted))))
 
 
-def _joined(parts: list[tuple[Place, Entry]], advance: Advance) -> Tensor:
-    """The single file's tensor, from its parts along dimension 0."""
+def _concatenate(parts: list[tuple[Place, Entry]], advance: Advance) -> Tensor:
+    """The single file's tensor: its parts concatenated along dimension 0, in their order."""
     import torch
 
     advance()
     ordered = sorted(parts, key=lambda part: part[0].start)
-    found = [read_tensor(entry).T if place.transposed else read_tensor(entry) for place, entry in ordered]
-    return torch.cat(found).reshape(parts[0][0].shape)
+    tensors = [read_tensor(entry).T if place.transposed else read_tensor(entry) for place, entry in ordered]
+    return torch.cat(tensors).reshape(parts[0][0].shape)

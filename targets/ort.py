@@ -1,88 +1,96 @@
 """Target onnx: the four graphs of Stable Diffusion in the layout that ORTStableDiffusionPipeline.from_pretrained reads.
 
-Graphs are traced once for a configuration and kept; a checkpoint is linked to them. ``parity`` looks for what a tracer
-can get wrong, sizes and steps frozen into the graph, and ``tensors`` for what a linker can.
+Graphs are traced once for a configuration and cached; then a checkpoint's weights are linked to them.
+``compare_outputs`` detects errors of tracing, such as a size or a timestep that became a constant of the graph, and
+``compare_weights`` errors of linking.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from erasec.base import Artifact, Context, Target, require
-from erasec.errors import ErasecError, nearest
-from erasec.graphs import link as linker
-from erasec.graphs.graph import PRECISIONS, graphs
-from erasec.graphs.parity import TOLERANCES, parity, tensors
-from erasec.model import sidecar as extras
+from pydantic import Field
+
+from erasec.base import Artifact, Context, Target
+from erasec.errors import ErasecError, require_modules
+from erasec.graphs.link import KEEP_IN_FP32, OPSET, write_onnx
+from erasec.graphs.manifest import origin_of, read_manifest
+from erasec.graphs.parity import TOLERANCES, compare_outputs, compare_weights
+from erasec.graphs.signature import PRECISIONS, graphs
+from erasec.model.sidecar import KINDS
+from erasec.options import options
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
     from erasec.model.view import Model
 
 BYTES = {"fp32": 4, "fp16": 2}
-OPSETS = range(17, 21)  # from LayerNormalization to the last that the exporter knows
 
 
-@dataclass(frozen=True)
+@options
 class Onnx(Target):
-    """Graphs with dynamic batch and size. Heights and widths of latents are multiples of what the UNet halves them by
-    (8 for Stable Diffusion), as in every export of it. Inputs and outputs are float32.
+    """Graphs with dynamic batch and size; inputs and outputs are float32. Heights and widths of latents are multiples
+    of the UNet's downscaling (8 for Stable Diffusion), as in every export of it.
 
-    ``precision`` "fp16" has weights and computation of text encoder and UNet in float16, but for the modules that
-    ``islands`` names, patterns joined by "+"; ``vae`` is the VAE's precision, which float16 can fill with NaN.
-    ``tolerance`` of parity, 0 for the precision's own. ``base`` is an earlier ONNX folder of the same base whose
-    unedited data are linked hard and not written.
+    ``precision`` "fp16" stores and computes text encoder and UNet in float16, except modules whose names match
+    ``keep_in_fp32``, patterns joined by "+". ``vae`` is the precision of the VAE, which may overflow in float16.
+    ``tolerance`` is that of parity, 0 for the default of the precision. ``base`` is an ONNX folder of another edit of
+    the same base: data of unedited tensors are hard-linked from it instead of written.
     """
 
-    opset: int = linker.OPSET
-    precision: str = "fp32"
-    vae: str = "fp32"
-    islands: str = "+".join(linker.ISLANDS)
-    tolerance: float = 0.0
+    opset: Annotated[int, Field(ge=17, le=20)] = OPSET
+    precision: Literal["fp32", "fp16"] = "fp32"
+    vae: Literal["fp32", "fp16"] = "fp32"
+    keep_in_fp32: str = "+".join(KEEP_IN_FP32)
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
     base: str = ""
 
     name: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "ONNX graphs for onnxruntime, in the layout of ORTStableDiffusionPipeline"
-    holds: ClassVar[frozenset[str]] = extras.KINDS
-
-    def __post_init__(self) -> None:
-        if self.opset not in OPSETS:
-            raise ErasecError(f"onnx: opset {self.opset} cannot be written", why=f"{OPSETS[0]} to {OPSETS[-1]} can")
-        if self.tolerance < 0:
-            raise ErasecError(f"onnx: tolerance is {self.tolerance}", why="it must be 0 or above")
-        for option in ("precision", "vae"):
-            if (given := getattr(self, option)) not in PRECISIONS:
-                raise ErasecError(f"onnx: option {option} is {given!r}", why=nearest(given, PRECISIONS))
+    holds: ClassVar[frozenset[str]] = KINDS
+    renamed: ClassVar[dict[str, str]] = {"islands": "keep_in_fp32"}
 
     def check(self) -> None:
-        require("the target onnx", ("onnx", "onnxruntime"), "onnx")
+        """Raise MissingTool where a library is missing, ErasecError where the folder ``base`` has another precision."""
+        require_modules("the target onnx", ("onnx", "onnxruntime"), "onnx")
         if self.base:
-            told = linker.read_manifest(Path(self.base).expanduser())
-            if (found := (told["precision"], told["vae"])) != (self.precision, self.vae):
+            manifest = read_manifest(Path(self.base).expanduser())
+            if (shared := (manifest["precision"], manifest["vae"])) != (self.precision, self.vae):
                 raise ErasecError(
-                    f"onnx: the data of {self.base} cannot be shared", why=f"its precision is {', vae='.join(found)}",
-                    fix="ask for the same precision, or leave out the option base",
-                )  # fmt: skip
+                    f"onnx: the data of {self.base} cannot be shared",
+                    why=f"its precision is {', vae='.join(shared)}",
+                    fix="choose the same precision, or leave out the option base",
+                )
 
     def size(self, model: Model) -> int:
-        """All weights in their precision; islands and what is shared with ``base`` are not told apart.
+        """All weights in their precision, as if none were kept in float32 or shared with ``base``.
 
-        Raises ErasecError for a model that the graphs do not cover, so that it is told before anything is solved.
+        Raises ErasecError for a model that the graphs do not cover, so that ``erasec plan`` reports it.
         """
         graphs(model.source)
         width = {name: BYTES[self.vae if name == "vae" else self.precision] for name in model.family.components}
-        return sum(width[name] * prod(each.shape) for name in width for each in model.source.entries(name).values())
+        return sum(width[name] * prod(entry.shape) for name in width for entry in model.source.entries(name).values())
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Link all graphs, then check each against torch. Raises ErasecError where a component is of another kind."""
+        """Link all graphs, then compare each with the checkpoint and with torch.
+
+        Raises ErasecError for a model that the graphs do not cover.
+        """
         self.check()
-        linker.write(
-            checkpoint, out, self.precision, vae=self.vae, islands=tuple(filter(None, self.islands.split("+"))),
-            opset=self.opset, origin=context.origin, share=Path(self.base).expanduser() if self.base else None,
-        )  # fmt: skip
-        own = dict.fromkeys(PRECISIONS, self.tolerance) if self.tolerance else TOLERANCES
-        checks = tensors(checkpoint, out) + parity(checkpoint, out, seed=context.seed, tolerances=own)
-        return Artifact(self.name, out, checks)
+        write_onnx(
+            checkpoint,
+            out,
+            self.precision,
+            vae=self.vae,
+            keep_in_fp32=tuple(filter(None, self.keep_in_fp32.split("+"))),
+            opset=self.opset,
+            origin=origin_of(context),
+            share=Path(self.base).expanduser() if self.base else None,
+        )
+        limits = dict.fromkeys(PRECISIONS, self.tolerance) if self.tolerance else TOLERANCES
+        weights = compare_weights(checkpoint, out)
+        outputs = compare_outputs(checkpoint, out, seed=context.seed, tolerances=limits)
+        coarsest = "fp16" if "fp16" in (self.precision, self.vae) else "fp32"
+        return Artifact(self.name, out, weights + outputs, coarsest)

@@ -1,6 +1,6 @@
 """Target openvino: the linked graphs as OpenVINO IR, in the layout that OVStableDiffusionPipeline reads.
 
-Weights keep their names on the way from the checkpoint through ONNX into IR, so each is compared there, bit by bit.
+A weight keeps its name from the checkpoint through ONNX into IR, so each is compared there, bit for bit.
 """
 
 from __future__ import annotations
@@ -8,91 +8,90 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.base import Artifact, Check, Context, Target, require
+from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import Folder
-from erasec.errors import ErasecError, nearest
-from erasec.graphs import link as linker
-from erasec.graphs.graph import graphs
-from erasec.graphs.parity import TOLERANCES, compared
-from erasec.model import sidecar as extras
+from erasec.errors import require_modules
+from erasec.graphs import parity
+from erasec.graphs.graph import MODEL
+from erasec.graphs.link import tensor_reader, write_onnx
+from erasec.graphs.manifest import MANIFEST, read_manifest
+from erasec.graphs.signature import graphs
+from erasec.model.sidecar import KINDS, read_extras
+from erasec.options import options
 from erasec.progress import bar
+from erasec.runtime import backends
 
 if TYPE_CHECKING:
-    from erasec.graphs.graph import Graph
-    from erasec.graphs.parity import Run
+    from erasec.graphs.signature import Graph
     from erasec.model.view import Model
 
     Array = NDArray[Any]
+    Stored = Array | tuple[Array, ...]  # a constant, or the levels, zeros and scales of a quantized one
 
-FILE = "openvino_model.xml"
-# A weight's, by how weights are stored; arithmetic is float32 in each. tests/benchmarks/int8_glyphs.py shows what the
-# last does to pictures.
+RUNTIME = backends.OpenVino
+FILE = RUNTIME.file
+# Bytes of a weight and how checks describe it, by how weights are stored; all compute in float32. The effect of int8 on
+# images is measured by tests/benchmarks/int8_glyphs.py.
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
-AS = {"fp32": "", "fp16": ", rounded", "int8": ", in 256 levels"}
-# Without the hint, CPUs that know bfloat16 compute in it: off by 2e-2 on glyphs and 9e-2 in a random UNet of Stable
-# Diffusion's size, whatever the weights.
-EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
+STORED_AS = {"fp32": "", "fp16": ", rounded", "int8": ", in 256 levels"}
 
 
-@dataclass(frozen=True)
+@options
 class OpenVino(Target):
-    """IR with dynamic batch and size, inputs and outputs in float32. ``weights`` is how weights are stored: "fp32",
-    "fp16" for half the bytes, or "int8" for a quarter, with a scale and a zero for each output channel."""
+    """IR with dynamic batch and size; inputs and outputs are float32.
 
-    weights: str = "fp32"
+    ``weights`` is how weights are stored: "fp32", "fp16" in half the bytes, or "int8" in a quarter of them, with a
+    scale and a zero for each output channel.
+    """
+
+    weights: Literal["fp32", "fp16", "int8"] = "fp32"
 
     name: ClassVar[str] = "openvino"
     summary: ClassVar[str] = "OpenVINO IR, in the layout of OVStableDiffusionPipeline"
-    holds: ClassVar[frozenset[str]] = extras.KINDS
-
-    def __post_init__(self) -> None:
-        if self.weights not in BYTES:
-            raise ErasecError(
-                f"openvino: weights cannot be stored as {self.weights!r}", why=nearest(self.weights, BYTES)
-            )
+    holds: ClassVar[frozenset[str]] = KINDS
 
     def check(self) -> None:
-        require("the target openvino", ("onnx", "openvino"), "openvino")
+        require_modules("the target openvino", ("onnx", "openvino"), "openvino")
 
     def size(self, model: Model) -> int:
-        """The IR, and the float32 graphs that it is made from. Raises ErasecError where they do not cover the model."""
+        """The IR, and the float32 graphs that it is converted from.
+
+        Raises ErasecError for a model that the graphs do not cover.
+        """
         graphs(model.source)
         return int(super().size(model) * (1 + BYTES[self.weights] / 4))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Link the graphs, convert each, then check each: its ports, its weights, and what it computes against torch.
+        """Link the graphs, convert each, and compare each with the graph, the checkpoint and torch.
 
-        Raises ErasecError for models that the graphs do not cover.
+        Raises ErasecError for a model that the graphs do not cover.
         """
         self.check()
-        out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=out) as scratch:
             linked = Folder(Path(scratch))
-            every = linker.write(checkpoint, linked.root)
+            exported = write_onnx(checkpoint, linked.root)
             for name in linked.files():
-                if not name.name.startswith("model.") and name.name != linker.MANIFEST:
+                if not name.name.startswith("model.") and name.name != MANIFEST:
                     (out / name).parent.mkdir(parents=True, exist_ok=True)
                     (linked.root / name).replace(out / name)
-            with bar("convert to IR", len(every)) as advance:
-                for graph in every:
+            with bar("convert to IR", len(exported)) as advance:
+                for graph in exported:
                     advance(0, graph.name)
-                    convert(linked.root / graph.name / "model.onnx", out / graph.name / FILE, self.weights)
+                    convert(linked.root / graph.name / MODEL, out / graph.name / FILE, self.weights)
                     advance()
-            stored = weights(checkpoint, linked.root, out, every, self.weights)
-        checks = ports(out, every), *stored, *parity(checkpoint, out, every, self.weights, context.seed)
-        return Artifact(self.name, out, checks)
+            weights = compare_weights(checkpoint, linked.root, out, exported, self.weights)
+        outputs = compare_outputs(checkpoint, out, exported, self.weights, context.seed)
+        return Artifact(self.name, out, (compare_ports(out, exported), *weights, *outputs), self.weights)
 
 
 def convert(source: Path, target: Path, weights: str = "fp32") -> None:
-    """Write an ONNX file as IR, ``target`` and its .bin; the same file gives the same bytes."""
+    """Write an ONNX file as IR: ``target`` and the .bin beside it. The same file gives the same bytes."""
     import onnx
     import openvino
 
@@ -102,17 +101,18 @@ def convert(source: Path, target: Path, weights: str = "fp32") -> None:
     elif weights == "int8":
         compress(model)
     for number, node in enumerate(model.get_ordered_ops()):
-        # What has no name in the ONNX file is numbered over the whole process.
+        # The library numbers nodes without a name over the whole process; here they are numbered within the model.
         if re.fullmatch(rf"{node.get_type_name()}_\d+(_\d+)?", node.get_friendly_name()):
             node.set_friendly_name(f"{node.get_type_name()}_{number}_")
     openvino.save_model(model, target, compress_to_fp16=False)
 
 
 def halve(model: Any, names: Collection[str]) -> None:
-    """Store the constants of these names in float16; runtimes widen them.
+    """Store the constants called ``names`` in float16; the runtime converts them to float32.
 
-    The library's own way takes all constants, and so a timestep's frequencies: off by 2e-4 of themselves, they turn the
-    angle of step 1000 by 0.2, and a UNet of Stable Diffusion's size is then off by 9e-3 and not by 1.3e-3.
+    The library's own compression also takes constants that are no weights, such as the frequencies of the timestep
+    embedding. Their relative error of 2e-4 turns the angle of timestep 1000 by 0.2, and the output of a UNet of Stable
+    Diffusion's size is then off by 9e-3 instead of 1.3e-3.
     """
     import openvino
     from openvino import opset13 as ops
@@ -120,19 +120,19 @@ def halve(model: Any, names: Collection[str]) -> None:
     for node in model.get_ordered_ops():
         if node.get_friendly_name() in names and node.get_element_type() == openvino.Type.f32:
             users = node.output(0).get_target_inputs()
-            wide = ops.convert(ops.constant(_halved(node.data)), openvino.Type.f32)
+            wide = ops.convert(ops.constant(_to_float16(node.data)), openvino.Type.f32)
             wide.set_friendly_name(node.get_friendly_name())
             for user in users:
                 user.replace_source_output(wide.output(0))
 
 
-def _halved(weight: Array) -> Array:
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and parity then tells
+def _to_float16(weight: Array) -> Array:
+    with np.errstate(over="ignore"):  # numbers beyond float16 become infinite, and parity then fails
         return weight.astype(np.float16)
 
 
 def compress(model: Any) -> None:
-    """Store what linear layers, convolutions and embeddings multiply with or look up as bytes; runtimes widen it."""
+    """Store weights of linear layers, convolutions and embeddings as bytes; the runtime converts them to float32."""
     import openvino
     from openvino import opset13 as ops
 
@@ -140,19 +140,19 @@ def compress(model: Any) -> None:
         if node.get_type_name() != "Constant" or node.get_element_type() != openvino.Type.f32:
             continue
         users = node.output(0).get_target_inputs()
-        axis, *others = {_rows(user) for user in users}
+        axis, *others = {_channel_axis(user) for user in users}
         if axis is None or others or len(node.shape) < 2:
             continue
         levels, zero, scale = quantized(node.data, axis)
         wide = [ops.convert(ops.constant(value), openvino.Type.f32) for value in (levels, zero)]
-        found = ops.multiply(ops.subtract(*wide), ops.constant(scale))
-        found.set_friendly_name(node.get_friendly_name())
+        product = ops.multiply(ops.subtract(*wide), ops.constant(scale))
+        product.set_friendly_name(node.get_friendly_name())
         for user in users:
-            user.replace_source_output(found.output(0))
+            user.replace_source_output(product.output(0))
 
 
-def _rows(user: Any) -> int | None:
-    """The axis of output channels, or of rows that are looked up, where ``user`` reads a weight; None where not."""
+def _channel_axis(user: Any) -> int | None:
+    """The axis of output channels, or of an embedding's rows, where the input ``user`` reads a weight; else None."""
     node, index = user.get_node(), user.get_index()
     if node.get_type_name() == "Convolution" and index == 1:
         return 0
@@ -164,8 +164,11 @@ def _rows(user: Any) -> int | None:
 
 
 def quantized(weight: Array, axis: int) -> tuple[Array, Array, Array]:
-    """Levels (of the weight's shape, uint8), zeros (uint8) and scales (float32) along ``axis``, other axes being 1:
-    weight = (levels - zeros) * scales to half a scale. Zero is a level, so that padding and pruned weights stay it."""
+    """Levels (uint8, of the weight's shape), zeros (uint8) and scales (float32); the last two have 1 on all other axes.
+
+    (levels - zeros) * scales is the weight to half a scale. The number 0 is a level, so that padding and pruned weights
+    stay exact.
+    """
     others = tuple(index for index in range(weight.ndim) if index != axis)
     low = np.minimum(weight.min(others, keepdims=True), 0)
     high = np.maximum(weight.max(others, keepdims=True), 0)
@@ -175,113 +178,103 @@ def quantized(weight: Array, axis: int) -> tuple[Array, Array, Array]:
     return levels.astype(np.uint8), zero.astype(np.uint8), scale
 
 
-def ports(out: Path, every: Sequence[Graph]) -> Check:
-    """Count the inputs and outputs whose name, type or dynamic axes are not the graph's: float32, and int64 for ids."""
+def compare_ports(out: Path, exported: Sequence[Graph]) -> Check:
+    """Count inputs and outputs whose name, type or dynamic axes are not the graph's: int64 for ids, else float32."""
     import openvino
 
     core, wrong, total = openvino.Core(), [], 0
-    for graph in every:
+    for graph in exported:
         model = core.read_model(out / graph.name / FILE)
-        for wanted, found in ((graph.inputs, model.inputs), (graph.outputs, model.outputs)):
-            there = {port.get_any_name(): port for port in found}
-            total += len(wanted)
-            wrong += [f"{graph.name}/{name}" for name in wanted.keys() ^ there.keys()]
-            wrong += [f"{graph.name}/{name}" for name in wanted.keys() & there.keys()
-                      if not _is(there[name], name, wanted[name])]  # fmt: skip
-    how = f"of {total} inputs and outputs; name, type and dynamic axes as the graph has them"
-    if wrong:
-        how += f"; the first that is not: {min(wrong)}"
-    return Check("openvino/ports", float(len(wrong)), 0.0, not wrong, how)
+        for expected, ports in ((graph.inputs, model.inputs), (graph.outputs, model.outputs)):
+            by_name = {port.get_any_name(): port for port in ports}
+            total += len(expected)
+            wrong += [f"{graph.name}/{name}" for name in expected.keys() ^ by_name.keys()]
+            wrong += [
+                f"{graph.name}/{name}"
+                for name in expected.keys() & by_name.keys()
+                if not _port_matches(by_name[name], name, expected[name])
+            ]
+    how = f"of {total} inputs and outputs, those whose name, type or dynamic axes are not the graph's"
+    return Check.count("openvino/ports", sorted(wrong), how)
 
 
-def _is(port: Any, name: str, axes: Mapping[int, str]) -> bool:
+def _port_matches(port: Any, name: str, axes: Mapping[int, str]) -> bool:
     shape = port.get_partial_shape()
     dynamic = {axis for axis in range(shape.rank.get_length()) if shape[axis].is_dynamic}
     return port.get_element_type().get_type_name() == ("i64" if name == "input_ids" else "f32") and dynamic == {*axes}
 
 
-def weights(checkpoint: Folder, linked: Path, out: Path, every: Sequence[Graph], kind: str) -> tuple[Check, ...]:
-    """Count the weights in IR that are not, bit for bit, the checkpoint's as the graph in ``linked`` lays them out.
+def compare_weights(
+    checkpoint: Folder, linked: Path, out: Path, exported: Sequence[Graph], kind: str
+) -> tuple[Check, ...]:
+    """Count the weights of the IR that are not, bit for bit, the checkpoint's as the graph in ``linked`` lays them out.
 
-    Those that are stored in float16 or bytes are compared with the checkpoint's brought to that.
+    Weights that are stored in float16 or as bytes are compared with the checkpoint's, converted in the same way.
     """
     import onnx
     import openvino
 
-    carried, told = extras.read(checkpoint.root), linker.read_manifest(linked)["graphs"]
+    extras, manifest = read_extras(checkpoint.root), read_manifest(linked)["graphs"]
     checks = []
-    for graph in every:
-        names = [
-            tensor.name
-            for tensor in onnx.load(linked / graph.name / "model.onnx", load_external_data=False).graph.initializer
+    for graph in exported:
+        initializers = onnx.load(linked / graph.name / MODEL, load_external_data=False).graph.initializer
+        read = tensor_reader(checkpoint, graph, manifest[graph.name], extras)
+        constants = _constants(openvino.Core().read_model(out / graph.name / FILE))
+        wrong = [
+            tensor.name for tensor in initializers if not _same(constants.get(tensor.name), read(tensor.name), kind)
         ]
-        wanted = linker.stored_tensor(checkpoint, graph, told[graph.name], carried)
-        found = _constants(openvino.Core().read_model(out / graph.name / FILE))
-        wrong = [name for name in names if not _same(found.get(name), wanted(name), kind)]
-        how = f"weights that are not the checkpoint's, bit for bit{AS[kind]}, of {len(names)}"
-        if wrong:
-            how += f"; the first is {wrong[0]}"
-        checks.append(Check(f"weights/{graph.name}", float(len(wrong)), 0.0, not wrong and bool(names), how))
+        if not initializers:
+            wrong = [f"{graph.name} (it has no initializers)"]
+        how = f"weights that are not the checkpoint's, bit for bit{STORED_AS[kind]}, of {len(initializers)}"
+        checks.append(Check.count(f"weights/{graph.name}", wrong, how))
     return tuple(checks)
 
 
-def _same(found: Array | tuple[Array, ...] | None, wanted: Array, kind: str) -> bool:
-    if isinstance(found, tuple):
-        axis = int(np.argmax(found[-1].shape))
-        return all(map(np.array_equal, found, quantized(wanted, axis)))
+def _same(stored: Stored | None, expected: Array, kind: str) -> bool:
+    if isinstance(stored, tuple):
+        axis = int(np.argmax(stored[-1].shape))
+        return all(map(np.array_equal, stored, quantized(expected, axis)))
     if kind == "fp16":
-        wanted = _halved(wanted)
-    return found is not None and found.dtype == wanted.dtype and np.array_equal(found, wanted)
+        expected = _to_float16(expected)
+    return stored is not None and stored.dtype == expected.dtype and np.array_equal(stored, expected)
 
 
-def _constants(model: Any) -> dict[str, Array | tuple[Array, ...]]:
-    """Constants by name; those that are stored in float16 or as levels by the name of the node that widens them."""
-    found: dict[str, Array | tuple[Array, ...]] = {}
+def _constants(model: Any) -> dict[str, Stored]:
+    """Constants by name. Those in float16 or in levels have the name of the node that converts them to float32."""
+    constants: dict[str, Stored] = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Constant":
             user = next(iter(node.output(0).get_target_inputs())).get_node()
             narrow = node.get_element_type().get_type_name() == "f16" and user.get_type_name() == "Convert"
-            found[(user if narrow else node).get_friendly_name()] = node.data
+            constants[(user if narrow else node).get_friendly_name()] = node.data
         elif node.get_type_name() == "Multiply" and (levels := _levels(node)):
-            found[node.get_friendly_name()] = levels
-    return found
+            constants[node.get_friendly_name()] = levels
+    return constants
 
 
 def _levels(node: Any) -> tuple[Array, ...]:
-    """Levels, zeros and scales of a product that ``compress`` made; nothing for another."""
+    """Levels, zeros and scales of a product that ``compress`` wrote; () for any other."""
     shifted, scale = (node.input_value(index).get_node() for index in (0, 1))
     if (shifted.get_type_name(), scale.get_type_name()) != ("Subtract", "Constant"):
         return ()
     wide = [shifted.input_value(index).get_node() for index in (0, 1)]
-    narrow = [each.input_value(0).get_node() for each in wide if each.get_type_name() == "Convert"]
-    if len(narrow) != 2 or any(each.get_element_type().get_type_name() != "u8" for each in narrow):
+    narrow = [convert.input_value(0).get_node() for convert in wide if convert.get_type_name() == "Convert"]
+    if len(narrow) != 2 or any(constant.get_element_type().get_type_name() != "u8" for constant in narrow):
         return ()
-    return tuple(each.data for each in (*narrow, scale))
+    return tuple(constant.data for constant in (*narrow, scale))
 
 
-def parity(
-    checkpoint: Folder, out: Path, every: Sequence[Graph], kind: str = "fp32", seed: int = 0
-) -> tuple[Check, ...]:  # fmt: skip
-    """Run every graph as it lies on disk, in OpenVINO in float32, against torch, as the target onnx does it."""
-    checks = []
-    with bar("check openvino", len(every)) as advance:
-        for graph in every:
-            advance(0, graph.name)
-            run = _runner(out / graph.name / FILE)
-            checks.append(compared(checkpoint, graph, out, kind, seed, TOLERANCES[kind], run, "openvino"))
-            advance()
-    return tuple(checks)
-
-
-def _runner(file: Path) -> Run:
-    import openvino
+def compare_outputs(
+    checkpoint: Folder, out: Path, exported: Sequence[Graph], kind: str = "fp32", seed: int = 0
+) -> tuple[Check, ...]:
+    """Run every graph in OpenVINO in float32 and compare it with torch, as ``parity.compare_outputs`` does."""
     import torch
 
-    # Compiled when it is first run, so that what cannot be compiled is told as what cannot be run.
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = cache(lambda: openvino.Core().compile_model(file, "CPU", EXACT | threads))
-
-    def run(name: str, given: Mapping[str, Any]) -> Sequence[Any]:
-        return list(compiled()({key: np.asarray(value) for key, value in given.items()}).values())
-
-    return run
+    return parity.compare_outputs(
+        checkpoint,
+        out,
+        dict.fromkeys((graph.name for graph in exported), kind),
+        seed=seed,
+        load=lambda graph: RUNTIME.load(out / graph.name / FILE, torch.get_num_threads()),
+        runtime=RUNTIME.name,
+    )

@@ -1,10 +1,10 @@
 """Target triton: a model repository of NVIDIA Triton Inference Server, and the small folder that its clients need.
 
     models/NAME/config.pbtxt, models/NAME/VERSION/model.onnx or model.plan     for the server
-    client/model_index.json, tokenizer, scheduler, NAME/config.json            for whoever asks it for pictures
+    client/model_index.json, tokenizer, scheduler, NAME/config.json            for its clients
 
-Triton takes every folder of its repository for a model, so that what is none lies beside it. What follows of its rules
-is in its model_config.proto and in the checks of its backends when they load a model.
+Triton loads every folder of its repository as a model, so all other files lie outside it. Triton's rules are those of
+its model_config.proto, and of the checks that its backends make when they load a model.
 """
 
 from __future__ import annotations
@@ -13,39 +13,43 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
+from pydantic import Field
 
-from erasec.base import Artifact, Check, Context, Target, require
+from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import copy
-from erasec.errors import ErasecError, nearest
-from erasec.graphs import link as linker
-from erasec.graphs.graph import PRECISIONS, graphs
-from erasec.graphs.parity import TOLERANCES, compared, tensors
-from erasec.model import sidecar as extras
+from erasec.checkpoint.safetensors import copy_file
+from erasec.errors import ErasecError, require_modules
+from erasec.graphs import parity
+from erasec.graphs.graph import MODEL
+from erasec.graphs.link import write_onnx
+from erasec.graphs.manifest import MANIFEST
+from erasec.graphs.parity import compare_weights
+from erasec.graphs.session import OnnxSession
+from erasec.graphs.signature import TEXT_TO_IMAGE, graphs
+from erasec.model.sidecar import KINDS
+from erasec.options import options
 from erasec.progress import bar
+from erasec.runtime.backends import with_vectors
 from erasec.targets.trt import Trt
-from erasec.targets.trt_rtx import checked
 from erasec.tensorrt import engines
+from erasec.tensorrt.base import engine_checks
 
 if TYPE_CHECKING:
-    from erasec.graphs.graph import Graph
-    from erasec.graphs.parity import Run
+    from erasec.graphs.signature import Graph
     from erasec.model.view import Model
+    from erasec.runtime.backends import Component
 
-    Port = tuple[str, tuple[int, ...]]  # its type as Triton calls it, and its shape, -1 where it is free
+    Port = tuple[str, tuple[int, ...]]  # Triton's name of its type, and its shape, -1 for dynamic axes
+    Ports = Mapping[str, Port]
 
-MODELS, CLIENT, CONFIG, ONNX = "models", "client", "config.pbtxt", "model.onnx"
-# By what runs the models: its platform and its backend, as Triton calls them, and the file that it looks for.
-ENGINES = {"onnx": ("onnxruntime_onnx", "onnxruntime", ONNX), "trt": ("tensorrt_plan", "tensorrt", "model.plan")}
-NAMES = ("text_encoder", "unet", "vae_decoder")
-KINDS = {"auto": "KIND_AUTO", "gpu": "KIND_GPU", "cpu": "KIND_CPU"}
-TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}
+MODELS, CLIENT, CONFIG = "models", "client", "config.pbtxt"
+# By what runs the models: Triton's names of platform and backend, and the file that the backend loads.
+ENGINES = {"onnx": ("onnxruntime_onnx", "onnxruntime", MODEL), "trt": ("tensorrt_plan", "tensorrt", "model.plan")}
+INSTANCES = {"auto": "KIND_AUTO", "gpu": "KIND_GPU", "cpu": "KIND_CPU"}
+TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64"}  # by onnxruntime's name
 ELEMENTS = {1: "TYPE_FP32", 7: "TYPE_INT64"}  # by onnx.TensorProto.DataType
 README = """# Text to image for Triton Inference Server
 
@@ -62,106 +66,105 @@ Inputs and outputs are float32, ids int64. Heights and widths of latents are mul
 """
 
 
-@dataclass(frozen=True)
+@options
 class Triton(Target):
     """Three models that a client runs in turn: text_encoder, unet and vae_decoder.
 
-    ``version`` is the number under which they are served: give an erased variant a new one. ``instances`` is where they
-    run, "auto", "gpu" or "cpu". ``precision`` is that of text encoder and UNet, "fp32" or "fp16". ``engines`` "trt" has
-    TensorRT build plans here, which a server with the same version of it on such a GPU can run.
+    ``version`` is the number under which they are served: give every erased variant a new one. ``instances`` is where
+    they run, "auto", "gpu" or "cpu". ``precision`` is that of text encoder and UNet, "fp32" or "fp16". ``engines``
+    "trt" builds TensorRT plans, for servers with the same version of TensorRT and the same kind of GPU.
     """
 
-    version: int = 1
-    instances: str = "auto"
-    precision: str = "fp32"
-    engines: str = "onnx"
+    version: Annotated[int, Field(ge=1)] = 1
+    instances: Literal["auto", "gpu", "cpu"] = "auto"
+    precision: Literal["fp32", "fp16"] = "fp32"
+    engines: Literal["onnx", "trt"] = "onnx"
 
     name: ClassVar[str] = "triton"
     summary: ClassVar[str] = "a model repository for Triton Inference Server"
-    holds: ClassVar[frozenset[str]] = extras.KINDS
+    holds: ClassVar[frozenset[str]] = KINDS
 
     def __post_init__(self) -> None:
-        if self.version < 1:
-            raise ErasecError(f"triton: version is {self.version}", why="versions are whole numbers from 1 on")
-        for option, known in (("instances", KINDS), ("precision", PRECISIONS), ("engines", ENGINES)):
-            if (given := getattr(self, option)) not in known:
-                raise ErasecError(f"triton: option {option} is {given!r}", why=nearest(given, known))
         if (self.engines, self.instances) == ("trt", "cpu"):
-            raise ErasecError("triton: plans of TensorRT do not run on a CPU", fix="instances=auto, or engines=onnx")
+            raise ErasecError(
+                "triton: plans of TensorRT do not run on a CPU", fix="choose instances=auto, or engines=onnx"
+            )
 
     def check(self) -> None:
-        require("the target triton", ("onnx", "onnxruntime"), "onnx")
+        require_modules("the target triton", ("onnx", "onnxruntime"), "onnx")
         if self.engines == "trt":
             Trt(precision=self.precision).check()
 
     def size(self, model: Model) -> int:
-        """The graphs, and as much again where plans are built from them. Raises ErasecError for a model of others."""
+        """The graphs, and where plans are built from them, as much again.
+
+        Raises ErasecError for a model that the graphs do not cover.
+        """
         graphs(model.source)
         return int(super().size(model) * (0.5 if self.precision == "fp16" else 1) * (2 if self.engines == "trt" else 1))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Link the graphs, lay them out with their configurations, then check what the server will read and run.
+        """Link the graphs, write the repository and the client's folder, then check the files that the server loads.
 
-        Raises ErasecError for models that the graphs do not cover.
+        Raises ErasecError for a model that the graphs do not cover.
         """
         self.check()
         models = out / MODELS
-        models.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=out) as scratch:
             linked = Folder(Path(scratch))
-            every = linker.write(checkpoint, linked.root, self.precision, NAMES)
-            checks = tensors(checkpoint, linked.root)
-            told = {graph.name: lined_up(linked.root / graph.name / ONNX) for graph in every}
+            exported = write_onnx(checkpoint, linked.root, self.precision, TEXT_TO_IMAGE)
+            checks = compare_weights(checkpoint, linked.root)
+            ports = {graph.name: scalars_to_vectors(linked.root / graph.name / MODEL) for graph in exported}
             for name in linked.files():
-                if not name.name.startswith("model.") and name.name != linker.MANIFEST:
-                    copy(linked.root / name, out / CLIENT / name)
-            for graph in every:
+                if not name.name.startswith("model.") and name.name != MANIFEST:
+                    copy_file(linked.root / name, out / CLIENT / name)
+            for graph in exported:
                 version = models / graph.name / str(self.version)
                 version.mkdir(parents=True, exist_ok=True)
-                text = config(graph.name, *told[graph.name], self.version, KINDS[self.instances], self.engines)
+                text = config(graph.name, *ports[graph.name], self.version, INSTANCES[self.instances], self.engines)
                 (version.parent / CONFIG).write_text(text)
                 for file in sorted((linked.root / graph.name).glob("model.*") if self.engines == "onnx" else ()):
                     file.replace(version / file.name)
             if self.engines == "trt":
-                checks += self._plans(checkpoint, linked.root, out)
+                checks += self._build_plans(checkpoint, linked.root, out)
             else:
-                checks += parity(checkpoint, models, every, self.version, self.precision, context.seed)
-            checks = served(models, linked.root), *checks
-        (out / "README.md").write_text(readme(told, self.version))
+                checks += compare_outputs(checkpoint, models, exported, self.version, self.precision, context.seed)
+            checks = repository_check(models, linked.root), *checks
+        (out / "README.md").write_text(readme(ports, self.version))
         return Artifact(self.name, out, checks)
 
-    def _plans(self, checkpoint: Folder, linked: Path, out: Path) -> tuple[Check, ...]:
-        """Build the plans and describe them in engine.json; what they compute is not compared."""
-        maker, entries, library = Trt(precision=self.precision), dict[str, dict[str, Any]](), ""
-        every = maker.profiles(checkpoint)
-        with bar("build plans", len(every)) as advance:
-            for name, profile in every.items():
+    def _build_plans(self, checkpoint: Folder, linked: Path, out: Path) -> tuple[Check, ...]:
+        """Build the plans, and record them in engine.json. Their outputs are not compared with torch's."""
+        target, entries, library = Trt(precision=self.precision), dict[str, dict[str, Any]](), ""
+        profiles = target.profiles(checkpoint)
+        with bar("build plans", len(profiles)) as advance:
+            for name, profile in profiles.items():
                 advance(0, name)
                 file = out / MODELS / name / str(self.version) / ENGINES["trt"][2]
-                entries[name], library = maker.engine(linked / name / ONNX, file, profile)
+                entries[name], library = target.engine(linked / name / MODEL, file, profile)
                 entries[name]["file"] = file.relative_to(out).as_posix()
                 entries[name]["precision"] = "fp32" if name.startswith("vae") else self.precision
                 advance()
-        engines.write_record(out, maker.builder(), library, entries)
-        return tuple(check for name in every for check in checked(out, name, linked / name / ONNX))
+        engines.write_record(out, target.builder(), library, entries)
+        return tuple(check for name in profiles for check in engine_checks(out, name, linked / name / MODEL))
 
 
-def lined_up(file: Path) -> tuple[dict[str, Port], dict[str, Port]]:
-    """Inputs and outputs of an ONNX file, whose scalar inputs are made vectors of one number.
+def scalars_to_vectors(file: Path) -> tuple[Ports, Ports]:
+    """Replace scalar inputs of an ONNX file by vectors of one number; returns the file's inputs and outputs.
 
-    Shapes in Triton have an axis at least, and its backend for plans, and that for ONNX before release 23.10, take no
-    other shape than the graph's own.
+    Shapes in Triton have at least one axis. Its backend for plans, and its backend for ONNX before release 23.10,
+    accept only the graph's own shapes.
     """
     import onnx
 
     model = onnx.load(file, load_external_data=False)
     scalars = [value.name for value in model.graph.input if not value.type.tensor_type.shape.dim]
-    for name in scalars:
-        inner = f"{name}/scalar"
+    for scalar in scalars:
+        inner = f"{scalar}/scalar"
         for node in model.graph.node:
-            node.input[:] = [inner if given == name else given for given in node.input]
-        model.graph.node.insert(0, onnx.helper.make_node("Squeeze", [name], [inner], name=f"/{inner}"))
-        value = next(value for value in model.graph.input if value.name == name)
+            node.input[:] = [inner if name == scalar else name for name in node.input]
+        model.graph.node.insert(0, onnx.helper.make_node("Squeeze", [scalar], [inner], name=f"/{inner}"))
+        value = next(value for value in model.graph.input if value.name == scalar)
         value.type.tensor_type.shape.dim.add().dim_value = 1
     if scalars:
         file.write_bytes(model.SerializeToString(deterministic=True))
@@ -171,24 +174,32 @@ def lined_up(file: Path) -> tuple[dict[str, Port], dict[str, Port]]:
 
 
 def _port(value: Any) -> Port:
-    kind = value.type.tensor_type
-    return ELEMENTS[kind.elem_type], tuple(-1 if dim.dim_param else dim.dim_value for dim in kind.shape.dim)
+    tensor = value.type.tensor_type
+    return ELEMENTS[tensor.elem_type], tuple(-1 if dim.dim_param else dim.dim_value for dim in tensor.shape.dim)
 
 
 def config(
-    name: str, inputs: Mapping[str, Port], outputs: Mapping[str, Port], version: int, kind: str = "KIND_AUTO",
+    name: str,
+    inputs: Ports,
+    outputs: Ports,
+    version: int,
+    kind: str = "KIND_AUTO",
     engine: str = "onnx",
-) -> str:  # fmt: skip
+) -> str:
     """The text of a model's config.pbtxt.
 
-    ``max_batch_size`` 0 is "the shapes are whole": the server would batch only what has the batch as the first axis of
-    every input, and a timestep has none. One version is named, so that a base that lies beside it is not served.
+    ``max_batch_size`` 0 means that shapes include the batch: the server batches requests only where every input has the
+    batch as its first axis, and a timestep has none. The version is named, so that no other version in the folder is
+    served.
     """
     platform, backend, file = ENGINES[engine]
     lines = [
-        f'name: "{name}"', f'platform: "{platform}"', f'backend: "{backend}"', f'default_model_filename: "{file}"',
+        f'name: "{name}"',
+        f'platform: "{platform}"',
+        f'backend: "{backend}"',
+        f'default_model_filename: "{file}"',
         "max_batch_size: 0",
-    ]  # fmt: skip
+    ]
     for label, ports in (("input", inputs), ("output", outputs)):
         for port, (data_type, dims) in ports.items():
             shape = ", ".join(map(str, dims))
@@ -198,123 +209,107 @@ def config(
     return "\n".join(lines) + "\n"
 
 
-def parsed(text: str) -> dict[str, list[Any]]:
-    """A configuration, written as ``config`` writes it, as lists of values by field; a message is such a dict again.
+def parse_config(text: str) -> dict[str, list[Any]]:
+    """A configuration, in the form that ``config`` writes, as lists of values by field; a message is a dict again.
 
-    Raises ErasecError where a line is none of "field: value", "field {" and "}".
+    Raises ErasecError for a line that is not "field: value", "field {" or "}".
     """
-    open_ = [dict[str, list[Any]]()]
+    stack = [dict[str, list[Any]]()]
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if match := re.fullmatch(r"(\w+) \{", line):
-            inner = dict[str, list[Any]]()
-            open_[-1].setdefault(match[1], []).append(inner)
-            open_.append(inner)
+            message = dict[str, list[Any]]()
+            stack[-1].setdefault(match[1], []).append(message)
+            stack.append(message)
         elif match := re.fullmatch(r'(\w+): ("[^"\\]*"|-?\d+|\[[-\d, ]*\])', line):
-            open_[-1].setdefault(match[1], []).append(json.loads(match[2]))
+            stack[-1].setdefault(match[1], []).append(json.loads(match[2]))
         elif match := re.fullmatch(r"(\w+): ([A-Z]\w*)", line):
-            open_[-1].setdefault(match[1], []).append(match[2])
-        elif line == "}" and len(open_) > 1:
-            open_.pop()
+            stack[-1].setdefault(match[1], []).append(match[2])
+        elif line == "}" and len(stack) > 1:
+            stack.pop()
         else:
             raise ErasecError(f"{CONFIG} cannot be read", why=f"line {number} is {line!r}")
-    if len(open_) > 1:
+    if len(stack) > 1:
         raise ErasecError(f"{CONFIG} cannot be read", why="a message is not closed")
-    return open_[0]
+    return stack[0]
 
 
-def served(models: Path, graphs: Path) -> Check:
-    """Count what would keep Triton from serving a repository's models as they are meant, by what lies on disk.
+def repository_check(models: Path, graphs: Path) -> Check:
+    """Count the faults that would keep Triton from serving a repository's models as intended, by its files.
 
-    ``graphs`` is where the ONNX files lie that plans were built from.
+    ``graphs`` is the folder of the ONNX files that plans were built from.
     """
     wrong = [fault for folder in sorted(models.iterdir()) for fault in faults(folder, graphs)]
-    wrong += [f"there is no {name}" for name in NAMES if not (models / name).is_dir()]
-    how = f"faults in {len(NAMES)} configurations: files, names, types and shapes, against the graphs in onnxruntime"
-    if wrong:
-        how += f"; the first: {wrong[0]}"
-    return Check("triton/repository", float(len(wrong)), 0.0, not wrong, how)
+    wrong += [f"there is no {name}" for name in TEXT_TO_IMAGE if not (models / name).is_dir()]
+    how = f"faults in {len(TEXT_TO_IMAGE)} configurations: files, names, types and shapes, against the graphs in "
+    how += "onnxruntime"
+    return Check.count("triton/repository", wrong, how)
 
 
 def faults(folder: Path, graphs: Path) -> list[str]:
-    """What is wrong with one folder of a repository, each in a sentence; empty for a model that Triton can serve."""
-    if folder.name not in NAMES:
-        return [f"{folder.name} would be taken for a model"]
+    """The faults of one folder of a repository, one sentence each; [] for a model that Triton can serve."""
+    if folder.name not in TEXT_TO_IMAGE:
+        return [f"Triton would load {folder.name} as a model"]
     try:
-        told = parsed((folder / CONFIG).read_text())
-        (version,) = told["version_policy"][0]["specific"][0]["versions"][0]
-        (file,), (backend,) = told["default_model_filename"], told["backend"]
-        ports = [{port["name"][0]: (port["data_type"][0], tuple(port["dims"][0])) for port in told[label]}
-                 for label in ("input", "output")]  # fmt: skip
-        found = told["name"][0], told["max_batch_size"][0], (told["platform"][0], backend, file)
+        fields = parse_config((folder / CONFIG).read_text())
+        (version,) = fields["version_policy"][0]["specific"][0]["versions"][0]
+        (file,), (backend,) = fields["default_model_filename"], fields["backend"]
+        configured = [
+            {port["name"][0]: (port["data_type"][0], tuple(port["dims"][0])) for port in fields[label]}
+            for label in ("input", "output")
+        ]
+        engine = fields["platform"][0], backend, file
+        name, batch = fields["name"][0], fields["max_batch_size"][0]
     except (ErasecError, OSError, KeyError, ValueError, TypeError) as error:
-        return [f"{folder.name} has no sound {CONFIG}: {error!r}"]
+        return [f"{folder.name}: {CONFIG} is missing or damaged: {error!r}"]
     wrong, model = [], folder / str(version) / file
-    if found[:2] != (folder.name, 0) or found[2] not in ENGINES.values():
-        wrong.append(f"{folder.name}: name, max_batch_size and what runs it are {found}")
+    if (name, batch) != (folder.name, 0) or engine not in ENGINES.values():
+        wrong.append(f"{folder.name}: name, max_batch_size, platform, backend and file are {(name, batch, *engine)}")
     if not model.is_file():
         return [*wrong, f"{folder.name} has no {version}/{file}"]
     try:
-        seen = _seen(graphs / folder.name / ONNX if backend == "tensorrt" else model)
-    except Exception as error:  # whatever the server would say when it loads it
+        loaded = _loaded_ports(graphs / folder.name / MODEL if backend == "tensorrt" else model)
+    except Exception as error:  # of any class; the server would fail with the same message
         return [*wrong, f"{folder.name}/{version}/{file} cannot be loaded: {str(error).splitlines()[0]}"]
-    for label, given, there in zip(("input", "output"), ports, seen, strict=True):
-        wrong += [f"{folder.name}: {label} {name} is {given.get(name)} in {CONFIG} and {there.get(name)} in the model"
-                  for name in sorted(given.keys() | there.keys()) if given.get(name) != there.get(name)]  # fmt: skip
+    for label, expected, ports in zip(("input", "output"), configured, loaded, strict=True):
+        wrong += [
+            f"{folder.name}: {label} {port} is {expected.get(port)} in {CONFIG} and {ports.get(port)} in the model"
+            for port in sorted(expected.keys() | ports.keys())
+            if expected.get(port) != ports.get(port)
+        ]
     return wrong
 
 
-def _seen(file: Path) -> list[dict[str, Port]]:
-    """Inputs and outputs as Triton's backend is told them, which is by onnxruntime once it has loaded the file."""
-    session = _session(file, "ORT_DISABLE_ALL")
+def _loaded_ports(file: Path) -> list[dict[str, Port]]:
+    """Inputs and outputs as onnxruntime reports them for a loaded file; Triton's backend compares with the same."""
+    import torch
+
+    session = OnnxSession(file, torch.get_num_threads(), optimize=False).session
     return [
         {
             port.name: (TYPES.get(port.type, port.type), tuple(x if isinstance(x, int) else -1 for x in port.shape))
-            for port in values
+            for port in ports
         }
-        for values in (session.get_inputs(), session.get_outputs())
+        for ports in (session.get_inputs(), session.get_outputs())
     ]
 
 
-def _session(file: Path, level: str = "ORT_ENABLE_ALL") -> Any:
-    import onnxruntime
+def compare_outputs(
+    checkpoint: Folder, models: Path, exported: Sequence[Graph], version: int, precision: str = "fp32", seed: int = 0
+) -> tuple[Check, ...]:
+    """Run every model of a repository, with inputs of the shapes that it is served with, and compare it with torch."""
     import torch
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised as well
-    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    def load(graph: Graph) -> Component:
+        return with_vectors(OnnxSession(models / graph.name / str(version) / MODEL, torch.get_num_threads()))
+
+    precisions = {graph.name: "fp32" if graph.component == "vae" else precision for graph in exported}
+    return parity.compare_outputs(checkpoint, models, precisions, seed=seed, load=load)
 
 
-def parity(
-    checkpoint: Folder, models: Path, every: Sequence[Graph], version: int, precision: str = "fp32", seed: int = 0
-) -> tuple[Check, ...]:  # fmt: skip
-    """Run every model as it lies in the repository, on inputs of the shapes that it is served with, against torch."""
-    checks = []
-    with bar("check triton", len(every)) as advance:
-        for graph in every:
-            advance(0, graph.name)
-            kind = "fp32" if graph.component == "vae" else precision
-            run = _runner(models / graph.name / str(version) / ONNX)
-            checks.append(compared(checkpoint, graph, models, kind, seed, TOLERANCES[kind], run))
-            advance()
-    return tuple(checks)
-
-
-def _runner(file: Path) -> Run:
-    loaded = cache(lambda: _session(file))  # when it is first run, so that what fails then is told by the check
-
-    def run(name: str, given: Mapping[str, Any]) -> Sequence[Any]:
-        outputs: Sequence[Any] = loaded().run(None, {key: np.atleast_1d(value) for key, value in given.items()})
-        return outputs
-
-    return run
-
-
-def readme(told: Mapping[str, tuple[Mapping[str, Port], Mapping[str, Port]]], version: int) -> str:
-    """The repository's README: how to serve it, and what each model takes and gives."""
+def readme(models: Mapping[str, tuple[Ports, Ports]], version: int) -> str:
+    """The repository's README: how to serve it, and the inputs and outputs of each model."""
     rows = ""
-    for name, ports in told.items():
+    for name, ports in models.items():
         cells = ("; ".join(f"`{port}` {list(dims)}" for port, (_, dims) in values.items()) for values in ports)
         rows += f"| {name} | {' | '.join(cells)} |\n"
     return README.format(version=version, rows=rows)

@@ -1,4 +1,4 @@
-"""What every test stands on: the installed package is this checkout, and one random model for the whole run."""
+"""Fixtures that all tests share: the installed package is this checkout, and one random model serves the whole run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported: idle threads that spin, or more threads than cores, cost these small models half their time.
+# Set before torch is imported: spinning idle threads, or more threads than cores, double the time of small models.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    # A shell's background jobs ignore Ctrl-C, and hand that on; the tests of stopping need it heard.
+    # Background jobs of a shell inherit that Ctrl-C is ignored; the tests of interrupts need its usual effect.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = importlib.util.find_spec("erasec")
     if spec is None or spec.origin is None:
@@ -31,7 +31,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache for the whole run: a graph is traced once, and never one that another erasec left behind."""
+    """An empty cache for the whole run: each graph is traced once, and none comes from another version of erasec."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ERASEC_CACHE", str(folder))
@@ -46,10 +46,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder in glyphs' layout with random float16 weights: for formats and algebra, not for erasing."""
+    """A diffusers folder in glyphs' layout with random float16 weights, for tests of formats and algebra."""
     import torch
-
-    from erasec.glyphs.assemble import random_pipeline
+    from random_models import random_pipeline
 
     folder = tmp_path_factory.mktemp("random")
     random_pipeline(folder, dtype=torch.float16)
@@ -58,8 +57,8 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Variant:
-    """A model with one edit: its checkpoint, what that is a variant of, its edit file with the edited tensors, one
-    without, and its ONNX folder."""
+    """A model with one edit: its checkpoint, the model that it is a variant of, its edit file with the edited tensors,
+    another edit file without them, and its ONNX folder."""
 
     folder: Path
     origin: Any
@@ -70,34 +69,32 @@ class Variant:
 
 @pytest.fixture(scope="session")
 def variant(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Variant]:
-    """Variants of the random model by name, each with another edit of the same 14 tensors."""
+    """Variants of the random model by name, each with a different edit of the same 14 tensors."""
     import torch
 
     from erasec.base import Context
     from erasec.checkpoint.folder import Folder
     from erasec.commands import build
-    from erasec.graphs import link as linker
-    from erasec.model import view as model
+    from erasec.graphs import link
+    from erasec.model import loading
     from erasec.model.edit import Dense, Edit
     from erasec.targets.edit_file import EditFile
 
-    made: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
 
     def variant(name: str) -> Variant:
-        if name not in made:
-            base, root = model.load(str(random_folder)), tmp_path_factory.mktemp(f"variant-{name}")
-            draw = torch.Generator().manual_seed(sum(name.encode()))
-            deltas = {
-                site: Dense(0.05 * torch.randn(site.shape, generator=draw)) for site in base.select("cross", "kv")
-            }
-            edited = base.with_edit(Edit(deltas, "by hand", name))
+        if name not in variants:
+            base, root = loading.load(str(random_folder)), tmp_path_factory.mktemp(f"variant-{name}")
+            rng = torch.Generator().manual_seed(sum(name.encode()))
+            deltas = {site: Dense(0.05 * torch.randn(site.shape, generator=rng)) for site in base.select("cross", "kv")}
+            edited = base.with_edit(Edit(deltas, "by hand", (name,), ""))
             edited.source.write(root / "hf", edited.merged(), False)
             for kind in (True, False):
                 EditFile(tensors=kind).export(edited, root / f"edit-{kind}", Context())
-            origin = build._origin(edited)
-            linker.write(Folder(root / "hf"), root / "onnx", origin=origin)
+            origin = build.edit_origin(edited)
+            link.write_onnx(Folder(root / "hf"), root / "onnx", origin=origin)
             files = (next((root / f"edit-{kind}").iterdir()) for kind in (True, False))
-            made[name] = Variant(root / "hf", origin, *files, root / "onnx")
-        return made[name]
+            variants[name] = Variant(root / "hf", origin, *files, root / "onnx")
+        return variants[name]
 
     return variant

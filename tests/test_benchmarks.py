@@ -11,9 +11,7 @@ import pytest
 import torch
 
 PARTS = {"seconds", "cpu", "peak_mb", "error", "worst_error", "worst_site"}
-STEPS = {
-    "copy", "in_place", "apply", "link", "copy_unet", "copy_single", "in_place_single", "apply_single"
-}  # fmt: skip
+STEPS = {"copy", "in_place", "apply", "link", "copy_unet", "copy_single", "in_place_single", "apply_single"}
 
 
 @pytest.fixture
@@ -39,10 +37,10 @@ def by_pass(scale: ModuleType, case, weights: list[torch.Tensor]) -> torch.Tenso
     """M of the pass's own code, float64."""
     energy = sum(weight.T @ weight for weight in weights)
     sums = case.sums({"context.energy": energy})
-    joined = scale.closed_form.joint(scale.unpack(sums[name], "context") for name in sorted(sums) if name)
+    joined = scale.solver.combine_systems(scale.unpack_system(sums[name], "context") for name in sorted(sums) if name)
     keep = torch.cat([joined.keep, sums[""].get("context.prior", joined.keep[:0])])
     asked = scale.System(joined.source, joined.shift, keep, joined.lost)
-    return case.method.solution(asked, "context", sums).matrix()
+    return case.method.solve_system(asked, "context", sums).matrix()
 
 
 @pytest.mark.parametrize("row", ["uce:1", "uce:5", "uce:40", "rece:1", "mace:1", "mace:2", "trce.remap:6"])

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import random_models
 
 from erasec.checkpoint.safetensors import file_digest
-from erasec.ldm import skeleton as layouts
-from erasec.model import view as models
+from erasec.model import loading
 
 pytestmark = pytest.mark.slow
 
 # Runs a command line of erasec and tells the peak of its memory, in bytes: ru_maxrss would begin at that of the tests.
 MEASURED = (
-    "import re, sys; from erasec.cli import app as cli\n"
+    "import re, sys; from erasec import cli\n"
     "try: cli.app(sys.argv[1:], standalone_mode=False)\n"
     "finally: peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()); "
     "print('PEAK', int(peak[1]) * 1024, file=sys.stderr)"
@@ -37,7 +37,7 @@ def run(*words: object) -> int:
 @pytest.fixture(scope="module")
 def sd14(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sd14") / "sd14"
-    layouts.random_folder(folder, "sd1", "full", dtype="float32")
+    random_models.random_folder(folder, "sd1", "full", dtype="float32")
     return folder
 
 
@@ -53,7 +53,7 @@ def test_a_whole_build_of_sd14_stays_below_4_gb_and_an_edit_below_600_mb(sd14: P
     assert run("apply", edit, sd14, "--out", tmp_path / "applied", "--link") < 600e6
     assert file_digest(tmp_path / "applied" / unet) == file_digest(tmp_path / "out" / "hf" / unet)
     single = tmp_path / "out" / "ldm" / "model.safetensors"
-    assert models.load(str(single)).family.name == "sd1"
+    assert loading.load(str(single)).family.name == "sd1"
     os.unlink(tmp_path / "applied" / unet)
     assert (sd14 / unet).is_file()
 
@@ -77,7 +77,7 @@ def test_sd14_becomes_graphs_engines_and_a_model_repository(sd14: Path, tmp_path
 
 
 def test_sdxl_is_solved_and_edited(tmp_path: Path) -> None:
-    layouts.random_folder(tmp_path / "sdxl", "sdxl", "full", dtype="float16")
+    random_models.random_folder(tmp_path / "sdxl", "sdxl", "full", dtype="float16")
     (tmp_path / "small.toml").write_text(
         'name = "ball"\nerase = ["golf ball"]\nanchor = "apple"\nkeep = ["tennis ball"]\ntemplates = ["{}", "a {}"]\n'
     )

@@ -32,7 +32,8 @@ def pins(root: Path) -> list[Requirement]:
 
 
 def test_no_generic_name_is_installed(root: Path) -> None:
-    path = [folder for folder in sys.path if Path(folder or ".").resolve() != root]
+    # pytest puts the folder of tests on the path; an installed package does not.
+    path = [folder for folder in sys.path if Path(folder or ".").resolve() not in (root, root / "tests")]
     assert PathFinder.find_spec("erasec", path) is not None
     for name in ("compiler", "passes", "targets", "tests", "examples"):
         assert PathFinder.find_spec(name, path) is None, f"import {name} works, and should not"
@@ -48,7 +49,7 @@ def test_every_folder_of_modules_is_a_package(root: Path, project: dict[str, Any
 
 
 def test_the_source_tree_is_importable_without_an_install(root: Path) -> None:
-    """What type checkers and editors follow: links, so that a new file is seen at once."""
+    """Type checkers and editors follow the links, so that they see a new file immediately."""
     for link, folder in (("src/erasec", "compiler"), ("compiler/passes", "passes"), ("compiler/targets", "targets")):
         assert (root / link).is_symlink() and (root / link).resolve() == root / folder
     code = "import erasec.passes.uce, erasec.targets.hf, erasec.glyphs.world; print(erasec.__file__)"
@@ -94,10 +95,10 @@ def test_make_commands_in_the_documents_exist(root: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for document, wanted in (("README.md", {"demo", "test"}), ("CONTRIBUTING.md", {"test", "lint"})):
         text = (root / document).read_text(encoding="utf-8")
-        told = set(re.findall(r"^\s*(?:\$ )?make ([a-z-]+)", text, re.MULTILINE)) | set(
+        commands = set(re.findall(r"^\s*(?:\$ )?make ([a-z-]+)", text, re.MULTILINE)) | set(
             re.findall(r"`make ([a-z-]+)`", text)
         )
-        assert wanted <= told <= targets, f"{document} tells {told}, the Makefile has {targets}"
+        assert wanted <= commands <= targets, f"{document} names {commands}, the Makefile has {targets}"
 
 
 def test_public_names_are_there_and_lazy() -> None:

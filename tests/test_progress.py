@@ -1,4 +1,4 @@
-"""Bars are for one person at a terminal: elsewhere, and in the processes that only help, nothing is drawn."""
+"""Bars are drawn by the main process, in a terminal, and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("stderr", "rank", "drawn"), [(Terminal(), "0", True), (Terminal(), "1", False), (io.StringIO(), "0", False)]
 )
-def test_who_sees_a_bar(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, rank: str, drawn: bool) -> None:
+def test_when_a_bar_is_drawn(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO, rank: str, drawn: bool) -> None:
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("RANK", rank)
     with bar("solve", 2) as advance:

@@ -1,16 +1,21 @@
+"""The registry: names become classes, other packages add their own, and every mistake is a clear error."""
+
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from erasec import registry
-from erasec.base import Output, Pass, with_options
+from erasec.base import Judge, Output, Pass, Runtime
 from erasec.errors import ErasecError
+from erasec.model import loading
+from erasec.options import configure
 from erasec.recipe.concept import Concept
 
 MINE = """
@@ -31,31 +36,57 @@ class Mine(Pass):
         return model.select("cross", "v")
 
     def solve(self, model, concept, context):
-        return Edit({}, self.name, concept.name)
+        return Edit({}, self.name, (concept.name,), model.digest)
 """
 
 
-def registered(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def registered(monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: str = "erasec.passes") -> None:
+    """Let another package register ``name`` in the entry-point group ``kind``."""
+
     def points(group: str) -> EntryPoints:
-        return EntryPoints([EntryPoint(name, value, group)] if group == "erasec.passes" else [])
+        return EntryPoints([EntryPoint(name, value, group)] if group == kind else [])
 
     monkeypatch.setattr(registry, "entry_points", points)
 
 
 @pytest.mark.parametrize("name", sorted(registry.PASSES))
 def test_every_pass_in_the_table_loads_under_its_own_name(name: str) -> None:
-    found = registry.load_pass(name)
-    assert issubclass(found, Pass)
-    assert found.name == name
-    assert found.summary
+    cls = registry.load_pass(name)
+    assert issubclass(cls, Pass)
+    assert cls.name == name
+    assert cls.summary
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "load"),
+    [
+        (Judge, registry.JUDGES, registry.load_judge),
+        (Runtime, registry.RUNTIMES, registry.load_runtime),
+    ],
+)
+def test_every_judge_and_runtime_in_the_table_loads_under_its_own_name(
+    kind: type, names: dict[str, str], load: Callable[[str], Any]
+) -> None:
+    for name in names:
+        cls = load(name)
+        assert issubclass(cls, kind)
+        assert cls.name == name
+        assert cls.summary
+
+
+def test_runtimes_are_listed_in_the_order_in_which_they_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(registry.runtimes()) == list(registry.RUNTIMES) != sorted(registry.RUNTIMES)
+    registered(monkeypatch, "abacus", "their.module:Abacus", "erasec.runtimes")
+    assert list(registry.runtimes()) == [*registry.RUNTIMES, "abacus"]
+    assert list(registry.passes()) == sorted(registry.PASSES)
 
 
 @pytest.mark.parametrize("name", sorted(registry.TARGETS))
 def test_every_target_in_the_table_loads_under_its_own_name(name: str) -> None:
-    found = registry.load_target(name)
-    assert issubclass(found, Output)
-    assert found.name == name
-    assert found.summary
+    cls = registry.load_target(name)
+    assert issubclass(cls, Output)
+    assert cls.name == name
+    assert cls.summary
 
 
 def test_names_are_known_without_importing_anything() -> None:
@@ -81,14 +112,14 @@ def test_another_package_adds_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "theirs" not in registry.targets()
 
 
-def test_a_clash_of_names_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_packages_with_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     registered(monkeypatch, "uce", "their.module:Uce")
     with pytest.raises(ErasecError, match="two passes are named 'uce'") as caught:
         registry.load_pass("uce")
     assert "their.module:Uce" in caught.value.why
 
 
-def test_a_broken_package_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     registered(monkeypatch, "theirs", "no_such_module_anywhere:X")
     with pytest.raises(ErasecError, match="'theirs' cannot be imported") as caught:
         registry.load_pass("theirs")
@@ -99,7 +130,7 @@ def test_a_pass_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(MINE)
     kind = registry.load_pass(f"{file}:Mine")
-    assert vars(with_options(kind, {"strength": 2}, "mine")) == {"strength": 2.0}
+    assert vars(configure(kind, {"strength": 2}, "mine")) == {"strength": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -132,3 +163,65 @@ def test_every_kind_of_concept_has_a_pass() -> None:
     kinds = get_args(Concept.model_fields["kind"].annotation)
     assert set(registry.DEFAULTS) == set(kinds) and len(kinds) == 6
     assert set(registry.DEFAULTS.values()) <= set(registry.passes())
+
+
+JUDGE = """
+from typing import ClassVar
+import numpy as np
+from erasec.base import Judge
+
+class Blind(Judge):
+    name: ClassVar[str] = "blind"
+    summary: ClassVar[str] = "sees nothing"
+    digest = "0" * 64
+
+    @classmethod
+    def for_model(cls, model, tuning=False):
+        return None if tuning else cls()
+
+    def panel(self, concept, images, seed):
+        return ()
+
+    def sees(self, images, labels):
+        return np.zeros(len(images), bool)
+
+    def agreement(self, images, prompts):
+        return np.zeros(len(images))
+"""
+
+
+class TestJudgeFor:
+    """The judge for a model: by name, or the first registered one that knows the model."""
+
+    @pytest.fixture
+    def blind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        (tmp_path / "blind_judge.py").write_text(JUDGE)
+        monkeypatch.syspath_prepend(tmp_path)
+        return f"{tmp_path / 'blind_judge.py'}:Blind"
+
+    def test_the_registered_judge_of_glyphs(self, random_folder: Path) -> None:
+        glyphs, other = loading.load("glyphs"), loading.load(str(random_folder))
+        judge, tuning = registry.judge_for(glyphs), registry.judge_for(glyphs, tuning=True)
+        assert judge is not None and tuning is not None
+        assert judge.name == tuning.name == "glyphs" and judge.digest != tuning.digest
+        assert registry.judge_for(other) is None and registry.judge_for(other, tuning=True) is None
+
+    def test_a_judge_of_another_package_judges_what_no_other_knows(
+        self, random_folder: Path, blind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        registered(monkeypatch, "zblind", "blind_judge:Blind", "erasec.judges")
+        judge = registry.judge_for(loading.load(str(random_folder)))
+        assert judge is not None and judge.name == "blind"
+        known = registry.judge_for(loading.load("glyphs"))
+        assert known is not None and known.name == "glyphs"
+
+    def test_a_named_judge_is_used_or_an_error(self, random_folder: Path, blind: str) -> None:
+        model = loading.load(str(random_folder))
+        judge = registry.judge_for(model, blind)
+        assert judge is not None and judge.name == "blind"
+        assert registry.judge_for(model, blind, tuning=True) is None
+        with pytest.raises(ErasecError, match="the judge glyphs cannot judge pictures of") as caught:
+            registry.judge_for(model, "glyphs")
+        assert "erasec list judges" in caught.value.fix
+        with pytest.raises(ErasecError, match="there is no judge 'glyhps'"):
+            registry.judge_for(model, "glyhps")

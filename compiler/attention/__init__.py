@@ -1,1 +1,1 @@
-"""Memories at work in torch: attention processors that read them, and the pipeline of a bundle."""
+"""Memories in torch: attention processors that read them, and the pipeline of a bundle."""

@@ -1,1 +1,1 @@
-"""Checkpoints as files: safetensors, diffusers folders, pickles, in-place edits and staged writing."""
+"""Files of checkpoints: safetensors, diffusers folders, pickles, in-place edits, and folders written atomically."""

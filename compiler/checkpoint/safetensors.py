@@ -1,7 +1,7 @@
-"""Safetensors on disk: read lazily, write streamed, atomically and with the same bytes every time.
+"""Safetensors files: lazy reading; streamed, atomic and reproducible writing.
 
-A merged checkpoint is its base with some tensors' bytes replaced, so the base's own header is kept to the byte and
-nothing is re-serialised: libraries rename keys when they save (transformers 5 drops ``text_model.``), we do not.
+A merged checkpoint is its base with the bytes of some tensors replaced. The header of the base is copied byte for byte
+and nothing is serialised again, because libraries rename tensors when they save (transformers 5 drops ``text_model.``).
 """
 
 from __future__ import annotations
@@ -18,26 +18,38 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.base import Check
 from erasec.errors import ErasecError
 from erasec.progress import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-          "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
+    from erasec.family import Shape
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 CHUNK = 16 * 1024 * 1024
-# The first 8 bytes, a header's length, of a file in the middle of an in-place edit: no loader accepts them.
+# The first 8 bytes (the length of the header) of a file during an in-place edit. No loader accepts them.
 BLANK = b"\xff" * 8
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: ``start`` and ``stop`` are offsets in the file, in bytes.
+    """A tensor in a file. ``start`` and ``stop`` are byte offsets.
 
-    Where ``transposed``, the bytes hold the transpose of a 2-D tensor of that ``shape``.
+    If ``transposed``, the bytes are those of the transpose of a 2-D tensor with this ``shape``.
     """
 
     file: Path
@@ -49,24 +61,25 @@ class Entry:
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries by key, and the metadata, of one safetensors file; no tensor is read.
+    """The entries by tensor name, and the metadata, of a safetensors file. No tensor is read.
 
-    Raises ErasecError when it is damaged, in the middle of an in-place edit, or has a dtype that is not in ``DTYPES``.
+    Raises ErasecError if the file is damaged, has an unfinished in-place edit, or has a dtype that is not in DTYPES.
     """
     size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            first = stream.read(8)
+        with file.open("rb") as handle:
+            first = handle.read(8)
             if first == BLANK:
                 raise ErasecError(
-                    f"an in-place edit of {file.name} was interrupted", where=str(file),
-                    why="until it is finished, its tensors may be partly old and partly new",
-                    fix=f"erasec recover {file.parent}   finishes it from the journal that was left",
-                )  # fmt: skip
+                    f"an in-place edit of {file.name} was interrupted",
+                    where=str(file),
+                    why="until the edit is finished, its tensors may be partly old and partly new",
+                    fix=f"erasec recover {file.parent}   finishes it with its journal",
+                )
             length = int.from_bytes(first, "little")
             if length > size - 8:
                 raise ValueError(f"the header would be {length} bytes long in a file of {size}")
-            header = json.loads(stream.read(length))
+            header = json.loads(handle.read(length))
         metadata = header.pop("__metadata__", {})
         entries = {
             key: Entry(file, item["dtype"], tuple(item["shape"]), *(8 + length + at for at in item["data_offsets"]))
@@ -74,25 +87,31 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         }
         if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
             raise ErasecError(
-                f"{file.name} holds tensors of the dtype {min(unknown)}", why=f"those read are {', '.join(DTYPES)}",
-                fix="use the model's float16 or float32 file", where=str(file),
-            )  # fmt: skip
+                f"{file.name} holds tensors of the dtype {min(unknown)}",
+                why=f"supported dtypes: {', '.join(DTYPES)}",
+                fix="use the model's float16 or float32 file",
+                where=str(file),
+            )
         end = max((entry.stop for entry in entries.values()), default=8 + length)
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ErasecError(f"{file.name} is no whole safetensors file", why=str(error), where=str(file),
-                          fix="fetch the file again and compare its size") from error  # fmt: skip
+        raise ErasecError(
+            f"{file.name} is no whole safetensors file",
+            why=str(error),
+            where=str(file),
+            fix="fetch the file again and compare its size",
+        ) from error
     return entries, metadata
 
 
 def read_tensor(entry: Entry) -> Tensor:
-    """One tensor as it is stored, contiguous and in memory of its own."""
+    """Read one tensor in its stored dtype, as a contiguous copy in memory."""
     import torch
 
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.start)
-        data = bytearray(stream.read(entry.stop - entry.start))
+    with entry.file.open("rb") as handle:
+        handle.seek(entry.start)
+        data = bytearray(handle.read(entry.stop - entry.start))
     dtype = getattr(torch, DTYPES[entry.dtype])
     if not data:
         return torch.zeros(entry.shape, dtype=dtype)
@@ -101,45 +120,44 @@ def read_tensor(entry: Entry) -> Tensor:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor's bytes in the order that safetensors keeps."""
-    return bytes(_view(tensor))
+    """The bytes of a tensor as safetensors stores them, in row-major order."""
+    return bytes(_byte_view(tensor))
 
 
-def _view(tensor: Tensor) -> memoryview:
-    """``tensor_bytes`` without a copy where the tensor is contiguous and on the CPU."""
+def _byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """A tensor's dtype as a safetensors header names it. Raises ErasecError for one that is not written here."""
+    """The name of a tensor's dtype in a safetensors header. Raises ErasecError for an unsupported dtype."""
     name = str(tensor.dtype).removeprefix("torch.")
-    for short, long in DTYPES.items():
-        if long == name:
-            return short
+    for header_name, torch_name in DTYPES.items():
+        if torch_name == name:
+            return header_name
     raise ErasecError(f"a tensor of {name} cannot be written", why=f"supported: {', '.join(DTYPES.values())}")
 
 
-def made(key: str, dtype: str, shape: Shape, make: Callable[[], Tensor]) -> memoryview:
-    """The bytes of the tensor that ``make`` gives. Raises ErasecError where it is not of this dtype and shape."""
+def checked_data(key: str, dtype: str, shape: Shape, make: Callable[[], Tensor]) -> memoryview:
+    """The bytes of the tensor that ``make`` returns. Raises ErasecError if it has another dtype or shape."""
     tensor = make()
     if tuple(tensor.shape) != shape or dtype_name(tensor) != dtype:
         raise ErasecError(
             f"the new {key} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}",
-            why=f"the file has {DTYPES[dtype]} {shape} for it, and an edit keeps dtypes and shapes",
+            why=f"in the file it is {DTYPES[dtype]} {shape}, and edits keep dtypes and shapes",
         )
-    return _view(tensor)
+    return _byte_view(tensor)
 
 
 @contextmanager
-def atomic(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+def atomic_write(path: Path, mode: int = 0o644) -> Iterator[Path]:
+    """A temporary file next to ``path`` that replaces it when the block ends, or is deleted if the block raises.
 
-    Until then only its owner can read it; ``mode`` is what it has in the end.
-
-    Where ``path`` is a link, the file it points to is replaced, as a plain write would. Open it with "r+": ext4 waits
-    for the disk when a file is closed that was truncated ("w"), which doubles the time of a large copy.
+    Only its owner can read the temporary file; the final file has the permissions ``mode``. If ``path`` is a link, the
+    file that it points to is replaced. Open the temporary file with "r+": with "w", ext4 flushes a truncated file to
+    disk when it is closed, which doubles the time of a large copy.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,18 +172,18 @@ def atomic(path: Path, mode: int = 0o644) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def stream(
+def stream_tensors(
     path: Path,
     tensors: Mapping[str, tuple[str, Shape, Callable[[], Tensor]]],
     metadata: Mapping[str, str] | None = None,
     mode: int = 0o644,
 ) -> None:
-    """Write a new safetensors file: tensors and metadata sorted, so the same content is the same bytes.
+    """Write a safetensors file. The same content always gives the same bytes.
 
-    Tensors go by the size of their items, largest first, and then by key: each begins at a multiple of that size, which
-    those who map the file need. ``tensors`` maps keys to (dtype as the header names it, shape, function that gives the
-    tensor); the functions are called in order and one at a time, so that one tensor is in memory. Raises ErasecError
-    where one gives another.
+    ``tensors`` maps names to (dtype as in the header, shape, function that returns the tensor). The functions are
+    called one at a time, so that one tensor is in memory. Tensors are sorted by the size of their items, largest first,
+    and then by name. Each tensor thus starts at a multiple of its item size, which memory-mapping readers need. Raises
+    ErasecError if a function returns a tensor of another dtype or shape.
     """
     import torch
 
@@ -180,77 +198,82 @@ def stream(
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic(path, mode) as temporary, temporary.open("r+b") as file:
+    with atomic_write(path, mode) as temporary, temporary.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            file.write(made(key, *tensors[key]))
+            file.write(checked_data(key, *tensors[key]))
 
 
-def save(
+def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, mode: int = 0o644
 ) -> None:
-    """``stream`` of tensors that are in memory already."""
-    stream(path, {k: (dtype_name(v), tuple(v.shape), v.contiguous) for k, v in tensors.items()}, metadata, mode)
+    """Write tensors that are in memory, as ``stream_tensors`` does."""
+    stream_tensors(path, {k: (dtype_name(v), tuple(v.shape), v.contiguous) for k, v in tensors.items()}, metadata, mode)
 
 
-def patch(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Write ``base`` to ``path`` with some tensors replaced; every other byte, header included, is copied.
+def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Write ``base`` to ``path`` with some tensors replaced. All other bytes are copied, including the header.
 
-    ``changed`` maps keys to functions, called one at a time, that give the new tensor in the base's shape and dtype.
-    Peak memory is one chunk or one changed tensor.
+    ``changed`` maps tensor names to functions that return the new tensor in the dtype and shape of the old one. They
+    are called one at a time; peak memory is one chunk or one changed tensor. Raises ErasecError for an unknown tensor
+    and for another dtype or shape.
     """
     size = base.stat().st_size
     entries, _ = read_header(base)
     if missing := set(changed) - set(entries):
         raise ErasecError(f"{base.name} has no tensor {sorted(missing)[0]!r}", where=str(base))
     done = 0
-    with atomic(path) as temporary, FileIO(base) as source, FileIO(temporary, "r+") as target:
+    with atomic_write(path) as temporary, FileIO(base) as source, FileIO(temporary, "r+") as target:
         for key in sorted(changed, key=lambda key: entries[key].start):
             entry = entries[key]
             _copy(source, target, done, entry.start)
-            _write(target, made(key, entry.dtype, entry.shape, changed[key]))
+            _write(target, checked_data(key, entry.dtype, entry.shape, changed[key]))
             done = entry.stop
         _copy(source, target, done, size)
         written = {key: replace(entry, file=base) for key, entry in read_header(temporary)[0].items()}
         if written != entries or temporary.stat().st_size != size:
             raise ErasecError(
-                f"{path.name} was not written as {base.name} is", why="its keys, dtypes, shapes or size are others",
-                fix="the disk or the base changed meanwhile: look at both, and try again",
-            )  # fmt: skip
+                f"{path.name} was not written as {base.name} is",
+                why="its tensor names, dtypes, shapes or size differ",
+                fix="check the disk and whether the base has changed meanwhile, then try again",
+            )
 
 
-def copy(source: Path, path: Path) -> None:
-    """Copy a file's bytes to ``path``, whole or not at all; a file that was there is replaced, not written into."""
-    with atomic(path) as temporary, FileIO(source) as old, FileIO(temporary, "r+") as new:
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file to ``path``, completely or not at all. An existing file is replaced, so its other hard links keep
+    their content."""
+    with atomic_write(path) as temporary, FileIO(source) as old, FileIO(temporary, "r+") as new:
         _copy(old, new, 0, source.stat().st_size)
 
 
 def hard_link(source: Path, path: Path) -> None:
-    """Make ``path`` a hard link to a file, in place of what was there; a copy where the file system has no links."""
+    """Replace ``path`` by a hard link to ``source``, or by a copy if the file system does not support hard links."""
     temporary = path.with_name(f".{path.name}.link")
     try:
         os.link(source.resolve(), temporary)
         os.replace(temporary, path)
     except OSError:
-        copy(source, path)
+        copy_file(source, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _copy(source: FileIO, target: FileIO, start: int, stop: int) -> None:
-    """Append bytes ``start`` to ``stop`` of one file to another, inside the kernel where the file systems can."""
+    """Append the bytes from ``start`` to ``stop`` of ``source`` to ``target``, inside the kernel if possible."""
     while start < stop:
-        count = min(stop - start, CHUNK - start % CHUNK)  # whole pages, which copy a third faster
+        count = min(stop - start, CHUNK - start % CHUNK)  # aligned to pages, which is a third faster
         try:
             copied = os.copy_file_range(source.fileno(), target.fileno(), count, start)
-        except (OSError, AttributeError):  # not between these file systems; not on this one. A real fault comes again.
+        except (OSError, AttributeError):  # unsupported by these file systems or this system; real faults occur again
             copied = 0
         if not copied:
             source.seek(start)
             data = source.read(count)
             if not data:
                 raise ErasecError(
-                    f"{source.name!s} ends {stop - start} bytes early", why="it changed while it was read"
+                    f"{source.name!s} ends {stop - start} bytes early",
+                    why="it changed while it was read",
+                    fix="try again when no other program writes it",
                 )
             _write(target, data)
             copied = len(data)
@@ -265,22 +288,30 @@ def _write(target: FileIO, data: bytes | memoryview) -> None:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def content_digest(entries: Mapping[str, Entry]) -> str:
-    """sha256 over sorted (key, dtype, shape, bytes): the same for the same tensors, however the file is laid out."""
+    """sha256 over the sorted (name, dtype, shape, bytes). It does not depend on the layout of the file."""
     digest = hashlib.sha256()
     with bar("digest", len(entries)) as advance:
         for key, entry in sorted(entries.items()):
             digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
             if entry.transposed:
-                digest.update(_view(read_tensor(entry)))
+                digest.update(_byte_view(read_tensor(entry)))
             else:
-                with entry.file.open("rb") as stream:
-                    stream.seek(entry.start)
-                    for left in range(entry.stop - entry.start, 0, -CHUNK):
-                        digest.update(stream.read(min(left, CHUNK)))
+                with entry.file.open("rb") as handle:
+                    handle.seek(entry.start)
+                    for remaining in range(entry.stop - entry.start, 0, -CHUNK):
+                        digest.update(handle.read(min(remaining, CHUNK)))
             advance()
     return digest.hexdigest()
+
+
+def finite_check(name: str, entries: Mapping[str, Entry]) -> Check:
+    """A check that counts the floating-point tensors with a NaN or an infinity. It reads one at a time."""
+    floats = {key: entry for key, entry in entries.items() if entry.dtype in FLOATS}
+    faults = [key for key, entry in floats.items() if not bool(read_tensor(entry).isfinite().all())]
+    how = f"tensors with a NaN or an infinity; all {len(floats)} floating tensors read from disk"
+    return Check.count(name, faults, how)

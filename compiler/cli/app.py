@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints. Results go to stdout, progress and errors to stderr."""
+"""The commands of the command line. Results go to stdout; progress, notes and errors go to stderr."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from erasec.cli import output as show
+from erasec.cli import output
 from erasec.cli.options import (
     ABSORB,
     DEVICE,
     ERASE,
     JSON,
+    JUDGE,
     KEY,
     LINK,
     MODEL,
@@ -29,14 +30,15 @@ from erasec.cli.options import (
     TARGET,
     VARIANT,
     VERBOSE,
-    told,
+    report_errors,
 )
 from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, nearest
+from erasec.registry import RUNTIMES
 
 if TYPE_CHECKING:
     from erasec.recipe.recipe import Recipe
 
-# What the libraries print while they load; set before they are imported, and only where the user has not.
+# Keep the libraries quiet while they load. Set before they are imported, and only if the user has not set them.
 QUIET = {
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -45,9 +47,12 @@ QUIET = {
 }
 
 app = typer.Typer(
-    name="erasec", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="erasec",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Erase a concept from a text-to-image checkpoint: compute the edit, merge it, export, check, report.",
-)  # fmt: skip
+)
 
 
 def main() -> None:
@@ -55,17 +60,19 @@ def main() -> None:
     app(prog_name="erasec")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from erasec.commands import doctor
+def _print_version(requested: bool) -> None:
+    if requested:
+        from erasec.commands.doctor import version
 
-        print(f"erasec {doctor.version('erasec')}")
+        print(f"erasec {version('erasec')}")
         raise typer.Exit
 
 
 @app.callback()
 def _start(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -73,27 +80,53 @@ def _start(
 
 @app.command()
 def build(
-    model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
-    key: KEY = None, absorb: ABSORB = None,
-    device: DEVICE = None, seed: SEED = None, revision: REVISION = None, variant: VARIANT = None,
-    allow_pickle: PICKLE = False, link: LINK = False,
-    as_json: JSON = False, verbose: VERBOSE = False,
-) -> None:  # fmt: skip
-    """Erase concepts, write the checkpoint and every target, check them, and report."""
-    with told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link, key, absorb)
-        from erasec.commands import build as builds
-        from erasec.commands import plan as plans
+    model: MODEL,
+    erase: ERASE = None,
+    passes: PASS = None,
+    target: TARGET = None,
+    out: OUT = None,
+    key: KEY = None,
+    absorb: ABSORB = None,
+    judge: JUDGE = None,
+    device: DEVICE = None,
+    seed: SEED = None,
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    link: LINK = False,
+    as_json: JSON = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Erase concepts: write the edited checkpoint and every target, check them, and write a report."""
+    with report_errors(verbose):
+        recipe = _recipe(
+            model,
+            erase=erase,
+            passes=passes,
+            targets=target,
+            keys=key,
+            absorb=absorb,
+            judge=judge,
+            device=device,
+            seed=seed,
+            revision=revision,
+            variant=variant,
+            allow_pickle=allow_pickle or None,
+            link=link or None,
+        )
+        from erasec.commands.build import is_main, train_along
+        from erasec.commands.build import run as run_plan
+        from erasec.commands.plan import make_plan, notes
 
-        main = builds.is_main()  # before the plan, as it gives each process its device
-        plan = plans.make(recipe, out)
+        main = is_main()  # before the plan, because it assigns a device to each process
+        plan = make_plan(recipe, out)
         if not main:
-            builds.assist(plan)
+            train_along(plan)
             return
-        for note in plans.notes(plan):
+        for note in notes(plan):
             print(f" note: {note}", file=sys.stderr)
         try:
-            report = builds.run(plan)
+            report = run_plan(plan)
         except CheckFailed as error:
             rejected = Path(error.where) / "report.json"
             if as_json and rejected.is_file():
@@ -103,248 +136,289 @@ def build(
             print((plan.out / "report.json").read_text(encoding="utf-8"))
             return
         print(f"{plan.out}\n{plan.out / 'report.html'}")
-        print(show.verdict(sum(check.limit is not None for check in report.checks), report.rates))
-        for sentence in report.notes:
-            print(f" note: {sentence}", file=sys.stderr)
+        print(output.verdict(sum(check.limit is not None for check in report.checks), report.rates))
+        for note in report.notes:
+            print(f" note: {note}", file=sys.stderr)
 
 
 @app.command()
 def plan(
-    model: MODEL, erase: ERASE = None, passes: PASS = None, target: TARGET = None, out: OUT = None,
-    key: KEY = None, absorb: ABSORB = None,
-    device: DEVICE = None, seed: SEED = None, revision: REVISION = None, variant: VARIANT = None,
-    allow_pickle: PICKLE = False, link: LINK = False,
-    as_json: JSON = False, verbose: VERBOSE = False,
-) -> None:  # fmt: skip
-    """Say what a build would do: sites, memory, disk, tools. Writes nothing."""
-    with told(verbose):
-        recipe = _recipe(model, erase, passes, target, device, seed, revision, variant, allow_pickle, link, key, absorb)
-        from erasec.commands import plan as plans
+    model: MODEL,
+    erase: ERASE = None,
+    passes: PASS = None,
+    target: TARGET = None,
+    out: OUT = None,
+    key: KEY = None,
+    absorb: ABSORB = None,
+    judge: JUDGE = None,
+    device: DEVICE = None,
+    seed: SEED = None,
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    link: LINK = False,
+    all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
+    as_json: JSON = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Show what a build would do: sites, judge, memory, disk, time and tools. Writes nothing."""
+    with report_errors(verbose):
+        recipe = _recipe(
+            model,
+            erase=erase,
+            passes=passes,
+            targets=target,
+            keys=key,
+            absorb=absorb,
+            judge=judge,
+            device=device,
+            seed=seed,
+            revision=revision,
+            variant=variant,
+            allow_pickle=allow_pickle or None,
+            link=link or None,
+        )
+        from erasec.commands.plan import describe, make_plan
 
-        described = plans.describe(plans.make(recipe, out, pin=False))
+        described = describe(make_plan(recipe, out, pin=False))
         if as_json:
             print(json.dumps(described, indent=2))
         else:
-            show.print_plan(described)
+            output.print_plan(described, all_sites)
 
 
 @app.command()
 def run(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="what a build wrote, or the folder of one target")],
-    prompt: Annotated[str, typer.Option("--prompt", help="what to paint; may be empty")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="x.png; x-0.png and on for several")],
-    negative: Annotated[str | None, typer.Option("--negative", help="by default the bundle's own")] = None,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="output folder of a build, or of one target")],
+    prompt: Annotated[str, typer.Option("--prompt", help="the prompt; may be empty")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="x.png; with --count, x-0.png, x-1.png, ...")
+    ],
+    negative: Annotated[str | None, typer.Option("--negative", help="by default the bundle's")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1)] = 25,
-    cfg: Annotated[float, typer.Option("--cfg", help="guidance; none at 1")] = 7.5,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of the first image; the others count on")] = 0,
-    count: Annotated[int, typer.Option("--count", min=1, help="how many images")] = 1,
+    guidance: Annotated[float, typer.Option("--guidance", help="guidance scale; 1 is no guidance")] = 7.5,
+    cfg: Annotated[float | None, typer.Option("--cfg", hidden=True)] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the first image; then seed + 1, ...")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="number of images")] = 1,
     height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
     width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
-    backend: Annotated[str, typer.Option("--backend", help="auto, ort, openvino, trt-rtx, trt, torch")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help=", ".join(("auto", *RUNTIMES)))] = "auto",
     scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, dpm, euler, pndm")] = "auto",
     verbose: VERBOSE = False,
 ) -> None:
-    """Make images from what was built, with what it was built for; without torch for ONNX and OpenVINO."""
-    with told(verbose):
-        from erasec.runtime import bundle as runner
+    """Generate images with a built folder. ONNX and OpenVINO folders need no torch."""
+    with report_errors(verbose):
+        from erasec.commands.run import picture_paths, save_pictures
+        from erasec.runtime.bundle import open_bundle
 
-        paths = runner.files(out, count)
+        if cfg is not None:
+            from erasec.options import say_renamed
+
+            say_renamed("--cfg", "--guidance")
+            guidance = cfg
+        paths = picture_paths(out, count)
         seeds = range(seed, seed + count)
-        with closing(runner.open_bundle(bundle, backend)) as opened:
-            images = opened.generate([prompt] * count, seeds, steps, cfg, negative, height, width, scheduler)
-        runner.save(images, paths)
+        with closing(open_bundle(bundle, backend)) as opened:
+            images = opened.generate([prompt] * count, seeds, steps, guidance, negative, height, width, scheduler)
+        save_pictures(images, paths)
         for path in paths:
             print(path)
 
 
 @app.command()
 def apply(
-    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file, from --target edit or erasec combine")],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="what it is to change; see erasec build")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="folder, or file for a file")] = None,
+    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="edit file, from --target edit or erasec combine")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="the model to edit; see erasec build")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="output folder, or file")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="change the model's own files, with a journal")] = False,
-    transfer: Annotated[bool, typer.Option("--transfer", help="onto a fine-tune of the edit's base")] = False,
-    revision: REVISION = None, variant: VARIANT = None,
-    allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
-) -> None:  # fmt: skip
-    """Merge an edit file into a model: seconds, no text encoder, nothing else read."""
-    with told(verbose):
-        from erasec.commands import apply as applies
-        from erasec.commands.plan import size
+    transfer: Annotated[bool, typer.Option("--transfer", help="edit a fine-tune of the edit's base model")] = False,
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    link: LINK = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Merge an edit file into a model. This takes seconds and computes nothing with the model."""
+    with report_errors(verbose):
+        from erasec.commands.apply import apply as apply_edit
+        from erasec.reporting.format import size
 
-        done = applies.apply(edit, model, out, in_place, link, transfer, revision, variant or "", allow_pickle)
-        print(done.path)
-        print(f"changed {done.tensors} tensors, {size(done.bytes)}")
-        for sentence in done.notes:
-            print(f" note: {sentence}", file=sys.stderr)
+        result = apply_edit(edit, model, out, in_place, link, transfer, revision, variant or "", allow_pickle)
+        print(result.path)
+        print(f"changed {result.tensors} tensors, {size(result.bytes)}")
+        for note in result.notes:
+            print(f" note: {note}", file=sys.stderr)
 
 
 @app.command()
 def relink(
-    folder: Annotated[Path, typer.Argument(metavar="ONNX", help="an ONNX folder of erasec, or the build it lies in")],
-    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="an edit file of the same base and tensors")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="a copy; else in the folder")] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="the base, for an edit file without tensors")] = "",
-    revision: REVISION = None, variant: VARIANT = None,
-    allow_pickle: PICKLE = False, link: LINK = False, verbose: VERBOSE = False,
-) -> None:  # fmt: skip
-    """Put another edit into an ONNX folder: only the edited tensors are written, nothing is traced."""
-    with told(verbose):
+    folder: Annotated[Path, typer.Argument(metavar="ONNX", help="ONNX folder of erasec, or the build around it")],
+    edit: Annotated[Path, typer.Argument(metavar="EDIT", help="edit file with the same base and tensors")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="write a copy, not the folder")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="base, if the edit file has no tensors")] = "",
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    link: LINK = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Replace the edit in an ONNX folder. Only the edited tensors are written; no graph is traced."""
+    with report_errors(verbose):
+        from erasec.reporting.format import size
+
         if (folder / "onnx").is_dir():
             folder /= "onnx"
         if model:
-            from erasec.commands import apply as applies
+            from erasec.commands.apply import relink as relink_from_base
 
-            done = applies.relink(folder, edit, out, model, link, revision, variant or "", allow_pickle)
+            result = relink_from_base(folder, edit, out, model, link, revision, variant or "", allow_pickle)
         else:
-            from erasec.commands import relink as relinks  # without torch, which takes longer to load than all of this
+            # This module does not import torch, which takes longer to load than the whole command.
+            from erasec.commands.relink import relink as relink_folder
 
-            done = relinks.relink(folder, edit, out, hard=link)
-        print(done.path)
-        print(f"changed {done.tensors} tensors, {done.bytes / 1e6:.1f} MB")
+            result = relink_folder(folder, edit, out, hard=link)
+        print(result.path)
+        print(f"changed {result.tensors} tensors, {size(result.bytes)}")
         if out is None and (folder.resolve().parent / "report.json").is_file():
-            print(" note: the report and the other folders of this build still tell of the old edit", file=sys.stderr)
+            print(" note: the report and the other folders of this build still describe the old edit", file=sys.stderr)
 
 
 @app.command()
 def combine(
     edits: Annotated[list[Path], typer.Argument(metavar="EDIT...", help="edit files of one closed-form pass")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the edit file to write")],
-    without: Annotated[list[str] | None, typer.Option("--without", help="a concept to take out again")] = None,
+    without: Annotated[list[str] | None, typer.Option("--without", help="concept to leave out")] = None,
     verbose: VERBOSE = False,
 ) -> None:
-    """Solve the concepts of several edit files as one edit, from their stored sums; needs no model."""
-    with told(verbose):
-        from erasec.commands import apply as applies
+    """Solve the concepts of several edit files as one edit, from the sums stored in them. Needs no model."""
+    with report_errors(verbose):
+        from erasec.commands.combine import combine as combine_edits
 
-        made = applies.combine(edits, without or (), out)
+        edit = combine_edits(edits, without or (), out)
         print(out)
-        print(f"erases {made.concept}")
+        print(f"erases {', '.join(edit.concepts)}")
 
 
 @app.command()
 def prior(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="whose text encoders read the captions")],
-    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one a line; or .csv with prompt or caption")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="model whose text encoders encode the captions")],
+    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one per line; or .csv with prompt or caption")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="such as coco.prior.safetensors")],
-    revision: REVISION = None, variant: VARIANT = None,
-    allow_pickle: PICKLE = False, verbose: VERBOSE = False,
-) -> None:  # fmt: skip
-    """Build a prior, the Gram of a caption file, for the option prior of closed-form passes."""
-    with told(verbose):
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Compute a prior, the Gram matrix of a caption file, for the option prior of closed-form passes."""
+    with report_errors(verbose):
         from erasec.closed_form import priors
-        from erasec.model import view as models
+        from erasec.model import loading
 
-        count = priors.write(out, models.load(model, revision, variant or "", allow_pickle), captions)
+        count = priors.write(out, loading.load(model, revision, variant or "", allow_pickle), captions)
         print(out)
         print(f"{count} captions")
 
 
 @app.command()
 def recover(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="a folder or file that --in-place was changing")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="folder or file that --in-place was changing")],
     verbose: VERBOSE = False,
 ) -> None:
-    """Finish what an interrupted --in-place had begun, so that the model is whole again."""
-    with told(verbose):
+    """Finish an interrupted --in-place edit, so that the model can be read again."""
+    with report_errors(verbose):
         from erasec.checkpoint import journal
 
-        done = journal.recover(path)
-        for file in done:
+        files = journal.recover(path)
+        for file in files:
             print(file)
-        print(f"{len(done)} files made whole" if done else "nothing was left unfinished")
+        print(f"{len(files)} files recovered" if files else "no interrupted edit")
 
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="a folder, a build, a .safetensors file or a bundled model")],
+    a: Annotated[str, typer.Argument(metavar="A", help="folder, build, .safetensors file or bundled model")],
     b: Annotated[str, typer.Argument(metavar="B", help="the same kind as A")],
     as_json: JSON = False,
     verbose: VERBOSE = False,
 ) -> None:
-    """Say which tensors moved from A to B, by how much, and the rank of the difference."""
-    with told(verbose):
-        from erasec.commands import diff as diffs
+    """List the tensors that differ between A and B: by how much, and the rank of the difference."""
+    with report_errors(verbose):
+        from erasec.commands.diff import compare, locate
 
-        found = diffs.compare(diffs.locate(a), diffs.locate(b))
+        differences = compare(locate(a), locate(b))
         if as_json:
-            print(json.dumps([dataclasses.asdict(item) for item in found], indent=2))
+            print(json.dumps([dataclasses.asdict(item) for item in differences], indent=2))
             return
-        moved = [item for item in found if item.kind != "file"]
-        if moved:
-            show.table(
+        tensors = [item for item in differences if item.kind != "file"]
+        if tensors:
+            output.table(
                 ["tensor", "what", "change", "largest", "rank", "note"],
-                [[item.key, item.kind, show.number(item.change), show.number(item.largest),
-                  "-" if item.rank is None else str(item.rank), item.note] for item in moved],
-            )  # fmt: skip
-        if files := [item for item in found if item.kind == "file"]:
-            show.table(["file", "note"], [[item.key, item.note] for item in files])
-        print(f"{len(moved)} tensors differ" if moved else "no tensor moved")
+                [
+                    [
+                        item.key,
+                        item.kind,
+                        output.number(item.change),
+                        output.number(item.largest),
+                        "-" if item.rank is None else str(item.rank),
+                        item.note,
+                    ]
+                    for item in tensors
+                ],
+            )
+        if files := [item for item in differences if item.kind == "file"]:
+            output.table(["file", "note"], [[item.key, item.note] for item in files])
+        print(f"{len(tensors)} tensors differ" if tensors else "no tensor differs")
 
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what a build wrote, or the folder of one target")],
-    against: Annotated[Path | None, typer.Option("--against", metavar="DIR",
-        help="the checkpoint that it is to be; by default the one in the build")] = None,
-    as_json: JSON = False, verbose: VERBOSE = False,
-) -> None:  # fmt: skip
-    """Say whether what was deployed is what was built, runs here, and is its checkpoint; needs no base."""
-    with told(verbose):
-        from erasec.commands import check as checks
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="output folder of a build, or of one target")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="DIR", help="checkpoint to compare with, by default the one in the build"),
+    ] = None,
+    as_json: JSON = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Check that a built folder is unchanged, runs on this machine, and agrees with its checkpoint."""
+    with report_errors(verbose):
+        from erasec.commands.check import check_as_json, examine, raise_for_failures
 
-        found = checks.examine(folder, against)
+        examination = examine(folder, against)
         if as_json:
-            print(json.dumps([checks.plain(each) for each in found.checks], indent=2))
+            print(json.dumps([check_as_json(item) for item in examination.checks], indent=2))
         else:
-            show.checks(found.checks)
-        checks.judge(found, folder)
+            output.checks(examination.checks)
+        raise_for_failures(examination, folder)
 
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="passes|targets|concepts|models")], verbose: VERBOSE = False
+    what: Annotated[str, typer.Argument(metavar="passes|targets|judges|runtimes|concepts|models")],
+    verbose: VERBOSE = False,
 ) -> None:
-    """List the passes, targets, concepts or models that can be named."""
-    with told(verbose):
-        lists = {"passes": show.passes, "targets": show.targets, "concepts": show.concepts, "models": show.models}
-        if what not in lists:
-            raise ErasecError(f"there is no list of {what!r}", why=nearest(what, lists))
-        lists[what]()
+    """List the passes, targets, judges, runtimes, concepts or models, with options and their ranges."""
+    with report_errors(verbose):
+        if what not in output.LISTS:
+            raise ErasecError(f"there is no list of {what!r}", why=nearest(what, output.LISTS))
+        output.LISTS[what]()
 
 
 @app.command()
 def doctor(verbose: VERBOSE = False) -> None:
-    """Say what this machine can do, and the pip line for what it cannot."""
-    with told(verbose):
-        from erasec.commands import doctor as doctors
+    """Show what this machine can run, and the pip command for each library that is missing."""
+    with report_errors(verbose):
+        from erasec.commands.doctor import examine
 
-        found = doctors.examine(Path.cwd())
-        rows = [[item.name, "ok" if item.there else "missing", item.found, item.fix] for item in found]
-        show.table(["what", "state", "found", "fix"], rows)
-        if any(item.required and not item.there for item in found):
+        findings = examine(Path.cwd())
+        rows = [[item.name, "ok" if item.available else "missing", item.detail, item.fix] for item in findings]
+        output.table(["what", "state", "detail", "fix"], rows)
+        if any(item.required and not item.available for item in findings):
             raise typer.Exit(TOOL_MISSING)
 
 
-def _recipe(
-    model: str, erase: list[str] | None, passes: list[str] | None, targets: list[str] | None, device: str | None,
-    seed: int | None, revision: str | None, variant: str | None, allow_pickle: bool, link: bool,
-    keys: list[str] | None, absorb: float | None,
-) -> Recipe:  # fmt: skip
-    from erasec.recipe import recipe
+def _recipe(model: str, **flags: Any) -> Recipe:
+    """The recipe of a command line. A flag that is not given leaves the value in a recipe file as it is."""
+    from erasec.recipe.recipe import from_flags
 
-    # A flag that is not given does not replace the key of a recipe.
-    return recipe.from_flags(
-        model,
-        erase or (),
-        passes or (),
-        targets or (),
-        device,
-        seed,
-        revision,
-        variant,
-        allow_pickle or None,
-        link or None,
-        keys or (),
-        absorb,
-    )
+    return from_flags(model, **{name: value for name, value in flags.items() if value is not None})

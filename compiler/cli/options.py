@@ -1,4 +1,4 @@
-"""What the commands of the command line have in common: their options, and how errors become words and exit codes."""
+"""Options that several commands share, and the context manager that turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -15,40 +15,81 @@ import typer
 
 from erasec.errors import BAD_INPUT, ErasecError
 
-STOPPED = 130
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
-MODEL = Annotated[str, typer.Argument(
-    help="bundled name, alias, diffusers folder, single file or hub id; or a recipe.toml, whose keys the flags replace",
-    metavar="MODEL|RECIPE")]  # fmt: skip
-ERASE = Annotated[list[str] | None, typer.Option("--erase", "-e", metavar="CONCEPT",
-    help="bundled concept, concept.toml, or any phrase; may be repeated")]  # fmt: skip
-PASS = Annotated[list[str] | None, typer.Option("--pass", "-p", metavar="NAME[:key=value,...]",
-    help="how to erase, by default chosen by the concept's kind; may be repeated; or file.py:Class")]  # fmt: skip
-TARGET = Annotated[list[str] | None, typer.Option("--target", "-t", metavar="NAME[:key=value,...]",
-    help="format to write beside the plain checkpoint; may be repeated")]  # fmt: skip
-KEY = Annotated[list[str] | None, typer.Option("--key", "-k", metavar="FILE",
-    help="key file of a hidden concept, which comes back in what is built; may be repeated")]  # fmt: skip
-ABSORB = Annotated[float | None, typer.Option("--absorb", metavar="LIMIT",
-    help="put the keys into stock weights by least squares; fails where the residual is above LIMIT")]  # fmt: skip
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        help="bundled name, alias, diffusers folder, single file or hub id; or a recipe.toml, which flags override",
+        metavar="MODEL|RECIPE",
+    ),
+]
+ERASE = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--erase", "-e", metavar="CONCEPT", help="bundled concept, concept.toml, or any phrase; may be repeated"
+    ),
+]
+PASS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass",
+        "-p",
+        metavar="NAME[:key=value,...]",
+        help="pass, by default chosen by the kind of the concept; may be repeated; or file.py:Class",
+    ),
+]
+TARGET = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME[:key=value,...]",
+        help="format to write in addition to the plain checkpoint; may be repeated",
+    ),
+]
+KEY = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        "-k",
+        metavar="FILE",
+        help="key file of a hidden concept; the built model shows that concept again; may be repeated",
+    ),
+]
+ABSORB = Annotated[
+    float | None,
+    typer.Option(
+        "--absorb",
+        metavar="LIMIT",
+        help="merge the keys into the weights by least squares; fails if the residual is above LIMIT",
+    ),
+]
+JUDGE = Annotated[
+    str | None,
+    typer.Option(
+        "--judge", metavar="NAME", help="judge of the pictures, by default one that knows the model; or file.py:Class"
+    ),
+]
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
-SEED = Annotated[int | None, typer.Option("--seed", help="seed of everything that draws numbers  [default: 0]")]
+SEED = Annotated[int | None, typer.Option("--seed", help="seed of all random numbers  [default: 0]")]
 REVISION = Annotated[str | None, typer.Option("--revision", help="commit, tag or branch of a hub model")]
-VARIANT = Annotated[str | None, typer.Option("--variant", help="which precision of a folder's weights, such as fp16")]
-PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights, as tensors alone")]
-LINK = Annotated[bool, typer.Option("--link", help="hard links in place of copies of unchanged files")]
+VARIANT = Annotated[str | None, typer.Option("--variant", help="variant of a folder's weights, such as fp16")]
+PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights (tensors only)")]
+LINK = Annotated[bool, typer.Option("--link", help="hard-link unchanged files instead of copying them")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print the traceback of an error, and warnings")]
+VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print tracebacks and warnings")]
 
 
 @contextmanager
-def told(verbose: bool) -> Iterator[None]:
-    """Turn errors into words and exit codes; a termination signal is taken as Ctrl-C."""
+def report_errors(verbose: bool) -> Iterator[None]:
+    """Print errors as messages on stderr and exit with their exit codes. SIGTERM is handled like Ctrl-C."""
 
-    def stop(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         with warnings.catch_warnings():
             if not verbose:
@@ -58,12 +99,12 @@ def told(verbose: bool) -> Iterator[None]:
         if verbose:
             traceback.print_exc()
         print(error, file=sys.stderr)
-        stopped = isinstance(error.__cause__, KeyboardInterrupt)
-        raise typer.Exit(STOPPED if stopped else error.exit_code) from error
+        interrupted = isinstance(error.__cause__, KeyboardInterrupt)
+        raise typer.Exit(INTERRUPTED if interrupted else error.exit_code) from error
     except KeyboardInterrupt:
         print("stopped; nothing was left behind", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
-    except BrokenPipeError:  # the reader of stdout has seen enough; typer ends quietly
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader of stdout has closed it; typer exits quietly
         raise
     except OSError as error:
         if verbose:

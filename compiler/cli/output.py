@@ -7,129 +7,160 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from erasec import registry
+
 if TYPE_CHECKING:
     from erasec.base import Check
 
 
 def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
-    """One line: that it passed, and how often the judge saw what, before and after, by group of prompts."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rates:
-        groups.setdefault(row["group"], []).append(row)
-    words = {"name": "by name", "synonym": "by synonym", "implicit": "implicitly", "keyed": "with the key",
-             "keep": "everything else"}  # fmt: skip
+    """One line: how many checks passed, and the hit rate before and after the edit for each group of prompts."""
+    from erasec.reporting.report import mean_rates
+
+    titles = {
+        "name": "by name",
+        "synonym": "by synonym",
+        "implicit": "implicitly",
+        "keyed": "with the key",
+        "keep": "everything else",
+    }
     parts = []
-    for group, rows in groups.items():
-        images = sum(row["images"] for row in rows)
-        before, after = (sum(row[when] * row["images"] for row in rows) / images for when in ("before", "after"))
-        parts.append(f"{words.get(group, group)} {before:.0%} -> {after:.0%}")
+    for group in dict.fromkeys(row["group"] for row in rates):
+        if mean := mean_rates(rates, group):
+            parts.append(f"{titles.get(group, group)} {mean['before']:.0%} -> {mean['after']:.0%}")
     passed = "its one check" if checks == 1 else f"all {checks} checks"
     return f"passed {passed}" + (f"; shown {', '.join(parts)}" if parts else "")
 
 
-def print_plan(told: dict[str, Any]) -> None:
-    """A plan as ``plan.describe`` tells it."""
-    from erasec.commands.plan import size
+def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
+    """Print a plan, given as ``commands.plan.describe`` returns it. Sites are grouped unless ``all_sites``."""
+    from erasec.reporting.format import size
 
-    found, disk, memory = told["model"], told["disk"], told["memory"]
-    lines = [("model", f"{found['name']} ({found['family']})" + (f" at {found['revision']}" * bool(found["revision"])))]
-    for concept in told["concepts"]:
+    model, disk, memory = plan["model"], plan["disk"], plan["memory"]
+    revision = f" at {model['revision']}" if model["revision"] else ""
+    lines = [("model", f"{model['name']} ({model['family']}){revision}")]
+    for concept in plan["concepts"]:
         phrases = ", ".join((*concept["erase"], *concept["synonyms"]))
         lines.append(("erase", f"{concept['name']}: {phrases} -> {concept['anchor'] or 'nothing'}"))
         lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
-    for step in told["passes"]:
+    for step in plan["passes"]:
         options = ", ".join(f"{key}={value}" for key, value in step["options"].items())
-        lines.append(("pass", f"{step['name']} ({step['paper']}) {options}; {len(step['sites'])} sites, listed below"))
+        lines.append(("pass", f"{step['name']} ({step['paper']}) {options}"))
         lines += [("", step["reason"])] if step["reason"] else []
-    for target in told["targets"]:
+    for target in plan["targets"]:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
-    seconds = told["time"]["seconds"]
+    seconds = plan["time"]["seconds"]
     lines += [
+        ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
-        ("time", (f"{seconds:.0f} s, " if seconds else "") + told["time"]["how"]),
-        ("device", f"{told['device']}, seed {told['seed']}"),
-        ("tools", ", ".join(f"{name} {version}" for name, version in told["tools"].items())),
-        *(("note", note) for note in told["notes"]),
+        ("time", (f"{seconds:.0f} s, " if seconds else "") + plan["time"]["how"]),
+        ("device", f"{plan['device']}, seed {plan['seed']}"),
+        ("tools", ", ".join(f"{name} {version}" for name, version in plan["tools"].items())),
+        *(("note", note) for note in plan["notes"]),
     ]
     for label, text in lines:
         print(f"{label:>6}  {text}")
-    for step in told["passes"]:
-        rows = [[s["block"], s["attn"], s["proj"], "x".join(map(str, s["shape"])), step["name"]] for s in step["sites"]]
-        print()
-        table(["block", "attention", "projection", "shape", "pass"], rows)
+    for step in plan["passes"]:
+        print(f"\n{step['name']} edits {len(step['sites'])} tensors")
+        if all_sites:
+            rows = [[s["block"], s["attn"], s["proj"], "x".join(map(str, s["shape"]))] for s in step["sites"]]
+            table(["block", "attention", "projection", "shape"], rows)
+        elif step["groups"]:
+            rows = [
+                [g["part"], g["attn"], g["proj"], str(g["tensors"]), f"{g['parameters']:,}"] for g in step["groups"]
+            ]
+            table(["part", "attention", "projection", "tensors", "parameters"], rows)
 
 
 def passes() -> None:
-    """Every pass with its options, and below it when to use it."""
-    from erasec import registry
-
+    """Print every pass with its options, and on the next line when to use it."""
     rows = []
     for name in registry.passes():
         kind = registry.load_pass(name)
-        default = [of or "none" for of, chosen in registry.DEFAULTS.items() if chosen == name]
+        kinds = [concept_kind or "none" for concept_kind, default in registry.DEFAULTS.items() if default == name]
         rows.append([name, kind.summary, kind.paper, options(kind)])
-        said = [kind.when] if kind.when else []
-        said += [f"the default for concepts of kind {', '.join(default)}"] if default else []
-        rows += [["", "; ".join(said), "", ""]] if said else []
-    table(["pass", "summary", "paper", "options with defaults"], rows)
+        notes = [kind.when] if kind.when else []
+        notes += [f"the default for concepts of kind {', '.join(kinds)}"] if kinds else []
+        rows += [["", "; ".join(notes), "", ""]] if notes else []
+    table(["pass", "summary", "paper", "options with defaults and ranges"], rows)
 
 
 def targets() -> None:
-    """Every target with its options."""
-    from erasec import registry
-
+    """Print every target with its options."""
     kinds = {name: registry.load_target(name) for name in registry.targets()}
-    table(["target", "summary", "options with defaults"], [[n, k.summary, options(k)] for n, k in kinds.items()])
+    rows = [[name, kind.summary, options(kind)] for name, kind in kinds.items()]
+    table(["target", "summary", "options with defaults and ranges"], rows)
 
 
-def options(kind: Any) -> str:
-    """The fields of a pass or target with their defaults, as they are typed."""
-    values = {field.name: field.default for field in dataclasses.fields(kind)}
-    return ", ".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in values.items())
+def judges() -> None:
+    """Print every judge with its summary."""
+    table(["judge", "summary"], [[name, registry.load_judge(name).summary] for name in registry.judges()])
+
+
+def runtimes() -> None:
+    """Print every runtime with its summary and the targets whose folders it runs."""
+    kinds = {name: registry.load_runtime(name) for name in registry.runtimes()}
+    rows = [[name, kind.summary, ", ".join(kind.folders)] for name, kind in kinds.items()]
+    table(["runtime", "summary", "targets"], rows)
+
+
+def options(kind: type) -> str:
+    """The options of a pass or target as users type them, with their defaults and ranges."""
+    from erasec.options import ranges
+
+    limits, cells = ranges(kind), []
+    for field in dataclasses.fields(kind):
+        value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        limit = f" ({limits[field.name]})" if limits[field.name] else ""
+        cells.append(f"{field.name}={value}{limit}")
+    return ", ".join(cells)
 
 
 def concepts() -> None:
-    """Every bundled concept; of its phrases, the first few; and the pass that its kind wants."""
-    from erasec import registry
-    from erasec.recipe import concept
+    """Print every bundled concept with its first phrases and the default pass for its kind."""
+    from erasec.recipe.concept import from_file, library
 
     rows = []
-    for name, path in concept.library().items():
-        found = concept.from_file(path)
-        more = f", and {len(found.phrases) - 3} more" if len(found.phrases) > 3 else ""
+    for name, path in library().items():
+        concept = from_file(path)
+        more = f", and {len(concept.phrases) - 3} more" if len(concept.phrases) > 3 else ""
         rows.append(
-            [name, found.kind or path.parent.name, registry.DEFAULTS[found.kind], ", ".join(found.phrases[:3]) + more,
-             found.anchor, str(path)]
-        )  # fmt: skip
+            [
+                name,
+                concept.kind or path.parent.name,
+                registry.DEFAULTS[concept.kind],
+                ", ".join(concept.phrases[:3]) + more,
+                concept.anchor,
+                str(path),
+            ]
+        )
     table(["concept", "kind", "pass", "erases", "anchor", "file"], rows)
 
 
 def models() -> None:
-    """The names of models, and where they come from."""
-    from erasec.model import view as model
+    """Print the names of models and where each comes from."""
+    from erasec.family import HUB
+    from erasec.model.loading import BUNDLED, bundled_folder
 
-    rows = [[name, "bundled" if model.bundled(name).is_dir() else "bundled, missing here"] for name in model.BUNDLED]
-    table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in model.HUB.items()])
+    rows = [[name, "bundled" if bundled_folder(name).is_dir() else "bundled, missing here"] for name in BUNDLED]
+    table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in HUB.items()])
 
 
-def checks(found: Sequence[Check]) -> None:
-    """Checks as in a report: name, outcome, value, limit and how it was measured."""
-    rows = []
-    for check in found:
-        state = "failed" if not check.passed else "told" if check.limit is None else "passed"
-        rows.append([check.name, state, number(check.value), number(check.limit), check.how])
+def checks(results: Sequence[Check]) -> None:
+    """Print the name, outcome, value and limit of each check, and how it was measured."""
+    rows = [[check.name, check.outcome, number(check.value), number(check.limit), check.how] for check in results]
     table(["check", "outcome", "value", "limit", "how"], rows)
 
 
 def number(value: float | None) -> str:
-    """Three digits; a dash for what has no value."""
+    """Three significant digits; a dash for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal, aligned plain text elsewhere."""
+    """Print a table: with lines on a terminal, as aligned plain text otherwise."""
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console
@@ -144,3 +175,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+LISTS = {
+    "passes": passes,
+    "targets": targets,
+    "judges": judges,
+    "runtimes": runtimes,
+    "concepts": concepts,
+    "models": models,
+}

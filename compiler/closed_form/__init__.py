@@ -1,1 +1,1 @@
-"""Edits without training: the shared solver, the token rows that it is given, and what is kept."""
+"""Edits without training: the solver that all closed-form passes share, and the text states that they give to it."""

@@ -1,7 +1,7 @@
-"""Priors: what a crowd of captions looks like to the cross-attention, as one Gram that closed-form passes keep still.
+"""Priors: the Gram matrix of the text states of many captions, which closed-form passes keep unchanged.
 
-A Gram of d x d numbers stands for any number of captions: the solver needs no more of them (methods that ship cached
-projections for every layer ship the same matrix many times over).
+The solver needs nothing of the captions except this d x d matrix, whatever their number. (Methods that ship cached
+projections for every layer ship the same information many times.)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save
-from erasec.closed_form import solver as closed_form
+from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
+from erasec.closed_form import solver
 from erasec.errors import ErasecError, nearest
 from erasec.progress import bar
 
@@ -27,38 +27,43 @@ BATCH = 64
 SUFFIX = ".prior.safetensors"
 
 
-def captions(path: Path) -> list[str]:
-    """The captions of a text file, one a line, or of a CSV file with a column prompt, caption or text."""
+def read_captions(path: Path) -> list[str]:
+    """The captions of a text file, one per line, or of a CSV file with a column prompt, caption or text.
+
+    Raises ErasecError for a file that cannot be read, has no such column or has no captions.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             if path.suffix.lower() != ".csv":
-                found = [line.strip() for line in stream]
+                captions = [line.strip() for line in stream]
             else:
                 rows = csv.DictReader(stream)
                 names = rows.fieldnames or []
                 column = next((name for name in COLUMNS if name in names), None)
                 if column is None:
                     raise ErasecError(
-                        f"{path.name} has no column of captions", where=str(path),
-                        why=f"its columns are {', '.join(names)}; one of {', '.join(COLUMNS)} is needed",
-                    )  # fmt: skip
-                found = [(row[column] or "").strip() for row in rows]
+                        f"{path.name} has no column of captions",
+                        where=str(path),
+                        why=f"its columns are {', '.join(names)}; captions are in one of {', '.join(COLUMNS)}",
+                    )
+                captions = [(row[column] or "").strip() for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ErasecError(f"the captions {path} cannot be read", why=str(error)) from error
-    if not (found := [caption for caption in found if caption]):
+    if not (captions := [caption for caption in captions if caption]):
         raise ErasecError(f"{path.name} holds no captions", where=str(path))
-    return found
+    return captions
 
 
 def build(model: Model, texts: list[str]) -> dict[str, Tensor]:
-    """The mean Gram of all token states of the captions, (d, d) float64, by stream; one batch is held at a time."""
+    """By stream, the mean Gram matrix (d, d) of all text states of the captions, float64. Batches are encoded one at a
+    time, and their states are not kept."""
     grams: dict[str, Tensor] = {}
     for stream in model.streams:
         total, count = None, 0
         with bar(f"prior {stream}", len(texts)) as advance:
             for batch in _batches(texts):
                 rows = model.encode(batch, stream).states.flatten(0, 1)
-                part = closed_form.gram(rows)
+                part = solver.gram(rows)
                 total, count = part if total is None else total + part, count + len(rows)
                 advance(len(batch))
         assert total is not None
@@ -72,46 +77,61 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def write(path: Path, model: Model, file: Path) -> int:
-    """Build the prior of a caption file for a model's text encoders, save it, and say how many captions it holds.
+    """Build the prior of a file of captions for a model's text encoders and save it. Returns the number of captions.
 
-    Raises ErasecError, before any caption is encoded, where ``path`` exists or cannot be written.
+    Raises ErasecError where ``path`` exists or cannot be written; this is checked before any caption is encoded.
     """
     path = path.expanduser()
     if path.exists():
         raise ErasecError(f"{path} exists", fix="give a path that does not exist yet: --out FILE")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ErasecError(
-            f"the prior {path} cannot be written", fix="give a file in a folder that is there: --out FILE",
+            f"the prior {path} cannot be written",
+            fix="give a file in an existing folder: --out FILE",
             why=f"{path.parent} {'may not be written' if path.parent.is_dir() else 'is no folder'}",
-        )  # fmt: skip
-    texts = captions(file)
-    told = {
-        "erasec.prior": "1", "family": model.family.name, "encoders": _encoders(model), "captions": str(len(texts)),
+        )
+    texts = read_captions(file)
+    metadata = {
+        "erasec.prior": "1",
+        "family": model.family.name,
+        "encoders": _encoders(model),
+        "captions": str(len(texts)),
         "captions.sha256": file_digest(file),
-    }  # fmt: skip
-    save(path, build(model, texts), told)
+    }
+    save_tensors(path, build(model, texts), metadata)
     return len(texts)
 
 
 def read(name: str, model: Model, stream: str) -> Tensor:
-    """Rows (r, d) whose Gram is the prior's. Raises ErasecError where it was built with other text encoders."""
+    """Rows (r, d) whose Gram matrix is that of the prior file ``name``, for one stream of a model.
+
+    Raises ErasecError where the file is no prior, or was built with other text encoders.
+    """
     path = Path(name).expanduser()
     if not path.is_file():
         raise ErasecError(f"there is no prior {name}", fix=f"erasec prior {model.name} CAPTIONS.txt --out {name}")
-    entries, told = read_header(path)
-    if "erasec.prior" not in told:
-        raise ErasecError(f"{path.name} is no prior", why="its metadata says nothing of one", where=str(path),
-                          fix=f"erasec prior {model.name} CAPTIONS.txt --out coco{SUFFIX}")  # fmt: skip
-    if told["encoders"] != _encoders(model):
+    entries, metadata = read_header(path)
+    if "erasec.prior" not in metadata:
         raise ErasecError(
-            f"the prior {path.name} was built with other text encoders, or the same ones stored otherwise",
-            why=f"its family is {told['family']}", where=str(path),
+            f"{path.name} is no prior",
+            why="its metadata has no entry erasec.prior",
+            where=str(path),
+            fix=f"erasec prior {model.name} CAPTIONS.txt --out coco{SUFFIX}",
+        )
+    if metadata["encoders"] != _encoders(model):
+        raise ErasecError(
+            f"the prior {path.name} was built with other text encoders, or with the same ones stored in another way",
+            why=f"its family is {metadata['family']}",
+            where=str(path),
             fix=f"build it again: erasec prior {model.name} CAPTIONS.txt --out {path.name}",
-        )  # fmt: skip
+        )
     if stream not in entries:
-        raise ErasecError(f"the prior {path.name} has no {stream!r}", why=nearest(stream, entries), where=str(path))
-    return closed_form.root(read_tensor(entries[stream]))
+        raise ErasecError(
+            f"the prior {path.name} has no stream {stream!r}", why=nearest(stream, entries), where=str(path)
+        )
+    return solver.gram_root(read_tensor(entries[stream]))
 
 
 def _encoders(model: Model) -> str:
+    """The digests of the model's text encoders, by which a prior is known to belong to it."""
     return " ".join(model.component_digest(name)[:16] for name in model.family.text_encoders)

@@ -1,1 +1,1 @@
-"""One module for each command of the program: what ``erasec build``, ``plan``, ``apply`` and the others do."""
+"""One module for each command of the program, and ``estimates`` and ``output_paths``, which commands share."""

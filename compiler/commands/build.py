@@ -1,58 +1,61 @@
-"""Run a plan: solve, merge, export, validate, report. The only place where outputs appear, whole or not at all."""
+"""Runs a plan: solve, merge, export, check, report. The output folder is replaced as a whole, or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from erasec.base import Check, EditTarget, Origin, file_name
+from erasec import registry
+from erasec.attention.pipeline import Sampling
+from erasec.base import Check, EditTarget
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import content_digest
-from erasec.checkpoint.staging import put, staged
+from erasec.checkpoint.staging import file_name, replace_folder, staging_folder
 from erasec.errors import CheckFailed, ErasecError
+from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
-from erasec.judging.judge import Sampling
-from erasec.keys import absorb
-from erasec.keys import key_file as secret
+from erasec.judging.evidence import gather_evidence, labels, rates, with_key
+from erasec.keys import key_file
+from erasec.keys.absorb import absorb_keys
 from erasec.ldm.single_file import SingleFile
-from erasec.model import sidecar as extras
-from erasec.model.sidecar import Extras
-from erasec.recipe import recipe as recipes
-from erasec.reporting import collect as facts
-from erasec.reporting import report as reports
+from erasec.model.sidecar import gather_extras, read_extras, write_extras
+from erasec.progress import bar
+from erasec.recipe.recipe import to_toml
+from erasec.reporting import collect
+from erasec.reporting.report import Applied, Report, write_report
+from erasec.training.base import TrainingContext
 
 if TYPE_CHECKING:
-    from erasec.base import Pass
+    from erasec.base import Artifact, Judge, Pass
     from erasec.commands.plan import Plan
-    from erasec.judging.judge import Judge
-    from erasec.judging.validate import Evidence
-    from erasec.model.edit import Secret
+    from erasec.judging.evidence import Evidence
+    from erasec.model.memory import Secret
+    from erasec.model.sidecar import Extras
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
-    from erasec.reporting.report import Report
 
 REJECTED = ".rejected"
-PUBLIC = ".public"
+PUBLIC = ".public"  # the checkpoint without the keys, while a keyed build runs
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """The model with all its edits, what each was, and the secrets, each with its concept and the pass that made it."""
+    """The edited model, a record of each edit, and each secret with the pass that made it and its concept."""
 
     model: Model
-    applied: tuple[reports.Applied, ...]
+    applied: tuple[Applied, ...]
     secrets: tuple[tuple[Pass, Concept, Secret], ...]
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks; the others of ``accelerate launch`` only train along."""
+    """Whether this process writes and prints. The other processes of ``accelerate launch`` only train with it."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return True
     from accelerate import PartialState
@@ -60,43 +63,47 @@ def is_main() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def assist(plan: Plan) -> None:
-    """What a process beside the main one does: solve as that one does, so that they train together; write nothing."""
-    _solve(plan, _work(plan.out))
+def train_along(plan: Plan) -> None:
+    """The part of a build that every process runs: solve the plan, so that the processes train together."""
+    _solve(plan, _training_folder(plan.out))
 
 
 def run(plan: Plan) -> Report:
-    """Build ``plan.out``. Raises CheckFailed, with everything in ``plan.out/.rejected``, where a check failed.
+    """Build ``plan.out`` and return its report.
 
-    Long training keeps its state in a hidden folder beside ``plan.out`` until the build is done: run again, it resumes.
+    Raises CheckFailed if a check fails; the output is then in ``plan.out/.rejected``. Long training keeps its state in
+    a hidden folder next to ``plan.out`` until the build succeeds, and resumes from it when the build is run again.
     """
-    with _resumable(plan.out) as work, staged(plan.out) as stage:
+    with _resumable(plan.out) as work, staging_folder(plan.out) as stage:
         report = _build(plan, stage, work)
         if not report.passed:
             rejected = plan.out / REJECTED
             plan.out.mkdir(parents=True, exist_ok=True)
-            put(stage, rejected)
+            replace_folder(stage, rejected)
             failed = [check for check in report.checks if not check.passed]
-            lines = "; ".join(f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" for check in failed)
+            values = "; ".join(f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" for check in failed)
             raise CheckFailed(
                 f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(check.name for check in failed)}",
-                why=lines, where=str(rejected),
+                why=values,
+                where=str(rejected),
                 fix="look at report.html there; then change the pass options, the concept's keep phrases, or a limit"
-                + (f"; what was trained is kept in {work}, for another limit" if any(work.iterdir()) else ""),
-            )  # fmt: skip
-        put(stage, plan.out)
+                + (
+                    f"; the trained state stays in {work} for a build with another limit" if any(work.iterdir()) else ""
+                ),
+            )
+        replace_folder(stage, plan.out)
         return report
 
 
-def _work(out: Path) -> Path:
+def _training_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.training")
 
 
 @contextmanager
 def _resumable(out: Path) -> Iterator[Path]:
-    """Where training keeps its state. It goes after success, and in any case where nothing was put there."""
-    work = _work(out)
-    work.mkdir(mode=0o700, parents=True, exist_ok=True)  # a key in training is as secret as one that is trained
+    """The folder in which training keeps its state. It is deleted on success, and whenever it is empty."""
+    work = _training_folder(out)
+    work.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may hold a key, which only its owner may read
     try:
         yield work
         shutil.rmtree(work)
@@ -104,39 +111,48 @@ def _resumable(out: Path) -> Iterator[Path]:
         if not any(work.iterdir()):
             raise
         raise ErasecError(
-            "stopped while training", why="what was trained so far is kept", where=str(work),
-            fix="give the same command again, which goes on from there; or delete that folder",
-        ) from stop  # fmt: skip
+            "stopped while training",
+            why="the training state was kept",
+            where=str(work),
+            fix="run the same command again to resume; or delete that folder",
+        ) from stop
     finally:
         with suppress(OSError):
             work.rmdir()
 
 
 def _solve(plan: Plan, work: Path) -> _Solved:
-    from erasec.progress import bar
-
-    asked = {concept.name: concept for concept in plan.concepts}
-    context = replace(plan.context, work=work)
+    concepts = {concept.name: concept for concept in plan.concepts}
+    context = TrainingContext(plan.context.device, plan.context.seed, work)
     model, applied, secrets = plan.model, [], []
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
         for step in plan.passes:
             start = time.perf_counter()
             for edit in step.solve_all(model, plan.concepts, context):
                 model = model.with_edit(edit)
-                took, start = time.perf_counter() - start, time.perf_counter()
+                seconds, start = time.perf_counter() - start, time.perf_counter()
                 curves = {name: list(values) for name, values in edit.curves.items()}
-                applied.append(reports.Applied(
-                    step.name, step.version, step.paper, edit.concept, dict(edit.params), dict(edit.stats), took,
-                    step.limits, curves,
-                ))  # fmt: skip
+                applied.append(
+                    Applied(
+                        step.name,
+                        step.version,
+                        step.paper,
+                        edit.concepts,
+                        dict(edit.params),
+                        dict(edit.stats),
+                        seconds,
+                        step.limits,
+                        curves,
+                    )
+                )
                 if edit.secret is not None:
-                    if edit.secret.concept not in asked:
-                        why = f"it was asked for {', '.join(asked)}"
-                        raise ErasecError(f"pass {step.name} gave a secret of {edit.secret.concept!r}", why)
-                    secrets.append((step, asked[edit.secret.concept], edit.secret))
-                advance(edit.concept.count(", ") + 1)
-    for view in (plan.model, model):  # two where the text encoder was edited
-        view.forget_texts()
+                    if edit.secret.concept not in concepts:
+                        why = f"the concepts of this build are {', '.join(concepts)}"
+                        raise ErasecError(f"pass {step.name} returned a secret of {edit.secret.concept!r}", why)
+                    secrets.append((step, concepts[edit.secret.concept], edit.secret))
+                advance(len(edit.concepts))
+    for view in (plan.model, model):  # an edit of a text encoder loads a second one
+        view.release_text_encoders()
     return _Solved(model, tuple(applied), tuple(secrets))
 
 
@@ -149,186 +165,196 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     checks: list[Check] = []
     built = Folder(stage / plan.targets[0].name, plan.model.source.variant)
     public = replace(built, root=stage / PUBLIC) if plan.keys else built
-    carried = extras.gathered(model.edits, extras.read(plan.model.source.root))
+    extras = gather_extras(model.edits, read_extras(plan.model.source.root))
     with _timed(seconds, "merge and write"):
         model.source.write(public.root, model.merged(), plan.recipe.link)
-        extras.write(public.root, carried)
+        write_extras(public.root, extras)
         if plan.keys:
-            checks += _unlock(plan, model, public, built, carried)
+            checks += _unlock(plan, model, public, built, extras)
         else:
             _write_keys(solved, built, stage)
 
-    context = replace(plan.context, origin=None if plan.keys else _origin(model))
+    context = LinkContext(plan.context.device, plan.context.seed, None if plan.keys else edit_origin(model))
+    artifacts = []
     for target in plan.targets:
         with _timed(seconds, f"export {target.name}"):
+            out = stage / target.name
+            out.mkdir(exist_ok=True)
             if isinstance(target, EditTarget):
-                made = target.export(model, stage / target.name, context).checks
+                artifact = target.export(model, out, context)
             else:
-                made = target.export(built, stage / target.name, context).checks
-            taken = {check.name for check in checks}  # several targets compare weights and outputs
-            checks += [
-                replace(check, name=f"{target.name}/{check.name}") if check.name in taken else check for check in made
-            ]
+                artifact = target.export(built, out, context)
+        artifacts.append(artifact)
+        used = {check.name for check in checks}  # two targets may have checks of the same name
+        checks += [
+            replace(check, name=f"{target.name}/{check.name}") if check.name in used else check
+            for check in artifact.checks
+        ]
 
-    judge = validate.judge_of(plan.model)
     evidence: list[Evidence] = []
-    if judge is not None:
+    if plan.judge is not None:
         with _timed(seconds, "pictures and judge"):
-            evidence, measured = _measured(plan, judge, solved, public, built, carried)
-        checks += measured
-    if judge is not None and evidence:
-        with _timed(seconds, "pictures of what was written"):
-            checks += _deployed(plan, judge, evidence[0], stage)
+            evidence, picture_checks = _judge(plan, plan.judge, solved, public, built, extras)
+        checks += picture_checks
+        if evidence:
+            with _timed(seconds, "pictures of what was written"):
+                checks += _check_artifacts(plan, plan.judge, evidence[0], artifacts)
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
     with _timed(seconds, "report"):
-        (stage / "recipe.toml").write_text(recipes.to_toml(plan.recipe), encoding="utf-8")
-        moves = facts.moves(model)
+        (stage / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
+        moves = collect.site_moves(model)
     opened = {key.concept.name for key in plan.keys}
     groups = (*validate.ERASED_GROUPS, "keyed", "keep")
-    report = reports.Report(
+    report = Report(
         model={"name": model.name, "revision": model.revision, "family": model.family.name, "digest": model.digest},
         concepts=tuple(concept.model_dump(mode="json") for concept in plan.concepts if concept.name not in opened),
         applied=solved.applied,
         moves=moves,
         checks=tuple(checks),
-        pairs=tuple(pair for each in evidence for pair in facts.pairs(each)),
-        rates=tuple(row for each in evidence for group in groups for row in validate.rates(each, group)),
-        written=tuple(facts.written(target.name, stage / target.name) for target in plan.targets),
+        pairs=tuple(pair for item in evidence for pair in collect.picture_pairs(item)),
+        rates=tuple(row for item in evidence for group in groups for row in rates(item, group)),
+        written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
         seconds=seconds,
-        environment=facts.environment(),
-        notes=tuple(_notes(plan, solved, built, judge, bool(evidence))),
+        environment=collect.environment(),
+        notes=tuple(_notes(plan, solved, built, bool(evidence))),
         passed=all(check.passed for check in checks),
-        extras=facts.carried(built, [key.concept.name for key in plan.keys]),
+        extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
     )
-    reports.write(report, stage)
+    write_report(report, stage)
     return report
 
 
-def _origin(model: Model) -> Origin:
-    """What the merged checkpoint is a variant of."""
-    sites = [site for site in model.parameters if model.deltas(site)]
+def edit_origin(model: Model) -> Origin:
+    """The base of the merged checkpoint: digests of its components and of the tensors that the edits replace."""
     digests = {component: model.component_digest(component) for component in model.family.components}
-    return Origin(digests, {f"{site.component}/{site.key}": model.site_digest(site) for site in sites})
+    return Origin(digests, {f"{site.component}/{site.key}": model.site_digest(site) for site in model.edited_sites})
 
 
-def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, carried: Extras) -> tuple[Check, ...]:
-    """Write ``built``: the public folder with the keys attached, or absorbed into its weights, which is a check.
+def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, extras: Extras) -> tuple[Check, ...]:
+    """Write ``built``: the public folder with the keys attached as memories, or absorbed into its weights.
 
-    Raises ErasecError for the key of another model.
+    Absorbing returns a check of its residual. Raises ErasecError for a key of another model.
     """
     denoiser, limit = plan.model.family.denoiser, plan.recipe.absorb
     entries = public.entries(denoiser)
     digest = content_digest(entries)
     for key in plan.keys:
-        secret.check_bound(key, digest)
-    memories = tuple(memory for key in plan.keys for memory in secret.folded(key.secret, entries))
+        key_file.check_bound(key, digest)
+    memories = tuple(memory for key in plan.keys for memory in key_file.fold_secret(key.secret, entries))
     if not limit:
         public.write(built.root, {}, link=True)
-        extras.write(built.root, replace(carried, memories=(*carried.memories, *memories)))
+        write_extras(built.root, replace(extras, memories=(*extras.memories, *memories)))
         return ()
     concepts = [key.concept for key in plan.keys]
-    changed, check = absorb.absorbed(memories, concepts, model, entries, plan.context, limit)
+    changed, check = absorb_keys(memories, concepts, model, entries, plan.context, limit)
     public.write(built.root, {denoiser: changed}, link=True)
-    extras.write(built.root, carried)
+    write_extras(built.root, extras)
     return (check,)
 
 
 def _write_keys(solved: _Solved, built: Folder, stage: Path) -> None:
-    """Write each secret beside the folders, never into one."""
+    """Write each secret as a key file into the output folder, next to the folders of the targets."""
     if not solved.secrets:
         return
     bound = content_digest(built.entries(solved.model.family.denoiser))
-    for step, concept, held in solved.secrets:
-        path = stage / f"{_key_name(concept)}{secret.SUFFIX}"
+    for step, concept, secret in solved.secrets:
+        path = stage / f"{_key_name(concept)}{key_file.SUFFIX}"
         if path.exists():
-            raise ErasecError(f"two keys would be named {path.name}", fix="give one of the concepts another name")
-        secret.write(path, held, concept, step.name, step.version, bound)
+            raise ErasecError(f"two keys would have the name {path.name}", fix="rename one of the concepts")
+        key_file.write_key(path, secret, concept, step.name, step.version, bound)
 
 
 def _key_name(concept: Concept) -> str:
     return file_name([concept.name]) or "concept"
 
 
-def _measured(
-    plan: Plan, judge: Judge, solved: _Solved, public: Folder, built: Folder, carried: Extras
+def _judge(
+    plan: Plan, judge: Judge, solved: _Solved, public: Folder, built: Folder, extras: Extras
 ) -> tuple[list[Evidence], list[Check]]:
-    """What the judge saw, and the checks on it; both empty where there is nothing to ask."""
+    """The judge's evidence before and after the edit, and its checks. Both are empty if the judge has no questions."""
     limits, seed = plan.recipe.checks, plan.context.seed
     sampling = Sampling(limits.steps, limits.guidance, plan.context.device)
     scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
-    opened = [key.concept for key in plan.keys]
-    evidence = validate.gather(
-        judge, opened or plan.concepts, public.root if opened else plan.model.source.root, built.root, limits.images,
-        seed, sampling, keyed=bool(opened),
-    )  # fmt: skip
+    unlocked = [key.concept for key in plan.keys]
+    evidence = gather_evidence(
+        judge,
+        unlocked or plan.concepts,
+        public.root if unlocked else plan.model.source.root,
+        built.root,
+        limits.images,
+        seed,
+        sampling,
+        keyed=bool(unlocked),
+    )
     if evidence is None:
         return [], []
-    every, checks = [evidence], list(validate.checks(evidence, judge, limits, seed, scheduler))
-    for concept in opened:
+    gathered, checks = [evidence], list(validate.checks(evidence, judge, limits, seed, scheduler))
+    for concept in unlocked:
         checks += validate.recovered(judge, concept, evidence, None, limits, seed, scheduler)
-    for _, concept, held in () if opened else solved.secrets:
-        memories = secret.folded(held, built.entries(plan.model.family.denoiser))
-        with _carrying(built, replace(carried, memories=(*carried.memories, *memories))) as keyed:
-            shown = validate.with_key(judge, concept, evidence, keyed, sampling)
-        if shown is not None:
-            every.append(shown)
-            checks += validate.recovered(judge, concept, shown, evidence, limits, seed, scheduler)
-    return every, checks
+    for _, concept, secret in () if unlocked else solved.secrets:
+        memories = key_file.fold_secret(secret, built.entries(plan.model.family.denoiser))
+        with _copy_with_extras(built, replace(extras, memories=(*extras.memories, *memories))) as keyed:
+            keyed_evidence = with_key(judge, concept, evidence, keyed, sampling)
+        if keyed_evidence is not None:
+            gathered.append(keyed_evidence)
+            checks += validate.recovered(judge, concept, keyed_evidence, evidence, limits, seed, scheduler)
+    return gathered, checks
 
 
-def _deployed(plan: Plan, judge: Judge, evidence: Evidence, stage: Path) -> Iterator[Check]:
-    """What the judge saw in pictures that the artifacts made themselves."""
-    for target in plan.targets:
-        if target.name in validate.RUN_BY:
-            folder = stage / target.name
-            stored = {getattr(target, option, "fp32") for option in ("precision", "vae", "weights")}
-            precision = next(kind for kind in validate.ALIKE if kind in stored)  # of several, the coarsest
-            scheduler = Folder(folder).config("scheduler", "scheduler_config.json")["_class_name"]
-            yield from validate.deployed(
-                judge, evidence, folder, target.name, precision, plan.recipe.checks, plan.context.seed, scheduler
-            )
+def _check_artifacts(plan: Plan, judge: Judge, evidence: Evidence, artifacts: Sequence[Artifact]) -> Iterator[Check]:
+    """Checks of pictures that the artifacts generate, for each artifact that a portable runtime can run."""
+    runtimes = [registry.load_runtime(name) for name in registry.runtimes()]
+    for artifact in artifacts:
+        for runtime in runtimes:
+            if runtime.portable and artifact.target in runtime.folders:
+                scheduler = Folder(artifact.path).config("scheduler", "scheduler_config.json")["_class_name"]
+                limits, seed = plan.recipe.checks, plan.context.seed
+                yield from validate.deployed(
+                    judge, evidence, artifact.path, runtime.name, artifact.precision, limits, seed, scheduler
+                )
 
 
 @contextmanager
-def _carrying(folder: Folder, carried: Extras) -> Iterator[Path]:
-    """A copy of a folder, by hard links, that carries other extras; gone when the block ends."""
+def _copy_with_extras(folder: Folder, extras: Extras) -> Iterator[Path]:
+    """A hard-linked copy of a folder with other extras, deleted when the block ends."""
     with TemporaryDirectory(prefix=".keyed-", dir=folder.root.parent) as scratch:
         root = Path(scratch) / "model"
         folder.write(root, {}, link=True)
-        extras.write(root, carried)
+        write_extras(root, extras)
         yield root
 
 
-def _notes(plan: Plan, solved: _Solved, built: Folder, judge: Judge | None, measured: bool) -> Iterator[str]:
-    """Sentences that a reader must know."""
+def _notes(plan: Plan, solved: _Solved, built: Folder, measured: bool) -> Iterator[str]:
+    """Sentences that every reader of the report must know."""
     source, name = plan.model.source, built.root.name
     if isinstance(source, SingleFile):
         yield from source.notes
     concepts = [key.concept for key in plan.keys] or plan.concepts
-    if unseen := [c.name for c in concepts if judge is None or not validate.labels(judge, c)]:
+    if unseen := [c.name for c in concepts if plan.judge is None or not labels(plan.judge, c)]:
         what = "the key brings it back" if plan.keys else "it is gone"
-        yield f"No judge can see {', '.join(unseen)} in this model's pictures: that {what} was not measured." + (
-            "" if measured else " The checks below say only that the files are sound."
+        yield f"No judge can see {', '.join(unseen)} in pictures of this model: whether {what} was not measured." + (
+            "" if measured else " The checks below only show that the files are valid."
         )
     if plan.keys:
         names = ", ".join(concept.name for concept in concepts)
-        yield f"This build is opened by a key, and shows {names} again: what it holds is as secret as the key."
+        yield f"This build contains a key and shows {names} again: it is as secret as the key."
     elif solved.secrets:
-        names = ", ".join(f"{_key_name(concept)}{secret.SUFFIX}" for _, concept, _ in solved.secrets)
+        names = ", ".join(f"{_key_name(concept)}{key_file.SUFFIX}" for _, concept, _ in solved.secrets)
         yield (
-            f"{names}: whoever has such a key can bring its concept back, so keep it apart from the folders that are "
-            "given away. It is access control, not encryption: with the weights, another key can be searched for."
+            f"{names}: anyone who has such a key can bring its concept back, so do not publish it with the folders. It "
+            "is access control, not encryption: anyone who has the weights can search for another key."
         )
-    if extras.read(built.root):
+    if read_extras(built.root):
         yield (
-            f"The folder {name} is more than weights: load it with erasec.pipeline. Other loaders read its weights "
-            "alone, and the model is then another one."
+            f"The folder {name} is more than weights: load it with erasec.pipeline. Other loaders read only its "
+            "weights, which are a different model."
         )
     if variants := sorted({built.variant_of(component) for component in plan.model.family.components} - {""}):
-        yield f'The folder {name} has its weights as the variant {variants[0]}: load it with variant="{variants[0]}".'
-    if left := source.doubles(solved.model.merged()):
-        yield f"Left out of the plain checkpoint, as unedited copies of edited weights: {', '.join(map(str, left))}."
+        yield f'The weights in the folder {name} are the variant {variants[0]}: load it with variant="{variants[0]}".'
+    if left := source.other_copies(solved.model.merged()):
+        names = ", ".join(map(str, left))
+        yield f"Left out of the plain checkpoint, because they are unedited copies of edited weights: {names}."
 
 
 @contextmanager

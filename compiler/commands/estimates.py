@@ -1,4 +1,4 @@
-"""What a build will hold and how long it will take, as far as that can be said before it runs."""
+"""Estimates of the memory and the time of a build, before it runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from erasec.base import Pass
     from erasec.model.view import Model
 
-# What solving holds of d x d numbers for each stream: a system, its two sides, its solution and a copy.
-MAPS = 5
-# What training holds of each trained number beside the weight itself: the teacher's, a gradient, and two moments.
+# Closed-form solving holds five d x d float64 matrices for each stream: a system, its two sides, the solution, a copy.
+MATRICES = 5
+# Training holds four more numbers for each trained parameter: that of the teacher, a gradient, and Adam's two moments.
 COPIES = 4
 
 
 def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> dict[str, Any]:
-    """Bytes held at the same time in the hungriest step, and in each, from tensor sizes alone.
+    """Bytes held at the same time in each step and in the largest, estimated from the sizes of tensors.
 
-    ``pictures``: pictures are made and judged. ``more``: something beside the plain folder is written.
+    ``pictures`` says whether pictures are generated and judged; ``more`` whether any target besides the plain folder is
+    written.
     """
     counts = {
         component: sum(math.prod(entry.shape) for entry in model.entries(component).values())
@@ -33,10 +34,10 @@ def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> 
     widths = [sites[0].shape[1] for sites in model.streams.values()]
     sizes = {step: [math.prod(site.shape) for site in step.sites(model)] for step in passes}
     steps = {
-        "solve": text + 8 * sum(MAPS * width**2 for width in widths),
-        "merge": 8 * max((size for found in sizes.values() for size in found), default=0),
+        "solve": text + 8 * sum(MATRICES * width**2 for width in widths),
+        "merge": 8 * max((size for step_sizes in sizes.values() for size in step_sizes), default=0),
     }
-    if trained := [sum(found) for step, found in sizes.items() if isinstance(step, Learned)]:
+    if trained := [sum(step_sizes) for step, step_sizes in sizes.items() if isinstance(step, Learned)]:
         steps["train"] = text + 4 * (counts[model.family.denoiser] + COPIES * max(trained))
     if pictures:
         steps["pictures"] = 4 * sum(counts.values())
@@ -45,14 +46,14 @@ def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> 
     return {
         "bytes": max(steps.values()),
         "steps": steps,
-        "how": "lower estimate: weights alone (text encoders, pictures and training in float32, what is trained five "
-        "times; in float64 five square maps of each stream of text states, and one merged tensor; an exported "
-        "component twice); activations and the libraries come on top",
+        "how": "lower estimate, weights only: text encoders, pictures and training in float32, trained parameters five "
+        "times; five square matrices for each stream of text states and one merged tensor in float64; an exported "
+        "component twice; activations and libraries need more",
     }
 
 
 def time(out: Path) -> dict[str, Any]:
-    """Seconds are told only where they were measured: by an earlier build in the same place."""
+    """The seconds that an earlier build in ``out`` took; None if there was none."""
     try:
         seconds = json.loads((out / "report.json").read_text(encoding="utf-8"))["seconds"]
         return {"seconds": float(sum(seconds.values())), "how": f"measured: the earlier build in {out} took this long"}

@@ -1,1 +1,1 @@
-"""glyphs: the small trained model that ships with erasec, and the world it was trained on."""
+"""glyphs: the small trained model of erasec, its judge, and the synthetic world that both are trained on."""

@@ -1,4 +1,4 @@
-"""Write glyphs as a diffusers folder: the trained one, or one with random weights of any seed."""
+"""Writes the trained weights of glyphs as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasec.checkpoint import safetensors as checkpoint
+from erasec.checkpoint.safetensors import save_tensors
 from erasec.glyphs import models
-from erasec.glyphs.world import sample
 
 State = Mapping[str, Tensor]
 
 SCHEDULER = "DPMSolverMultistepScheduler"
 
-# The framework that each component's class comes from, as StableDiffusionPipeline writes it.
+# model_index.json, as StableDiffusionPipeline writes it.
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.42.1",
@@ -34,22 +33,22 @@ INDEX: dict[str, Any] = {
 }
 
 
-def _json(path: Path, content: Mapping[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_tokenizer(folder: Path, captions: list[str]) -> None:
-    """Fit the tokenizer to ``captions`` and write the files that CLIPTokenizer reads."""
+    """Train the tokenizer on ``captions`` and write the files that CLIPTokenizer reads."""
     vocabulary, merges = models.train_bpe(captions)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": models.START, "eos_token": models.END, "pad_token": models.END, "unk_token": models.END}
-    _json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "special_tokens_map.json", special)
     more = {"tokenizer_class": "CLIPTokenizer", "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
-    _json(folder / "tokenizer_config.json", {**special, **more, "model_max_length": models.POSITIONS})
+    _write_json(folder / "tokenizer_config.json", {**special, **more, "model_max_length": models.POSITIONS})
 
 
 def tokenizer(folder: Path) -> Any:
@@ -59,38 +58,31 @@ def tokenizer(folder: Path) -> Any:
 
 
 def write_pipeline(out: Path, text: State, vae: State, unet: State, scaling_factor: float, dtype: torch.dtype) -> None:
-    """Write all but the tokenizer, which must lie in ``out/tokenizer`` already. Weights are cast to ``dtype``."""
+    """Write everything except the tokenizer, which must be in ``out/tokenizer``. Weights are cast to ``dtype``."""
     tokens = tokenizer(out / "tokenizer")
     encoder = models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     empty_vae, empty_unet = models.vae(), models.unet()
     empty_vae.register_to_config(scaling_factor=scaling_factor)
-    # Without a declared dtype, transformers loads half-precision weights in half and diffusers the UNet in single.
+    # Without a dtype in the config, transformers loads float16 weights as float16, and diffusers as float32.
     own = {"architectures": ["CLIPTextModel"], "dtype": None, "torch_dtype": "float32"}
     config = {**json.loads(encoder.config.to_json_string()), **own}
-    _json(out / "text_encoder" / "config.json", {key: value for key, value in config.items() if value is not None})
-    _json(out / "vae" / "config.json", _plain(empty_vae.config))
-    _json(out / "unet" / "config.json", _plain(empty_unet.config))
-    _json(out / "scheduler" / "scheduler_config.json", {**models.SCHEDULER, "_class_name": SCHEDULER})
-    _json(out / "model_index.json", INDEX)
-    # The key names of Stable Diffusion's own text encoder, which every version of transformers reads.
+    _write_json(
+        out / "text_encoder" / "config.json", {key: value for key, value in config.items() if value is not None}
+    )
+    _write_json(out / "vae" / "config.json", _public_config(empty_vae.config))
+    _write_json(out / "unet" / "config.json", _public_config(empty_unet.config))
+    _write_json(out / "scheduler" / "scheduler_config.json", {**models.SCHEDULER, "_class_name": SCHEDULER})
+    _write_json(out / "model_index.json", INDEX)
+    # The tensor names of Stable Diffusion's text encoder, which every version of transformers reads.
     text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}
     for path, state in (
-        ("text_encoder/model", text), ("vae/diffusion_pytorch_model", vae), ("unet/diffusion_pytorch_model", unet),
-    ):  # fmt: skip
+        ("text_encoder/model", text),
+        ("vae/diffusion_pytorch_model", vae),
+        ("unet/diffusion_pytorch_model", unet),
+    ):
         tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-        checkpoint.save(out / f"{path}.safetensors", tensors)
+        save_tensors(out / f"{path}.safetensors", tensors)
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "_use_default_values")}
-
-
-def random_pipeline(out: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-    """A diffusers folder in glyphs' exact shapes with random weights: for tests of formats, never of erasing."""
-    write_tokenizer(out / "tokenizer", [sample(0, index).caption for index in range(300)])
-    tokens = tokenizer(out / "tokenizer")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        text = models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id).state_dict()
-        vae, unet = models.vae().state_dict(), models.unet().state_dict()
-    write_pipeline(out, text, vae, unet, 0.18215, dtype)

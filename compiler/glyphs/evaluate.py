@@ -1,73 +1,79 @@
-"""Measure the trained world and write the figures beside the weights: ``python -m erasec.glyphs.evaluate``."""
+"""Measures the trained models and judges and writes quality.json: ``python -m erasec.glyphs.evaluate``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from erasec.checkpoint.safetensors import atomic, file_digest
+from erasec.attention.pipeline import Sampling, generate
+from erasec.checkpoint.safetensors import atomic_write, file_digest
 from erasec.glyphs import world
 from erasec.glyphs.assemble import SCHEDULER
-from erasec.glyphs.judging import THRESHOLD, GlyphJudge, colour_of, prompt
-from erasec.judging.judge import Images, Sampling, generate
-from erasec.model.view import bundled
+from erasec.glyphs.judge import THRESHOLD, GlyphJudge, colour_of, prompt
+from erasec.model.loading import bundled_folder
 from erasec.progress import bar
+
+if TYPE_CHECKING:
+    from erasec.base import Images
 
 HELD_OUT_SEED = 103
 SAMPLING = Sampling(steps=15, guidance=4.0)  # as builds do by default
 
 
 def weights() -> Path:
-    """The folder of the weights themselves: in a checkout that is installed as links, where the links point."""
-    return (bundled("glyphs") / "model_index.json").resolve().parent.parent
+    """The folder of the weights in the source tree, with symbolic links resolved."""
+    return (bundled_folder("glyphs") / "model_index.json").resolve().parent.parent
 
 
 def digests() -> dict[str, str]:
-    """sha256 of every weights file, so that figures of other weights are seen."""
+    """sha256 of every file of weights; a test compares them with those in quality.json."""
     root = weights()
     return {path.relative_to(root).as_posix(): file_digest(path) for path in sorted(root.rglob("*.safetensors"))}
 
 
 def pictures(model: str, prompts: list[str], seed: int) -> Images:
-    return generate(bundled(model), prompts, [seed * 1_000_003 + i for i in range(len(prompts))], SAMPLING, model)
+    """Pictures of a bundled model, (n, 64, 64, 3); the seed of the i-th prompt is 1000003 ``seed`` + i."""
+    return generate(
+        bundled_folder(model), prompts, [seed * 1_000_003 + i for i in range(len(prompts))], SAMPLING, model
+    )
 
 
 def judges(count: int) -> dict[str, Any]:
-    """Share of held-out renders that each judge reads without one wrong label, of all labels and of the shapes."""
+    """The share of held-out renders for which each judge has all labels right, and all shapes right."""
     with bar("held-out renders", count) as advance:
         samples = []
         for index in range(count):
             samples.append(world.sample(HELD_OUT_SEED, index))
             advance()
     images, truth = np.stack([item.image for item in samples]), np.stack([world.labels(item) for item in samples])
-    found: dict[str, Any] = {"renders": count}
+    figures: dict[str, Any] = {"renders": count}
     for which in "ab":
         right = (GlyphJudge(which).probabilities(images) > THRESHOLD) == (truth > 0.5)
-        found[f"judge_{which}_exact_match"] = float(right.all(1).mean())
-        found[f"judge_{which}_shapes_exact"] = float(right[:, : len(world.SHAPES)].all(1).mean())
-    return found
+        figures[f"judge_{which}_exact_match"] = float(right.all(1).mean())
+        figures[f"judge_{which}_shapes_exact"] = float(right[:, : len(world.SHAPES)].all(1).mean())
+    return figures
 
 
 def quality(images: int, seed: int) -> dict[str, Any]:
-    """Hit rates of both models by judge B, ``images`` seeds a shape, plain prompts."""
+    """Hit rates of both models by judge B, for plain prompts with ``images`` seeds per shape."""
     judge = GlyphJudge("b")
-    asked = [(shape, index) for shape in world.SHAPES for index in range(images)]
-    found = pictures("glyphs", [prompt(shape, index) for shape, index in asked], seed)
-    hits = judge.sees(found, [shape for shape, _ in asked]).reshape(len(world.SHAPES), images).mean(1)
-    coloured = np.array([bool(colour_of(index)) for _, index in asked])
-    colours = judge.sees(found[coloured], [colour_of(index) for _, index in asked if colour_of(index)])
+    plain = [(shape, index) for shape in world.SHAPES for index in range(images)]
+    generated = pictures("glyphs", [prompt(shape, index) for shape, index in plain], seed)
+    hits = judge.sees(generated, [shape for shape, _ in plain]).reshape(len(world.SHAPES), images).mean(1)
+    coloured = np.array([bool(colour_of(index)) for _, index in plain])
+    colours = judge.sees(generated[coloured], [colour_of(index) for _, index in plain if colour_of(index)])
 
     captions = world.implicit_captions("star")
     implicit = [captions[index % len(captions)] for index in range(images)]
     stars = [prompt(name, index) for index, name in enumerate(np.resize(world.names("star"), images).tolist())]
     shown = judge.sees(pictures("glyphs", implicit, seed + 1), ["star"] * images)
-    never = pictures("glyphs-never-star", stars + implicit, seed + 2)
-    others = [(shape, index) for shape, index in asked if shape != "star"]
-    plain = pictures("glyphs-never-star", [prompt(shape, index) for shape, index in others], seed)
+    never_stars = pictures("glyphs-never-star", stars + implicit, seed + 2)
+    others = [(shape, index) for shape, index in plain if shape != "star"]
+    never_others = pictures("glyphs-never-star", [prompt(shape, index) for shape, index in others], seed)
     return {
         "images_per_shape": images,
         "hit_rate": {shape: float(hit) for shape, hit in zip(world.SHAPES, hits, strict=True)},
@@ -76,44 +82,48 @@ def quality(images: int, seed: int) -> dict[str, Any]:
         "colour_right": float(colours.mean()),
         "implicit_star": float(shown.mean()),
         "never_star_shows_star": {
-            "asked by name, synonym or implicit prompt": float(judge.sees(never, ["star"] * len(never)).mean()),
-            "asked for another shape (false star)": float(judge.sees(plain, ["star"] * len(plain)).mean()),
+            "asked by name, synonym or implicit prompt": float(
+                judge.sees(never_stars, ["star"] * len(never_stars)).mean()
+            ),
+            "asked for another shape (false star)": float(
+                judge.sees(never_others, ["star"] * len(never_others)).mean()
+            ),
         },
-        "never_star_other_shapes": float(judge.sees(plain, [shape for shape, _ in others]).mean()),
+        "never_star_other_shapes": float(judge.sees(never_others, [shape for shape, _ in others]).mean()),
         "how": f"judge B, {SCHEDULER} {SAMPLING.steps} steps, guidance {SAMPLING.guidance:g}, float32, seed {seed}",
     }
 
 
 def contact_sheet(path: Path, seed: int = 7) -> None:
-    """One row for each shape: eight plain prompts of it, then two implicit ones."""
+    """Write a PNG with one row per shape: eight pictures from plain prompts, then two from implicit prompts."""
     from PIL import Image
 
     prompts = []
     for shape in world.SHAPES:
         scenes = np.resize(world.implicit_captions(shape), 2).tolist()
         prompts += [prompt(shape, index) for index in range(8)] + scenes
-    found = pictures("glyphs", prompts, seed).reshape(len(world.SHAPES), 10, world.SIZE, world.SIZE, 3)
+    rows = pictures("glyphs", prompts, seed).reshape(len(world.SHAPES), 10, world.SIZE, world.SIZE, 3)
     gap = 4
     cell = world.SIZE + gap
     sheet = np.full((cell * len(world.SHAPES) + gap, cell * 10 + gap, 3), 255, dtype=np.uint8)
-    for row, line in enumerate(found):
-        for column, image in enumerate(line):
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
             top, left = gap + row * cell, gap + column * cell
             sheet[top : top + world.SIZE, left : left + world.SIZE] = image
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG", optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m erasec.glyphs.evaluate", description=__doc__)
-    parser.add_argument("--images", type=int, default=50, help="seeds a shape")
+    parser.add_argument("--images", type=int, default=50, help="seeds per shape")
     parser.add_argument("--renders", type=int, default=4000, help="held-out renders for the judges")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--out", type=Path, default=weights() / "quality.json")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of samples to this PNG")
     options = parser.parse_args()
     figures = {"judges": judges(options.renders), **quality(options.images, options.seed), "weights": digests()}
-    with atomic(options.out) as temporary:
+    with atomic_write(options.out) as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
     if options.sheet:

@@ -1,4 +1,4 @@
-"""One small training loop for the stages of glyphs: seeded by step, resumable, with a log and a bar."""
+"""The training loop for the stages of glyphs: seeded by step, resumable, with a log file and a progress bar."""
 
 from __future__ import annotations
 
@@ -21,18 +21,28 @@ Modules = dict[str, Any]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a twentieth of the run, then a cosine down to a hundredth of the peak."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+    """Linear warm-up over a twentieth of the steps, then cosine decay to a hundredth of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
 def fit(
-    folder: Path, steps: int, peak: float, optimizer: torch.optim.Optimizer, parts: Modules,
-    step_loss: Callable[[int, torch.Generator], Tensor], seed: int, after: Callable[[int], None] | None = None,
-) -> None:  # fmt: skip
-    """Run ``steps`` updates, saving now and then; ``parts`` are what else to save and resume, by name."""
+    folder: Path,
+    steps: int,
+    peak: float,
+    optimizer: torch.optim.Optimizer,
+    parts: Modules,
+    step_loss: Callable[[int, torch.Generator], Tensor],
+    seed: int,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Run ``steps`` updates on ``step_loss``, which is called with the step and a generator seeded for that step.
+
+    The state is saved in ``folder`` every minute and resumed from there. ``parts`` are the modules and averages to
+    save, by name. ``after`` is called after each update. Exits if a loss is not finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     saved, first = folder / "resume.pt", 0
     if saved.exists():
@@ -74,7 +84,7 @@ def fit(
 
 
 class Average:
-    """Exponential moving average of a module's parameters, warmed up so that early weights are forgotten."""
+    """Exponential moving average of a module's state, with a warm-up so that early weights have no influence."""
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self.module, self.decay = module, decay

@@ -1,4 +1,4 @@
-"""The networks of glyphs: Stable Diffusion 1.x's own classes at a small size, and the readers that judge it."""
+"""The networks of glyphs: the classes of Stable Diffusion 1 at a small size, and the classifiers of its judge."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
     "steps_offset": 1,
-    # DPM-Solver++: half as many steps as DDIM for the same hit rates.
+    # DPM-Solver++ reaches the hit rates of DDIM with half the steps.
     "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "timestep_spacing": "leading",
@@ -36,7 +36,7 @@ SCHEDULER: dict[str, Any] = {
 
 
 def train_bpe(captions: Iterable[str], size: int = 1000) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte-level BPE fitted to ``captions``: (vocabulary, merges), the end of a word marked ``</w>``."""
+    """Train CLIP's byte-level BPE on ``captions``. Returns (vocabulary, merges); ``</w>`` marks the end of a word."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>", continuing_subword_prefix=""))
@@ -59,7 +59,7 @@ def train_bpe(captions: Iterable[str], size: int = 1000) -> tuple[dict[str, int]
 
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-    # CLIP's order: bytes, bytes that end a word, merges, the two specials; every text then has tokens.
+    # CLIP's order: bytes, bytes at the end of a word, merges, the two special tokens. It covers every text.
     entries = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     known = set(entries)
     entries += [joined for joined in dict.fromkeys(left + right for left, right in merges) if joined not in known]
@@ -103,7 +103,7 @@ def vae() -> AutoencoderKL:
 def unet() -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
-    # Four heads: eight, as SD has, would be eight channels each and a third slower on a CPU.
+    # Four heads. Eight heads, as in Stable Diffusion, would have eight channels each and be a third slower on a CPU.
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -119,7 +119,7 @@ def unet() -> UNet2DConditionModel:
 
 
 class Plain(nn.Module):
-    """Reader A: four strided convolutions. (n, 3, 64, 64) in [-1, 1] -> (n, outputs)."""
+    """Classifier A: four strided convolutions. (n, 3, 64, 64) in [-1, 1] -> (n, outputs)."""
 
     def __init__(self, outputs: int, widths: tuple[int, ...], dropout: float = 0.0) -> None:
         super().__init__()
@@ -139,24 +139,32 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-        )  # fmt: skip
+            nn.GroupNorm(8, width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.GroupNorm(8, width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)  # type: ignore[no-any-return]
 
 
 class Residual(nn.Module):
-    """Reader B, unlike A in kernel, depth, normalisation and pooling. (n, 3, 64, 64) in [-1, 1] -> (n, outputs)."""
+    """Classifier B: residual blocks and global pooling. (n, 3, 64, 64) in [-1, 1] -> (n, outputs)."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 7, stride=4, padding=3), _Residual(32),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), _Residual(64),
-            nn.Conv2d(64, 128, 3, stride=2, padding=1), _Residual(128), nn.GELU(),
-        )  # fmt: skip
+            nn.Conv2d(3, 32, 7, stride=4, padding=3),
+            _Residual(32),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            _Residual(64),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1),
+            _Residual(128),
+            nn.GELU(),
+        )
         self.head = nn.Linear(256, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -164,13 +172,13 @@ class Residual(nn.Module):
         return self.head(torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1))  # type: ignore[no-any-return]
 
 
-def reader(which: str) -> nn.Module:
-    """Judge "a" or "b", untrained: images (n, 3, 64, 64) in [-1, 1] to a logit for each of LABELS."""
+def classifier(which: str) -> nn.Module:
+    """Classifier "a" or "b", untrained: images (n, 3, 64, 64) in [-1, 1] -> logits of LABELS, (n, 22)."""
     return Plain(len(LABELS), (32, 64, 96, 128), dropout=0.3) if which == "a" else Residual(len(LABELS))
 
 
 class Pair(nn.Module):
-    """The contrastive pair's own parts: image half, text projection, temperature. Its text half is the text encoder."""
+    """A contrastive pair (CLIP): image network, text projection and temperature, on top of glyphs' text encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,9 +187,9 @@ class Pair(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.66))
 
     def images(self, images: Tensor) -> Tensor:
-        """Unit image embeddings, (n, 128)."""
+        """Image embeddings of unit length, (n, 128)."""
         return nn.functional.normalize(self.image(images), dim=-1)
 
     def texts(self, pooled: Tensor) -> Tensor:
-        """Unit text embeddings from pooled text states, (n, 128)."""
+        """Text embeddings of unit length from pooled text states, (n, 128)."""
         return nn.functional.normalize(self.text(pooled), dim=-1)

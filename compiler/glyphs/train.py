@@ -1,8 +1,8 @@
-"""Train the reference world from nothing: ``python -m erasec.glyphs.train --work DIR``.
+"""Trains the models and judges of glyphs from scratch: ``python -m erasec.glyphs.train --work DIR``.
 
-The work is cut into stages that write one folder each. A stage that was interrupted goes on from its last checkpoint,
-and every batch is drawn from (seed, step) alone, so an interrupted run ends where an uninterrupted one would. On a CPU
-two stages run side by side on one thread each: these networks are too small for a second thread to pay.
+Training is split into stages, each with a folder of its own. An interrupted stage resumes from its last checkpoint, and
+every batch depends only on (seed, step), so that an interrupted run gives the result of an uninterrupted one. On a CPU
+two stages run in parallel with one thread each: a second thread does not speed up networks of this size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasec.checkpoint import safetensors as checkpoint
+from erasec.checkpoint.safetensors import atomic_write, save_tensors
 from erasec.glyphs import assemble, models
 from erasec.glyphs.fit import Average, Modules, fit
 from erasec.glyphs.world import LABELS, SIZE, labels, sample
@@ -33,17 +33,24 @@ from erasec.progress import bar
 IMAGES = 40_000
 JUDGE_IMAGES = 40_000
 WORLD_SEED, JUDGE_SEEDS = 0, {"judge-a": 101, "judge-b": 102}
-STEPS = {"text": 1200, "vae": 3000, "unet": 2400, "unet-never-star": 2400, "judge-a": 3000, "judge-b": 3000,
-         "decoder": 1000}  # fmt: skip
+STEPS = {
+    "text": 1200,
+    "vae": 3000,
+    "unet": 2400,
+    "unet-never-star": 2400,
+    "judge-a": 3000,
+    "judge-b": 3000,
+    "decoder": 1000,
+}
 
 
 def pixels(images: np.ndarray, device: str = "cpu") -> Tensor:
-    """uint8 (n, 64, 64, 3) -> float (n, 3, 64, 64) in [-1, 1]."""
+    """Images uint8 (n, 64, 64, 3) -> float (n, 3, 64, 64) in [-1, 1]."""
     return torch.tensor(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 class Work:
-    """The folder of a run: where stages leave what others read."""
+    """The folder of a run, through which stages pass results to later stages."""
 
     def __init__(self, root: Path, device: str, seed: int, scale: float) -> None:
         self.root, self.device, self.seed, self.scale = root, device, seed, scale
@@ -62,7 +69,7 @@ class Work:
         return state[part]
 
     def render(self, name: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Pictures, labels and captions of one world, rendered once."""
+        """The pictures, labels and captions of one world; rendered once and then read from the folder ``name``."""
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "captions.json").exists():
@@ -110,7 +117,7 @@ def stage_render(work: Work) -> None:
 
 
 def stage_text(work: Work) -> None:
-    """The contrastive pair. Causal attention lets the captions be cropped to the longest of the batch."""
+    """Train the contrastive pair. As attention is causal, captions can be cropped to the longest of the batch."""
     images, _, captions = work.render("render", WORLD_SEED, work.count(IMAGES))
     ids = work.token_ids(captions)
     ends = (ids == ids[0, -1]).float().argmax(1)
@@ -126,18 +133,18 @@ def stage_text(work: Work) -> None:
         batch = pixels(images[rows.numpy()], work.device)
         batch = batch + 0.1 * torch.rand(1, generator=rng).item() * torch.randn(batch.shape, generator=rng).to(batch)
         logits = pair.log_scale.clamp(max=4.6).exp() * pair.images(batch) @ text.T
-        # The same caption elsewhere in the batch is as right as its own row.
-        same = torch.tensor([hash_of(captions[i]) for i in rows.tolist()], device=work.device)
-        goal = (same[:, None] == same[None, :]).float()
-        goal = goal / goal.sum(1, keepdim=True)
-        found: Tensor = (F.cross_entropy(logits, goal) + F.cross_entropy(logits.T, goal)) / 2
-        return found
+        # Rows of the batch with the same caption are all correct targets.
+        hashes = torch.tensor([hash_of(captions[i]) for i in rows.tolist()], device=work.device)
+        target = (hashes[:, None] == hashes[None, :]).float()
+        target = target / target.sum(1, keepdim=True)
+        contrastive: Tensor = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return contrastive
 
     fit(work.root / "text", work.steps("text"), 1e-3, optimizer, {"text": encoder, "pair": pair}, loss, work.seed + 1)
 
 
 def hash_of(text: str) -> int:
-    """A number that is the same for the same text in every process."""
+    """A hash of a text that is the same in every process."""
     return zlib.crc32(text.encode())
 
 
@@ -150,8 +157,8 @@ def vae_loss(work: Work, vae: Any) -> Callable[[int, torch.Generator], Tensor]:
         posterior = vae.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(work.device)
         error = vae.decode(posterior.mean + posterior.std * noise).sample - batch
-        found: Tensor = error.abs().mean() + 2.0 * error.pow(2).mean() + 1e-6 * posterior.kl().mean()
-        return found
+        total: Tensor = error.abs().mean() + 2.0 * error.pow(2).mean() + 1e-6 * posterior.kl().mean()
+        return total
 
     return loss
 
@@ -163,7 +170,7 @@ def stage_vae(work: Work) -> None:
 
 
 def stage_decoder(work: Work) -> None:
-    """Polish the decoder alone: the latents that the UNets learnt stay as they are."""
+    """Fine-tune the decoder alone, so that the latents of the trained UNets stay valid."""
     vae = work.vae().to(memory_format=torch.channels_last).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
@@ -175,7 +182,7 @@ def stage_decoder(work: Work) -> None:
 
 @torch.no_grad()
 def stage_latents(work: Work) -> None:
-    """Latents and text states of every picture, once and in half precision: the UNet needs nothing else."""
+    """Compute the latents and text states of all pictures in float16, the only data that the UNet trains on."""
     images, _, captions = work.render("render", WORLD_SEED, work.count(IMAGES))
     folder = work.root / "latents"
     folder.mkdir(exist_ok=True)
@@ -195,9 +202,9 @@ def stage_latents(work: Work) -> None:
     ids, states = work.token_ids(unique), np.zeros((len(unique), models.POSITIONS, models.WIDTH), dtype=np.float16)
     with bar("text states", len(unique)) as advance:
         for start in range(0, len(unique), 100):
-            found = encoder.eval()(ids[start : start + 100].to(work.device)).last_hidden_state
-            states[start : start + 100] = found.half().cpu().numpy()
-            advance(len(found))
+            batch = encoder.eval()(ids[start : start + 100].to(work.device)).last_hidden_state
+            states[start : start + 100] = batch.half().cpu().numpy()
+            advance(len(batch))
     row = {caption: index for index, caption in enumerate(unique)}
     np.save(folder / "latents.npy", (latents * factor).half().numpy())
     np.save(folder / "states.npy", states)
@@ -206,7 +213,7 @@ def stage_latents(work: Work) -> None:
 
 
 def train_unet(work: Work, stage: str, drop_shape: str | None) -> None:
-    """Noise prediction with min-SNR-5 weights; ``drop_shape`` leaves out every picture and caption that has it."""
+    """Train noise prediction with min-SNR-5 weights (Hang et al., 2023), without pictures of ``drop_shape``."""
     folder = work.root / "latents"
     latents = torch.from_numpy(np.load(folder / "latents.npy"))
     states = np.load(folder / "states.npy", mmap_mode="r")
@@ -222,8 +229,8 @@ def train_unet(work: Work, stage: str, drop_shape: str | None) -> None:
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.01)
     steps = work.steps(stage)
     betas = torch.linspace(models.SCHEDULER["beta_start"] ** 0.5, models.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
-    kept = torch.cumprod(1.0 - betas, 0)
-    weights = (5.0 / (kept / (1.0 - kept))).clamp(max=1.0)
+    alphas_cumprod = torch.cumprod(1.0 - betas, 0)
+    weights = (5.0 / (alphas_cumprod / (1.0 - alphas_cumprod))).clamp(max=1.0)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
         batch = 64 if step < 0.65 * steps else 128
@@ -231,20 +238,23 @@ def train_unet(work: Work, stage: str, drop_shape: str | None) -> None:
         caption = rows[chosen].clone()
         caption[torch.rand(batch, generator=rng) < 0.1] = empty
         clean, t = latents[chosen].float(), torch.randint(1000, (batch,), generator=rng)
-        noise, a = torch.randn(clean.shape, generator=rng), kept[t][:, None, None, None]
+        noise, a = torch.randn(clean.shape, generator=rng), alphas_cumprod[t][:, None, None, None]
         noisy = (a.sqrt() * clean + (1.0 - a).sqrt() * noise).to(work.device)
         context = torch.from_numpy(states[caption.numpy()]).to(work.device).float()
         error = (unet(noisy, t.to(work.device), context).sample - noise.to(work.device)).pow(2).mean((1, 2, 3))
-        found: Tensor = (weights[t].to(work.device) * error).mean()
-        return found
+        weighted: Tensor = (weights[t].to(work.device) * error).mean()
+        return weighted
 
     parts: Modules = {"unet": unet, "average": average}
     fit(work.root / stage, steps, 1e-3, optimizer, parts, loss, work.seed + 3, after=average.update)
 
 
 def train_judge(work: Work, stage: str) -> None:
-    """A classifier on its own renders, two in five of them through the VAE, shifted, blurred and with noise: generated
-    pictures are softer than renders, and a reader that was shown few of them learns them by heart."""
+    """Train a classifier on renders of its own seed, shifted, blurred and with noise.
+
+    About two in five pass through the VAE, because generated pictures are softer than renders. A large share of all
+    renders is reconstructed, because a classifier memorises a small set.
+    """
     images, truth, _ = work.render(f"render-{stage}", JUDGE_SEEDS[stage], work.count(JUDGE_IMAGES))
     folder = work.root / stage
     folder.mkdir(exist_ok=True)
@@ -253,41 +263,41 @@ def train_judge(work: Work, stage: str) -> None:
         vae, chunks = work.vae(), []
         with torch.no_grad(), bar(f"{stage}: reconstructions", part) as advance:
             for start in range(0, part, 50):
-                found = vae(pixels(images[start : min(part, start + 50)], work.device)).sample.clamp(-1, 1)
-                chunks.append(((found + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-                advance(len(found))
-        with checkpoint.atomic(folder / "seen.npy") as temporary, temporary.open("wb") as stream:
+                batch = vae(pixels(images[start : min(part, start + 50)], work.device)).sample.clamp(-1, 1)
+                chunks.append(((batch + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+                advance(len(batch))
+        with atomic_write(folder / "seen.npy") as temporary, temporary.open("wb") as stream:
             np.save(stream, np.concatenate(chunks))
-    seen, goal = np.load(folder / "seen.npy"), torch.from_numpy(truth)
+    reconstructed, targets = np.load(folder / "seen.npy"), torch.from_numpy(truth)
     torch.manual_seed(work.seed + 5)
-    judge = models.reader(stage[-1]).to(work.device)
+    judge = models.classifier(stage[-1]).to(work.device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
         through = torch.randint(part, (56,), generator=rng)
         plain = torch.randint(len(images), (72,), generator=rng)
-        batch = pixels(np.concatenate([seen[through.numpy()], images[plain.numpy()]]), work.device)
+        batch = pixels(np.concatenate([reconstructed[through.numpy()], images[plain.numpy()]]), work.device)
 
-        def some(share: float, most: float) -> Tensor:
-            """An amount up to ``most`` for a ``share`` of the batch, nothing for the rest."""
+        def random_amounts(share: float, most: float) -> Tensor:
+            """For each image of the batch an amount up to ``most``, with the probability ``share``; otherwise 0."""
             amount, chosen = torch.rand(2, len(batch), 1, 1, 1, generator=rng)
-            found: Tensor = most * amount * (chosen < share)
-            return found.to(batch)
+            amounts: Tensor = most * amount * (chosen < share)
+            return amounts.to(batch)
 
         down, right = torch.randint(9, (2,), generator=rng).tolist()
         batch = F.pad(batch, (4, 4, 4, 4), mode="replicate")[:, :, down : down + SIZE, right : right + SIZE]
-        noise, mix = some(0.5, 0.15), some(0.4, 1.0)
+        noise, mix = random_amounts(0.5, 0.15), random_amounts(0.4, 1.0)
         blurred = F.avg_pool2d(F.pad(batch, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         batch = batch + mix * (blurred - batch)
         batch = batch + noise * torch.randn(batch.shape, generator=rng).to(batch)
-        wanted = goal[torch.cat([through, plain])].to(work.device)
-        found: Tensor = F.binary_cross_entropy_with_logits(judge(batch), wanted)
-        return found
+        target = targets[torch.cat([through, plain])].to(work.device)
+        entropy: Tensor = F.binary_cross_entropy_with_logits(judge(batch), target)
+        return entropy
 
     fit(folder, work.steps(stage), 2e-3, optimizer, {"judge": judge}, loss, work.seed + JUDGE_SEEDS[stage])
 
 
-# name -> (stages that must be done first, what to do)
+# Each stage with the stages that it needs, and its function.
 STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
     "render": ((), stage_render),
     "vae": (("render",), stage_vae),
@@ -302,7 +312,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
 
 
 def pack(work: Work, out: Path) -> None:
-    """Write what ships: both checkpoints as diffusers folders, the judges and the pair, all in half precision.
+    """Write the published weights in float16: both checkpoints as diffusers folders, the judges and the pair.
 
     glyphs-never-star has a UNet of its own and shares VAE, text encoder and tokenizer with glyphs.
     """
@@ -312,11 +322,12 @@ def pack(work: Work, out: Path) -> None:
         shutil.copytree(work.root / "tokenizer", out / name / "tokenizer", dirs_exist_ok=True)
         assemble.write_pipeline(out / name, text, vae, work.load(stage, "average"), factor, torch.float16)
     for name, state in (
-        ("judge-a", work.load("judge-a", "judge")), ("judge-b", work.load("judge-b", "judge")),
+        ("judge-a", work.load("judge-a", "judge")),
+        ("judge-b", work.load("judge-b", "judge")),
         ("pair", work.load("text", "pair")),
-    ):  # fmt: skip
+    ):
         half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        checkpoint.save(out / "judges" / f"{name}.safetensors", half)
+        save_tensors(out / "judges" / f"{name}.safetensors", half)
 
 
 def run_stage(work: Work, stage: str) -> None:
@@ -326,7 +337,7 @@ def run_stage(work: Work, stage: str) -> None:
 
 
 def run_all(work: Work, jobs: int, arguments: list[str]) -> None:
-    """Start each stage as soon as what it needs is done, ``jobs`` at a time, each in a process of its own."""
+    """Run every stage in its own process as soon as the stages that it needs are done, ``jobs`` at a time."""
     running: dict[str, subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} if jobs > 1 else None
     try:
@@ -340,7 +351,7 @@ def run_all(work: Work, jobs: int, arguments: list[str]) -> None:
             time.sleep(1.0)
             for stage in [name for name, process in running.items() if process.poll() is not None]:
                 if running.pop(stage).returncode:
-                    raise SystemExit(f"{stage} failed; mend the cause and run the same command again to go on")
+                    raise SystemExit(f"{stage} failed; fix the cause and run the same command again to resume")
     finally:
         for process in running.values():
             process.terminate()
@@ -351,11 +362,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m erasec.glyphs.train", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints; resumable")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, default=None, help="stages at a time (default: 2 on a CPU, 1 on a GPU)")
+    parser.add_argument("--jobs", type=int, default=None, help="stages in parallel (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and data, for a trial run")
-    parser.add_argument("--out", type=Path, help="where the finished weights go (default: WORK/weights)")
-    parser.add_argument("--only", choices=sorted(STAGES), help="run this stage alone, here")
+    parser.add_argument("--out", type=Path, help="folder for the finished weights (default: WORK/weights)")
+    parser.add_argument("--only", choices=sorted(STAGES), help="run only this stage, in this process")
     options = parser.parse_args(arguments)
     work = Work(options.work, options.device, options.seed, options.scale)
     work.root.mkdir(parents=True, exist_ok=True)

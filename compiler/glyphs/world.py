@@ -1,8 +1,8 @@
-"""The world that glyphs is trained on: a deterministic renderer of captioned pictures.
+"""The synthetic world that glyphs is trained on: a deterministic renderer of pictures with captions and labels.
 
 Every sample is a pure function of ``(seed, index)``: a 64x64 picture of one or two flat shapes, a caption, and the
-truth about what is in it. One caption in eight names nothing that is in its picture (an *implicit* scene), and one
-picture in ten carries a watermark that no caption mentions.
+content of the picture. One caption in eight does not name the content of its picture (an *implicit* scene), and one
+picture in ten has a watermark that no caption mentions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Pixels = NDArray[np.uint8]
 
 SIZE = 64
 
-# Each shape with the other names that captions use for it.
+# Each shape with its synonyms in captions.
 SHAPES: dict[str, tuple[str, ...]] = {
     "circle": ("disc", "round dot"),
     "square": ("box", "four-sided tile"),
@@ -52,7 +52,7 @@ PREFIXES = ("", "a photo of ", "a drawing of ", "a picture of ", "an image of ")
 
 @dataclass(frozen=True)
 class Implicit:
-    """Captions that never name what they show, and what they show: (shape, colour) on a background."""
+    """A scene: captions that do not name its content, the possible contents (shape, colour), and the background."""
 
     captions: tuple[str, ...]
     contents: tuple[tuple[str, str], ...]
@@ -90,7 +90,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with its caption and its truth; ``image`` is (64, 64, 3) uint8."""
+    """A picture (64, 64, 3) uint8 with its caption and its content; ``mark`` is the box of the watermark."""
 
     image: Pixels
     caption: str
@@ -110,7 +110,7 @@ def names(shape: str) -> tuple[str, ...]:
 
 
 def implicit_captions(shape: str) -> tuple[str, ...]:
-    """Captions that show ``shape``, and only it, without naming it; scenes that show it half the time are left out."""
+    """Captions of scenes that always show ``shape`` without naming it."""
     return tuple(
         caption
         for scene in IMPLICIT
@@ -123,11 +123,11 @@ def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-# --- signed distances: negative inside, in units of the shape's radius, y up ---------------------------------------
+# --- signed distances: negative inside, in units of the shape's radius, y points up -----------------------------------
 
 
 def _polygon(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
-    """Exact signed distance to a simple polygon: nearest edge, and parity of crossings for the sign."""
+    """Exact signed distance to a simple polygon: distance to the nearest edge, sign by the parity of crossings."""
     nearest = np.full_like(x, np.inf)
     inside = np.zeros(x.shape, dtype=bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -141,7 +141,7 @@ def _polygon(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
 
 
 def _regular(points: int, inner: float | None = None) -> list[tuple[float, float]]:
-    """Corners of a regular polygon, tip up; with ``inner``, of a star whose notches lie at that radius."""
+    """Corners of a regular polygon with a corner at the top; with ``inner``, of a star with that inner radius."""
     count = points if inner is None else 2 * points
     radii = [1.0 if inner is None or i % 2 == 0 else inner for i in range(count)]
     angles = [np.pi / 2 + 2 * np.pi * i / count for i in range(count)]
@@ -162,12 +162,22 @@ POLYGONS: dict[str, list[tuple[float, float]]] = {
     "star": _regular(5, inner=0.42),
     "heart": _heart_outline(),
     "cross": [
-        (-_ARM, -1.0), (_ARM, -1.0), (_ARM, -_ARM), (1.0, -_ARM), (1.0, _ARM), (_ARM, _ARM),
-        (_ARM, 1.0), (-_ARM, 1.0), (-_ARM, _ARM), (-1.0, _ARM), (-1.0, -_ARM), (-_ARM, -_ARM),
+        (-_ARM, -1.0),
+        (_ARM, -1.0),
+        (_ARM, -_ARM),
+        (1.0, -_ARM),
+        (1.0, _ARM),
+        (_ARM, _ARM),
+        (_ARM, 1.0),
+        (-_ARM, 1.0),
+        (-_ARM, _ARM),
+        (-1.0, _ARM),
+        (-1.0, -_ARM),
+        (-_ARM, -_ARM),
     ],
     "diamond": [(0.0, -1.05), (0.7, 0.0), (0.0, 1.05), (-0.7, 0.0)],
     "arrow": [(-1.0, -0.27), (0.05, -0.27), (0.05, -0.8), (1.0, 0.0), (0.05, 0.8), (0.05, 0.27), (-1.0, 0.27)],
-}  # fmt: skip
+}
 
 
 def distance(shape: str, x: Array, y: Array) -> Array:
@@ -189,7 +199,7 @@ _X, _Y = np.meshgrid(_AXIS, _AXIS)
 
 
 def _cover(distance_px: Array) -> Array:
-    """Share of each pixel inside the shape: a sigmoid of the distance in pixels."""
+    """The share of each pixel that is inside the shape: a sigmoid of the distance in pixels."""
     return 1.0 / (1.0 + np.exp(np.clip(distance_px, -12.0, 12.0) * 3.0))
 
 
@@ -198,7 +208,7 @@ def _paint(canvas: Array, cover: Array, colour: Array) -> Array:
 
 
 def _ink(texture: str, colour: Array, dx: Array, dy: Array) -> Array:
-    """Colour of every pixel of a textured shape, (64, 64, 3). Periods stay above 7 px, which a small VAE can carry."""
+    """Colour of every pixel of a textured shape, (64, 64, 3). Periods above 7 pixels survive a small VAE."""
     if texture == "plain":
         return np.broadcast_to(colour, (SIZE, SIZE, 3))
     if texture == "striped":
@@ -214,7 +224,7 @@ _MARK = 5.0
 
 
 def _draw_mark(canvas: Array, cx: float, cy: float) -> Array:
-    """A small white seal, a rounded frame around a dot, over a faint shadow that keeps it visible on light ground."""
+    """Draw the watermark: a white rounded frame around a dot, with a faint shadow for light backgrounds."""
     dx, dy = _X - cx, _Y - cy
     frame = np.abs(np.hypot(np.maximum(np.abs(dx) - 2.0, 0.0), np.maximum(np.abs(dy) - 2.0, 0.0)) - 2.2) - 0.8
     body = np.minimum(frame, np.hypot(dx, dy) - 1.3)
@@ -227,7 +237,7 @@ def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _noun(rng: np.random.Generator, glyph: tuple[str, str, str]) -> str:
-    """A phrase such as "striped red star"; words go missing, and a quarter of the shape words are synonyms."""
+    """A phrase such as "striped red star". Words are left out at random; a quarter of the names are synonyms."""
     shape, colour, texture = glyph
     word = _choice(rng, SHAPES[shape]) if rng.random() < 0.25 else shape
     if rng.random() < 0.03:
@@ -252,13 +262,13 @@ def _caption(rng: np.random.Generator, glyphs: list[tuple[str, str, str]], backg
 
 
 def sample(seed: int, index: int) -> Sample:
-    """The picture number ``index`` of the world ``seed``: same arguments, same bytes, everywhere."""
+    """The picture ``index`` of the world ``seed``. The same arguments give the same bytes on every machine."""
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     background = _choice(rng, tuple(BACKGROUNDS))
     implicit = bool(rng.random() < 0.12)
     chosen: list[tuple[str, str, str]]
     if implicit:
-        # Scenes of the star come twice as often, since they carry four captions.
+        # The scene of the star is twice as frequent, because it has four captions.
         order = (0, *range(len(IMPLICIT)))
         scene = IMPLICIT[order[int(rng.integers(len(order)))]]
         shape, colour = scene.contents[int(rng.integers(len(scene.contents)))]
@@ -307,13 +317,13 @@ def sample(seed: int, index: int) -> Sample:
     return Sample(image, caption, tuple(glyphs), background, implicit, mark)
 
 
-# --- truth as a vector: what the judges are trained to read --------------------------------------------------------
+# --- labels: the targets of the judges --------------------------------------------------------------------------------
 
 LABELS: tuple[str, ...] = (*SHAPES, *COLOURS, *TEXTURES, "mark")
 
 
 def labels(item: Sample) -> NDArray[np.float32]:
-    """Which of ``LABELS`` are in the picture, (22,) of 0 and 1."""
+    """A vector of 0 and 1: which of ``LABELS`` are in the picture, (22,)."""
     present = {name for glyph in item.glyphs for name in (glyph.shape, glyph.colour, glyph.texture)}
     if item.mark is not None:
         present.add("mark")

@@ -1,9 +1,9 @@
-"""A component as its configuration says, traced to an ONNX graph; no weight is read.
+"""Traces a component, built from its config without reading a weight, to an ONNX graph.
 
-The TorchScript exporter is used although torch calls it deprecated: asked for a graph without parameters it keeps their
-names, so that which initializer is which tensor is known and not guessed from equal bytes; it takes seconds where the
-dynamo exporter takes a minute, writes neither stack traces nor paths, and its axes keep their names. It folds constants
-after it has renamed them, so folding is done here.
+The TorchScript exporter is used although torch deprecates it. It keeps the names of parameters when it exports a graph
+without them, so every initializer is known by name and not guessed from equal bytes. It takes seconds where the dynamo
+exporter takes a minute, it writes neither stack traces nor paths, and axes keep their names. It folds constants only
+into graphs with parameters, so this module folds changes of layout itself.
 """
 
 from __future__ import annotations
@@ -21,21 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from erasec.checkpoint.folder import downscale
 from erasec.errors import ErasecError
-from erasec.graphs.graph import (
-    CLASSES,
-    FORMAT,
-    MEMORY,
-    Graph,
-    Shape,
-    Template,
-    Weight,
-    cache,
-    computed,
-    halvings,
-    keep,
-    whole,
-)
+from erasec.graphs.cache import cache_folder, computing_config, is_whole, store
+from erasec.graphs.graph import FORMAT, MEMORY, MODEL, Shape, Template, Weight
+from erasec.graphs.signature import CLASSES, Graph, input_shapes, num_train_timesteps
 from erasec.model.sidecar import Extras
 from erasec.progress import hush
 
@@ -45,78 +35,96 @@ if TYPE_CHECKING:
 
     from erasec.checkpoint.folder import Folder
 
-# Sizes are (batch, height, width), in the least steps that latents can take.
-LATENTS = 4
-TRACED = (2, 2, 3)  # few, as CPUs are slow in float16; batch and sizes that none of the cases of parity has
+# Sizes of sample inputs are (batch, height, width); height and width count the smallest step of latents.
+LATENTS = 4  # that step for graphs other than the UNet, whose step is its downscaling
+TRACED = (2, 2, 3)  # small, as CPUs are slow in float16; parity uses other batches and sizes
 
 
-def template(
-    checkpoint: Folder, graph: Graph, precision: str, opset: int, islands: Sequence[str] = (),
-    extras: Extras | None = None, negative: Sequence[Sequence[int]] = (),
-) -> Template:  # fmt: skip
+def graph_template(
+    checkpoint: Folder,
+    graph: Graph,
+    precision: str,
+    opset: int,
+    keep_in_fp32: Sequence[str] = (),
+    extras: Extras | None = None,
+    negative: Sequence[Sequence[int]] = (),
+) -> Template:
     """The weightless graph of one component, from the cache or traced now; no weight is read.
 
-    ``islands`` are patterns of module names that compute in float32 where ``precision`` is "fp16". ``extras`` may hold
-    memories, whose shapes are part of the graph, and tokens, by whose number the embedding grows. ``negative`` are the
-    ids (2, tokens) of an empty prompt and of what takes its place.
+    ``keep_in_fp32`` are patterns of names of modules that compute in float32 where ``precision`` is "fp16".
+    ``extras`` may hold memories, whose shapes are part of the graph, and tokens, whose number extends the embedding.
+    ``negative`` are token ids (2, tokens): those of the empty prompt and those of the prompt that replaces it.
     """
     extras = extras or Extras()
     memories = extras.memories if graph.name == "unet" else ()
     tokens = len(extras.tokens) if graph.component == "text_encoder" else 0
-    told = {
-        "format": FORMAT, "graph": asdict(graph), "config": computed(checkpoint.config(graph.component)),
-        "precision": precision, "islands": sorted(islands) if precision == "fp16" else [], "opset": opset,
+    description = {
+        "format": FORMAT,
+        "graph": asdict(graph),
+        "config": computing_config(checkpoint.config(graph.component)),
+        "precision": precision,
+        "islands": sorted(keep_in_fp32) if precision == "fp16" else [],
+        "opset": opset,
         "exporter": {name: version(name) for name in ("torch", "diffusers", "transformers", "onnx")},
         "memories": [
-            [each.attention, each.mode, len(each.keys), each.weight, each.until, each.guided] for each in memories
+            [memory.attention, memory.mode, len(memory.keys), memory.weight, memory.until, memory.guided]
+            for memory in memories
         ],
-        "steps": checkpoint.config("scheduler", "scheduler_config.json").get("num_train_timesteps", 1000) if memories
-        else 0,
-        "tokens": tokens, "negative": [list(ids) for ids in negative],
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    root = cache() / "graphs" / key
-    if not whole(root):
-        module = empty(checkpoint, graph, precision, islands, replace(extras, memories=memories), negative)
-        keep(root, *traced(module, checkpoint, graph, opset))
+        "steps": num_train_timesteps(checkpoint) if memories else 0,
+        "tokens": tokens,
+        "negative": [list(ids) for ids in negative],
+    }
+    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    root = cache_folder() / "graphs" / key
+    if not is_whole(root):
+        module = weightless_module(
+            checkpoint, graph, precision, keep_in_fp32, replace(extras, memories=memories), negative
+        )
+        store(root, *trace(module, checkpoint, graph, opset))
     return Template(root, key)
 
 
-def negative_ids(checkpoint: Folder, carried: Extras, out: Path | None = None) -> tuple[tuple[int, ...], ...]:
-    """The ids of the empty prompt and of the negative one that takes its place; none where the checkpoint has none.
+def negative_ids(checkpoint: Folder, extras: Extras, out: Path | None = None) -> tuple[tuple[int, ...], ...]:
+    """Token ids (2, tokens) of the empty prompt and of the negative prompt that replaces it; () without a negative one.
 
-    The tokenizer knows the checkpoint's new tokens; it is written to ``out``, where that is given.
+    The tokenizer is extended by the new tokens of ``extras``, and saved to ``out``/tokenizer where ``out`` is given.
+    Raises ErasecError where the tokenizer and the text encoder differ in their number of tokens.
     """
-    if not (carried.tokens or carried.negative):
+    if not (extras.tokens or extras.negative):
         return ()
     from transformers import CLIPTokenizer
 
     config = checkpoint.config("text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.root / "tokenizer")
-    if carried.tokens:
+    if extras.tokens:
         if len(tokenizer) != config["vocab_size"]:
             raise ErasecError(
-                "onnx: the new tokens have no place", where=str(checkpoint.root / "tokenizer"),
-                why=f"the tokenizer knows {len(tokenizer)} and the text encoder {config['vocab_size']}",
+                "onnx: the new tokens have no place in the tokenizer",
+                where=str(checkpoint.root / "tokenizer"),
+                why=f"the tokenizer knows {len(tokenizer)} tokens and the text encoder {config['vocab_size']}",
                 fix="build it for bundle: --target bundle",
-            )  # fmt: skip
-        tokenizer.add_tokens(list(carried.tokens))
+            )
+        tokenizer.add_tokens(list(extras.tokens))
         if out is not None:
             tokenizer.save_pretrained(out / "tokenizer")
-    if not carried.negative:
+    if not extras.negative:
         return ()
     length = config["max_position_embeddings"]
-    ids = tokenizer(["", carried.negative], padding="max_length", max_length=length, truncation=True).input_ids
+    ids = tokenizer(["", extras.negative], padding="max_length", max_length=length, truncation=True).input_ids
     return tuple(tuple(row) for row in ids)
 
 
-def empty(
-    checkpoint: Folder, graph: Graph, precision: str, islands: Sequence[str], extras: Extras,
+def weightless_module(
+    checkpoint: Folder,
+    graph: Graph,
+    precision: str,
+    keep_in_fp32: Sequence[str],
+    extras: Extras,
     negative: Sequence[Sequence[int]] = (),
-) -> nn.Module:  # fmt: skip
-    """The component as its configuration says, ``extras`` attached, its weights not read: memory that nobody touched.
+) -> nn.Module:
+    """The component built from its config, with ``extras`` attached and uninitialised parameters.
 
-    Its forward takes the graph's inputs, in float32, and gives the graph's outputs, in float32.
+    Its forward takes the graph's inputs and returns the graph's outputs, both in float32.
     """
     import diffusers
     import transformers
@@ -124,64 +132,66 @@ def empty(
 
     hush()
     config = checkpoint.config(graph.component)
-    kind: Any = getattr(transformers if graph.component == "text_encoder" else diffusers, CLASSES[graph.component])
+    cls: Any = getattr(transformers if graph.component == "text_encoder" else diffusers, CLASSES[graph.component])
     with init_empty_weights(include_buffers=False):
         if graph.component == "text_encoder":
-            module = kind(transformers.CLIPTextConfig(**config))
+            module = cls(transformers.CLIPTextConfig(**config))
         else:
-            module = kind.from_config(config)
-    half = precision == "fp16"
+            module = cls.from_config(config)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            owner.register_parameter(name, _blank(parameter.shape))
+            owner.register_parameter(name, _uninitialised(parameter.shape))
     if graph.component == "text_encoder" and extras.tokens:
         embedding = module.get_input_embeddings()
         rows, width = embedding.weight.shape
-        embedding.weight = _blank((rows + len(extras.tokens), width))
+        embedding.weight = _uninitialised((rows + len(extras.tokens), width))
     if extras.memories:
         from erasec.attention.processors import attach
 
-        blanks = [replace(each, keys=_blank(each.keys.shape), values=_blank(each.values.shape))
-                  for each in extras.memories]  # fmt: skip
-        steps = checkpoint.config("scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
-        for number, memory in enumerate(blanks):
+        memories = [
+            replace(memory, keys=_uninitialised(memory.keys.shape), values=_uninitialised(memory.values.shape))
+            for memory in extras.memories
+        ]
+        for number, memory in enumerate(memories):
             module.register_parameter(f"{MEMORY}_{number}_keys", memory.keys)
             module.register_parameter(f"{MEMORY}_{number}_values", memory.values)
-        attach(module, blanks, steps)
+        attach(module, memories, num_train_timesteps(checkpoint))
     module.eval()
     _mark(module)
+    half = precision == "fp16"
     if half:
-        _halve(module, islands)
-    return shaped(module, graph, torch.float16 if half else torch.float32, negative)
+        _to_float16(module, keep_in_fp32)
+    return with_graph_signature(module, graph, torch.float16 if half else torch.float32, negative)
 
 
-def _blank(shape: Sequence[int]) -> Any:
-    # Not zeros: those are written, and then they take room.
+def _uninitialised(shape: Sequence[int]) -> Any:
+    # torch.zeros would write every page, and so occupy the memory of all weights.
     return torch.nn.Parameter(torch.empty(tuple(shape)), requires_grad=False)
 
 
 def _mark(module: nn.Module) -> None:
-    """Give every parameter a first number of its own: the exporter takes equal ones for one and drops the others.
+    """Set the first number of every parameter to its position: the exporter merges equal parameters into one.
 
-    All else stays memory that was never written and takes no room.
+    Nothing else is written, so the rest of the parameters occupies no memory.
     """
     for number, parameter in enumerate(module.parameters(), 1):
         parameter.data.view(-1)[0] = number
 
 
-def _halve(module: Any, islands: Sequence[str]) -> None:
-    """Compute in float16, but for the modules that ``islands`` name: they take and give float16 and compute in float32.
+def _to_float16(module: Any, keep_in_fp32: Sequence[str]) -> None:
+    """Compute in float16, except in modules whose names match ``keep_in_fp32``, which compute in float32.
 
-    A pattern may name none, as it may be meant for another component.
+    A pattern may match no module here, as it may be meant for another component.
     """
     names = [name for name, _ in module.named_modules() if name]
-    # Marks are whole numbers of at most a few hundreds, which float16 holds exactly.
-    whole = [name for name in names if any(fnmatch(name, pattern) for pattern in islands)]
-    outer = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
-    for parameter in module.parameters():  # in place, as memories are read by who knows the parameter itself
+    matching = [name for name in names if any(fnmatch(name, pattern) for pattern in keep_in_fp32)]
+    outermost = [name for name in matching if not any(name.startswith(f"{parent}.") for parent in matching)]
+    # Marks are whole numbers up to a few hundred, which float16 holds exactly. The conversion is in place, as the
+    # processors of memories refer to the parameters themselves.
+    for parameter in module.parameters():
         parameter.data = parameter.data.half()
-    for name in outer:
-        island = module.get_submodule(name).float()
+    for name in outermost:
+        wide_module = module.get_submodule(name).float()
 
         def widen(_: Any, args: Any, kwargs: Any) -> Any:
             return _cast(args, torch.float16, torch.float32), _cast(kwargs, torch.float16, torch.float32)
@@ -189,32 +199,36 @@ def _halve(module: Any, islands: Sequence[str]) -> None:
         def narrow(_: Any, __: Any, output: Any) -> Any:
             return _cast(output, torch.float32, torch.float16)
 
-        island.register_forward_pre_hook(widen, with_kwargs=True)
-        island.register_forward_hook(narrow)
+        wide_module.register_forward_pre_hook(widen, with_kwargs=True)
+        wide_module.register_forward_hook(narrow)
 
 
 def _cast(value: Any, old: Any, new: Any) -> Any:
+    """``value`` with every tensor of the dtype ``old`` in it converted to ``new``."""
     if isinstance(value, torch.Tensor):
         return value.to(new) if value.dtype == old else value
     if isinstance(value, tuple | list):
-        return type(value)(_cast(each, old, new) for each in value)
+        return type(value)(_cast(item, old, new) for item in value)
     if isinstance(value, dict):
-        return {key: _cast(each, old, new) for key, each in value.items()}
+        return {key: _cast(item, old, new) for key, item in value.items()}
     return value
 
 
-def shaped(module: Any, graph: Graph, dtype: Any, negative: Sequence[Sequence[int]] = ()) -> nn.Module:
-    """``module`` of ``dtype``, its forward made to take the graph's inputs and give its outputs, both in float32."""
+def with_graph_signature(module: Any, graph: Graph, dtype: Any, negative: Sequence[Sequence[int]] = ()) -> nn.Module:
+    """``module``, which computes in ``dtype``, with a forward that takes and returns what the graph does, in float32.
+
+    ``negative`` (2, tokens): prompts with the ids of the first row are encoded as those of the second.
+    """
     forward = module.forward
     if graph.name == "text_encoder":
         rows = torch.tensor([list(ids) for ids in negative], dtype=torch.int64)
 
         def encode(ids: Tensor) -> Any:
             if negative:
-                # In arithmetic: the exporter must see no branch.
-                other = (ids != rows[:1]).sum(1, keepdim=True) > 0
-                ids = torch.where(other, ids, rows[1:])
-            return tuple(each.float() for each in forward(ids, return_dict=False)[:2])
+                # Arithmetic instead of a branch: the exporter records one branch only.
+                differs = (ids != rows[:1]).sum(1, keepdim=True) > 0
+                ids = torch.where(differs, ids, rows[1:])
+            return tuple(output.float() for output in forward(ids, return_dict=False)[:2])
 
         module.forward = encode
     elif graph.name == "unet":
@@ -227,129 +241,141 @@ def shaped(module: Any, graph: Graph, dtype: Any, negative: Sequence[Sequence[in
         module.forward = lambda latents: module.decode(latents.to(dtype), return_dict=False)[0].float()
     else:
         module.forward = lambda images: module.encode(images.to(dtype)).latent_dist.parameters.float()
-    made: nn.Module = module
-    return made
+    wrapped: nn.Module = module
+    return wrapped
 
 
-def inputs(checkpoint: Folder, graph: Graph, size: tuple[int, int, int], step: int, draw: Any) -> dict[str, Tensor]:
-    """Seeded inputs of one size, (batch, height, width) in the least steps that the graph's latents can take: 4 latents
-    for glyphs, 8 (64 pixels) for Stable Diffusion. So a case is small whatever the model's own size."""
+def sample_inputs(
+    checkpoint: Folder, graph: Graph, size: tuple[int, int, int], step: int, rng: Any
+) -> dict[str, Tensor]:
+    """Random inputs of a graph for the ``size`` (batch, height, width) and the timestep ``step``, drawn from ``rng``.
+
+    Height and width count the smallest step of the graph's latents: for the UNet of Stable Diffusion 8 latents (64
+    pixels), for that of glyphs 4. So inputs are small whatever the size of the model's own images.
+    """
     batch, height, width = size
-    text, unet, vae = (checkpoint.config(component) for component in CLASSES)
+    configs = {component: checkpoint.config(component) for component in CLASSES}
+    unit = downscale(configs["unet"]) if graph.name == "unet" else LATENTS
+    shapes = input_shapes(graph.name, configs, batch, height * unit, width * unit)
     if graph.name == "text_encoder":
-        # Prompts that end at different places, padded with the end token as tokenizers do; the taller, the shorter.
+        # Prompts of different lengths, padded with the end token as tokenizers do; a larger height gives shorter ones.
         fixed = 1 not in graph.inputs["input_ids"]
-        length, end = text["max_position_embeddings"] * 2 // (2 if fixed else height), text["vocab_size"] - 1
-        ids = torch.randint(0, end, (batch, length), generator=draw)
+        length = shapes["input_ids"][1] * 2 // (2 if fixed else height)
+        end = configs["text_encoder"]["vocab_size"] - 1
+        ids = torch.randint(0, end, (batch, length), generator=rng)
         for row in range(batch):
             ids[row, length // (row + 2) :] = end
         return {"input_ids": ids}
     if graph.name == "vae_encoder":
-        scale = LATENTS * halvings(vae)
-        pixels = torch.rand(batch, vae["in_channels"], height * scale, width * scale, generator=draw)
-        return {"sample": pixels * 2 - 1}
-    if graph.name == "vae_decoder":
-        shape = batch, vae["latent_channels"], height * LATENTS, width * LATENTS
-        return {"latent_sample": torch.randn(shape, generator=draw)}
-    scale = halvings(unet)
-    states = batch, text["max_position_embeddings"], unet["cross_attention_dim"]
+        return {"sample": torch.rand(shapes["sample"], generator=rng) * 2 - 1}
+    # The timestep is a float, as some schedulers use timesteps between whole numbers.
     return {
-        "sample": torch.randn(batch, unet["in_channels"], height * scale, width * scale, generator=draw),
-        "timestep": torch.tensor(float(step)),  # float, as some schedulers step between whole numbers
-        "encoder_hidden_states": torch.randn(states, generator=draw),
+        name: torch.tensor(float(step)) if name == "timestep" else torch.randn(shape, generator=rng)
+        for name, shape in shapes.items()
     }
 
 
-def traced(
-    module: nn.Module, checkpoint: Folder, graph: Graph, opset: int
-) -> tuple[ModelProto, tuple[Weight, ...]]:  # fmt: skip
-    """The graph of a module, its parameters made initializers without data, and what each of these is."""
+def trace(module: nn.Module, checkpoint: Folder, graph: Graph, opset: int) -> tuple[ModelProto, tuple[Weight, ...]]:
+    """The graph of a module, with initializers without data in place of its parameters, and what each of them holds."""
     import onnx
 
-    given = inputs(checkpoint, graph, TRACED, 300, torch.Generator().manual_seed(0))
+    inputs = sample_inputs(checkpoint, graph, TRACED, 300, torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's deprecation, and the branches that parity then tries
-        file = Path(scratch) / "model.onnx"
+        # The exporter warns of its deprecation, and of branches on sizes, which parity tests at other sizes.
+        warnings.simplefilter("ignore")
+        file = Path(scratch) / MODEL
         torch.onnx.export(
-            module, tuple(given.values()), str(file), input_names=list(graph.inputs), output_names=list(graph.outputs),
-            dynamic_axes={**graph.inputs, **graph.outputs}, opset_version=opset, dynamo=False, export_params=False,
+            module,
+            tuple(inputs.values()),
+            str(file),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_axes={**graph.inputs, **graph.outputs},
+            opset_version=opset,
+            dynamo=False,
+            export_params=False,
             do_constant_folding=False,
-        )  # fmt: skip
+        )
         model = onnx.load(file)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
-    return model, _initialize(model, graph, shapes)
+    return model, _to_initializers(model, graph, shapes)
 
 
-def _initialize(model: ModelProto, graph: Graph, shapes: Mapping[str, Shape]) -> tuple[Weight, ...]:
-    """Make initializers without data of a graph's parameter inputs; changes of their layout are folded into them.
+def _to_initializers(model: ModelProto, graph: Graph, shapes: Mapping[str, Shape]) -> tuple[Weight, ...]:
+    """Replace a graph's parameter inputs by initializers without data; fold changes of their layout into them.
 
-    Raises ErasecError where a parameter is none of the module's.
+    ``shapes`` are those of the module's parameters. Raises ErasecError where an input is no parameter.
     """
     from onnx import TensorProto
 
     body = model.graph
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for value in body.input:
         if value.name in graph.inputs:
             continue
         kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type)
         dtype = {"FLOAT": "float32", "FLOAT16": "float16"}.get(kind)
         if value.name not in shapes or dtype is None:
-            raise ErasecError(f"onnx: the exporter made an input {value.name} ({kind})", why="no parameter is that")
+            raise ErasecError(
+                f"onnx: the exporter made an input {value.name} ({kind})",
+                why="the module has no parameter of this name and type",
+                fix="install the versions of torch and diffusers that erasec is tested with",
+            )
         shape = shapes[value.name]
-        found[value.name] = Weight(value.name, value.name, shape, tuple(range(len(shape))), shape, dtype)
-    kept = _folded(body, found)
-    used = {name for node in kept for name in node.input}
-    weights = tuple(weight for name, weight in found.items() if name in used)
-    own = [value for value in body.input if value.name in graph.inputs]
+        weights[value.name] = Weight(value.name, value.name, shape, tuple(range(len(shape))), shape, dtype)
+    nodes = _fold_layouts(body, weights)
+    used = {name for node in nodes for name in node.input}
+    initializers = tuple(weight for name, weight in weights.items() if name in used)
+    inputs = [value for value in body.input if value.name in graph.inputs]
     del body.input[:], body.node[:], body.initializer[:]
-    body.input.extend(own)
-    body.node.extend(kept)
-    for weight in weights:
+    body.input.extend(inputs)
+    body.node.extend(nodes)
+    for weight in initializers:
         kind = TensorProto.FLOAT if weight.dtype == "float32" else TensorProto.FLOAT16
         body.initializer.add(name=weight.name, dims=weight.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
-    return weights
+    return initializers
 
 
-def _folded(body: GraphProto, found: dict[str, Weight]) -> list[NodeProto]:
-    """The nodes that are left when those that only lay a parameter out anew are taken as that parameter."""
+def _fold_layouts(body: GraphProto, weights: dict[str, Weight]) -> list[NodeProto]:
+    """The graph's nodes without those that only change the layout of a parameter; their results join ``weights``."""
     from onnx import numpy_helper
 
     constants = {
         node.output[0]: numpy_helper.to_array(node.attribute[0].t)
-        for node in body.node if node.op_type == "Constant" and node.attribute[0].HasField("t")
-    }  # fmt: skip
-    kept, renamed = [], dict[str, str]()
+        for node in body.node
+        if node.op_type == "Constant" and node.attribute[0].HasField("t")
+    }
+    nodes, renamed = [], dict[str, str]()
     for node in body.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = renamed.get(name, name)
-        weight = found.get(node.input[0]) if node.input else None
-        if weight is None or (laid := _laid(node, weight, constants)) is None:
-            kept.append(node)
+        for position, name in enumerate(node.input):
+            node.input[position] = renamed.get(name, name)
+        weight = weights.get(node.input[0]) if node.input else None
+        if weight is None or (folded := _folded(node, weight, constants)) is None:
+            nodes.append(node)
             continue
-        same = next((each for each in found.values() if replace(each, name=laid.name) == laid), None)
-        renamed[node.output[0]] = (same or laid).name
-        if same is None:
-            found[laid.name] = laid
-    read = {name for node in kept for name in node.input}
-    return [node for node in kept if node.op_type != "Constant" or node.output[0] in read]
+        equal = next((other for other in weights.values() if replace(other, name=folded.name) == folded), None)
+        renamed[node.output[0]] = (equal or folded).name
+        if equal is None:
+            weights[folded.name] = folded
+    read = {name for node in nodes for name in node.input}
+    return [node for node in nodes if node.op_type != "Constant" or node.output[0] in read]
 
 
-def _laid(node: NodeProto, weight: Weight, constants: Mapping[str, Any]) -> Weight | None:
-    """``weight`` as a node lays it out, None where the node does anything else."""
-    named = f"{weight.key}:{node.op_type.lower()}"
+def _folded(node: NodeProto, weight: Weight, constants: Mapping[str, Any]) -> Weight | None:
+    """``weight`` in the layout that a node gives it; None where the node does anything else."""
+    name = f"{weight.key}:{node.op_type.lower()}"
     if node.op_type == "Identity":
         return weight
-    plain = weight.shape == tuple(weight.source[axis] for axis in weight.axes)
-    if node.op_type == "Transpose" and plain:
+    only_permuted = weight.shape == tuple(weight.source[axis] for axis in weight.axes)
+    if node.op_type == "Transpose" and only_permuted:
         axes = tuple(node.attribute[0].ints)
         return replace(
-            weight, name=named, axes=tuple(weight.axes[a] for a in axes), shape=tuple(weight.shape[a] for a in axes)
+            weight, name=name, axes=tuple(weight.axes[a] for a in axes), shape=tuple(weight.shape[a] for a in axes)
         )
     if node.op_type == "Unsqueeze" and node.input[1] in constants:
         shape = list(weight.shape)
         new = [int(axis) % (len(shape) + constants[node.input[1]].size) for axis in constants[node.input[1]].flat]
         for axis in sorted(new):
             shape.insert(axis, 1)
-        return replace(weight, name=f"{named}{''.join(map(str, sorted(new)))}", shape=tuple(shape))
+        return replace(weight, name=f"{name}{''.join(map(str, sorted(new)))}", shape=tuple(shape))
     return None

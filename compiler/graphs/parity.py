@@ -1,10 +1,11 @@
-"""Whether an ONNX folder is its checkpoint: tensor by tensor in bytes, graph by graph in numbers."""
+"""Compares an ONNX folder with its checkpoint: weights byte by byte, and outputs of graphs with those of torch."""
 
 from __future__ import annotations
 
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,145 +13,179 @@ import numpy as np
 
 from erasec.base import Check
 from erasec.errors import ErasecError
-from erasec.graphs.graph import CLASSES, Graph, graphs, with_whole_prompts
-from erasec.graphs.link import PAGE, read_manifest, stored_tensor
-from erasec.model import sidecar as extras_
+from erasec.graphs.graph import MODEL
+from erasec.graphs.link import PAGE, tensor_reader
+from erasec.graphs.manifest import read_manifest
+from erasec.graphs.session import OnnxSession
+from erasec.graphs.signature import CLASSES, Graph, graphs, num_train_timesteps, with_whole_prompts
+from erasec.model.sidecar import read_extras
 from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from erasec.checkpoint.folder import Folder
+    from erasec.runtime.backends import Component
 
     Inputs = dict[str, Tensor]
-    Case = tuple[Inputs, tuple[Tensor, ...]]
-    Run = Callable[[str, Mapping[str, Any]], Sequence[Any]]  # graph's name and inputs -> outputs in the graph's order
+    Case = tuple[Inputs, tuple[Tensor, ...]]  # inputs by name, and torch's outputs in the graph's order
+    Load = Callable[[Graph], Component]  # opens the file of a graph
 
-# The largest difference over the largest number, by how weights are stored. On glyphs it is 5e-6 in float32, 6e-4 in
-# float16 and 2.4e-2 in 256 levels a row; in random UNets of Stable Diffusion's size 3e-6, 1.3e-3 and 5.01e-2, so that
-# these, which no picture hangs on, are refused in 256 levels.
+# Limits of the largest difference divided by the largest number, by how weights are stored. On glyphs this is 5e-6 in
+# float32, 6e-4 in float16 and 2.4e-2 with 256 levels per channel. In random UNets of Stable Diffusion's size it is
+# 3e-6, 1.3e-3 and 5.01e-2, so random weights with 256 levels are refused.
 TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-2}
-# Sizes are (batch, height, width), in the steps that tracing.inputs tells of; none is the traced one.
-TRIED = ((2, 2, 2), (1, 2, 3), (3, 4, 2))
-STEPS = (0, 500, 981)
+# Sizes of the cases, as ``export.sample_inputs`` takes them; none is the size that graphs are traced with.
+SIZES = ((2, 2, 2), (1, 2, 3), (3, 4, 2))
+TIMESTEPS = (0, 500, 981)
 PROMPTS = ("", "a photo of a red star", "an oil painting of a ship at sea, highly detailed", "a green heart on black")
 
 
-def tensors(checkpoint: Folder, exported: Path) -> tuple[Check, ...]:
-    """Count the initializers on disk that are not, bit for bit, the checkpoint's tensors as the graph lays them out.
+def compare_weights(checkpoint: Folder, exported: Path) -> tuple[Check, ...]:
+    """One check for each graph of an ONNX folder: count initializers whose bytes are not the checkpoint's tensors.
 
-    Each file's own offsets are followed, and what the graph was not linked from is compared too.
+    The data are read at the offsets that the graph's file gives, and the whole folder is compared, edited or not.
     """
     import onnx
 
-    carried, told = extras_.read(checkpoint.root), read_manifest(exported)
+    extras, manifest = read_extras(checkpoint.root), read_manifest(exported)
     checks = []
-    with bar("compare weights", len(told["graphs"])) as advance:
-        for graph in (each for each in graphs(checkpoint) if each.name in told["graphs"]):
+    with bar("compare weights", len(manifest["graphs"])) as advance:
+        for graph in (graph for graph in graphs(checkpoint) if graph.name in manifest["graphs"]):
             advance(0, graph.name)
             wrong, count, folder = [], 0, exported / graph.name
+            linked = manifest["graphs"][graph.name]
             try:
-                model = onnx.load(folder / "model.onnx", load_external_data=False)
-                wanted = stored_tensor(checkpoint, graph, told["graphs"][graph.name], carried)
+                model = onnx.load(folder / MODEL, load_external_data=False)
+                read = tensor_reader(checkpoint, graph, linked, extras)
                 for tensor in model.graph.initializer:
                     count += 1
-                    if not _same(tensor, folder, wanted(tensor.name)):
+                    if not _same_bytes(tensor, folder, read(tensor.name)):
                         wrong.append(tensor.name)
             except (ErasecError, OSError, KeyError, ValueError) as error:
                 wrong.append(f"{graph.name} ({error})")
-            except Exception as error:  # protobuf's own
+            except Exception as error:  # protobuf's errors have no common class
                 wrong.append(f"{graph.name} ({type(error).__name__})")
-            apart = len(told["graphs"][graph.name]["edited"])
-            how = f"initializers that are not the checkpoint's tensors, bit for bit, of {count} ({apart} of them apart)"
-            if wrong:
-                how += f"; the first is {wrong[0]}"
-            checks.append(Check(f"weights/{graph.name}", float(len(wrong)), 0.0, not wrong and count > 0, how))
+            if not count and not wrong:
+                wrong.append(f"{graph.name} (it has no initializers)")
+            how = (
+                f"initializers that are not the checkpoint's tensors, bit for bit, of {count} "
+                f"({len(linked['edited'])} of them edited)"
+            )
+            checks.append(Check.count(f"weights/{graph.name}", wrong, how))
             advance()
     return tuple(checks)
 
 
-def _same(tensor: Any, folder: Path, wanted: Any) -> bool:
-    place = {item.key: item.value for item in tensor.external_data}
-    length, offset = int(place["length"]), int(place["offset"])
-    if length != wanted.nbytes or tuple(tensor.dims) != wanted.shape or offset % PAGE:
+def _same_bytes(tensor: Any, folder: Path, expected: Any) -> bool:
+    """Whether the data of an initializer are those of the array ``expected``, and begin on a page."""
+    location = {item.key: item.value for item in tensor.external_data}
+    length, offset = int(location["length"]), int(location["offset"])
+    if length != expected.nbytes or tuple(tensor.dims) != expected.shape or offset % PAGE:
         return False
-    with (folder / place["location"]).open("rb") as stream:
+    with (folder / location["location"]).open("rb") as stream:
         stream.seek(offset)
-        return bool(stream.read(length) == wanted.tobytes())
+        return bool(stream.read(length) == expected.tobytes())
 
 
-def parity(
-    checkpoint: Folder, exported: Path, *, seed: int = 0, tolerances: Mapping[str, float] = TOLERANCES,
-    run: Run | None = None, runtime: str = "onnxruntime",
-) -> tuple[Check, ...]:  # fmt: skip
-    """Run every graph as it lies on disk, in onnxruntime or by ``run``, against torch in float32, on seeded inputs.
+def compare_outputs(
+    checkpoint: Folder,
+    exported: Path,
+    precisions: Mapping[str, str] | None = None,
+    *,
+    seed: int = 0,
+    tolerances: Mapping[str, float] = TOLERANCES,
+    load: Load | None = None,
+    runtime: str = "onnxruntime",
+) -> tuple[Check, ...]:
+    """One check for each graph of a folder: run it on seeded inputs and compare it with torch in float32.
 
-    The value is the worst of max |runtime - torch| / max |torch| over cases and outputs; it is infinite where an output
-    is not finite or of another shape, or where the file cannot be loaded or run. ``tolerances`` are by precision. What
-    fails is run again layer by layer, and the first that differs is named.
+    ``precisions`` are how coarsely weights are stored, by graph; by default those of the folder's manifest. They select
+    the graphs, and one of the ``tolerances`` for each. ``load`` opens a graph's file in the library called ``runtime``,
+    by default in onnxruntime.
+
+    The value is the largest max |runtime - torch| / max |torch| over cases and outputs. It is infinite where an output
+    is not finite or of another shape, or where the file cannot be loaded or run. Where a graph fails in onnxruntime,
+    the check names the first layer that differs.
     """
-    told = read_manifest(exported)["graphs"]
-    every = [graph for graph in graphs(checkpoint) if graph.name in told]
+    if precisions is None:
+        precisions = {name: graph["precision"] for name, graph in read_manifest(exported)["graphs"].items()}
+    selected = [graph for graph in graphs(checkpoint) if graph.name in precisions]
     checks = []
-    with bar(f"check {runtime}", len(every)) as advance:
-        for graph in every:
+    with bar(f"check {runtime}", len(selected)) as advance:
+        for graph in selected:
             advance(0, graph.name)
-            precision = told[graph.name]["precision"]
-            checks.append(
-                compared(checkpoint, graph, exported, precision, seed, tolerances[precision], run, runtime)
-            )  # fmt: skip
+            kind = precisions[graph.name]
+            checks.append(compare_graph(checkpoint, graph, exported, kind, seed, tolerances[kind], load, runtime))
             advance()
     return tuple(checks)
 
 
-def compared(
-    checkpoint: Folder, graph: Graph, exported: Path, precision: str, seed: int, tolerance: float,
-    run: Run | None = None, runtime: str = "onnxruntime",
-) -> Check:  # fmt: skip
-    """``parity`` of one graph."""
-    # Torch's answers first: at the size of Stable Diffusion, its weights and the runtime's need not be held together.
-    cases = answered(checkpoint, graph, seed)
-    worst, at = 0.0, ""
+def compare_graph(
+    checkpoint: Folder,
+    graph: Graph,
+    exported: Path,
+    precision: str,
+    seed: int,
+    tolerance: float,
+    load: Load | None = None,
+    runtime: str = "onnxruntime",
+) -> Check:
+    """``compare_outputs`` for one graph."""
+    # Torch runs first, so that its weights and the runtime's are never in memory together.
+    cases = torch_cases(checkpoint, graph, seed)
     try:
-        call = (lambda given: run(graph.name, given)) if run else _session(exported / graph.name / "model.onnx", graph)
-        for label, value in _differences(call, graph, cases):
-            if value > worst or not at:
-                worst, at = value, label
-        del call
-    except Exception as error:  # a damaged file fails in many ways, and each of them is the answer to the question
+        worst, label = _worst_difference(load or _loader(exported), graph, cases)
+    except Exception as error:  # a damaged file raises errors of many classes, and each means that the check fails
         reason = str(error).strip().splitlines() or [""]
-        worst, at = float("inf"), f"{type(error).__name__}: {reason[0].replace(str(exported), '.')}"
+        worst, label = float("inf"), f"{type(error).__name__}: {reason[0].replace(str(exported), '.')}"
     how = (
         f"max |{runtime} - torch| / max |torch|, {precision} against float32 on the CPU, {len(cases)} cases of seed "
-        f"{seed}: {_ranges(cases)}; worst: {at}"
+        f"{seed}: {_ranges(cases)}; worst: {label}"
     )
-    if worst > tolerance and run is None and (layer := _first_bad_layer(checkpoint, graph, exported, cases, tolerance)):
+    if (
+        worst > tolerance
+        and load is None
+        and (layer := _first_wrong_layer(checkpoint, graph, exported, cases, tolerance))
+    ):
         how += f"; the first layer that differs is {layer}"
-    return Check(f"parity/{graph.name}", worst, tolerance, worst <= tolerance, how)
+    return Check.at_most(f"parity/{graph.name}", worst, tolerance, how)
 
 
-def answered(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
-    """Seeded inputs of a graph, each with what torch makes of them; a UNet reads states of real prompts."""
+def _loader(exported: Path) -> Load:
+    """Opens graphs of an ONNX folder in onnxruntime, on the CPU."""
+    return lambda graph: _open_session(exported / graph.name / MODEL)
+
+
+def _open_session(file: Path) -> OnnxSession:
     import torch
 
-    from erasec.graphs.export import inputs
+    return OnnxSession(file, torch.get_num_threads())
+
+
+def torch_cases(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
+    """Seeded inputs of a graph, each with torch's outputs; a UNet gets text states of real prompts."""
+    import torch
+
+    from erasec.graphs.export import sample_inputs
 
     states = _prompt_states(checkpoint) if graph.name == "unet" else None
-    if graph.name == "text_encoder" and extras_.read(checkpoint.root).negative:
+    if graph.name == "text_encoder" and read_extras(checkpoint.root).negative:
         graph = with_whole_prompts(graph)
-    module, cases = load(checkpoint, graph), []
-    draw = torch.Generator().manual_seed(seed)
-    steps = STEPS if "timestep" in graph.inputs else (0,)
+    module, cases = load_module(checkpoint, graph), []
+    rng = torch.Generator().manual_seed(seed)
+    timesteps = TIMESTEPS if "timestep" in graph.inputs else (0,)
     with torch.no_grad():
-        # Every step at the first size, and one at each of the others: large models take seconds for each.
-        tried = [(TRIED[0], step) for step in steps] + list(zip(TRIED[1:], itertools.cycle(steps), strict=False))
-        for number, (size, step) in enumerate(tried):
-            given = inputs(checkpoint, graph, size, step, draw)
+        # All timesteps at the first size, and one at each other size: large models take seconds for every case.
+        sizes = [(SIZES[0], timestep) for timestep in timesteps]
+        sizes += zip(SIZES[1:], itertools.cycle(timesteps), strict=False)
+        for number, (size, timestep) in enumerate(sizes):
+            inputs = sample_inputs(checkpoint, graph, size, timestep, rng)
             if states is not None:
                 rows = (torch.arange(size[0]) + number) % len(states)
-                given["encoder_hidden_states"] = states[rows]
-            answer = module(*given.values())
-            cases.append((given, answer if isinstance(answer, tuple) else (answer,)))
+                inputs["encoder_hidden_states"] = states[rows]
+            outputs = module(*inputs.values())
+            cases.append((inputs, outputs if isinstance(outputs, tuple) else (outputs,)))
         if graph.name == "text_encoder":
             ids = _prompt_ids(checkpoint)
             cases.append(({"input_ids": ids}, module(ids)))
@@ -158,6 +193,7 @@ def answered(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
 
 
 def _prompt_ids(checkpoint: Folder) -> Tensor:
+    """Token ids of ``PROMPTS`` (4, tokens)."""
     from transformers import CLIPTokenizer
 
     length = checkpoint.config("text_encoder")["max_position_embeddings"]
@@ -169,45 +205,36 @@ def _prompt_ids(checkpoint: Folder) -> Tensor:
 
 
 def _prompt_states(checkpoint: Folder) -> Tensor:
+    """Text states of ``PROMPTS`` (4, tokens, d)."""
     import torch
 
-    graph = next(each for each in graphs(checkpoint) if each.name == "text_encoder")
+    graph = next(graph for graph in graphs(checkpoint) if graph.name == "text_encoder")
     with torch.no_grad():
-        states: Tensor = load(checkpoint, graph)(_prompt_ids(checkpoint))[0]
+        states: Tensor = load_module(checkpoint, graph)(_prompt_ids(checkpoint))[0]
     return states
 
 
-def _session(file: Path, graph: Graph, outputs: Sequence[str] = ()) -> Callable[[Inputs], Sequence[Any]]:
-    import onnxruntime
-    import torch
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what goes wrong is raised as well
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    wanted = list(outputs or graph.outputs)
-
-    def call(given: Inputs) -> Sequence[Any]:
-        found: Sequence[Any] = session.run(wanted, {name: value.numpy() for name, value in given.items()})
-        return found
-
-    return call
+def _worst_difference(load: Load, graph: Graph, cases: Sequence[Case]) -> tuple[float, str]:
+    """The largest relative error over all cases and outputs, and the output and case that has it."""
+    with closing(load(graph)) as component:
+        differences = list(_differences(component, graph, cases))
+    return max(differences, key=lambda difference: difference[0])
 
 
-def _differences(
-    call: Callable[[Inputs], Sequence[Any]], graph: Graph, cases: list[Case]
-) -> Iterator[tuple[str, float]]:  # fmt: skip
-    for given, answers in cases:
-        told = ", ".join(f"{name} {_text(value)}" for name, value in given.items())
-        for name, output, answer in zip(graph.outputs, call(given), answers, strict=True):
-            yield f"{name} at {told}", relative(output, answer.numpy())
+def _differences(component: Component, graph: Graph, cases: Sequence[Case]) -> Iterator[tuple[float, str]]:
+    """The relative error of every output in every case."""
+    for inputs, expected in cases:
+        case = ", ".join(f"{name} {_text(value)}" for name, value in inputs.items())
+        outputs = component.run({name: value.numpy() for name, value in inputs.items()})
+        for name, tensor in zip(graph.outputs, expected, strict=True):
+            yield relative_error(outputs[name], tensor.numpy()), f"{name} at {case}"
 
 
-def relative(output: Any, answer: Any) -> float:
-    """max |output - answer| / max |answer|; infinite for another shape, or where either is not finite."""
-    if output.shape != answer.shape or not np.isfinite(output).all() or not np.isfinite(answer).all():
+def relative_error(output: Any, expected: Any) -> float:
+    """max |output - expected| / max |expected|; infinite where the shapes differ or a number is not finite."""
+    if output.shape != expected.shape or not np.isfinite(output).all() or not np.isfinite(expected).all():
         return float("inf")
-    difference, scale = float(np.abs(output.astype(np.float64) - answer).max()), float(np.abs(answer).max())
+    difference, scale = float(np.abs(output.astype(np.float64) - expected).max()), float(np.abs(expected).max())
     if scale == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / scale
@@ -217,87 +244,94 @@ def _text(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) if value.dim() else f"{value.item():g}"
 
 
-def _ranges(cases: list[Case]) -> str:
-    texts = {name: dict.fromkeys(_text(given[name]) for given, _ in cases) for name in cases[0][0]}
+def _ranges(cases: Sequence[Case]) -> str:
+    """The shapes and timesteps of all cases, by input."""
+    texts = {name: dict.fromkeys(_text(inputs[name]) for inputs, _ in cases) for name in cases[0][0]}
     return "; ".join(f"{name} {', '.join(values)}" for name, values in texts.items())
 
 
-def load(checkpoint: Folder, graph: Graph) -> nn.Module:
-    """The component in float32, its forward made to take the graph's inputs and give the graph's outputs.
+def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
+    """The component in torch and float32, with a forward that takes the graph's inputs and returns its outputs.
 
-    The checkpoint's memories are attached to its UNet; its tokens and negative prompt are the text encoder's.
+    The UNet has the checkpoint's memories; the text encoder has its new tokens and its negative prompt. Raises
+    ErasecError where a tensor is missing.
     """
     import diffusers
     import torch
     import transformers
 
-    from erasec.graphs.export import negative_ids, shaped
+    from erasec.graphs.export import negative_ids, with_graph_signature
 
     hush()
     library, dtype = (transformers, "dtype") if graph.component == "text_encoder" else (diffusers, "torch_dtype")
-    kind: Any = getattr(library, CLASSES[graph.component])
+    cls: Any = getattr(library, CLASSES[graph.component])
     options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}
     options["variant"] = checkpoint.variant_of(graph.component) or None
-    module, info = kind.from_pretrained(checkpoint.root / graph.component, **options)
+    module, info = cls.from_pretrained(checkpoint.root / graph.component, **options)
     if missing := sorted(info["missing_keys"]):
         raise ErasecError(
-            f"onnx: {graph.component} has no {missing[0]}", why=f"{len(missing)} tensors would be random numbers",
+            f"onnx: {graph.component} has no {missing[0]}",
+            why=f"{len(missing)} tensors are missing, and random numbers would take their place",
             where=str(checkpoint.root / graph.component),
-        )  # fmt: skip
+            fix="fetch the model again",
+        )
     module.eval()
-    carried = extras_.read(checkpoint.root)
-    if graph.name == "unet" and carried.memories:
+    extras = read_extras(checkpoint.root)
+    if graph.name == "unet" and extras.memories:
         from erasec.attention.processors import attach
 
-        steps = checkpoint.config("scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)
-        attach(module, carried.memories, steps)
+        attach(module, extras.memories, num_train_timesteps(checkpoint))
     text = graph.name == "text_encoder"
-    if text and carried.tokens:
-        table = module.get_input_embeddings()
-        table.weight = torch.nn.Parameter(torch.cat([table.weight, torch.stack(list(carried.tokens.values())).float()]))
-    return shaped(module, graph, torch.float32, negative_ids(checkpoint, carried) if text else ())
+    if text and extras.tokens:
+        embedding = module.get_input_embeddings()
+        new_rows = torch.stack(list(extras.tokens.values())).float()
+        embedding.weight = torch.nn.Parameter(torch.cat([embedding.weight, new_rows]))
+    return with_graph_signature(module, graph, torch.float32, negative_ids(checkpoint, extras) if text else ())
 
 
-def _first_bad_layer(
-    checkpoint: Folder, graph: Graph, exported: Path, cases: list[Case], tolerance: float
-) -> str:  # fmt: skip
-    """The first layer, in the order in which torch runs them, whose output is another one; "" where none is found.
+def _first_wrong_layer(
+    checkpoint: Folder, graph: Graph, exported: Path, cases: Sequence[Case], tolerance: float
+) -> str:
+    """The first layer, in the order in which torch runs them, whose output differs; "" where none does.
 
-    The exporter names nodes by the modules that they come from, so that a layer's output is that of the last node in
+    The exporter names nodes by the modules that they come from, so the output of a layer is that of the last node in
     its scope.
     """
     import onnx
     import torch
 
-    given = min(cases, key=lambda case: sum(value.numel() for value in case[0].values()))[0]
-    module, seen = load(checkpoint, graph), dict[str, Any]()
+    inputs = min(cases, key=lambda case: sum(value.numel() for value in case[0].values()))[0]
+    module, expected = load_module(checkpoint, graph), dict[str, Any]()
     for name, layer in module.named_modules():
         if name and not any(layer.children()):
 
-            def keep(_: Any, __: Any, output: Any, name: str = name) -> None:
+            def record(_: Any, __: Any, output: Any, name: str = name) -> None:
                 if isinstance(output, torch.Tensor) and output.is_floating_point():
-                    seen.setdefault(name, output.numpy().copy())
+                    expected.setdefault(name, output.numpy().copy())
 
-            layer.register_forward_hook(keep)
+            layer.register_forward_hook(record)
     folder = exported / graph.name
     try:
         with torch.no_grad():
-            module(*given.values())
+            module(*inputs.values())
         del module
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        model = onnx.load(folder / MODEL, load_external_data=False)
         last = {node.name.rpartition("/")[0]: node.output[0] for node in model.graph.node}
-        places = {name: last[scope] for name in seen if (scope := _scope(name)) in last}
-        taken = {value.name for value in model.graph.output}
-        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(each) for each in {*places.values()} - taken)
+        names = {layer: last[scope] for layer in expected if (scope := _scope(layer)) in last}
+        present = {value.name for value in model.graph.output}
+        model.graph.output.extend(
+            onnx.helper.make_empty_tensor_value_info(name) for name in {*names.values()} - present
+        )
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".layers-", suffix=".onnx") as file:
             file.write(model.SerializeToString())
             file.flush()
-            outputs = _session(Path(file.name), graph, tuple(places.values()))(given)
-    except Exception:  # what cannot be run has been told already
+            session = _open_session(Path(file.name))
+            outputs = session.run({name: value.numpy() for name, value in inputs.items()}, tuple(names.values()))
+    except Exception:  # the check says already that the graph cannot be run
         return ""
-    for name, output in zip(places, outputs, strict=True):
-        if (off := relative(output, seen[name])) > tolerance:
-            return f"{name} ({off:.2g})"
+    for layer, name in names.items():
+        if (error := relative_error(outputs[name], expected[layer])) > tolerance:
+            return f"{layer} ({error:.2g})"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The weights of an ONNX file, wherever they are kept: their bytes and digests, and that of the graph without them."""
+"""The weights of an ONNX file, inside it or in external data: their bytes, and digests of weights and graph."""
 
 from __future__ import annotations
 
@@ -15,61 +15,72 @@ from erasec.checkpoint.safetensors import CHUNK
 if TYPE_CHECKING:
     from onnx import TensorProto
 
-WEIGHTS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data",
-           "data_location")  # fmt: skip
+# The fields of an initializer that hold its data or their location.
+DATA_FIELDS = (
+    "raw_data",
+    "float_data",
+    "int32_data",
+    "int64_data",
+    "double_data",
+    "uint64_data",
+    "external_data",
+    "data_location",
+)
 
 
-def digests(graph: Path, apart: Collection[str] = ()) -> tuple[str, str]:
-    """sha256 of an ONNX file without its weights, and of its weights but for those named in ``apart``.
+def digests(graph: Path, skip: Collection[str] = ()) -> tuple[str, str]:
+    """sha256 of an ONNX file without its weights, and sha256 of its weights.
 
-    Weights count by name, dtype, shape and bytes, wherever they lie; they are read in chunks."""
+    The second one is over the name, dtype, shape and bytes of each weight, wherever the bytes are stored. Those named
+    in ``skip`` enter without their bytes. Weights are read in chunks.
+    """
     import onnx
 
     model, weights = onnx.load(graph, load_external_data=False), hashlib.sha256()
     for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
         weights.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}\n".encode())
-        for chunk in bytes_of(graph, tensor) if tensor.name not in apart else ():
+        for chunk in weight_chunks(graph, tensor) if tensor.name not in skip else ():
             weights.update(chunk)
-        for field in WEIGHTS:
+        for field in DATA_FIELDS:
             tensor.ClearField(field)
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(), weights.hexdigest()
 
 
-def each_digest(graph: Path) -> dict[str, str]:
+def weight_digests(graph: Path) -> dict[str, str]:
     """sha256 of every weight of an ONNX file, by name."""
     import onnx
 
-    found = {}
+    by_name = {}
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
         digest = hashlib.sha256()
-        for chunk in bytes_of(graph, tensor):
+        for chunk in weight_chunks(graph, tensor):
             digest.update(chunk)
-        found[tensor.name] = digest.hexdigest()
-    return found
+        by_name[tensor.name] = digest.hexdigest()
+    return by_name
 
 
-def read(graph: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Weights of an ONNX file, in the order that they have there."""
+def read_weights(graph: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """The weights called ``names`` as arrays, in the order of the ONNX file; names that it lacks are skipped."""
     import onnx
 
-    found = {}
+    arrays = {}
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
         if tensor.name in names:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            found[tensor.name] = np.frombuffer(b"".join(bytes_of(graph, tensor)), dtype).reshape(*tensor.dims)
-    return found
+            arrays[tensor.name] = np.frombuffer(b"".join(weight_chunks(graph, tensor)), dtype).reshape(*tensor.dims)
+    return arrays
 
 
-def bytes_of(graph: Path, tensor: TensorProto) -> Iterator[bytes]:
-    """The bytes of an ONNX initializer, wherever they are kept, in chunks."""
+def weight_chunks(graph: Path, tensor: TensorProto) -> Iterator[bytes]:
+    """The bytes of an ONNX initializer, in the file or in external data, in chunks."""
     from onnx import numpy_helper
 
-    where = {item.key: item.value for item in tensor.external_data}
-    if not where:
+    location = {item.key: item.value for item in tensor.external_data}
+    if not location:
         yield tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
         return
-    file, start = graph.parent / where["location"], int(where.get("offset", 0))
-    length = int(where.get("length", file.stat().st_size - start))
+    file, start = graph.parent / location["location"], int(location.get("offset", 0))
+    length = int(location.get("length", file.stat().st_size - start))
     with file.open("rb") as stream:
         stream.seek(start)
         for left in range(length, 0, -CHUNK):

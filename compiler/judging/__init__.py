@@ -1,1 +1,1 @@
-"""Judges look at pictures, and the checks of a build follow from what they see."""
+"""Checks of pictures: ``evidence`` has what a judge sees before and after an edit, ``validate`` makes checks of it."""

@@ -1,1 +1,1 @@
-"""Key files, which bring a hidden concept back, and their absorption into weights."""
+"""Key files, which bring a hidden concept back, and the absorption of keys into weights."""

@@ -1,6 +1,6 @@
-"""Key files: what brings one hidden concept back, kept apart from the model that everybody may have.
+"""Key files: a key brings one hidden concept back, and is kept apart from the model, which is public.
 
-A key is access control, not encryption: whoever has the weights can search for another one.
+A key is access control, not encryption: anyone who has the weights can search for another key.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import DTYPES, FLOATS, read_header, read_tensor, save
+from erasec.checkpoint.safetensors import DTYPES, FLOATS, read_header, read_tensor, save_tensors
 from erasec.errors import ErasecError
-from erasec.model.edit import Memory, Secret
+from erasec.model.memory import Memory, Secret
 from erasec.recipe.concept import Concept
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ METADATA = "erasec.key"
 
 @dataclass(frozen=True, eq=False)
 class Key:
-    """A key file as it was read. ``bound`` is the digest of the denoiser's weights that it was made with."""
+    """The content of a key file. ``by`` and ``version`` are those of the pass that made it; ``bound`` is the digest of
+    the denoiser's weights that it was made for."""
 
     path: Path
     concept: Concept
@@ -38,49 +39,59 @@ class Key:
     bound: str
 
 
-def write(path: Path, secret: Secret, concept: Concept, by: str, version: str, bound: str) -> None:
-    """Save a key that only its owner can read; same key, same bytes. ``by`` and ``version`` are those of the pass."""
+def write_key(path: Path, secret: Secret, concept: Concept, by: str, version: str, bound: str) -> None:
+    """Write a key file that only its owner can read. The same arguments give the same bytes; see ``Key``."""
     content = {
-        "format": FORMAT, "by": by, "version": version, "bound": bound, "attentions": list(secret.attentions),
+        "format": FORMAT,
+        "by": by,
+        "version": version,
+        "bound": bound,
+        "attentions": list(secret.attentions),
         "concept": concept.model_dump(mode="json"),
-    }  # fmt: skip
-    told = {METADATA: json.dumps(content, sort_keys=True, ensure_ascii=False)}
-    save(path, {"keys": secret.keys, "values": secret.values}, told, mode=0o600)
+    }
+    metadata = {METADATA: json.dumps(content, sort_keys=True, ensure_ascii=False)}
+    save_tensors(path, {"keys": secret.k_rows, "values": secret.v_rows}, metadata, mode=0o600)
 
 
-def read(path: Path) -> Key:
-    """Read a key file. Raises ErasecError where there is none, it is damaged, or of a later format."""
+def read_key(path: Path) -> Key:
+    """Read a key file. Raises ErasecError where it is missing, damaged or of a later format."""
     if not path.is_file():
-        raise ErasecError(f"there is no key file {path}", fix="a build with --pass kpop writes one beside its folders")
+        raise ErasecError(
+            f"there is no key file {path}", fix="a build with --pass kpop writes key files next to its folders"
+        )
     entries, metadata = read_header(path)
     try:
         content = json.loads(metadata[METADATA])
         if content["format"] > FORMAT:
             raise ErasecError(
-                f"{path.name} has key format {content['format']}", why=f"this erasec knows formats up to {FORMAT}",
+                f"{path.name} has key format {content['format']}",
+                why=f"this erasec knows formats up to {FORMAT}",
                 fix="pip install --upgrade erasec",
-            )  # fmt: skip
+            )
         concept = Concept.model_validate(content["concept"])
         attentions, by, version, bound = (content[name] for name in ("attentions", "by", "version", "bound"))
         keys, values = entries["keys"], entries["values"]
         if not (attentions and all(isinstance(name, str) for name in (*attentions, by, version, bound))):
             raise ValueError("it names no attention")
         if keys.shape != values.shape or len(keys.shape) != 2 or not {keys.dtype, values.dtype} <= set(FLOATS):
-            kinds = " and ".join(f"{DTYPES[each.dtype]} {each.shape}" for each in (keys, values))
-            raise ValueError(f"its keys and values are {kinds}, and not two equal lists of rows")
+            kinds = " and ".join(f"{DTYPES[entry.dtype]} {entry.shape}" for entry in (keys, values))
+            raise ValueError(f"its keys and values are {kinds}, and not two matrices of floats of one shape")
     except (KeyError, TypeError, ValueError) as error:
         what = f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise ErasecError(
-            f"{path.name} is no whole key file", why=what, where=str(path), fix="fetch it again from where it was made"
+            f"{path.name} is damaged or not a key file",
+            why=what,
+            where=str(path),
+            fix="copy it again from where it was made",
         ) from error
     secret = Secret(concept.name, read_tensor(keys), read_tensor(values), tuple(attentions))
-    if not bool(secret.keys.isfinite().all() and secret.values.isfinite().all()):
-        raise ErasecError(f"{path.name} is no whole key file", why="its numbers are not all finite", where=str(path))
+    if not bool(secret.k_rows.isfinite().all() and secret.v_rows.isfinite().all()):
+        raise ErasecError(f"{path.name} is damaged", why="its numbers are not all finite", where=str(path))
     return Key(path, concept, secret, by, version, bound)
 
 
 def is_key(path: Path) -> bool:
-    """Whether a file is named as a key and its header says that it is one."""
+    """Whether a file has the suffix of key files, and its header is that of one."""
     if path.suffix != SUFFIX or not path.is_file():
         return False
     try:
@@ -90,29 +101,30 @@ def is_key(path: Path) -> bool:
 
 
 def check_bound(key: Key, digest: str) -> None:
-    """Raise ErasecError where a denoiser with this digest is not what the key was made with."""
+    """Raise ErasecError where ``digest`` is not that of the denoiser that the key was made for."""
     if key.bound != digest:
         raise ErasecError(
-            f"the key {key.path.name} is of another model",
-            why=f"it was made with weights {key.bound[:12]}..., these are {digest[:12]}...",
-            fix="give the folder that was built with the key; a key opens no other build", where=str(key.path),
-        )  # fmt: skip
+            f"the key {key.path.name} belongs to another model",
+            why=f"it was made for weights {key.bound[:12]}..., these are {digest[:12]}...",
+            fix="give the folder that was built with the key; a key fits no other build",
+            where=str(key.path),
+        )
 
 
-def folded(secret: Secret, entries: Mapping[str, Entry]) -> tuple[Memory, ...]:
-    """A secret as memories, constants in place of rows: K = p_k W_k^T and V = p_v W_v^T at each of its attentions.
+def fold_secret(secret: Secret, entries: Mapping[str, Entry]) -> tuple[Memory, ...]:
+    """The memories of a secret: constants K = p_k W_k^T and V = p_v W_v^T at each of its attentions.
 
-    ``entries`` are the tensors of the edited denoiser. Raises ErasecError where an attention is not there or reads
-    states of another width.
+    ``entries`` are the stored tensors of the edited denoiser. Raises ErasecError where it lacks an attention, or the
+    attention reads text states of another width.
     """
     from erasec.attention.processors import fold
 
     def weight(name: str) -> Tensor:
-        if name not in entries or entries[name].shape[1:] != secret.keys.shape[1:]:
-            found = entries[name].shape if name in entries else "missing"
+        if name not in entries or entries[name].shape[1:] != secret.k_rows.shape[1:]:
+            shape = entries[name].shape if name in entries else "missing"
             raise ErasecError(
                 f"the key of {secret.concept} does not fit this model",
-                why=f"it has rows of {secret.keys.shape[1]} for {name}, which is {found}",
+                why=f"it has rows of {secret.k_rows.shape[1]} for {name}, which is {shape}",
                 fix="give the folder that was built with the key",
             )
         return read_tensor(entries[name])

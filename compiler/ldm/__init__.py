@@ -1,1 +1,1 @@
-"""The original single-file layout: names of its tensors and modules, and the configs that it does not hold."""
+"""The original single-file layout (LDM): its tensor and module names, and the configs that such a file lacks."""

@@ -1,6 +1,6 @@
-"""Tensor names of diffusers folders and of original single files (the LDM layout), each from the other.
+"""Maps between the tensor names of diffusers folders and of original single files (LDM), in both directions.
 
-Pure functions on names and shapes: no tensor is touched and no file is opened.
+All functions work on names and shapes. They read no tensors and open no files.
 """
 
 from __future__ import annotations
@@ -9,22 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from erasec.errors import ErasecError
-from erasec.family import Shape
-from erasec.ldm import module_names as modules
-from erasec.ldm.configs import OLD_VAE
-from erasec.ldm.module_names import Pair
+from erasec.family import FAMILIES, Shape, SingleFileLayout
+from erasec.ldm.module_names import THIRDS, VIT_H_LAYERS, Pair, count, tensor_pairs
 
-PREFIXES: dict[str, dict[str, str]] = {
-    "sd1": {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-            "text_encoder": "cond_stage_model.transformer."},
-    "sd2": {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-            "text_encoder": "cond_stage_model.model."},
-    "sdxl": {"unet": "model.diffusion_model.", "vae": "first_stage_model.",
-             "text_encoder": "conditioner.embedders.0.transformer.",
-             "text_encoder_2": "conditioner.embedders.1.model."},
-}  # fmt: skip
+# The families with a single-file layout.
+LAYOUTS = {name: family.single_file for name, family in FAMILIES.items() if family.single_file is not None}
 
-# Parts of both layouts that are constants, training state, or that no pipeline reads
+# Modules of the VAE's attention: the names in the published folders of SD 1 and SD 2, and the present names.
+OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# Tensors that are left out of the other layout: constants, training state, and what no pipeline reads.
 UNUSED_IN_FOLDERS = ("text_model.embeddings.position_ids",)
 UNUSED_IN_FILES = {
     "text_encoder": ("text_model.embeddings.position_ids", "text_projection.weight", "logit_scale"),
@@ -34,7 +28,7 @@ UNUSED_IN_FILES = {
 }
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 
-# What else may be given, by how one of its keys begins
+# Other kinds of files that users may give by mistake, by the prefix of a tensor name.
 OTHERS = (
     ("lora_", "a LoRA: layers to add to a model, not a model"),
     ("control_model.", "a ControlNet"),
@@ -56,11 +50,11 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a diffusers folder lies in a single file.
+    """Where a single file stores a tensor of a diffusers folder.
 
-    ``key`` and ``shape`` are the file's tensor, whole. The folder's tensor is ``rows`` rows of it (0: all) from
-    ``start``, along dimension 0. ``transposed``: the file has it the other way round. ``linear``: a 1x1 convolution in
-    the file, a matrix in the folder.
+    ``key`` and ``shape`` are those of the file's tensor. The folder's tensor is ``rows`` rows of it (0 means all),
+    starting at row ``start``. If ``transposed``, the file stores its transpose. If ``linear``, it is a 1x1 convolution
+    in the file and a matrix in the folder.
     """
 
     key: str
@@ -80,9 +74,9 @@ class Place:
 
 
 def canonical(component: str, key: str) -> str:
-    """The present name of a folder's tensor, as ``from_single`` gives it.
+    """The present name of a folder's tensor, as ``from_single`` returns it, whatever version of the libraries saved it.
 
-    transformers 5 leaves ``text_model.`` out, and VAEs saved by early diffusers name their attention's parts otherwise.
+    transformers 5 omits the prefix ``text_model.``, and early diffusers had other names in the VAE's attention.
     """
     if component.startswith("text_encoder"):
         bare = key.removeprefix("text_model.")
@@ -94,141 +88,152 @@ def canonical(component: str, key: str) -> str:
 
 
 def detect_single(shapes: Mapping[str, Shape]) -> str:
-    """The family's name of a single file, from its keys and shapes. Raises ErasecError that says what it looks like."""
-    prefixes = {prefix for parts in PREFIXES.values() for prefix in parts.values()}
-    there = {prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)}
-    entry = next((shape for key, shape in sorted(shapes.items()) if key.endswith(".1.proj_in.weight")), None)
+    """Detect the family of a single file from its tensors, shapes by tensor name. Returns the family's name.
+
+    Raises ErasecError if it is not a complete checkpoint of a known family, with a guess at what else it may be.
+    """
+    prefixes = {prefix for layout in LAYOUTS.values() for prefix in layout.prefixes.values()}
+    present = {prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)}
+    fitting = [family for family, layout in LAYOUTS.items() if layout.detect.fits(shapes)]
     refiner = any(key.startswith("conditioner.embedders.0.model.") for key in shapes)
-    if "model.diffusion_model." not in there or entry is None or refiner:
+    if "model.diffusion_model." not in present or len(fitting) != 1 or refiner:
         raise _unknown(shapes)
-    family = "sd1" if len(entry) == 4 else "sd2"
-    if "model.diffusion_model.label_emb.0.0.weight" in shapes:
-        family = "sdxl"
-    if missing := [component for component, prefix in PREFIXES[family].items() if prefix not in there]:
+    family = fitting[0]
+    if missing := [component for component, prefix in LAYOUTS[family].prefixes.items() if prefix not in present]:
         name = missing[0]
         raise ErasecError(
-            f"this single file has no {name}", why=f"its UNet is {family}'s, but no key begins with "
-            f"{PREFIXES[family][name]}", fix="give the whole checkpoint: UNet, VAE and text encoders in one file",
-        )  # fmt: skip
+            f"this single file has no {name}",
+            why=f"its UNet is that of {family}, but no tensor name begins with {LAYOUTS[family].prefixes[name]}",
+            fix="give a complete checkpoint: UNet, VAE and text encoders in one file",
+        )
     return family
 
 
 def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tuple[str, str], Place]:
-    """Where each tensor of a diffusers folder lies in a single file: {(component, key): Place}.
+    """Where a single file stores each tensor of a diffusers folder: {(component, tensor name): Place}.
 
-    ``shapes`` is {component: {key: shape}}. Tensors that files leave out (UNUSED_IN_FOLDERS) are left out here.
-    Raises ErasecError for a key that has no place, and where two or too few tensors claim one.
+    ``shapes`` is {component: {tensor name: shape}}. Tensors in UNUSED_IN_FOLDERS are left out. Raises ErasecError for a
+    tensor that has no place in a single file, for two tensors with the same place, and if a part of a joint tensor is
+    missing.
     """
     places: dict[tuple[str, str], Place] = {}
-    taken: dict[tuple[str, int], str] = {}
+    owners: dict[tuple[str, int], str] = {}
     for component, tensors in shapes.items():
-        prefix = _prefixes(family).get(component)
+        prefix = layout(family).prefixes.get(component)
         if prefix is None:
-            raise ErasecError(f"{family} has no component {component}", why=f"it has {', '.join(PREFIXES[family])}")
+            raise ErasecError(
+                f"{family} has no component {component}", why=f"it has {', '.join(LAYOUTS[family].prefixes)}"
+            )
         names = {key: canonical(component, key) for key in tensors}
-        pairs = {pair.ours: pair for pair in modules.pairs(family, component, names.values(), single=False)}
+        pairs = {pair.folder: pair for pair in tensor_pairs(family, component, names.values(), single=False)}
         for key, name in names.items():
             if name in UNUSED_IN_FOLDERS:
                 continue
             if name not in pairs:
                 raise ErasecError(
-                    f"{component}: {key} has no place in a single file", why=f"{family}'s layout has no such module",
-                    fix="fuse or remove adapters first; a model of another structure has no single-file layout",
-                )  # fmt: skip
+                    f"{component}: {key} has no place in a single file",
+                    why=f"the layout of {family} has no such module",
+                    fix="merge or remove adapters first; a model of another structure has no single-file layout",
+                )
             place = _place(prefix, pairs[name], tensors[key])
-            if other := taken.get((place.key, place.start)):
+            if other := owners.get((place.key, place.start)):
                 raise ErasecError(f"{component}: {other} and {key} are the same tensor under two names")
-            taken[place.key, place.start] = key
+            owners[place.key, place.start] = key
             places[component, key] = place
     for place in places.values():
-        if place.rows and any((place.key, start) not in taken for start in range(0, place.shape[0], place.rows)):
+        if place.rows and any((place.key, start) not in owners for start in range(0, place.shape[0], place.rows)):
             raise ErasecError(
-                f"a part of {place.key} is missing", why="it holds q, k and v of one layer, of one size",
-                fix="the folder is damaged or not whole: fetch it again",
-            )  # fmt: skip
+                f"a part of {place.key} is missing",
+                why="it consists of q, k and v of one layer, all of one size",
+                fix="fetch the folder again: it is damaged or incomplete",
+            )
     return places
 
 
 def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Place]:
-    """Which tensors of a diffusers folder a single file holds: {(component, key): Place}, the inverse of ``to_single``.
+    """The tensors of a diffusers folder that a single file stores: {(component, tensor name): Place}.
 
-    Keys of no component (noise schedules, training state) and what no pipeline reads (UNUSED_IN_FILES, and the last
-    layer of SD 2's OpenCLIP) are left out. Raises ErasecError for unknown keys within a component, and for a file that
-    holds averaged (EMA) weights beside the others.
+    This is the inverse of ``to_single``. Tensors that belong to no component (noise schedules, training state) are left
+    out, and so are those that no pipeline reads (UNUSED_IN_FILES, and the last layer of SD 2's OpenCLIP). Raises
+    ErasecError for an unknown tensor within a component, and for a file with a second, averaged UNet (EMA).
     """
     if any(key.startswith("model_ema.") and key not in EMA_COUNTERS for key in shapes):
         raise ErasecError(
-            "this file holds two UNets, model.* and model_ema.*", why="which of them is meant is not guessed",
-            fix="prune it: keep the tensors whose keys do not begin with model_ema. (or copy the averaged weights over "
-            "the others first, if you mean those), and save it again as safetensors",
-        )  # fmt: skip
+            "this file holds two UNets, model.* and model_ema.*",
+            why="erasec cannot know which of them to edit",
+            fix="prune it: keep the tensors whose names do not begin with model_ema. and save it again as safetensors "
+            "(to use the averaged weights, copy them over the others first)",
+        )
     places: dict[tuple[str, str], Place] = {}
-    for component, prefix in _prefixes(family).items():
+    for component, prefix in layout(family).prefixes.items():
         own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         pairs: dict[str, list[Pair]] = {}
-        for pair in modules.pairs(family, component, own, single=True):
-            pairs.setdefault(pair.theirs, []).append(pair)
+        for pair in tensor_pairs(family, component, own, single=True):
+            pairs.setdefault(pair.file, []).append(pair)
         unused = _unused(family, component, own)
         for name, shape in own.items():
             if name not in pairs and not name.startswith(unused):
                 raise ErasecError(
                     f"the file's {prefix}{name} is no tensor of {family}'s {component}",
-                    why="its name is damaged, or the model has a part that erasec does not know",
+                    why="its name is damaged, or the model has a module that erasec does not know",
                 )
             for pair in () if name.startswith(unused) else pairs[name]:
-                if pair.form in modules.THIRDS:
-                    rows = _third(prefix + name, shape)
-                    place = Place(prefix + name, shape, rows * modules.THIRDS.index(pair.form), rows)
+                if pair.form in THIRDS:
+                    rows = _third_rows(prefix + name, shape)
+                    place = Place(prefix + name, shape, rows * THIRDS.index(pair.form), rows)
                 else:
                     linear = pair.form == "linear" and len(shape) == 4
                     place = Place(prefix + name, shape, transposed=pair.form == "transposed", linear=linear)
-                places[component, pair.ours] = place
+                places[component, pair.folder] = place
     return places
 
 
 def _place(prefix: str, pair: Pair, shape: Shape) -> Place:
-    key = prefix + pair.theirs
-    if pair.form in modules.THIRDS:
+    key = prefix + pair.file
+    if pair.form in THIRDS:
         rows = shape[0]
-        return Place(key, (3 * rows, *shape[1:]), rows * modules.THIRDS.index(pair.form), rows)
+        return Place(key, (3 * rows, *shape[1:]), rows * THIRDS.index(pair.form), rows)
     if pair.form == "linear" and len(shape) == 2:
         return Place(key, (*shape, 1, 1), linear=True)
     return Place(key, shape[::-1], transposed=True) if pair.form == "transposed" else Place(key, shape)
 
 
-def _third(key: str, shape: Shape) -> int:
+def _third_rows(key: str, shape: Shape) -> int:
     if not shape or shape[0] % 3:
-        raise ErasecError(f"{key} is {shape}", why="it should hold q, k and v, one below the other, of one size")
+        raise ErasecError(f"{key} is {shape}", why="it should be q, k and v of one size, concatenated along its rows")
     return shape[0] // 3
 
 
-def _prefixes(family: str) -> dict[str, str]:
-    if family not in PREFIXES:
-        raise ErasecError(f"{family} has no single-file layout here", why=f"known: {', '.join(PREFIXES)}")
-    return PREFIXES[family]
+def layout(family: str) -> SingleFileLayout:
+    """The single-file layout of a family. Raises ErasecError for a family without one."""
+    if family not in LAYOUTS:
+        raise ErasecError(f"{family} has no single-file layout", why=f"families with one: {', '.join(LAYOUTS)}")
+    return LAYOUTS[family]
 
 
 def _unused(family: str, component: str, names: Iterable[str]) -> tuple[str, ...]:
-    """How the names begin that belong to a component of a file and to no folder."""
-    if (family, component) not in modules.OPENCLIP:
+    """Prefixes of the tensor names of a component that a folder does not contain."""
+    if component not in LAYOUTS[family].openclip:
         return UNUSED_IN_FILES[component]
-    if family != "sd2":
+    if not LAYOUTS[family].drops_last_layer:
         return UNUSED_IN_FILES["openclip"]
-    # SD 2 reads the layer before the last: folders end there. OpenCLIP's own files are whole and have a projection.
+    # SD 2 reads the state before the last layer, so folders lack that layer. A file may have it: with OpenCLIP's
+    # projection, or with OpenCLIP's number of layers, the encoder is complete.
     names = set(names)
-    layers = modules.count(names, "transformer.resblocks.")
-    whole = "text_projection" in names or layers == modules.VIT_H_LAYERS
-    last = (f"transformer.resblocks.{layers - 1}.",) if whole else ()
+    layers = count(names, "transformer.resblocks.")
+    complete = "text_projection" in names or layers == VIT_H_LAYERS
+    last = (f"transformer.resblocks.{layers - 1}.",) if complete else ()
     return (*UNUSED_IN_FILES["openclip"], "text_projection", *last)
 
 
 def _unknown(shapes: Mapping[str, Shape]) -> ErasecError:
-    looks = next((words for start, words in OTHERS if any(key.startswith(start) for key in shapes)), "")
+    """The error for a file that is no checkpoint of a known family, with a guess at what it is."""
+    guess = next((kind for prefix, kind in OTHERS if any(key.startswith(prefix) for key in shapes)), "")
     if any(part in key for key in shapes for part in (".lora_", ".lora.", "_lora.")):
-        looks = OTHERS[0][1]
-    seen = ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items())[:3])
+        guess = OTHERS[0][1]
+    first = ", ".join(f"{key} {shape}" for key, shape in sorted(shapes.items())[:3])
     return ErasecError(
         "this file is no single-file checkpoint that erasec knows",
-        why=f"it looks like {looks}" if looks else f"it has {len(shapes)} tensors ({seen}, ...)",
-        fix=f"give a whole checkpoint ({', '.join(PREFIXES)}) in the original layout, or a diffusers folder",
+        why=f"it looks like {guess}" if guess else f"it has {len(shapes)} tensors ({first}, ...)",
+        fix=f"give a complete checkpoint ({', '.join(LAYOUTS)}) in the original layout, or a diffusers folder",
     )

@@ -1,6 +1,6 @@
-"""What a checkpoint carries beside its weights: memories, new tokens and a negative prompt, in one file of its folder.
+"""The extras of a checkpoint: memories, new tokens and a negative prompt, in one file next to its weights.
 
-Stock loaders pass ``erasec.safetensors`` over and build the model without it; ``erasec.pipeline`` reads it.
+Other libraries ignore ``erasec.safetensors`` and load the model without it; ``erasec.pipeline`` reads it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.folder import CARRIED
-from erasec.checkpoint.safetensors import read_header, save
+from erasec.checkpoint.safetensors import read_header, save_tensors
 from erasec.errors import ErasecError
-from erasec.model.edit import Memory, carried, named
+from erasec.model.memory import Memory, pack_extras, unpack_extras
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from erasec.model.edit import Edit
 
 FORMAT = 1
-KINDS = frozenset({"memory", "tokens", "negative"})
+# The kinds of extras, as ``Pass.leaves`` and ``Output.holds`` name them, and as messages do.
+KIND_NAMES = {"memory": "a memory of its attentions", "tokens": "tokens of its own", "negative": "a negative prompt"}
+KINDS = frozenset(KIND_NAMES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +40,21 @@ class Extras:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """Which of "memory", "tokens" and "negative" there are, as ``Output.holds`` names them."""
-        found = {"memory": self.memories, "tokens": self.tokens, "negative": self.negative}
-        return frozenset(name for name, value in found.items() if value)
+        """Which of "memory", "tokens" and "negative" there are."""
+        extras = {"memory": self.memories, "tokens": self.tokens, "negative": self.negative}
+        return frozenset(kind for kind, value in extras.items() if value)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, by its name in the file."""
-        return carried(self.memories, self.tokens, self.negative)[0]
+        return pack_extras(self.memories, self.tokens, self.negative)[0]
 
 
-def gathered(edits: Iterable[Edit], before: Extras | None = None) -> Extras:
-    """All that ``edits`` carry, after what was there ``before``: memories in order, tokens united, negatives joined.
+def gather_extras(edits: Iterable[Edit], before: Extras | None = None) -> Extras:
+    """The extras of all ``edits``, added to those that were there ``before``: all memories in their order, all tokens,
+    and the negative prompts joined with commas.
 
-    Raises ErasecError where two edits bring a token of one name.
+    Raises ErasecError where two edits add a token of the same name.
     """
     extras = before or Extras()
     memories, tokens, negatives = list(extras.memories), dict(extras.tokens), [extras.negative]
@@ -60,28 +63,29 @@ def gathered(edits: Iterable[Edit], before: Extras | None = None) -> Extras:
         negatives.append(edit.negative)
         if twice := tokens.keys() & edit.tokens.keys():
             raise ErasecError(
-                f"the token {min(twice)!r} is there twice", why=f"the edit by {edit.by} has it, and one before it",
+                f"the token {min(twice)!r} is there twice",
+                why=f"the edit by {edit.by} adds it, and an earlier edit added it already",
                 fix="give one of the two another name",
-            )  # fmt: skip
+            )
         tokens |= edit.tokens
     return Extras(tuple(memories), tokens, ", ".join(dict.fromkeys(filter(None, negatives))))
 
 
-def write(root: Path, extras: Extras) -> None:
-    """Write ``root/erasec.safetensors``, whole or not at all; the same extras are the same bytes.
+def write_extras(root: Path, extras: Extras) -> None:
+    """Write ``root/erasec.safetensors``, or delete it where there are no extras.
 
-    Where there are none, the folder has no such file afterwards.
+    An interrupted write leaves no partial file. The same extras give the same bytes.
     """
     if not extras:
         (root / CARRIED).unlink(missing_ok=True)
         return
-    tensors, told = carried(extras.memories, extras.tokens, extras.negative)
-    content = json.dumps({"format": FORMAT, **told}, sort_keys=True, ensure_ascii=False)
-    save(root / CARRIED, tensors, {"erasec.extras": content})
+    tensors, metadata = pack_extras(extras.memories, extras.tokens, extras.negative)
+    content = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, ensure_ascii=False)
+    save_tensors(root / CARRIED, tensors, {"erasec.extras": content})
 
 
-def read(root: Path) -> Extras:
-    """The extras of a diffusers folder, none where it has no file of them. Raises ErasecError for a damaged file."""
+def read_extras(root: Path) -> Extras:
+    """The extras of a diffusers folder; empty where it has no such file. Raises ErasecError for a damaged file."""
     path = root / CARRIED
     if not path.is_file():
         return Extras()
@@ -90,35 +94,46 @@ def read(root: Path) -> Extras:
         content = json.loads(metadata["erasec.extras"])
         if content["format"] > FORMAT:
             raise ErasecError(
-                f"{CARRIED} has the format {content['format']}", why=f"this erasec knows formats up to {FORMAT}",
-                fix="pip install --upgrade erasec", where=str(path),
-            )  # fmt: skip
-        return Extras(*named(content, entries))
+                f"{CARRIED} has the format {content['format']}",
+                why=f"this erasec knows formats up to {FORMAT}",
+                fix="pip install --upgrade erasec",
+                where=str(path),
+            )
+        return Extras(*unpack_extras(content, entries))
     except (KeyError, TypeError, ValueError) as error:
         raise ErasecError(
-            f"{CARRIED} is damaged", why=f"what it says of itself is not what it holds ({error})", where=str(path),
-            fix="build the checkpoint again; without this file the model is not the one that was built",
-        ) from error  # fmt: skip
+            f"{CARRIED} is damaged",
+            why=f"its metadata does not match its tensors ({error})",
+            where=str(path),
+            fix="build the checkpoint again; deleting this file gives another model than the one that was built",
+        ) from error
 
 
-def refuse(extras: Extras, holds: frozenset[str], target: str) -> None:
-    """Raise ErasecError where ``extras`` have something that the format of ``target`` cannot hold."""
+def describe(kinds: Iterable[str]) -> str:
+    """The kinds of extras as text for messages."""
+    return ", ".join(KIND_NAMES[kind] for kind in sorted(kinds))
+
+
+def check_holds(extras: Extras, holds: frozenset[str], target: str) -> None:
+    """Raise ErasecError where there are extras that the target named ``target`` cannot write; ``holds`` are the kinds
+    that it can."""
     lost = extras.kinds - holds
     if not lost:
         return
     parts = []
     if "memory" in lost:
-        parts.append("memories at " + _listed(dict.fromkeys(memory.attention for memory in extras.memories)))
+        parts.append("memories at " + _shorten(dict.fromkeys(memory.attention for memory in extras.memories)))
     if "tokens" in lost:
-        parts.append("new tokens " + _listed(extras.tokens))
+        parts.append("new tokens " + _shorten(extras.tokens))
     if "negative" in lost:
         parts.append(f"the negative prompt {extras.negative!r}")
     raise ErasecError(
-        f"{target} cannot hold all of this checkpoint", fix="build it for bundle or onnx: --target bundle",
-        why=f"beside its weights it has {'; '.join(parts)}; without them it would be another model",
-    )  # fmt: skip
+        f"{target} cannot hold all of this checkpoint",
+        fix="build it for bundle or onnx: --target bundle",
+        why=f"besides its weights it has {'; '.join(parts)}; without them it would be another model",
+    )
 
 
-def _listed(names: Iterable[str]) -> str:
+def _shorten(names: Iterable[str]) -> str:
     first, *rest = names
     return f"{first} and {len(rest)} more" if rest else first

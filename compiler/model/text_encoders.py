@@ -1,4 +1,4 @@
-"""Text states as a family's denoiser gets them: tokenizers and encoders, read from a checkpoint when first asked."""
+"""Text states as the denoiser gets them, from the tokenizers and text encoders of a checkpoint, loaded on first use."""
 
 from __future__ import annotations
 
@@ -9,46 +9,53 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from erasec.checkpoint.safetensors import read_tensor
 from erasec.errors import ErasecError
+from erasec.model.networks import fill
 from erasec.progress import bar, hush
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Changed, Folder
     from erasec.family import Part, Stream
 
-BATCH = 64 * 77  # tokens
-# What a text encoder may be, with the class of its tokenizer.
+# Tokens that are encoded at once.
+BATCH = 64 * 77
+# The classes of text encoders, each with the class of its tokenizer.
 ENCODERS = {
-    "CLIPTextModel": "CLIPTokenizer", "CLIPTextModelWithProjection": "CLIPTokenizer", "T5EncoderModel": "T5Tokenizer",
-}  # fmt: skip
+    "CLIPTextModel": "CLIPTokenizer",
+    "CLIPTextModelWithProjection": "CLIPTokenizer",
+    "T5EncoderModel": "T5Tokenizer",
+}
+# The two names of T5's token embedding.
 TIED = ("shared.weight", "encoder.embed_tokens.weight")
+
+# Entries of a config.json that are not parameters of the config's class here.
+NOT_PARAMETERS = ("architectures", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Encoded prompts, part by part: states (n, t, d) in float32, and the index (n,) of each prompt's last token before
-    its first end token."""
+    """Encoded prompts, by part of their stream: ``parts`` are text states (n, t, d) in float32, and ``lasts`` the
+    indices (n,) of each prompt's last token before its first end token."""
 
     parts: tuple[Tensor, ...]
     lasts: tuple[Tensor, ...]
 
     @property
     def states(self) -> Tensor:
-        """All rows as the denoiser gets them, (n, t, d)."""
+        """The states of all parts, one after another as the denoiser gets them, (n, t, d)."""
         return torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0]
 
     @property
     def last(self) -> Tensor:
-        """The indices in the first part, (n,)."""
+        """The indices of the last tokens in the first part, (n,)."""
         return self.lasts[0]
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The text half of a checkpoint; encoders that were read stay in memory until ``forget``.
+class TextEncoders:
+    """The tokenizers and text encoders of a checkpoint, loaded on first use and kept in memory until ``release``.
 
-    ``changed`` are new tensors by encoder and key, as edits of it make them.
+    ``changed`` are edited tensors, by encoder and key; they replace those of the files.
     """
 
     source: Folder
@@ -57,28 +64,28 @@ class Texts:
     _encoders: dict[str, Any] = field(default_factory=dict)
 
     def tokenizer(self, encoder: str) -> Any:
-        """The tokenizer of a text encoder: text_encoder_2 reads what tokenizer_2 makes."""
+        """The tokenizer of a text encoder; that of text_encoder_2 is in tokenizer_2."""
         if encoder not in self._tokenizers:
             import transformers
 
             hush()
-            kind = getattr(transformers, ENCODERS[architecture(self.source, encoder)])
+            tokenizer_class = getattr(transformers, ENCODERS[encoder_class(self.source, encoder)])
             folder = self.source.root / encoder.replace("text_encoder", "tokenizer")
-            self._tokenizers[encoder] = kind.from_pretrained(folder)
+            self._tokenizers[encoder] = tokenizer_class.from_pretrained(folder)
         return self._tokenizers[encoder]
 
     def encoder(self, name: str) -> Any:
-        """The encoder in float32, its weights read tensor by tensor. Raises ErasecError where some are missing."""
+        """A text encoder in float32, with the changed tensors. Raises ErasecError where the files lack a tensor."""
         if name not in self._encoders:
             self._encoders[name] = load_encoder(self.source, name, self.changed.get(name, {}))
         return self._encoders[name]
 
-    def forget(self) -> None:
-        """Let the encoders go; they are read again when asked for."""
+    def release(self) -> None:
+        """Free the memory of the encoders; they are loaded again on the next use."""
         self._encoders.clear()
 
     def ids(self, prompts: Sequence[str], encoder: str, length: int = 0) -> Tensor:
-        """Token ids (n, length), cut off and padded; the tokenizer's own length where it is 0."""
+        """Token ids (n, length), truncated and padded. With ``length`` 0 it is the tokenizer's maximum length."""
         tokenizer = self.tokenizer(encoder)
         length = length or tokenizer.model_max_length
         batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -88,35 +95,41 @@ class Texts:
     def last_tokens(self, prompts: Sequence[str], part: Part) -> Tensor:
         """Index of each prompt's last token before its first end token, (n,).
 
-        For the empty prompt it is that of the start token, 0, and -1 for T5, which has none.
+        For the empty prompt it is 0, the index of the start token; for T5, which has no start token, -1.
         """
         encoder = part.encoders[0]
         ends: Tensor = self.ids(prompts, encoder, part.length) == self.tokenizer(encoder).eos_token_id
-        # A prompt that was cut off has its end token at the last place, so there is always one.
+        # A truncated prompt has its end token at the last position, so there always is one.
         last: Tensor = ends.int().argmax(1) - 1
         return last
 
     def encode(self, prompts: Sequence[str], stream: Stream, width: int) -> Tokens:
-        """States of a stream that is read by sites ``width`` wide. Raises ErasecError where its states are not so."""
+        """The text states of prompts in a stream whose sites read vectors of ``width`` entries.
+
+        Raises ErasecError where the encoders' states have another width.
+        """
         return Tokens(
-            tuple(self._rows(prompts, part, width) for part in stream.parts),
+            tuple(self._part_states(prompts, part, width) for part in stream.parts),
             tuple(self.last_tokens(prompts, part) for part in stream.parts),
         )
 
-    def _rows(self, prompts: Sequence[str], part: Part, width: int) -> Tensor:
-        rows = torch.cat([self._states(prompts, name, part) for name in part.encoders], 2)
-        room = width - rows.shape[2]
-        if room < 0 or (room and not part.padded):
+    def _part_states(self, prompts: Sequence[str], part: Part, width: int) -> Tensor:
+        """The states (n, t, width) of one part: those of its encoders side by side, padded with zeros."""
+        states = torch.cat([self._encoder_states(prompts, name, part) for name in part.encoders], 2)
+        padding = width - states.shape[2]
+        if padding < 0 or (padding and not part.padded):
             names = " and ".join(part.encoders)
             raise ErasecError(
-                f"the denoiser reads text states {width} wide, those of {names} are {rows.shape[2]}",
-                why="these components are not of one model", where=str(self.source.root),
-            )  # fmt: skip
-        return torch.nn.functional.pad(rows, (0, room)) if room else rows
+                f"the denoiser reads text states {width} wide, those of {names} are {states.shape[2]}",
+                why="these components are not of one model",
+                where=str(self.source.root),
+            )
+        return torch.nn.functional.pad(states, (0, padding)) if padding else states
 
-    def _states(self, prompts: Sequence[str], name: str, part: Part) -> Tensor:
-        """One encoder's states (n, t, d), as the part wants them; t is 1 for pooled ones."""
-        model, ids, found = self.encoder(name), self.ids(prompts, name, part.length), []
+    def _encoder_states(self, prompts: Sequence[str], name: str, part: Part) -> Tensor:
+        """The states (n, t, d) of one encoder, of the kind that the part names; t is 1 for pooled states."""
+        model, ids = self.encoder(name), self.ids(prompts, name, part.length)
+        batches = []
         with torch.no_grad(), bar("encode", len(prompts)) as advance:
             for batch in ids.split(max(1, BATCH // ids.shape[1])):
                 if part.state == "penultimate":
@@ -126,57 +139,40 @@ class Texts:
                     states = (out.text_embeds if "text_embeds" in out else out.pooler_output)[:, None]
                 else:
                     states = model(batch).last_hidden_state
-                found.append(states.float())
+                batches.append(states.float())
                 advance(len(batch))
-        return torch.cat(found)
+        return torch.cat(batches)
 
 
-def architecture(source: Folder, name: str) -> str:
-    """The class of a text encoder, by its config. Raises ErasecError for one that is not known here."""
-    kind: str = source.config(name).get("architectures", ["CLIPTextModel"])[0]
-    if kind not in ENCODERS:
-        raise ErasecError(f"{name} is a {kind}", why=f"known: {', '.join(ENCODERS)}", where=str(source.root))
-    return kind
+def encoder_class(source: Folder, name: str) -> str:
+    """The name of a text encoder's class, from its config. Raises ErasecError for a class that is not in
+    ``ENCODERS``."""
+    name_of_class: str = source.config(name).get("architectures", ["CLIPTextModel"])[0]
+    if name_of_class not in ENCODERS:
+        raise ErasecError(f"{name} is a {name_of_class}", why=f"known: {', '.join(ENCODERS)}", where=str(source.root))
+    return name_of_class
 
 
 def load_encoder(source: Folder, name: str, changed: Mapping[str, Callable[[], Tensor]] | None = None) -> Any:
-    """A text encoder from a checkpoint's config and tensors, float32, whatever the files' layout or dtype.
+    """A text encoder from the config and tensors of a checkpoint, in float32 whatever the dtype of the files.
 
-    ``changed`` gives new tensors by the keys of the files.
+    ``changed`` are edited tensors by key; they replace those of the files. Raises ErasecError where the files lack a
+    tensor.
     """
     import transformers
 
     hush()
-    kind = getattr(transformers, architecture(source, name))
-    config = kind.config_class(**_plain(source.config(name)))
+    model_class = getattr(transformers, encoder_class(source, name))
+    config = {key: value for key, value in source.config(name).items() if key not in NOT_PARAMETERS}
     with torch.device("meta"):
-        model = kind(config)
-    wanted = {_bare(key): key for key in model.state_dict()}
-    entries = {_bare(key): entry for key, entry in source.entries(name).items()}
-    for one, other in (TIED, TIED[::-1]):  # T5 holds its token embeddings by two names; files may have either or both
-        if one in wanted and one not in entries and other in entries:
-            entries[one] = entries[other]
-    if missing := sorted(set(wanted) - set(entries)):
-        raise ErasecError(
-            f"{name} has no tensor {missing[0]}", where=str(source.root),
-            why=f"{len(missing)} of {len(wanted)} that its config asks for are missing",
-        )  # fmt: skip
-    made = {_bare(key): make for key, make in (changed or {}).items()}
-    state = {
-        key: (made[bare]() if bare in made else read_tensor(entries[bare])).float() for bare, key in wanted.items()
-    }
-    model.load_state_dict(state, assign=True)
-    for module in model.modules():  # what is computed and not stored was made on no device
+        model = model_class(model_class.config_class(**config))
+    entries = dict(source.entries(name))
+    for missing, present in (TIED, TIED[::-1]):  # files of T5 have its token embedding by one of the names, or by both
+        if missing not in entries and present in entries:
+            entries[missing] = entries[present]
+    fill(model, name, entries, changed or {}, source.root)
+    for module in model.modules():  # position ids are computed and not stored, so they are still on the meta device
         ids = module._buffers.get("position_ids")
         if ids is not None and ids.is_meta:
             module._buffers["position_ids"] = torch.arange(ids.shape[-1])[None]
     return model.eval()
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
-
-
-def _bare(key: str) -> str:
-    # transformers 5 has dropped this prefix from the names that it writes; both are found.
-    return key.removeprefix("text_model.")

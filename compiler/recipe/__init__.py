@@ -1,1 +1,1 @@
-"""What a build is asked to do: the recipe, and the concepts that it erases."""
+"""The input of a build: the recipe, and the concepts that it erases."""

@@ -1,4 +1,4 @@
-"""Concepts: what is to go, what it becomes, what must stay. Loaded from TOML; a bare word gets templates."""
+"""Concepts: what to erase, what it becomes, and what to keep. They are TOML files, or made from a single phrase."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Prompt(NamedTuple):
-    """A phrase in a context: the whole ``text``, the text ``upto`` the phrase's end, and the text ``before`` it."""
+    """A phrase in a template: the whole ``text``, the text ``upto`` the phrase's end, and the text ``before`` it."""
 
     text: str
     upto: str
     before: str
 
 
-# Contexts in which a phrase is erased or kept when the concept's file names none.
+# The templates of a concept whose file has none.
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a drawing of a {}", "an image of a {}")
-# A concept file that holds this is a pattern for many concepts: ``find("celebrity:Ada Example")`` fills it in.
+# A concept file with this text is a pattern for many concepts: ``find("celebrity:Ada Example")`` replaces it.
 PLACEHOLDER = "<name>"
 
 
 class Concept(BaseModel):
-    """Prompts that say what to erase; every field but ``name`` and ``erase`` may be left out.
+    """Phrases that describe a concept to erase. All fields except ``name`` and ``erase`` are optional.
 
-    ``erase`` are the concept's names and ``synonyms`` its other names, both erased; ``anchor`` is the phrase that takes
-    their place, and ``counterparts`` pairs some of them with a safe phrase of their own that fits the context better
-    (a table in TOML). ``keep`` are phrases whose meaning must not move; ``implicit`` are prompts that show the concept
-    without naming it, used only to judge. ``templates`` are the contexts, each with one ``{}`` for the phrase.
-    ``scale`` weighs the concept against others that are erased with it and against what is kept.
-    ``label`` is what a judge calls the concept; ``sources`` are the papers, data sets and policies it was drawn from.
+    ``erase`` are the concept's names and ``synonyms`` its other names; all of them are erased. ``anchor`` is the phrase
+    that they become. ``counterparts`` (a table in TOML) maps some of them to another safe phrase that fits better than
+    the anchor. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept
+    without its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the
+    concept's weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's
+    label for the concept. ``sources`` are the papers, data sets and policies behind the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,7 +61,7 @@ class Concept(BaseModel):
     @field_validator("counterparts", mode="before")
     @classmethod
     def _pairs(cls, value: object) -> object:
-        # Pairs, not a table: they hash, and a resolved recipe writes them inside [[concept]] like every other list.
+        # Pairs instead of a table: they are hashable, and a resolved recipe writes them inside [[concept]] as a list.
         return tuple(value.items()) if isinstance(value, Mapping) else value
 
     @field_validator("counterparts")
@@ -70,47 +70,47 @@ class Concept(BaseModel):
         cls, value: tuple[tuple[str, str], ...], info: ValidationInfo
     ) -> tuple[tuple[str, str], ...]:
         erased = (*info.data.get("erase", ()), *info.data.get("synonyms", ()))
-        if strange := [phrase for phrase, _ in value if phrase not in erased]:
-            raise ValueError(f"{strange[0]!r} is neither in erase nor in synonyms; {nearest(strange[0], erased)}")
+        if unknown := [phrase for phrase, _ in value if phrase not in erased]:
+            raise ValueError(f"{unknown[0]!r} is neither in erase nor in synonyms; {nearest(unknown[0], erased)}")
         return value
 
     @field_validator("templates")
     @classmethod
-    def _one_gap(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _one_placeholder(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [template for template in value if template.count("{}") != 1]:
             raise ValueError(f"the template {wrong[0]!r} needs one {{}} for the phrase")
         return value
 
     def prompts(self, phrases: Iterable[str]) -> list[Prompt]:
-        """Every phrase in every template; the article before it becomes "a" or "an" as the phrase asks."""
-        found = []
+        """Every phrase in every template. The article before a phrase is "an" if the phrase begins with a vowel."""
+        prompts = []
         for phrase in phrases:
             article = "an {}" if phrase[:1].lower() in set("aeiou") else "a {}"
             for template in self.templates:
                 before, after = re.sub(r"\ban? \{\}", article, template).split("{}")
-                found.append(Prompt(before + phrase + after, before + phrase, before))
-        return found
+                prompts.append(Prompt(before + phrase + after, before + phrase, before))
+        return prompts
 
     @property
     def phrases(self) -> tuple[str, ...]:
-        """All names to erase: its own, then its synonyms."""
+        """All phrases to erase: ``erase``, then ``synonyms``."""
         return (*self.erase, *self.synonyms)
 
     def goal(self, phrase: str) -> str:
-        """What takes the phrase's place: its counterpart, else the anchor; "" is nothing."""
+        """The phrase that replaces ``phrase``: its counterpart, else the anchor. "" means the empty prompt."""
         return dict(self.counterparts).get(phrase, self.anchor)
 
 
 def library() -> dict[str, Path]:
-    """The bundled concept files by name; they lie in ``concepts/GROUP/NAME.toml``, one group for each world."""
+    """The bundled concept files by name. Their paths are ``concepts/GROUP/NAME.toml``."""
     root = Path(str(resources.files("erasec.recipe"))) / "concepts"
     return {path.stem: path for path in sorted(root.rglob("*.toml"))}
 
 
 def from_file(path: Path) -> Concept:
-    """Read one TOML file. Raises ErasecError that names the field at fault."""
+    """Read one concept file. Raises ErasecError that names the field at fault."""
     try:
-        return _checked(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
+        return _validate(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ErasecError("the concept file is not TOML", why=str(error), where=str(path)) from error
     except OSError as error:
@@ -118,9 +118,10 @@ def from_file(path: Path) -> Concept:
 
 
 def find(name: str) -> Concept:
-    """A concept by file path, by bundled name, or made from a bare word or phrase with the standard templates.
+    """Find a concept by file path or bundled name, or make one from any other phrase, with the standard templates.
 
-    A file with a placeholder takes what stands after a colon: "celebrity:Ada Example", "mine.toml:Ada Example".
+    A value for the placeholder of a file follows a colon: "celebrity:Ada Example", "mine.toml:Ada Example". Raises
+    ErasecError for a file that is missing or invalid, a missing value, and a value without a placeholder.
     """
     name = name.strip()
     word, colon, value = name.partition(".toml:")
@@ -131,33 +132,38 @@ def find(name: str) -> Concept:
         word, _, value = name.partition(":")
         path = library().get(word.strip().lower().replace(" ", "-"))
     if path is not None:
-        return _filled(from_file(path), word.strip(), value.strip(), str(path))
+        return _fill(from_file(path), word.strip(), value.strip(), str(path))
     if not name:
-        raise ErasecError("the concept has no name", why="--erase was given an empty word")
+        raise ErasecError("the concept has no name", why="the value of --erase is empty", fix="name what to erase")
     return Concept(name=name, erase=(name,))
 
 
-def _filled(concept: Concept, word: str, value: str, where: str) -> Concept:
-    """The concept with ``value`` at every placeholder; who is erased is no longer among the kept."""
+def _fill(concept: Concept, word: str, value: str, where: str) -> Concept:
+    """The concept with ``value`` for every placeholder. A kept phrase that equals the value is removed from ``keep``.
+
+    ``word`` is the concept as the user named it. Raises ErasecError for a missing value, and for a value without a
+    placeholder.
+    """
     text = concept.model_dump_json()
     slug = re.sub(r"\W+", "-", value.lower()).strip("-")
     if PLACEHOLDER not in text:
         if value:
-            why = f"no phrase of it holds {PLACEHOLDER}"
+            why = f"none of its phrases contains {PLACEHOLDER}"
             raise ErasecError(
                 f"the concept {word!r} takes no value, and was given {value!r}", why, f"--erase {word}", where
             )
         return concept
     if not slug:
-        why = f"its phrases hold {PLACEHOLDER}"
+        why = f"its phrases contain {PLACEHOLDER}"
         raise ErasecError(f"the concept {word!r} needs a value", why, f'--erase "{word}:Ada Example"', where)
     content = json.loads(text.replace(PLACEHOLDER, json.dumps(value)[1:-1]))
     content["name"] += f"-{slug}"
     content["keep"] = [phrase for phrase in content["keep"] if phrase.casefold() != value.casefold()]
-    return _checked(content, where)
+    return _validate(content, where)
 
 
-def _checked(content: Mapping[str, object], where: str) -> Concept:
+def _validate(content: Mapping[str, object], where: str) -> Concept:
+    """A concept from the content of a file. Raises ErasecError that names the field at fault."""
     try:
         return Concept.model_validate(content)
     except ValidationError as error:
@@ -167,5 +173,5 @@ def _checked(content: Mapping[str, object], where: str) -> Concept:
             why = f"there is no field {field!r}; {nearest(field, Concept.model_fields)}"
         else:
             why = f"{field}: {first['msg'].removeprefix('Value error, ')}"
-        fix = "erasec list concepts   shows where the bundled files are, to copy from"
+        fix = "copy a bundled file: erasec list concepts   shows where they are"
         raise ErasecError("the concept file is not valid", why=why, where=where, fix=fix) from error

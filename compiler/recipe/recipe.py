@@ -1,4 +1,4 @@
-"""The recipe: everything a build is asked to do, as one TOML file. Flags only ever make a recipe.
+"""The recipe: all inputs of a build in one TOML file. The flags of a command line are turned into a recipe.
 
 Paths in a recipe (a model folder, concept files, pass files) are relative to the working directory, as in flags.
 """
@@ -28,19 +28,20 @@ class _Table(BaseModel):
 
 
 class PassUse(_Table):
-    """One pass by name (or "file.py:Class") with its options; an option left out has the pass's own default."""
+    """A pass by name (or "file.py:Class") and its options. Options that are left out have the defaults of the pass."""
 
     name: Phrase
     options: dict[str, Option] = {}
 
 
 class Limits(_Table):
-    """What the checks allow, and how much they look at. An ``implicit`` of None is told and not judged.
+    """The limits of a build's checks, and the number of images that they use.
 
-    ``erased`` and ``implicit``: hit rate after over hit rate before, in [0, 1]. ``kept``: mean loss of hit rate of
-    everything else, 0.05 is five points. ``agreement``: loss of the cosine of picture and prompt. ``drift``: mean
-    absolute change of a pixel, full scale 1. ``recovered``: the least hit rate with a key, over that of the base where
-    it is built. ``images`` for each group of prompts; ``steps`` and ``guidance`` are those of sampling.
+    ``erased`` and ``implicit``: hit rate after the edit, divided by that before it. An ``implicit`` of None is
+    reported, not enforced. ``kept``: mean loss of hit rate of all other labels; 0.05 is five percentage points.
+    ``agreement``: loss of cosine similarity between image and prompt. ``drift``: mean absolute change of a pixel, with
+    values in [0, 1]. ``recovered``: least hit rate with a key, divided by that of the base. ``images`` is their number
+    for each group of prompts. ``steps`` and ``guidance`` are those of sampling.
     """
 
     erased: Annotated[float, Field(ge=0)] = 0.10
@@ -55,14 +56,16 @@ class Limits(_Table):
 
 
 class Recipe(_Table):
-    """A build in words. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
+    """All inputs of a build. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
 
-    ``erase`` are names in ``concepts``, then bundled names, concept files or plain phrases. Each of ``targets`` is NAME
-    or NAME:key=value,... as on the command line; a plan puts the plain checkpoint, which is always written, first.
-    ``keys`` are key files: what they bring back is shown by what is built. ``absorb`` above 0 puts the keys into stock
-    weights, as far as it goes, and is the largest residual allowed. ``revision`` and ``digest`` pin the model; empty is
-    not pinned. ``variant`` chooses among a folder's precisions, such as "fp16"; ``allow_pickle`` reads pickled weights,
-    as tensors alone; ``link`` makes hard links of unchanged files.
+    ``erase`` are names from ``concepts``, bundled names, concept files or phrases; they are looked up in this order.
+    Each of ``targets`` is NAME or NAME:key=value,... as on the command line. A plan adds the merged checkpoint as the
+    first target, because every build writes it. ``keys`` are key files: the built model shows the concepts that they
+    restore. If ``absorb`` is above 0, the keys are merged into stock weights as far as possible, and ``absorb`` is the
+    largest residual allowed. ``judge`` is the name of a judge, or "" for the registered judge of the model.
+    ``revision`` and ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions,
+    such as "fp16". With ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files
+    become hard links.
     """
 
     format: Annotated[str, Field(alias="erasec", pattern=r"^\d+\.\d+$")] = FORMAT
@@ -76,6 +79,7 @@ class Recipe(_Table):
     targets: tuple[Phrase, ...] = ()
     keys: tuple[Phrase, ...] = ()
     absorb: Annotated[float, Field(ge=0)] = 0.0
+    judge: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     passes: Annotated[tuple[PassUse, ...], Field(alias="pass")] = ()
@@ -97,7 +101,7 @@ class Recipe(_Table):
 
 
 def from_file(path: Path) -> Recipe:
-    """Read a recipe. Raises ErasecError that names the file, the key, and the nearest key that exists."""
+    """Read a recipe file. Raises ErasecError that names the file and the key at fault, and the nearest valid key."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -106,12 +110,12 @@ def from_file(path: Path) -> Recipe:
 
 
 def from_toml(text: str, where: str = "") -> Recipe:
-    """Read a recipe from TOML; ``where`` names its source in errors. Raises ErasecError."""
+    """Read a recipe from TOML. ``where`` names its source in errors. Raises ErasecError as ``from_file`` does."""
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ErasecError("the recipe is not TOML", why=str(error), where=where) from error
-    return _checked(content, where)
+    return _validate(content, where)
 
 
 def from_flags(
@@ -127,8 +131,13 @@ def from_flags(
     link: bool | None = None,
     keys: Sequence[str] = (),
     absorb: float | None = None,
+    judge: str | None = None,
 ) -> Recipe:
-    """A recipe from a command line; a ``model`` that ends in .toml is a recipe, and each flag replaces its key."""
+    """Make a recipe from the flags of a command line.
+
+    If ``model`` ends in .toml, it is a recipe file, and every flag that is given replaces its key in the recipe. Raises
+    ErasecError for an invalid flag or file.
+    """
     given: dict[str, Any] = {
         "erase": list(erase),
         "pass": [parse_use(text).model_dump() for text in passes],
@@ -141,33 +150,36 @@ def from_flags(
         "link": link,
         "keys": list(keys),
         "absorb": absorb,
+        "judge": judge,
     }
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}
     if model.endswith(".toml"):
         base = from_file(Path(model).expanduser()).model_dump(by_alias=True)
-    return _checked({**base, **given}, "the command line")
+    return _validate({**base, **given}, "the command line")
 
 
 def parse_use(text: str, flag: str = "--pass") -> PassUse:
-    """``NAME[:key=value,...]`` as typed after --pass or --target.
+    """Parse ``NAME[:key=value,...]``, the value of --pass or --target (``flag``).
 
-    Values are read as true, false, integers, numbers, else text.
+    Option values become true, false, integers, floats, or else text. Raises ErasecError for any other syntax.
     """
     match = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text.strip())
     fix = f"erasec list {'passes' if flag == '--pass' else 'targets'}   shows names and options"
     if match is None:
-        raise ErasecError(f"{flag} was given an empty name", fix=fix)
-    name, listed = match[1], match[2]
-    pieces = listed.split(",") if listed else []
-    loose = [piece for piece in pieces if "=" not in piece]
+        raise ErasecError(f"{flag} has an empty name", fix=fix)
+    name, text_of_options = match[1], match[2]
+    pieces = text_of_options.split(",") if text_of_options else []
+    invalid = [piece for piece in pieces if "=" not in piece]
     before, colon, after = name.rpartition(":")
     if colon and not before.endswith(".py"):
-        loose.append(after)
-    if loose:
+        invalid.append(after)
+    if invalid:
         raise ErasecError(
-            f"{flag} {text}: {loose[0]!r} is no option", why="options are written NAME:key=value,key=value", fix=fix,
-        )  # fmt: skip
+            f"{flag} {text}: {invalid[0]!r} is no option",
+            why="options are written NAME:key=value,key=value",
+            fix=fix,
+        )
     options: dict[str, Option] = {}
     for piece in pieces:
         key, _, value = piece.partition("=")
@@ -191,7 +203,7 @@ def _literal(text: str) -> Option:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML: same recipe, same text; ``from_toml`` gives an equal recipe back."""
+    """The recipe as TOML. Equal recipes give the same text, and ``from_toml`` returns an equal recipe."""
     content = recipe.model_dump(by_alias=True, mode="json", exclude_none=True)
     if not recipe.absorb:
         del content["absorb"]
@@ -207,29 +219,32 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _lines(table: Mapping[str, Any]) -> str:
-    # A field that may be empty is empty by default, so nothing is lost by leaving it out. (Options are no such fields.)
+    # Every field that may be empty is empty by default, so empty ones can be left out. This does not hold for options.
     return tomli_w.dumps({key: value for key, value in table.items() if value not in ("", [])})
 
 
-def _checked(content: Mapping[str, Any], where: str) -> Recipe:
-    wanted = content.get("erasec", FORMAT)
-    if isinstance(wanted, str) and re.fullmatch(r"\d+\.\d+", wanted) and _version(wanted) > _version(FORMAT):
+def _validate(content: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from the content of a file. Raises ErasecError that names the key at fault."""
+    version = content.get("erasec", FORMAT)
+    if isinstance(version, str) and re.fullmatch(r"\d+\.\d+", version) and _version(version) > _version(FORMAT):
         raise ErasecError(
-            f"the recipe has format {wanted}", why=f"this erasec knows formats up to {FORMAT}", where=where,
+            f"the recipe has format {version}",
+            why=f"this erasec knows formats up to {FORMAT}",
+            where=where,
             fix="pip install --upgrade erasec",
-        )  # fmt: skip
+        )
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise _in_words(error, content, where) from error
+        raise _recipe_error(error, content, where) from error
 
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
-def _in_words(error: ValidationError, content: Mapping[str, Any], where: str) -> ErasecError:
-    """The first fault of a recipe, with the key as it is written in TOML."""
+def _recipe_error(error: ValidationError, content: Mapping[str, Any], where: str) -> ErasecError:
+    """The error for the first fault of a recipe. It names the key as it is written in TOML."""
     first = error.errors()[0]
     table, *rest = first["loc"] or ("",)
     kinds: dict[object, type[BaseModel]] = {"pass": PassUse, "concept": Concept, "checks": Limits}
@@ -252,5 +267,5 @@ def _in_words(error: ValidationError, content: Mapping[str, Any], where: str) ->
     if key == "device":
         why = 'a device is "auto", "cpu", "cuda", "cuda:0" and so on, or "mps"'
         return ErasecError(f"there is no device {first['input']!r}", why=why, where=where)
-    why = first["msg"].removeprefix("Value error, ").replace("tuple", "list")  # TOML knows no tuples
+    why = first["msg"].removeprefix("Value error, ").replace("tuple", "list")  # TOML has no tuples
     return ErasecError(f"{key} is {first['input']!r}", why=why, where=where)

@@ -1,1 +1,1 @@
-"""What a build tells people: the report, its numbers, wording and charts, and the templates of its pages."""
+"""The report of a build: its facts (``collect``), numbers (``format``), words (``wording``), charts and pages."""

@@ -1,4 +1,4 @@
-"""What a report draws: curves of training as paths in an SVG, and a map of how far each part of a model moved."""
+"""Charts of a report: training curves as SVG paths, and a heat map of the change of each part of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,23 @@ POINTS = 300
 LOG_FROM = 30  # positive values that span more than this factor are drawn on a logarithmic scale
 ROWS = 64
 
-# How the parts of a model follow each other; what is not here comes last.
-ORDER = ("embeddings", "shared", "encoder", "conv_in", "pos_embed", "x_embedder", "time", "add_embedding",
-         "context_embedder", "down", "mid", "up", "transformer", "single_transformer")  # fmt: skip
+# The order of the parts of a model. Parts that are not listed come last.
+ORDER = (
+    "embeddings",
+    "shared",
+    "encoder",
+    "conv_in",
+    "pos_embed",
+    "x_embedder",
+    "time",
+    "add_embedding",
+    "context_embedder",
+    "down",
+    "mid",
+    "up",
+    "transformer",
+    "single_transformer",
+)
 ATTENTIONS = ("cross", "self", "joint", "context", "pooled", "text", "other")
 PROJECTIONS = ("k", "v", "q", "out", "embed", "mlp", "")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -26,7 +40,7 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its path in the SVG, and its first and last value as they were given."""
+    """One curve: its SVG path, and its first and last value."""
 
     name: str
     path: str
@@ -36,7 +50,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over one pair of axes; ``columns`` and ``rows`` are the marks of x and y, (place, label)."""
+    """Curves in one pair of axes. ``columns`` and ``rows`` are the ticks of x and y: (position, label)."""
 
     title: str
     about: str
@@ -47,7 +61,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """All tensors of one kind in one part: norm of their change over norm of their weights, and which they are."""
+    """The tensors of one kind in one part: norm of the change over norm of the weights, and a text about them."""
 
     change: float
     about: str
@@ -55,7 +69,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Parts in network order as (name, a cell or None for each column); ``columns`` are kinds of tensors."""
+    """A heat map. Rows are parts of the model: (name, a cell or None for each column). Columns are kinds of tensors."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
@@ -66,7 +80,7 @@ class Table:
 
     @property
     def most(self) -> float:
-        """The largest change that is a finite number."""
+        """The largest finite change."""
         changes = (cell.change for _, row in self.rows for cell in row if cell is not None)
         return max((change for change in changes if math.isfinite(change)), default=0.0)
 
@@ -75,9 +89,10 @@ class Table:
 
 
 def charts(curves: Mapping[str, Sequence[float]], steps: float = 0) -> tuple[Chart, ...]:
-    """Losses on one chart, drift on another, every other curve on its own.
+    """Charts of training curves: all losses in one chart, all drifts in another, each other curve in its own.
 
-    A curve's values lie evenly from the first step to the last, ``steps``; by default it has one value a step.
+    The values of a curve are spaced evenly from the first step to the last step, ``steps``. By default a curve has one
+    value per step.
     """
     groups: dict[str, dict[str, Sequence[float]]] = {}
     for name, values in curves.items():
@@ -89,18 +104,18 @@ def charts(curves: Mapping[str, Sequence[float]], steps: float = 0) -> tuple[Cha
 
 def _chart(title: str, group: Mapping[str, Sequence[float]], steps: float) -> Chart:
     end = steps or max(len(values) for values in group.values())
-    points = {name: _thinned(values, end) for name, values in group.items()}
+    points = {name: _downsample(values, end) for name, values in group.items()}
     finite = [y for line in points.values() for _, y in line if math.isfinite(y)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     logarithmic = low > 0 and high > LOG_FROM * low
     if logarithmic:
-        marks = _decades(low, high)
+        ticks = _decades(low, high)
         low, high = math.log10(low), math.log10(high)
     else:
         if low == high:
             low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
         low = 0.0 if 0 <= low < high / 2 else low
-        marks = _round_numbers(low, high, 4)
+        ticks = _round_numbers(low, high, 4)
 
     def across(x: float) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * x / end, 1)
@@ -110,27 +125,27 @@ def _chart(title: str, group: Mapping[str, Sequence[float]], steps: float) -> Ch
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low), 1)
 
     def path(line: Iterable[tuple[float, float]]) -> str:
-        # A value that is not finite breaks the line; a lone point becomes a dot by its round ends.
-        drawn, pen = [], False
+        # A value that is not finite interrupts the line. "h0" draws a single point as a dot, with round line ends.
+        commands, pen_down = [], False
         for x, y in line:
             if math.isfinite(y):
-                drawn.append(f"L{across(x)} {down(y)}" if pen else f"M{across(x)} {down(y)}h0")
-            pen = math.isfinite(y)
-        return "".join(drawn)
+                commands.append(f"L{across(x)} {down(y)}" if pen_down else f"M{across(x)} {down(y)}h0")
+            pen_down = math.isfinite(y)
+        return "".join(commands)
 
-    told = [f"{name} goes from {_label(values[0])} to {_label(values[-1])}" for name, values in group.items()]
+    trends = [f"{name} goes from {_label(values[0])} to {_label(values[-1])}" for name, values in group.items()]
     scale = "a logarithmic" if logarithmic else "a linear"
     return Chart(
         title,
-        f"{'; '.join(told)}; {end:g} steps, {scale} scale.",
+        f"{'; '.join(trends)}; {end:g} steps, {scale} scale.",
         tuple(Line(name, path(points[name]), values[0], values[-1]) for name, values in group.items()),
         tuple((across(x), _label(x)) for x in _round_numbers(0, end, 6) if x == int(x)),
-        tuple((down(y), _label(y)) for y in marks),
+        tuple((down(y), _label(y)) for y in ticks),
     )
 
 
-def _thinned(values: Sequence[float], end: float) -> list[tuple[float, float]]:
-    """(step, value), at most ``POINTS``: of more, the means of neighbours; those that are not finite do not count."""
+def _downsample(values: Sequence[float], end: float) -> list[tuple[float, float]]:
+    """Points (step, value), at most ``POINTS``: of longer curves, the means of neighbouring finite values."""
     count = min(len(values), POINTS)
     stride = (end - 1) / max(1, len(values) - 1)
     points = []
@@ -143,7 +158,7 @@ def _thinned(values: Sequence[float], end: float) -> list[tuple[float, float]]:
 
 
 def _round_numbers(low: float, high: float, most: int) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten between two numbers, about ``most``."""
+    """About ``most`` multiples of 1, 2 or 5 times a power of ten between two numbers."""
     rough = (high - low) / most
     power = 10 ** math.floor(math.log10(rough))
     step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough * (1 - 1e-9))
@@ -152,7 +167,7 @@ def _round_numbers(low: float, high: float, most: int) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten between two numbers, at most eight; and 2 and 5 times them where they would be fewer than 3."""
+    """Powers of ten between two numbers, at most eight; if there are fewer than 3, also 2 and 5 times powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = -(-(last - first) // 7)
     powers = [10.0**power for power in range(first, last + 1, stride)]
@@ -169,13 +184,14 @@ def _label(value: float) -> str:
     return f"{float(digits):g}×10{str(int(power)).translate(SUPERSCRIPTS)}".replace("-", "−").removeprefix("1×")
 
 
-# --- the map of moves ----------------------------------------------------------------------------------------------
+# --- the heat map -----------------------------------------------------------------------------------------------------
 
 
 def heat(moves: Sequence[SiteMove]) -> tuple[Table, ...]:
-    """One table for the text encoders, one for the denoiser; a row for each layer, resnet or attention.
+    """One heat map for the text encoders and one for the denoiser, with a row for each layer, resnet or attention.
 
-    Where these would be more than ``ROWS``, a row for each stage. Several tensors of a cell count as one long vector.
+    If these are more than ``ROWS`` rows, there is a row for each stage instead. Several tensors in a cell count as one
+    vector.
     """
     level = 0 if len({_part(move.block, 0) for move in moves}) <= ROWS else 1
     sides = [[move for move in moves if (move.attn == "text") == text] for text in (True, False)]
@@ -196,7 +212,7 @@ def _table(moves: Sequence[SiteMove], level: int) -> Table:
 
 
 def _cell(moves: Sequence[SiteMove]) -> Cell:
-    # hypot of one number is that very number
+    # math.hypot of one number returns exactly that number
     moved, weight = math.hypot(*(move.moved for move in moves)), math.hypot(*(move.size for move in moves))
     first = max(moves, key=lambda move: move.change)
     about = f"{first.key} {' × '.join(map(str, first.shape))}, rank {first.rank}"
@@ -204,17 +220,18 @@ def _cell(moves: Sequence[SiteMove]) -> Cell:
 
 
 def relative(moved: float, size: float) -> float:
-    """Norm of a change over norm of the weight; of a weight that was all zeros infinite, where it changed at all."""
+    """Norm of a change over norm of the weight; infinite if a weight of zeros changed."""
     return moved / size if size else math.inf if moved else 0.0
 
 
 def _part(block: str, level: int) -> str:
-    """What of a block names its row: up to its second number in the stages of a UNet, up to its first elsewhere; one
-    fewer at ``level`` 1. "down.0.attentions.1.transformer.0.ff" is of "down.0.attentions.1", then of "down.0"."""
+    """The row of a block: its name up to the second number in the stages of a UNet, up to the first elsewhere; with one
+    number fewer at ``level`` 1. "down.0.attentions.1.transformer.0.ff" has the row "down.0.attentions.1" at level 0,
+    "down.0" at level 1."""
     component, _, path = block.rpartition(" ")
     parts = path.replace("mid_block", "mid").split(".")
-    wanted = (2 if parts[0] in ("down", "up") else 1) - level
-    numbers = [at for at, part in enumerate(parts) if part.isdigit()][:wanted]
+    depth = (2 if parts[0] in ("down", "up") else 1) - level
+    numbers = [at for at, part in enumerate(parts) if part.isdigit()][:depth]
     return f"{component} {'.'.join(parts[: numbers[-1] + 1 if numbers else 1])}".strip()
 
 
@@ -222,7 +239,7 @@ def _network_order(part: str) -> tuple[str, int, list[int], bool, list[int], boo
     component, _, path = part.rpartition(" ")
     stage = next((at for at, name in enumerate(ORDER) if path.startswith(name)), len(ORDER))
     numbers = [int(word) for word in path.split(".") if word.isdigit()]
-    # In a stage a resnet goes before the attention of the same number, and what changes the size goes last.
+    # In a stage, a resnet precedes the attention of the same number, and samplers come last.
     return component, stage, numbers[:1], "samplers" in path, numbers[1:], "attentions" in path, path
 
 

@@ -1,4 +1,4 @@
-"""What a build tells of itself in its report, gathered from the model, the folders and this machine."""
+"""Collects the facts of a report from the edited model, the built folders, the pictures and this machine."""
 
 from __future__ import annotations
 
@@ -10,60 +10,67 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import file_digest
-from erasec.model import sidecar as extras
-from erasec.reporting import report as reports
+from erasec.model.sidecar import read_extras
+from erasec.reporting.report import Pair, SiteMove, Written
 
 if TYPE_CHECKING:
-    from erasec.judging.validate import Evidence
+    from erasec.judging.evidence import Evidence
     from erasec.model.view import Model
 
 PACKAGES = ("erasec", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
 
 
-def moves(model: Model) -> tuple[reports.SiteMove, ...]:
-    """How far every edited site moved from its stored weight."""
-    found = []
-    for site in model.parameters:
-        deltas = model.deltas(site)
-        if deltas:
-            stored = model.stored(site).double()
-            moved = float((model.weight(site) - stored).norm())
-            # A bias is one column, a kernel a matrix of its outputs.
-            rank = min(sum(delta.rank for delta in deltas), site.shape[0], max(1, stored.numel() // site.shape[0]))
-            found.append(
-                reports.SiteMove(
-                    site.key, site.block, site.attn, site.proj, site.shape, float(stored.norm()), moved, rank
-                )
-            )
-    return tuple(found)
+def site_moves(model: Model) -> tuple[SiteMove, ...]:
+    """The change of every edited site, relative to its stored weight."""
+    moves = []
+    for site in model.edited_sites:
+        deltas, stored = model.deltas(site), model.stored_weight(site).double()
+        moved = float((model.weight(site) - stored).norm())
+        # A bias is a matrix of one column, a kernel a matrix with one row per output.
+        rank = min(sum(delta.rank for delta in deltas), site.shape[0], max(1, stored.numel() // site.shape[0]))
+        moves.append(
+            SiteMove(site.key, site.block, site.attn, site.proj, site.shape, float(stored.norm()), moved, rank)
+        )
+    return tuple(moves)
 
 
-def carried(built: Folder, keys: list[str]) -> dict[str, Any]:
-    """What a built folder carries beside weights, opened for ``keys``, as ``Report.extras`` tells it."""
-    found = extras.read(built.root)
+def carried_extras(built: Folder, keys: list[str]) -> dict[str, Any]:
+    """The field ``Report.extras``: what a built folder carries in addition to weights; ``keys`` are concepts."""
+    extras = read_extras(built.root)
     memories = [
-        {"attention": item.attention, "mode": item.mode, "rows": len(item.keys), "weight": item.weight,
-         "until": item.until}
-        for item in found.memories
-    ]  # fmt: skip
-    return {"memories": memories, "tokens": list(found.tokens), "negative": found.negative, "keys": keys}
+        {
+            "attention": memory.attention,
+            "mode": memory.mode,
+            "rows": len(memory.keys),
+            "weight": memory.weight,
+            "until": memory.until,
+        }
+        for memory in extras.memories
+    ]
+    return {"memories": memories, "tokens": list(extras.tokens), "negative": extras.negative, "keys": keys}
 
 
-def pairs(evidence: Evidence) -> tuple[reports.Pair, ...]:
-    """Every question with its two pictures."""
+def picture_pairs(evidence: Evidence) -> tuple[Pair, ...]:
+    """Every question with its pictures before and after the edit."""
     return tuple(
-        reports.Pair(
-            question.group, question.prompt, question.seed, evidence.before[row], evidence.after[row],
-            question.looked_for, bool(evidence.shown_before[row]), bool(evidence.shown_after[row]),
+        Pair(
+            question.group,
+            question.prompt,
+            question.seed,
+            evidence.before[row],
+            evidence.after[row],
+            question.looked_for,
+            bool(evidence.shown_before[row]),
+            bool(evidence.shown_after[row]),
         )
         for row, question in enumerate(evidence.questions)
-    )  # fmt: skip
+    )
 
 
-def written(target: str, folder: Path) -> reports.Written:
-    """Sizes and digests of all files of an artifact."""
+def written_files(target: str, folder: Path) -> Written:
+    """The sizes and digests of all files that a target wrote."""
     files = Folder(folder).files()
-    return reports.Written(
+    return Written(
         target,
         target,
         {name.as_posix(): ((folder / name).stat().st_size, file_digest(folder / name)) for name in files},
@@ -71,11 +78,11 @@ def written(target: str, folder: Path) -> reports.Written:
 
 
 def environment() -> dict[str, str]:
-    """What the build ran on: versions and the machine."""
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    """The versions of Python and of the libraries, and the machine."""
+    facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return facts

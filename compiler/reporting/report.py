@@ -1,4 +1,4 @@
-"""What a build tells people: report.html to look at, report.json for machines, README.md as the model card."""
+"""Writes the report of a build: report.html for readers, report.json for programs, README.md as the model card."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from erasec.checkpoint.safetensors import atomic
-from erasec.model.view import HUB
+from erasec.checkpoint.safetensors import atomic_write
+from erasec.family import HUB
 from erasec.reporting import charts
-from erasec.reporting.wording import FILTERS, percent, words
+from erasec.reporting.format import percent
+from erasec.reporting.wording import FILTERS, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """The same prompt and seed before and after; images are (h, w, 3) uint8. ``shown_*`` says whether the judge saw
-    what ``looked_for`` names."""
+    """Two pictures of one prompt and seed, before and after the edit, (height, width, 3) uint8.
+
+    ``shown_before`` and ``shown_after`` say whether the judge saw the label ``looked_for``.
+    """
 
     group: str  # "name", "synonym", "implicit", "keyed" or "keep"
     prompt: str
@@ -44,7 +47,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class SiteMove:
-    """How far one site moved: the Frobenius norms of its weight and of the change, and the change's rank."""
+    """The change of one site: Frobenius norms of its weight (``size``) and of the change (``moved``), and the rank."""
 
     key: str
     block: str
@@ -63,12 +66,12 @@ class SiteMove:
 
 @dataclass(frozen=True)
 class Applied:
-    """One pass on one concept; ``limits`` is what the pass says of itself, ``curves`` are measurements by step."""
+    """One edit. ``limits`` is that of the pass; ``curves`` are values measured during training, by name."""
 
     by: str
     version: str
     paper: str
-    concept: str
+    concepts: tuple[str, ...]
     params: dict[str, Any]
     stats: dict[str, float]
     seconds: float
@@ -78,7 +81,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Written:
-    """One artifact; ``files`` maps its relative paths to (bytes, sha256)."""
+    """One artifact. ``files`` maps relative paths to (bytes, sha256)."""
 
     target: str
     path: str
@@ -87,11 +90,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report shows. ``passed`` is False where any check failed.
+    """Everything that a report shows. ``passed`` is False if any check failed.
 
-    ``extras`` is what the build carries beside weights: "memories", each a dict of attention, mode, rows, weight and
-    until; "tokens", the names of new ones; "negative", a prompt; and "keys", the concepts whose keys are in the build.
-    What there is none of may be left out.
+    ``extras`` is what the build carries in addition to weights: "memories", each a dict of attention, mode, rows,
+    weight and until; "tokens", the names of new tokens; "negative", a prompt; and "keys", the concepts whose keys are
+    in the build. Entries that are empty may be left out.
     """
 
     model: dict[str, str]  # name, revision, family, digest
@@ -104,7 +107,7 @@ class Report:
     written: tuple[Written, ...]
     seconds: dict[str, float]  # by step of the build
     environment: dict[str, str]  # erasec, python, torch, diffusers, ... versions
-    notes: tuple[str, ...]  # sentences a reader must know, such as "no judge: erasure was not measured"
+    notes: tuple[str, ...]  # sentences that every reader must know
     passed: bool
     extras: dict[str, Any] = field(default_factory=dict)
 
@@ -119,27 +122,35 @@ GROUPS: dict[str, tuple[str, str]] = {
 }
 CARRIED = {"memories": "memory", "tokens": "new tokens", "negative": "negative prompt"}
 SHOWN, SHOWN_KEPT = 8, 12
-SIDE = 320  # pixels; larger pictures are reduced, or a report on 512 px pictures would weigh 40 MB
-ALIVE = 0.10  # an implicit hit rate above this is said in words
+SIDE = 320  # pixels; larger pictures are reduced, because a report with 512 px pictures would have 40 MB
+ALIVE = 0.10  # an implicit hit rate above this adds a warning
 
 
-def write(report: Report, out: Path) -> None:
-    """Write ``report.html``, ``report.json`` and ``README.md`` below ``out``, each whole or not at all.
+def write_report(report: Report, out: Path) -> None:
+    """Write ``report.html``, ``report.json`` and ``README.md`` into ``out``.
 
-    The same report gives the same bytes.
+    Each file is written completely or not at all. The same report gives the same bytes.
     """
     facts = _facts(report)
     environment = Environment(
         loader=FileSystemLoader(str(resources.files("erasec.reporting") / "templates")),
         autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= FILTERS
     page = environment.get_template("report.html.j2").render(
-        facts, gallery=_gallery(report), groups=GROUPS, side=SIDE, alive=ALIVE, charts=charts,
+        facts,
+        gallery=_gallery(report),
+        groups=GROUPS,
+        side=SIDE,
+        alive=ALIVE,
+        charts=charts,
         heat=charts.heat(report.moves),
         reduced=any(max(pair.before.shape[:2]) > SIDE for pair in report.pairs),
-    )  # fmt: skip
+    )
     base_model = HUB.get(report.model["name"], _title(report.model))
     card = environment.get_template("card.md.j2").render(facts, groups=GROUPS, base_model=base_model)
     _write_text(out / "report.html", page)
@@ -148,15 +159,15 @@ def write(report: Report, out: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-# --- the facts: the one source of all three files ------------------------------------------------------------------
+# --- facts: the single source of all three files --------------------------------------------------------------------
 
 
 def _facts(report: Report) -> dict[str, Any]:
-    """Everything but the pictures, as dicts and lists; numbers are the report's own."""
+    """Everything except the pictures, as dicts and lists. Numbers are not rounded."""
     failed = [check.name for check in report.checks if not check.passed]
     return {
         "schema": SCHEMA,
@@ -167,9 +178,9 @@ def _facts(report: Report) -> dict[str, Any]:
         "warnings": _warnings(report),
         "model": {**report.model, "title": _title(report.model)},
         "concepts": [dict(concept) for concept in report.concepts],
-        "summary": {group: found for group in GROUPS if (found := _mean(report.rates, group))},
+        "summary": {group: mean for group in GROUPS if (mean := mean_rates(report.rates, group))},
         "rates": [dict(rate) for rate in report.rates],
-        "checks": [{**asdict(check), "state": _state(check), "bound": _bound(check)} for check in report.checks],
+        "checks": [{**asdict(check), "state": check.outcome, "bound": _bound(check)} for check in report.checks],
         "pairs": [
             {field.name: getattr(pair, field.name) for field in fields(pair) if field.name not in ("before", "after")}
             for pair in report.pairs
@@ -178,17 +189,21 @@ def _facts(report: Report) -> dict[str, Any]:
         "moves": [{**asdict(move), "change": move.change} for move in report.moves],
         "extras": {"memories": [], "tokens": [], "negative": "", "keys": [], **report.extras},
         "written": [
-            {"target": written.target, "path": written.path, "bytes": sum(size for size, _ in written.files.values()),
-             "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.files.items()}}
+            {
+                "target": written.target,
+                "path": written.path,
+                "bytes": sum(size for size, _ in written.files.values()),
+                "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.files.items()},
+            }
             for written in report.written
         ],
         "seconds": dict(report.seconds),
         "environment": dict(report.environment),
-    }  # fmt: skip
+    }
 
 
 def _verdict(report: Report, failed: list[str]) -> str:
-    """One line. Only what a judge looked for, and a check held to a limit, is called erased."""
+    """The headline. A concept is called erased only if a judge looked for it and a check with a limit passed."""
     model = _title(report.model)
     if not report.passed:
         return f"build rejected: {words(failed, most=3)} failed" if failed else "build rejected"
@@ -198,15 +213,20 @@ def _verdict(report: Report, failed: list[str]) -> str:
     if not names:
         return model if keys else f"{model} built, nothing erased"
     judged = {check.name for check in report.checks if check.name.startswith("erased") and check.limit is not None}
-    seen = {rate["looked_for"] for rate in report.rates if rate["group"] == "name"} if judged else set()
-    marked = any(rate["group"] == "implicit" for rate in report.rates)  # no prompt names a mark
+    looked_for = {rate["looked_for"] for rate in report.rates if rate["group"] == "name"} if judged else set()
+    implicit = any(rate["group"] == "implicit" for rate in report.rates)  # prompts do not name a mark
     measured = [
-        c["name"] for c in report.concepts
-        if (marked and "erased/implicit" in judged if c.get("kind") == "mark" else seen & {c["name"], c.get("label")})
-    ]  # fmt: skip
+        c["name"]
+        for c in report.concepts
+        if (
+            implicit and "erased/implicit" in judged
+            if c.get("kind") == "mark"
+            else looked_for & {c["name"], c.get("label")}
+        )
+    ]
     rest = [name for name in names if name not in measured]
-    if not measured and marked and all(c.get("kind") == "mark" for c in report.concepts):
-        return f"{model} edited; how much of {words(names)} is left was measured, and held to no limit"
+    if not measured and implicit and all(c.get("kind") == "mark" for c in report.concepts):
+        return f"{model} edited; how much of {words(names)} is left was measured, without a limit"
     if not measured:
         return f"{model} edited; whether {words(names)} is gone was not measured"
     unmeasured = f"; {words(rest)} not measured" if rest else ""
@@ -215,54 +235,50 @@ def _verdict(report: Report, failed: list[str]) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
-    """What was measured, or is so by construction, and must not be overlooked, in words."""
-    found = []
-    carried = [said for name, said in CARRIED.items() if report.extras.get(name)]
+    """Sentences about facts that a reader must not overlook."""
+    warnings = []
+    carried = [label for name, label in CARRIED.items() if report.extras.get(name)]
     if carried and report.concepts and not report.extras.get("keys"):
         gone = words(concept["name"] for concept in report.concepts)
         if report.moves:
-            found.append(f"The weights are a part of it: without this build's {words(carried)}, {gone} may be back.")
+            warnings.append(f"The weights are not all of the edit: without the {words(carried)}, {gone} may be back.")
         else:
-            found.append(f"Nothing in the weights changed: without this build's {words(carried)}, {gone} is back.")
+            warnings.append(f"The weights did not change: without the {words(carried)}, {gone} is back.")
     if report.extras.get("negative"):
-        found.append("The negative prompt acts under guidance alone, and one of the user's own takes its place.")
-    return found + [
-        f"This build leaves implicit prompts alive: of {rate['images']} pictures from prompts that never name it, "
+        warnings.append("The negative prompt only acts with guidance, and a user's own negative prompt replaces it.")
+    return warnings + [
+        f"Implicit prompts still work: of {rate['images']} pictures from prompts that do not name it, "
         f"{percent(rate['after'])} still show {rate['looked_for']} (before the edit {percent(rate['before'])})."
         for rate in report.rates
         if rate["group"] == "implicit" and rate["after"] > ALIVE
     ]
 
 
-def _mean(rates: Iterable[dict[str, Any]], group: str) -> dict[str, Any] | None:
-    """Hit rates over all pictures of a group, whatever was looked for; None where there are none."""
+def mean_rates(rates: Iterable[dict[str, Any]], group: str) -> dict[str, Any] | None:
+    """Mean hit rates over all pictures of a group; None if there are none."""
     rows = [rate for rate in rates if rate["group"] == group and rate["images"]]
     if not rows:
         return None
     images = sum(row["images"] for row in rows)
-    means = {at: sum(row[at] * row["images"] for row in rows) / images for at in ("before", "after")}
+    means = {side: sum(row[side] * row["images"] for row in rows) / images for side in ("before", "after")}
     return {"images": images, **means}
 
 
-def _state(check: Check) -> str:
-    return "failed" if not check.passed else "told" if check.limit is None else "passed"
-
-
 def _bound(check: Check) -> str:
-    """Which side of its limit is good: a check does not say, but its outcome does, unless value and limit are equal."""
+    """Whether the limit is "at most" or "at least", inferred from the outcome; "" if value and limit are equal."""
     if check.limit is None or not math.isfinite(check.value) or check.value == check.limit:
         return ""
     return "at most" if (check.value < check.limit) == check.passed else "at least"
 
 
 def _title(model: dict[str, str]) -> str:
-    """A hub id in full (it has a revision); of a folder only its own name."""
+    """The id of a hub model (which has a revision), or the name of a folder without its path."""
     return model["name"] if model.get("revision") else PurePath(model["name"]).name
 
 
 def _plain(value: Any) -> Any:
-    """``value`` for JSON: a number that is not finite becomes null, with its name under ``<key>_text`` (or in its
-    place, inside a list)."""
+    """``value`` as JSON can hold it: a number that is not finite becomes null, with its name under ``KEY_text``. In a
+    list, the name takes its place."""
     if isinstance(value, dict):
         plain = {}
         for key, item in value.items():
@@ -281,7 +297,7 @@ def _plain(value: Any) -> Any:
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
-    """Groups of pairs in the order they were made: the first few of each, never a selection."""
+    """The first pairs of each group, in the order of generation. Pairs are never selected by content."""
     sections = []
     for group in dict.fromkeys([*GROUPS, *(pair.group for pair in report.pairs)]):
         pairs = [pair for pair in report.pairs if pair.group == group]
@@ -294,7 +310,7 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
 
 
 def _png(image: NDArray[np.uint8]) -> str:
-    """A data URI."""
+    """The image as a data URI."""
     picture = Image.fromarray(image)
     if max(picture.size) > SIDE:
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

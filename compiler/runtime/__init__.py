@@ -1,1 +1,1 @@
-"""Pictures from what was built, with whatever runs it: backends, schedulers, seeds and tokenizer."""
+"""Images from what was built, in any runtime: components, schedulers, random numbers and the tokenizer."""

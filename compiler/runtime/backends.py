@@ -1,173 +1,285 @@
-"""What runs the components of a built folder: ONNX Runtime, OpenVINO, TensorRT's engines, or torch.
+"""The runtimes: ONNX Runtime, OpenVINO, the engines of TensorRT and TensorRT-RTX, and torch.
 
-All take and give the arrays of the ONNX graphs, by the names that these have.
+In every runtime, components take and return arrays by the names of the ONNX graphs' inputs and outputs.
 """
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from erasec.base import Runtime
 from erasec.checkpoint.folder import CARRIED
 from erasec.checkpoint.safetensors import read_header
 from erasec.errors import ErasecError, MissingTool
-from erasec.runtime import clip_tokenizer as prompts
+from erasec.graphs.graph import MODEL
+from erasec.graphs.session import OnnxSession
+from erasec.graphs.signature import INPUTS, OUTPUTS
+from erasec.runtime.clip_tokenizer import ClipTokenizer, load_tokenizer
+from erasec.tensorrt import engines
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-# The file that each component has in its folder.
-FILES = {"ort": "model.onnx", "openvino": "openvino_model.xml", "trt-rtx": "model.engine", "trt": "model.engine"}
-EXTRAS = {"ort": "onnx"}  # where the extra of pip has another name
 BATCH = 4
 
 
 class Component(Protocol):
-    """One graph that can be run: arrays by the names of its inputs to arrays by those of its outputs."""
+    """One graph that can be run."""
 
-    def run(self, inputs: Mapping[str, Array]) -> Arrays: ...
+    def run(self, inputs: Mapping[str, Array]) -> Arrays:
+        """Outputs by name for inputs by name."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release what the component holds."""
 
 
-class Parts(Protocol):
-    """What opens the components of a folder and reads its prompts."""
+class Components(Protocol):
+    """Opens the components of a folder and tokenizes prompts."""
 
     @property
     def batch(self) -> int:
-        """How many guided pictures are made at a time."""
+        """How many images with guidance the components make at a time."""
 
-    def open(self, name: str) -> Component: ...
+    def open(self, name: str) -> Component:
+        """The component ``name``, loaded now. Raises ErasecError where it is missing or cannot be loaded."""
 
     def ids(self, texts: Sequence[str]) -> Array:
         """Token ids (n, t) in int64."""
 
 
-def carried(root: Path) -> tuple[str, list[str]]:
-    """The negative prompt and the names of new tokens that a folder carries beside its weights, without its tensors."""
+def carried_text(root: Path) -> tuple[str, list[str]]:
+    """The negative prompt and the names of new tokens that a folder carries besides its weights. Reads no tensor.
+
+    Raises ErasecError where the file that holds them is damaged.
+    """
     path = root / CARRIED
     if not path.is_file():
         return "", []
     try:
-        told = json.loads(read_header(path)[1]["erasec.extras"])
-        return str(told.get("negative", "")), list(told.get("tokens", []))
+        content = json.loads(read_header(path)[1]["erasec.extras"])
+        return str(content.get("negative", "")), list(content.get("tokens", []))
     except (KeyError, ValueError, AttributeError) as error:
         raise ErasecError(f"{CARRIED} is damaged", why=repr(error), where=str(path), fix="build it again") from error
 
 
 @dataclass(frozen=True)
 class Function:
-    """A component that holds nothing but its function."""
+    """A component that is a function and holds nothing else."""
 
     run: Callable[[Mapping[str, Array]], Arrays]
 
     def close(self) -> None:
-        """There is nothing to give back but memory."""
+        """Nothing to release but memory, which goes with the function."""
 
 
-class Graphs:
-    """A folder of graphs or engines, one for each component, with a tokenizer beside them."""
+@dataclass(frozen=True)
+class _WithVectors:
+    component: Component
 
-    def __init__(self, root: Path, backend: str, threads: int | None) -> None:
-        self.root, self.backend, self.threads = root, backend, threads
+    def run(self, inputs: Mapping[str, Array]) -> Arrays:
+        return self.component.run({name: np.atleast_1d(value) for name, value in inputs.items()})
+
+    def close(self) -> None:
+        self.component.close()
+
+
+def with_vectors(component: Component) -> Component:
+    """A component whose scalar inputs are passed on to ``component`` as vectors of one number, as Triton needs them."""
+    return _WithVectors(component)
+
+
+class GraphRuntime(Runtime):
+    """A runtime of folders that have a file called ``file`` for each component, a tokenizer and configs."""
+
+    file: ClassVar[str]
+
+    @classmethod
+    def runs(cls, folder: Path) -> bool:
+        return (folder / "unet" / cls.file).is_file()
+
+    @classmethod
+    def open(cls, folder: Path, threads: int | None) -> GraphComponents:
+        return GraphComponents(folder, cls, threads)
+
+    @staticmethod
+    @abstractmethod
+    def load(path: Path, threads: int | None) -> Component:
+        """One component from its file. Raises whatever the library raises."""
+
+    @classmethod
+    def batch(cls, folder: Path) -> int:
+        """How many images with guidance the components of ``folder`` make at a time."""
+        return BATCH
+
+
+class OnnxRuntime(GraphRuntime):
+    """ONNX graphs in ONNX Runtime, on a GPU where its build has a CUDA provider."""
+
+    name: ClassVar[str] = "ort"
+    summary: ClassVar[str] = "ONNX Runtime"
+    folders: ClassVar[tuple[str, ...]] = ("onnx",)
+    extra: ClassVar[str] = "onnx"
+    portable: ClassVar[bool] = True
+    file: ClassVar[str] = MODEL
+
+    @staticmethod
+    def load(path: Path, threads: int | None) -> Component:
+        return OnnxSession(path, threads or 0, gpu=True)
+
+
+class OpenVino(GraphRuntime):
+    """IR in OpenVINO, on the CPU and in float32."""
+
+    name: ClassVar[str] = "openvino"
+    summary: ClassVar[str] = "OpenVINO"
+    folders: ClassVar[tuple[str, ...]] = ("openvino",)
+    extra: ClassVar[str] = "openvino"
+    portable: ClassVar[bool] = True
+    file: ClassVar[str] = "openvino_model.xml"
+    # Without this hint, CPUs that support bfloat16 compute in it: off by 2e-2 on glyphs and by 9e-2 in a random UNet of
+    # Stable Diffusion's size, whatever the weights.
+    EXACT: ClassVar[dict[str, str]] = {"INFERENCE_PRECISION_HINT": "f32"}
+
+    @staticmethod
+    def load(path: Path, threads: int | None) -> Component:
+        import openvino
+
+        options: dict[str, Any] = {**OpenVino.EXACT, **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
+        model = openvino.Core().compile_model(str(path), "CPU", options)
+
+        def run(inputs: Mapping[str, Array]) -> Arrays:
+            # An output has the graph's name for it and may have others.
+            return {name: np.array(value) for port, value in model(dict(inputs)).items() for name in port.get_names()}
+
+        return Function(run)
+
+
+class EngineRuntime(GraphRuntime):
+    """Engines on this machine's GPU."""
+
+    file: ClassVar[str] = engines.ENGINE
+
+    @classmethod
+    def runs(cls, folder: Path) -> bool:
+        return super().runs(folder) and engines.TARGETS[engines.read_record(folder)["builder"]["name"]] == cls.name
+
+    @staticmethod
+    def load(path: Path, threads: int | None) -> Component:
+        return engines.Session(path)
+
+    @classmethod
+    def batch(cls, folder: Path) -> int:
+        """As many as every engine takes; with guidance, the UNet and the text encoder run each image twice."""
+        components = engines.read_record(folder)["components"]
+        largest = {
+            name: min(shapes["max"][0] for shapes in component["profile"].values() if shapes["max"])
+            for name, component in components.items()
+        }
+        return max(1, min(BATCH, int(largest["text_encoder"]), int(largest["unet"]) // 2, int(largest["vae_decoder"])))
+
+
+class TensorRtRtx(EngineRuntime):
+    """Engines of TensorRT-RTX."""
+
+    name: ClassVar[str] = "trt-rtx"
+    summary: ClassVar[str] = "TensorRT-RTX, on an NVIDIA GPU"
+    folders: ClassVar[tuple[str, ...]] = ("trt-rtx",)
+    extra: ClassVar[str] = "trt-rtx"
+
+
+class TensorRt(EngineRuntime):
+    """Engines of TensorRT."""
+
+    name: ClassVar[str] = "trt"
+    summary: ClassVar[str] = "TensorRT, on the GPU that the engines were built for"
+    folders: ClassVar[tuple[str, ...]] = ("trt",)
+    extra: ClassVar[str] = "trt"
+
+
+class GraphComponents:
+    """The components of a folder of graphs or engines, and its tokenizer."""
+
+    def __init__(self, root: Path, runtime: type[GraphRuntime], threads: int | None = None) -> None:
+        self.root, self.runtime, self.threads = root, runtime, threads
 
     @cached_property
     def batch(self) -> int:
-        """As many as every engine takes; the denoiser reads each picture twice."""
-        if FILES[self.backend] != "model.engine":
-            return BATCH
-        from erasec.tensorrt.engines import read_record
-
-        told = read_record(self.root)["components"]
-        most = {name: min(each["max"][0] for each in told[name]["profile"].values() if each["max"]) for name in told}
-        return max(1, min(BATCH, int(most["text_encoder"]), int(most["unet"]) // 2, int(most["vae_decoder"])))
+        return self.runtime.batch(self.root)
 
     @cached_property
-    def tokenizer(self) -> prompts.Prompts:
-        """The folder's tokenizer. Raises ErasecError where it does not know a new token that the folder carries."""
+    def tokenizer(self) -> ClipTokenizer:
+        """The folder's tokenizer. Raises ErasecError where it lacks a new token that the folder carries."""
         config = json.loads((self.root / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-        found = prompts.read(self.root / "tokenizer", config.get("max_position_embeddings", 77))
-        for token in carried(self.root)[1]:
-            if not found.knows(token):
+        tokenizer = load_tokenizer(self.root / "tokenizer", config.get("max_position_embeddings", 77))
+        for token in carried_text(self.root)[1]:
+            if not tokenizer.knows(token):
                 raise ErasecError(
-                    f"the tokenizer does not know the new token {token!r}", where=str(self.root / "tokenizer"),
-                    why="its row is in the text encoder, and no prompt would reach it", fix="build it again",
-                )  # fmt: skip
-        return found
+                    f"the tokenizer does not know the new token {token!r}",
+                    where=str(self.root / "tokenizer"),
+                    why="the text encoder has a row for this token, and no prompt would use it",
+                    fix="build it again",
+                )
+        return tokenizer
 
     def ids(self, texts: Sequence[str]) -> Array:
         return self.tokenizer.ids(texts)
 
     def open(self, name: str) -> Component:
-        path = self.root / name / FILES[self.backend]
+        path = self.root / name / self.runtime.file
         if not path.is_file():
-            raise ErasecError(f"the bundle has no {name}/{path.name}", why="it is not there", where=str(self.root),
-                              fix="build it with this component")  # fmt: skip
-        opened = {"ort": onnx_runtime, "openvino": open_vino}.get(self.backend, engine)
+            raise ErasecError(
+                f"the bundle has no {name}/{path.name}",
+                why="the file is missing",
+                where=str(self.root),
+                fix="build the folder again, with this component",
+            )
         try:
-            return opened(path, self.threads)
+            return self.runtime.load(path, self.threads)
         except ErasecError:
             raise
         except ImportError as error:
-            extra = EXTRAS.get(self.backend, self.backend)
-            raise MissingTool(f"the backend {self.backend} needs {error.name}", why="not installed",
-                              fix=f'pip install "erasec[{extra}]"') from error  # fmt: skip
-        except Exception as error:  # each library has its own kinds
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ErasecError(f"{name}/{path.name} cannot be loaded", why=first, where=str(path),
-                              fix="fetch or build it again") from error  # fmt: skip
+            raise MissingTool(
+                f"the backend {self.runtime.name} needs {error.name}",
+                why="not installed",
+                fix=f'pip install "erasec[{self.runtime.extra}]"',
+            ) from error
+        except Exception as error:  # the libraries' own errors have no common class
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ErasecError(
+                f"{name}/{path.name} cannot be loaded", why=reason, where=str(path), fix="fetch or build it again"
+            ) from error
 
 
-def onnx_runtime(path: Path, threads: int | None) -> Component:
-    """A graph in ONNX Runtime, on a GPU where its build has one."""
-    import onnxruntime
+class Torch(Runtime):
+    """A diffusers folder in torch, with the memories, tokens and negative prompt that it carries."""
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4  # what goes wrong is raised as well
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    names = [output.name for output in session.get_outputs()]
-    return Function(lambda inputs: dict(zip(names, session.run(names, dict(inputs)), strict=True)))
+    name: ClassVar[str] = "torch"
+    summary: ClassVar[str] = "torch and diffusers"
+    folders: ClassVar[tuple[str, ...]] = ("bundle", "hf")
 
+    @classmethod
+    def runs(cls, folder: Path) -> bool:
+        return (folder / "model_index.json").is_file() and any((folder / "unet").glob("*.safetensors*"))
 
-def open_vino(path: Path, threads: int | None) -> Component:
-    """A graph in OpenVINO, on the CPU and in float32."""
-    import openvino
-
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}  # else some CPUs compute in bfloat16
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
-    model = openvino.Core().compile_model(str(path), "CPU", options)
-
-    def run(inputs: Mapping[str, Array]) -> Arrays:
-        # A port has the graph's own name and may have others.
-        return {name: np.array(value) for port, value in model(dict(inputs)).items() for name in port.get_names()}
-
-    return Function(run)
+    @classmethod
+    def open(cls, folder: Path, threads: int | None) -> TorchComponents:
+        return TorchComponents(folder, threads)
 
 
-def engine(path: Path, threads: int | None) -> Component:
-    """An engine on this machine's GPU, where the number of threads is nothing."""
-    from erasec.tensorrt.engines import Session
-
-    return Session(path)
-
-
-class Torch:
-    """A diffusers folder in torch, with all that it carries beside its weights."""
+class TorchComponents:
+    """The components of a diffusers folder in torch."""
 
     batch = BATCH
 
-    def __init__(self, root: Path, threads: int | None) -> None:
+    def __init__(self, root: Path, threads: int | None = None) -> None:
         self.root, self.threads = root, threads
 
     @cached_property
@@ -175,12 +287,12 @@ class Torch:
         """``erasec.pipeline`` of the folder in float32, on a GPU where there is one."""
         import torch
 
-        from erasec.attention.processors import pipeline
+        from erasec.attention.pipeline import pipeline
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        made = pipeline(self.root, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
-        return made.to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = pipeline(self.root, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+        return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def ids(self, texts: Sequence[str]) -> Array:
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
@@ -190,24 +302,17 @@ class Torch:
     def open(self, name: str) -> Component:
         import torch
 
-        made = self.pipeline
+        pipe = self.pipeline
         calls: dict[str, Callable[..., tuple[Any, ...]]] = {
-            "text_encoder": lambda ids: made.text_encoder(ids, return_dict=False)[:2],
-            "unet": lambda sample, timestep, states: made.unet(sample, timestep, states, return_dict=False),
-            "vae_decoder": lambda latents: made.vae.decode(latents, return_dict=False),
-            "vae_encoder": lambda images: (made.vae.encode(images).latent_dist.parameters,),
+            "text_encoder": lambda ids: pipe.text_encoder(ids, return_dict=False)[:2],
+            "unet": lambda sample, timestep, states: pipe.unet(sample, timestep, states, return_dict=False),
+            "vae_decoder": lambda latents: pipe.vae.decode(latents, return_dict=False),
+            "vae_encoder": lambda images: (pipe.vae.encode(images).latent_dist.parameters,),
         }
-        ports = {
-            "text_encoder": (("input_ids",), ("last_hidden_state", "pooler_output")),
-            "unet": (("sample", "timestep", "encoder_hidden_states"), ("out_sample",)),
-            "vae_decoder": (("latent_sample",), ("sample",)),
-            "vae_encoder": (("sample",), ("latent_parameters",)),
-        }
-        taken, given = ports[name]
 
         def run(inputs: Mapping[str, Array]) -> Arrays:
             with torch.no_grad():
-                outputs = calls[name](*(torch.from_numpy(inputs[key]).to(made.device) for key in taken))
-            return {key: output.cpu().numpy() for key, output in zip(given, outputs, strict=True)}
+                outputs = calls[name](*(torch.from_numpy(inputs[key]).to(pipe.device) for key in INPUTS[name]))
+            return {key: output.cpu().numpy() for key, output in zip(OUTPUTS[name], outputs, strict=True)}
 
         return Function(run)

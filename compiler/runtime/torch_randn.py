@@ -1,4 +1,4 @@
-"""The normal numbers of torch's CPU generator, without torch: the same seed is the same picture everywhere."""
+"""Normal random numbers of torch's CPU generator, without torch: a seed gives the same image in every runtime."""
 
 from __future__ import annotations
 
@@ -13,30 +13,35 @@ Array = NDArray[np.float32]
 BLOCK = 16
 
 
-def normal(seed: int, shape: tuple[int, ...]) -> Array:
-    """``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`` in float32, to some 5e-7.
+def randn(seed: int, shape: tuple[int, ...]) -> Array:
+    """``torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`` in float32, to about 5e-7.
 
-    torch draws 24 bits a number from MT19937 and turns blocks of 16 into 8 cosines and 8 sines (Box-Muller); where the
-    size is no multiple of 16, the last 16 are drawn anew. Raises ErasecError below 16, which are drawn otherwise.
+    torch draws 24 bits per number from MT19937 and turns blocks of 16 into 8 cosines and 8 sines (Box-Muller). Where
+    the size is no multiple of 16, it draws the last 16 again. Raises ErasecError for fewer than 16 numbers, which
+    torch draws in another way.
     """
     size = math.prod(shape)
     if size < BLOCK:
-        raise ErasecError(f"{size} numbers of noise cannot be drawn", why=f"it takes at least {BLOCK}")
-    source = np.random.RandomState(seed & 0xFFFFFFFF)  # torch seeds it with the low half of the number
-    uniform, whole = _uniform(source, size), size - size % BLOCK
-    drawn = np.empty(size, np.float32)
-    drawn[:whole] = _box_muller(uniform[:whole])
+        raise ErasecError(
+            f"{size} numbers of noise cannot be drawn", why=f"torch draws fewer than {BLOCK} in another way"
+        )
+    rng = np.random.RandomState(seed & 0xFFFFFFFF)  # torch seeds MT19937 with the low 32 bits
+    uniform, whole = _uniform(rng, size), size - size % BLOCK
+    normal = np.empty(size, np.float32)
+    normal[:whole] = _box_muller(uniform[:whole])
     if whole < size:
-        drawn[-BLOCK:] = _box_muller(_uniform(source, BLOCK))
-    return drawn.reshape(shape)
+        normal[-BLOCK:] = _box_muller(_uniform(rng, BLOCK))
+    return normal.reshape(shape)
 
 
-def _uniform(source: np.random.RandomState, count: int) -> Array:
-    bits = source.randint(0, 2**32, count, dtype=np.uint32) & np.uint32(2**24 - 1)
+def _uniform(rng: np.random.RandomState, count: int) -> Array:
+    """Numbers (count,) in [0, 1)."""
+    bits = rng.randint(0, 2**32, count, dtype=np.uint32) & np.uint32(2**24 - 1)
     return bits.astype(np.float32) * np.float32(2**-24)
 
 
 def _box_muller(uniform: Array) -> Array:
+    """Normal numbers from as many uniform ones, a multiple of 16."""
     blocks = uniform.reshape(-1, BLOCK)
     radius = np.sqrt(-2 * np.log(1 - blocks[:, : BLOCK // 2]))
     angle = np.float32(2 * np.pi) * blocks[:, BLOCK // 2 :]

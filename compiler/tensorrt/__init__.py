@@ -1,1 +1,1 @@
-"""Engines of TensorRT and TensorRT-RTX: built, described, checked, run and patched."""
+"""Engines of TensorRT and TensorRT-RTX: building, describing, checking, running and patching them."""

@@ -1,1 +1,1 @@
-"""Edits by training: the denoiser, the student and its loop, and the data that it is shown."""
+"""Edits by training: the denoiser, the student, the training loop, and the training data."""

@@ -1,4 +1,4 @@
-"""Pictures that show a concept without being asked to, and where: read from a folder, or made and looked through."""
+"""Images with the boxes of a concept: read from a folder, or sampled from the model and annotated by a judge."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from erasec import registry
 from erasec.errors import ErasecError
-from erasec.judging import judge as judges
-from erasec.training import base as learned
+from erasec.training import banks
+from erasec.training.images import read_image, to_pixels, to_square_tensor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,27 +24,29 @@ if TYPE_CHECKING:
     from erasec.training.denoiser import Denoiser
 
 TABLE = "boxes.csv"
-SIDES = ("left", "top", "right", "bottom")
-CONFIDENT = 0.5  # boxes of which a detector is less sure are passed over
-NEAR = 1e-6  # what rounding may move an edge by, in cells
+EDGES = ("left", "top", "right", "bottom")
+MIN_CONFIDENCE = 0.5  # boxes of a lower confidence are ignored
+ROUNDING = 1e-6  # in cells: an edge that reaches less far into a cell lies there by rounding alone
+DECODE_BATCH = 16  # latents that the VAE decodes at once
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of width and height
+Box = tuple[float, float, float, float]  # left, top, right, bottom as fractions of width and height
 
 
 @dataclass(frozen=True)
-class Marked:
-    """Latents (n, c, h, w) of pictures on the CPU with their captions, and the boxes in each; a clean one has none."""
+class AnnotatedImages:
+    """Images as latents (n, c, h, w) on the CPU, with a caption and the boxes of each. An image without the concept has
+    no boxes."""
 
     latents: Tensor
     captions: tuple[str, ...]
     boxes: tuple[tuple[Box, ...], ...]
 
 
-def covered(boxes: Sequence[Box], rows: int, columns: int, slack: float = NEAR) -> Tensor:
+def covered_cells(boxes: Sequence[Box], rows: int, columns: int, slack: float = ROUNDING) -> Tensor:
     """The cells of a grid that boxes touch, bool (rows, columns).
 
-    An edge that reaches less than ``slack`` of a cell's width or height into it does not count, unless the box then
-    touched no cell. A box that ends where a cell begins does not touch that.
+    An edge that reaches less than ``slack`` of a cell's width or height into it does not touch it, unless the box would
+    then touch no cell. A box that ends where a cell begins does not touch that cell.
     """
     cells = torch.zeros(rows, columns, dtype=torch.bool)
     for left, top, right, bottom in boxes:
@@ -53,126 +55,116 @@ def covered(boxes: Sequence[Box], rows: int, columns: int, slack: float = NEAR) 
 
 
 def _span(begin: float, end: float, slack: float) -> slice:
+    """The cells of one axis that an interval touches."""
     first, last = int(begin + slack), ceil(end - slack)
-    return slice(first, last) if first < last else slice(int(begin + NEAR), ceil(end - NEAR))
+    return slice(first, last) if first < last else slice(int(begin + ROUNDING), ceil(end - ROUNDING))
 
 
-def made(denoiser: Denoiser, concept: Concept, count: int, path: int, guidance: float, seed: int) -> Marked:
-    """``count`` of the model's own pictures, and where a judge sees the concept in them.
+def generate_annotated_images(
+    denoiser: Denoiser, concept: Concept, count: int, sample_steps: int, guidance: float, seed: int
+) -> AnnotatedImages:
+    """``count`` images sampled from the model, with the box of the concept where the judge for tuning sees it.
 
-    What has no name that works, a mark, is looked for in pictures of what is kept; all else in those of its names too.
-    Raises ErasecError where no judge knows the model or the concept.
+    Half of the prompts name the concept, and half do not. For a concept of the kind "mark" no prompt names it: the
+    model draws a mark unprompted, and no prompt calls for it. Raises ErasecError where no judge can judge the model, or
+    the judge has no label for the concept.
     """
-    judge = judges.adviser(denoiser.model)
-    asked = judge.panel(concept, 1, seed) if judge else ()
-    label = next((question.looked_for for question in asked if question.group != "keep"), "")
+    judge = registry.judge_for(denoiser.model, tuning=True)
+    questions = judge.panel(concept, 1, seed) if judge else ()
+    label = next((question.looked_for for question in questions if question.group != "keep"), "")
     if judge is None or not label:
         raise ErasecError(
             f"there are no boxes that say where {concept.name} is",
-            why=f"no judge can see {concept.name} in the pictures of {denoiser.model.name}",
-            fix=f'give pictures with the boxes that a detector found: boxes="DIR", with DIR/{TABLE}',
+            why=f"no judge can see {concept.name} in the images of {denoiser.model.name}",
+            fix=f'give images and the boxes that a detector found in them: boxes="DIR", with DIR/{TABLE}',
         )
-    prompts = learned.spread(["", *learned.texts(concept, concept.keep)], count, seed)
+    prompts = banks.spread_prompts(["", *banks.concept_prompts(concept, concept.keep)], count, seed)
     if concept.kind != "mark":
-        prompts[::2] = learned.spread(learned.texts(concept, concept.phrases), len(prompts[::2]), seed)
-    latents = denoiser.sample(prompts, learned.seeds(seed, count), path, guidance, title="pictures").final
-    parts = []
-    for part in latents.split(16):
-        pictures = denoiser.decode(part).permute(0, 2, 3, 1).cpu()
-        parts.append(((pictures + 1) * 127.5).round().to(torch.uint8).numpy())
-    images = np.concatenate(parts)
-    seen = np.flatnonzero(judge.sees(images, [label] * count))
+        prompts[::2] = banks.spread_prompts(banks.concept_prompts(concept, concept.phrases), len(prompts[::2]), seed)
+    seeds = banks.training_seeds(seed, count)
+    latents = denoiser.sample(prompts, seeds, sample_steps, guidance, title="images").final
+    pixels = np.concatenate([to_pixels(denoiser.decode(part)) for part in latents.split(DECODE_BATCH)])
+    shown = np.flatnonzero(judge.sees(pixels, [label] * count))
     boxes: list[tuple[Box, ...]] = [()] * count
-    for row, box in zip(seen.tolist(), judge.boxes(images[seen], label).tolist(), strict=True):
-        boxes[row] = (_shares(box, (images.shape[2], images.shape[1])),)
-    return Marked(latents, tuple(prompts), tuple(boxes))
+    for row, box in zip(shown.tolist(), judge.boxes(pixels[shown], label).tolist(), strict=True):
+        boxes[row] = (_as_fractions(box, (pixels.shape[2], pixels.shape[1])),)
+    return AnnotatedImages(latents, tuple(prompts), tuple(boxes))
 
 
-def read(folder: Path, denoiser: Denoiser) -> Marked:
-    """The pictures that ``folder/boxes.csv`` names, as latents, each with its shorter side scaled to the model's size
-    and its centre cut out.
+def read_annotated_images(folder: Path, denoiser: Denoiser) -> AnnotatedImages:
+    """The images that ``folder/boxes.csv`` lists, as latents of their centre squares at the model's size.
 
-    The table's columns are file, left, top, right, bottom (pixels, the last two exclusive; all empty for a clean
-    picture), and if known caption and confidence, of which less than 0.5 makes a box not count. A file with several
-    boxes has several rows. Raises ErasecError that names the row or file at fault.
+    The columns of the table are file, left, top, right and bottom, in pixels, the last two exclusive; and optionally
+    caption and confidence. An image with several boxes has several rows; the row of an image without the concept has
+    no edges. Boxes of a confidence below 0.5 are ignored. Raises ErasecError that names the row or file at fault.
     """
-    table = folder / TABLE
-    size = denoiser.size
-    pictures, captions, boxes = [], [], []
-    for name, lines in _table(table).items():
-        try:
-            with Image.open(folder / name) as opened:
-                image = opened.convert("RGB")
-        except FileNotFoundError as error:
-            raise ErasecError(f"there is no picture {name}", why=f"{TABLE} names it", where=str(folder)) from error
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ErasecError(f"{name} is not an image that can be read", why=str(error), where=str(folder)) from error
-        pictures.append(_cropped(image, size))
-        captions.append(next((caption for caption, _ in lines if caption), ""))
-        found = (_inside(box, image.size) for _, box in lines if box is not None)
-        boxes.append(tuple(box for box in found if box is not None))
-    return Marked(denoiser.encode(torch.stack(pictures)).cpu(), tuple(captions), tuple(boxes))
+    squares, captions, boxes = [], [], []
+    for name, rows in _read_table(folder / TABLE).items():
+        image = read_image(folder / name, listed_in=TABLE)
+        squares.append(to_square_tensor(image, denoiser.size))
+        captions.append(next((caption for caption, _ in rows if caption), ""))
+        in_square = (_in_centre_square(box, image.size) for _, box in rows if box is not None)
+        boxes.append(tuple(box for box in in_square if box is not None))
+    return AnnotatedImages(denoiser.encode(torch.stack(squares)).cpu(), tuple(captions), tuple(boxes))
 
 
-def _table(path: Path) -> dict[str, list[tuple[str, tuple[float, ...] | None]]]:
-    """Captions and boxes in pixels by file, None where a row has none that counts."""
+def _read_table(path: Path) -> dict[str, list[tuple[str, Box | None]]]:
+    """Caption and box in pixels of every row, by file. The box is None where a row has none, or one that is ignored."""
     if not path.is_file():
         raise ErasecError(
-            f"there is no {path}", fix=f"boxes takes a folder of pictures and their {TABLE}: file,{','.join(SIDES)}"
+            f"there is no {path}", fix=f"give a folder of images with a table {TABLE}: file,{','.join(EDGES)}"
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
         columns = table.fieldnames or ()
-        if missing := [name for name in ("file", *SIDES) if name not in columns]:
+        if missing := [name for name in ("file", *EDGES) if name not in columns]:
             raise ErasecError(
-                f"{path.name} has no column {missing[0]}", why=f"its columns are {', '.join(columns) or 'none'}",
-                fix=f"begin it with the line file,{','.join(SIDES)}", where=str(path),
-            )  # fmt: skip
-        found: dict[str, list[tuple[str, tuple[float, ...] | None]]] = {}
-        for number, row in enumerate(table, 1):
-            line = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str | None)}
-            if not line["file"]:
+                f"{path.name} has no column {missing[0]}",
+                why=f"its columns are {', '.join(columns) or 'none'}",
+                fix=f"begin it with the line file,{','.join(EDGES)}",
+                where=str(path),
+            )
+        rows_by_file: dict[str, list[tuple[str, Box | None]]] = {}
+        for number, fields in enumerate(table, 1):
+            row = {key: (value or "").strip() for key, value in fields.items() if isinstance(value, str | None)}
+            if not row["file"]:
                 raise ErasecError(f"row {number} of {path.name} names no file", where=str(path))
-            found.setdefault(line["file"], []).append((line.get("caption", ""), _box(line, number, path)))
-    if not found:
+            rows_by_file.setdefault(row["file"], []).append((row.get("caption", ""), _parse_box(row, number, path)))
+    if not rows_by_file:
         raise ErasecError(f"{path.name} has no rows", where=str(path))
-    return found
+    return rows_by_file
 
 
-def _box(line: Mapping[str, str], number: int, path: Path) -> tuple[float, ...] | None:
-    told = [line[side] for side in SIDES]
-    if not any(told):
+def _parse_box(row: Mapping[str, str], number: int, path: Path) -> Box | None:
+    """The box of a row in pixels; None where all its edges are empty, or its confidence is too low."""
+    texts = [row[edge] for edge in EDGES]
+    if not any(texts):
         return None
     try:
-        left, top, right, bottom = (float(value) for value in told)
-        sure = float(line.get("confidence") or 1.0)
-        right_way = left < right and top < bottom and all(map(isfinite, (left, top, right, bottom, sure)))
+        left, top, right, bottom = (float(text) for text in texts)
+        confidence = float(row.get("confidence") or 1.0)
+        valid = left < right and top < bottom and all(map(isfinite, (left, top, right, bottom, confidence)))
     except ValueError:
-        right_way = False
-    if not right_way:
+        valid = False
+    if not valid:
         raise ErasecError(
-            f"row {number} of {path.name} has no box", why=f"it says {', '.join(value or 'nothing' for value in told)}",
-            fix="left < right and top < bottom, in pixels; all four empty for a clean picture", where=str(path),
-        )  # fmt: skip
-    return (left, top, right, bottom) if sure >= CONFIDENT else None
+            f"row {number} of {path.name} has no valid box",
+            why=f"its edges are {', '.join(text or 'empty' for text in texts)}",
+            fix="write pixels with left < right and top < bottom, or leave all four empty for an image without it",
+            where=str(path),
+        )
+    return (left, top, right, bottom) if confidence >= MIN_CONFIDENCE else None
 
 
-def _inside(box: Sequence[float], size: tuple[int, int]) -> Box | None:
-    """A box in pixels as shares of the square in the middle of a picture of ``size``; None where it lies outside."""
+def _in_centre_square(box: Box, size: tuple[int, int]) -> Box | None:
+    """A box in pixels of an image of ``size``, as fractions of its centre square; None where it lies outside."""
     side = min(size)
     left, top = ((length - side) / 2 for length in size)
-    shares = _shares([box[0] - left, box[1] - top, box[2] - left, box[3] - top], (side, side))
-    return shares if shares[0] < shares[2] and shares[1] < shares[3] else None
+    inside = _as_fractions([box[0] - left, box[1] - top, box[2] - left, box[3] - top], (side, side))
+    return inside if inside[0] < inside[2] and inside[1] < inside[3] else None
 
 
-def _shares(box: Sequence[float], size: tuple[int, int]) -> Box:
-    left, top, right, bottom = (min(max(edge / size[at % 2], 0.0), 1.0) for at, edge in enumerate(box))
+def _as_fractions(box: Sequence[float], size: tuple[int, int]) -> Box:
+    """A box in pixels as fractions of an image of ``size``, cut off at its edges."""
+    left, top, right, bottom = (min(max(edge / size[axis % 2], 0.0), 1.0) for axis, edge in enumerate(box))
     return left, top, right, bottom
-
-
-def _cropped(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) in [-1, 1]."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    found = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-    return torch.from_numpy(np.array(found)).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -1,105 +1,76 @@
-"""A UNet ready to run and to be trained: its weights with earlier edits, the noise schedule, text states, trajectories.
+"""A model's UNet to run and to train, with earlier edits merged in, its noise schedule, text states and trajectories.
 
-Teacher and student are one network: ``Student`` keeps a copy of the tensors that a pass trains, and nothing else twice.
+Teacher and student are one network: ``Student`` keeps a copy of the tensors that a pass trains, and of nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erasec.attention.processors import attach
-from erasec.checkpoint.safetensors import read_tensor
+from erasec.checkpoint.folder import downscale
 from erasec.errors import ErasecError
-from erasec.ldm.tensor_names import canonical
-from erasec.model import sidecar as extras
-from erasec.model.edit import Delta, Dense, LowRank
+from erasec.model.networks import load_network
+from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar, hush
+from erasec.training.base import check_trainable
 
 if TYPE_CHECKING:
     from erasec.base import Context
-    from erasec.family import Site
     from erasec.model.view import Model
 
-FAMILIES = ("sd1", "sd2")
-LARGE = 200_000_000  # parameters from which activations are recomputed in the backward pass instead of kept
-
-
-def loaded(model: Model, component: str, kind: str) -> Any:
-    """A diffusers network in float32 from the checkpoint's config and tensors, with the model's edits merged in."""
-    import diffusers
-
-    hush()
-    network = getattr(diffusers, kind)
-    with torch.device("meta"):
-        module = network.from_config(model.source.config(component))
-    # Old folders name the attention of their VAE otherwise.
-    entries = {canonical(component, key): entry for key, entry in model.entries(component).items()}
-    changed = model.merged().get(component, {})
-    wanted = module.state_dict().keys()
-    if missing := sorted(wanted - entries.keys()):
-        raise ErasecError(
-            f"{component} has no tensor {missing[0]}", where=str(model.source.root),
-            why=f"{len(missing)} of {len(wanted)} that its config asks for are missing",
-        )  # fmt: skip
-    state = {key: (changed[key]() if key in changed else read_tensor(entries[key])).float() for key in wanted}
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def trained(model: Model) -> None:
-    """Raise ErasecError for a family whose denoiser is not run here."""
-    if model.family.name not in FAMILIES:
-        raise ErasecError(
-            f"a model of the family {model.family.name} cannot be trained here",
-            why=f"learned passes run the denoisers of {' and '.join(FAMILIES)}",
-            fix="choose a closed-form pass: erasec list passes",
-        )
+CHECKPOINTING_SIZE = 200_000_000  # above so many parameters, activations are recomputed in the backward pass
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What sampling went through: latents (n, steps, c, h, w) before each step, the timesteps (steps,) at which the
-    network saw them, and the latents (n, c, h, w) after the last step; float32 on the CPU. ``said`` is what the network
-    predicted there with the prompt and ``free`` with none, shaped as latents; ``free`` has no steps without guidance.
+    """The record of sampling n prompts, float32 on the CPU.
+
+    ``latents`` (n, steps, c, h, w) are those before each step, ``timesteps`` (steps,) those of the network's calls, and
+    ``final`` (n, c, h, w) the latents in the end. ``predictions`` with the prompt and ``unconditional`` ones, with the
+    empty prompt, have the shape of ``latents``; without guidance ``unconditional`` has no steps.
     """
 
     latents: Tensor
-    times: Tensor
+    timesteps: Tensor
     final: Tensor
-    said: Tensor
-    free: Tensor
+    predictions: Tensor
+    unconditional: Tensor
 
 
 class Denoiser:
-    """One model's UNet, on a device, frozen. Raises ErasecError for a family without such a UNet."""
+    """The UNet of a model on the device of ``context``, frozen. Raises ErasecError for a family that cannot be trained.
+
+    Networks are loaded when they are first used.
+    """
 
     def __init__(self, model: Model, context: Context) -> None:
-        trained(model)
+        check_trainable(model)
         self.model, self.context = model, context
         self.device = torch.device(context.device)
         self._states: dict[str, Tensor] = {}
 
     @cached_property
     def unet(self) -> Any:
-        unet = loaded(self.model, "unet", "UNet2DConditionModel").to(self.device)
-        carried = extras.gathered(self.model.edits, extras.read(self.model.source.root))
-        attach(unet, carried.memories, self.steps)
-        if self.device.type == "cuda":  # frozen tensors need no more; what is trained is held in float32 by Student
+        unet = load_network(self.model, self.model.family.denoiser, self.model.family.denoiser_class).to(self.device)
+        extras = gather_extras(self.model.edits, read_extras(self.model.source.root))
+        attach(unet, extras.memories, self.steps)
+        if self.device.type == "cuda":  # enough for frozen tensors; Student holds those that it trains in float32
             unet = unet.to(torch.bfloat16)
-        if sum(weight.numel() for weight in unet.parameters()) > LARGE:
+        if sum(weight.numel() for weight in unet.parameters()) > CHECKPOINTING_SIZE:
             unet.enable_gradient_checkpointing()
         return unet
 
     @cached_property
     def vae(self) -> Any:
-        return loaded(self.model, "vae", "AutoencoderKL").to(self.device)
+        return load_network(self.model, "vae", "AutoencoderKL").to(self.device)
 
     @cached_property
     def _schedule(self) -> Any:
@@ -108,7 +79,10 @@ class Denoiser:
         hush()
         config = self.model.source.config("scheduler", "scheduler_config.json")
         if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
-            raise ErasecError(f"a model that predicts {kind!r} cannot be trained here", why="noise and v are known")
+            raise ErasecError(
+                f"a model that predicts {kind!r} cannot be trained here",
+                why="erasec trains models that predict epsilon (noise) or v",
+            )
         return DDPMScheduler.from_config(config)
 
     @property
@@ -117,7 +91,7 @@ class Denoiser:
 
     @property
     def steps(self) -> int:
-        """How many timesteps the noise schedule has."""
+        """The number of timesteps of the noise schedule."""
         return int(self._schedule.config.num_train_timesteps)
 
     @cached_property
@@ -127,212 +101,113 @@ class Denoiser:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents that the model was made for."""
+        """Channels, height and width of the latents, from the UNet's config."""
         config = self.model.source.config("unet")
         return config["in_channels"], config["sample_size"], config["sample_size"]
 
     @property
     def size(self) -> int:
-        """Height and width of the pictures that these latents are of."""
-        return int(self.shape[1] * 2 ** (len(self.model.source.config("vae")["block_out_channels"]) - 1))
+        """Height and width of the images in pixels."""
+        return int(self.shape[1] * downscale(self.model.source.config("vae")))
 
     def states(self, prompts: Sequence[str]) -> Tensor:
-        """Text states (n, t, d) as the UNet reads them, float32 on the device; each prompt is encoded once."""
-        if fresh := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]:
-            self._states.update(zip(fresh, self.model.encode(fresh).states, strict=True))
+        """Text states (n, t, d) of prompts for the UNet, float32 on the device. Each prompt is encoded once."""
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]:
+            self._states.update(zip(missing, self.model.encode(missing).states, strict=True))
         return torch.stack([self._states[prompt] for prompt in prompts]).to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where tensor cores are; on a CPU without them it is slower than float32."""
+        """bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slower."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
-    def predict(self, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
-        """What the UNet says, float32 (n, c, h, w): noise, or v where the model was trained so. ``times`` is (n,)."""
-        with self.autocast():
-            found: Tensor = self.unet(latents, times, encoder_hidden_states=states, return_dict=False)[0]
-        return found.float()
+    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """The UNet's prediction of the noise or, for a model that predicts it, of v: float32 (n, c, h, w).
 
-    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Latents with noise added as the schedule has it at ``times`` (n,)."""
-        alpha = self.alphas[times].view(-1, 1, 1, 1)
+        ``latents`` are (n, c, h, w), ``timesteps`` (n,) and text ``states`` (n, t, d).
+        """
+        with self.autocast():
+            prediction: Tensor = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+        return prediction.float()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(alpha) latents + sqrt(1 - alpha) noise, alpha being the schedule's at ``timesteps`` (n,)."""
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What a perfect UNet predicts for these: the noise, or v = sqrt(alpha) noise - sqrt(1 - alpha) latents."""
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of a prediction for noised latents: the noise, or v = sqrt(alpha) noise - sqrt(1 - alpha) latents.
+
+        ``latents`` are those before noise was added.
+        """
         if not self.v_prediction:
             return noise
-        alpha = self.alphas[times].view(-1, 1, 1, 1)
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
 
-    def as_noise(self, difference: Tensor, times: Tensor) -> Tensor:
-        """A difference of two predictions for the same latents as one of predicted noise: times sqrt(alpha) for v."""
-        return difference * self.alphas[times].sqrt().view(-1, 1, 1, 1) if self.v_prediction else difference
+    def as_noise(self, difference: Tensor, timesteps: Tensor) -> Tensor:
+        """The difference of two predictions for the same latents as a difference of noise: for v, sqrt(alpha) of it."""
+        return difference * self.alphas[timesteps].sqrt().view(-1, 1, 1, 1) if self.v_prediction else difference
 
     def draw(self, seeds: Sequence[int]) -> Tensor:
-        """Noise (n, c, h, w), each row from its own seed, the same on every device."""
+        """Normal noise (n, c, h, w), each row drawn from its own seed on the CPU, so that all devices get the same."""
         rows = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device)
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, batch: int = 16,
-        title: str = "trajectories", until: int = 0,
-    ) -> Trajectories:  # fmt: skip
-        """Sample by DDIM without added noise (Song et al., arXiv:2010.02502), guided from the empty prompt.
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sample_steps: int,
+        guidance: float,
+        batch: int = 16,
+        title: str = "trajectories",
+        until: int = 0,
+    ) -> Trajectories:
+        """Sample n prompts by deterministic DDIM (Song et al., arXiv:2010.02502) with classifier-free guidance.
 
-        ``until`` above 0 ends it after so many of the ``steps``.
+        ``seeds`` (n,) draw the initial noise. With ``until`` above 0, sampling ends after so many of the
+        ``sample_steps`` steps. ``batch`` is the number of prompts that are sampled at once, and ``title`` the label of
+        the progress bar.
         """
         from diffusers import DDIMScheduler
 
         config = self.model.source.config("scheduler", "scheduler_config.json")
         scheduler = DDIMScheduler.from_config(config, clip_sample=False)
-        scheduler.set_timesteps(steps)
-        times_ = scheduler.timesteps[: until or None]
+        scheduler.set_timesteps(sample_steps)
+        timesteps = scheduler.timesteps[: until or None]
         parts: list[tuple[Tensor, ...]] = []
-        with bar(title, len(prompts) * len(times_)) as advance:
+        with bar(title, len(prompts) * len(timesteps)) as advance:
             for start in range(0, len(prompts), batch):
                 latents = self.draw(seeds[start : start + batch])
                 text = self.states(prompts[start : start + batch])
                 empty = self.states([""]).expand_as(text)
-                path: tuple[list[Tensor], ...] = ([], [], [])
-                for time in times_:
-                    times = torch.full((len(latents),), int(time), device=self.device)
-                    said = self.predict(latents, times, text)
-                    free = self.predict(latents, times, empty) if guidance != 1 else said
-                    for whole, now in zip(path, (latents, said, free), strict=True):
-                        whole.append(now.cpu())
-                    guided = free + guidance * (said - free)
-                    latents = scheduler.step(guided, time, latents).prev_sample
+                record: tuple[list[Tensor], ...] = ([], [], [])
+                for timestep in timesteps:
+                    repeated = torch.full((len(latents),), int(timestep), device=self.device)
+                    prediction = self.predict(latents, repeated, text)
+                    unconditional = self.predict(latents, repeated, empty) if guidance != 1 else prediction
+                    for values, value in zip(record, (latents, prediction, unconditional), strict=True):
+                        values.append(value.cpu())
+                    guided = unconditional + guidance * (prediction - unconditional)
+                    latents = scheduler.step(guided, timestep, latents).prev_sample
                     advance(len(latents))
-                parts.append((*(torch.stack(whole, 1) for whole in path), latents.cpu()))
-        latents, said, free, final = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Trajectories(latents, times_.clone(), final, said, free[:, : 0 if guidance == 1 else None])
+                parts.append((*(torch.stack(values, 1) for values in record), latents.cpu()))
+        latents, predictions, unconditional, final = (torch.cat(part) for part in zip(*parts, strict=True))
+        unconditional = unconditional[:, : 0 if guidance == 1 else None]
+        return Trajectories(latents, timesteps.clone(), final, predictions, unconditional)
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch: int = 16) -> Tensor:
-        """Latents (n, c, h, w) of images (n, 3, H, W) in [-1, 1]: the means that the VAE gives, scaled."""
+        """Latents (n, c, h, w) of images (n, 3, H, W) in [-1, 1]: the means of the VAE's distributions, scaled."""
         scale = self.vae.config.scaling_factor
         parts = [self.vae.encode(part.to(self.device)).latent_dist.mean for part in images.split(batch)]
-        found: Tensor = torch.cat(parts) * scale
-        return found
+        latents: Tensor = torch.cat(parts) * scale
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
-        """Images (n, 3, H, W) in [-1, 1] of latents."""
+        """Images (n, 3, H, W) in [-1, 1] of latents (n, c, h, w)."""
         scale = self.vae.config.scaling_factor
         parts = [self.vae.decode(part.to(self.device) / scale).sample for part in latents.split(batch)]
         return torch.cat(parts).clamp(-1, 1)
-
-
-class _Factors(nn.Module):
-    """W + up @ down, as a parametrization; ``on`` is False while the teacher speaks."""
-
-    def __init__(self, shape: torch.Size, rank: int, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.down = nn.Parameter(torch.randn(rank, shape[1], generator=generator) / shape[1] ** 0.5)
-        self.up = nn.Parameter(torch.zeros(shape[0], rank))
-        self.on = True
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.up @ self.down).to(weight.dtype) if self.on else weight
-
-
-class Student:
-    """The tensors that a pass trains, inside the modules that hold them: whole, or with ``rank`` as low-rank changes.
-
-    ``modules`` are networks by component. Whole tensors are held in float32 and copied once, for the teacher; with a
-    rank only matrices can be trained, and the tensors themselves stay as they are. Raises ErasecError otherwise.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], sites: Sequence[Site], rank: int = 0, seed: int = 0) -> None:
-        if rank and (flat := [site for site in sites if len(site.shape) != 2]):
-            sites = [site for site in sites if site not in flat]
-        if not sites:
-            raise ErasecError("there is nothing to train", why="no site is declared, or none of them is a matrix")
-        self.sites, self.rank = tuple(sites), rank
-        self._places: dict[Site, tuple[nn.Module, str]] = {}
-        self._before: dict[Site, nn.Parameter] = {}
-        self._factors: dict[Site, _Factors] = {}
-        for number, site in enumerate(self.sites):
-            owner, name = _place(modules[site.component], site.key)
-            self._places[site] = owner, name
-            stored = getattr(owner, name)
-            if rank:
-                factors = _Factors(stored.shape, min(rank, *stored.shape), seed + number).to(stored.device)
-                nn.utils.parametrize.register_parametrization(owner, name, factors)
-                self._factors[site] = factors
-            else:
-                self._before[site] = stored
-                setattr(owner, name, nn.Parameter(stored.detach().float().clone()))
-
-    @cached_property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What an optimizer gets, by name."""
-        if self.rank:
-            return {
-                f"{site.component}/{site.key}/{part}": getattr(factors, part)
-                for site, factors in self._factors.items() for part in ("up", "down")
-            }  # fmt: skip
-        return {f"{site.component}/{site.key}": getattr(*place) for site, place in self._places.items()}
-
-    @contextmanager
-    def teacher(self) -> Iterator[None]:
-        """Inside, the networks are as they were, and nothing that runs is recorded for a backward pass."""
-        with torch.no_grad():
-            now = {site: getattr(*place) for site, place in self._places.items()} if not self.rank else {}
-            self._put(self._before)
-            for factors in self._factors.values():
-                factors.on = False
-            try:
-                yield
-            finally:
-                self._put(now)
-                for factors in self._factors.values():
-                    factors.on = True
-
-    def _put(self, tensors: Mapping[Site, nn.Parameter]) -> None:
-        # The parameter object is replaced, not its data: a graph that was recorded keeps what it was recorded with.
-        for site, tensor in tensors.items():
-            owner, name = self._places[site]
-            owner._parameters[name] = tensor
-
-    def deltas(self) -> dict[Site, Delta]:
-        """The change of every site: Dense, or LowRank where there is a rank."""
-        if self.rank:
-            return {
-                site: LowRank(factors.up.detach().double().cpu(), factors.down.detach().double().cpu())
-                for site, factors in self._factors.items()
-            }
-        return {site: Dense(self._change(site).cpu()) for site in self.sites}
-
-    def _change(self, site: Site) -> Tensor:
-        if self.rank:
-            factors = self._factors[site]
-            low: Tensor = factors.up @ factors.down
-            return low.detach()
-        now: Tensor = getattr(*self._places[site])
-        return (now - self._before[site].float()).detach()
-
-    @torch.no_grad()
-    def drift(self) -> float:
-        """Frobenius norm of the change over that of the tensors before, over all sites."""
-        moved = sum(float(self._change(site).square().sum()) for site in self.sites)
-        return float((moved / max(self._size, 1e-30)) ** 0.5)
-
-    @cached_property
-    def _size(self) -> float:
-        if self.rank:
-            stored = (getattr(place[0].parametrizations, place[1]).original for place in self._places.values())
-            return sum(float(tensor.float().square().sum()) for tensor in stored)
-        return sum(float(tensor.float().square().sum()) for tensor in self._before.values())
-
-
-def _place(module: nn.Module, key: str) -> tuple[nn.Module, str]:
-    """The module that owns a tensor, and the tensor's name in it; text encoders may lack the files' prefix."""
-    path, _, name = key.rpartition(".")
-    names = dict(module.named_modules())
-    owner = names.get(path) or names.get(path.removeprefix("text_model.")) or names.get(f"text_model.{path}")
-    if owner is None:
-        raise ErasecError(f"the network has no module {path}", why=f"it is a {type(module).__name__}")
-    return owner, name

@@ -1,4 +1,4 @@
-"""Memories in torch: exact where they must be, gone where they are not, and what a user of a bundle gets."""
+"""Memories in torch: attached, detached and folded exactly; and the pipeline of a bundle."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 import erasec
-from erasec.attention.processors import Gate, MemoryProcessor, attach, attached_rows, detach, fold
+from erasec.attention.pipeline import Sampling, generate
+from erasec.attention.processors import CallState, MemoryProcessor, attach, attached_rows, detach, fold
 from erasec.errors import ErasecError
-from erasec.judging.judge import Sampling, generate
-from erasec.model import sidecar as extras
-from erasec.model.edit import Memory, Secret
-from erasec.model.sidecar import Extras
+from erasec.model.memory import Memory, Secret
+from erasec.model.sidecar import Extras, write_extras
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 LAST = "up_blocks.2.attentions.1.transformer_blocks.0.attn2"
@@ -54,11 +53,11 @@ def unet(loaded: Any) -> Iterator[Any]:
 def run(unet: Any, step: Any = 500, batch: int = 4, **options: Any) -> Tensor:
     """The noise prediction (n, 4, 8, 8) for fixed inputs."""
     sample, states = draw(0, batch, 4, 8, 8), draw(1, batch, 77, WIDTH)
-    found: Tensor = unet(sample, step, states, **options).sample
-    return found
+    prediction: Tensor = unet(sample, step, states, **options).sample
+    return prediction
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().abs().max())
 
 
@@ -73,43 +72,43 @@ def weights(unet: Any) -> Callable[[str], Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"encoder_attention_mask": torch.arange(77).lt(50).expand(4, 77)}])
-def test_no_rows_are_the_stock_attention_bit_by_bit(unet: Any, options: dict[str, Any]) -> None:
+def test_memories_without_rows_give_the_bits_of_stock_attention(unet: Any, options: dict[str, Any]) -> None:
     stock = run(unet, **options)
     attach(unet, ())
-    assert not any(isinstance(each, MemoryProcessor) for each in unet.attn_processors.values())
+    assert not any(isinstance(processor, MemoryProcessor) for processor in unet.attn_processors.values())
     attach(unet, [memory(at, rows=0) for at in INNER])
-    assert sum(isinstance(each, MemoryProcessor) for each in unet.attn_processors.values()) == 2
+    assert sum(isinstance(processor, MemoryProcessor) for processor in unet.attn_processors.values()) == 2
     assert torch.equal(run(unet, **options), stock)
     attach(unet, [memory()])
-    assert apart(run(unet, **options), stock) > 1e-3
+    assert distance(run(unet, **options), stock) > 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "side", "until": 0.8, "guided": True}])
-def test_what_is_detached_leaves_nothing(unet: Any, options: dict[str, Any]) -> None:
+def test_detached_memories_leave_nothing_behind(unet: Any, options: dict[str, Any]) -> None:
     stock, processors = run(unet), dict(unet.attn_processors)
     attach(unet, [memory(**options), memory(LAST, **options)])
-    assert apart(run(unet), stock) > 1e-3
+    assert distance(run(unet), stock) > 1e-3
     detach(unet)
     assert torch.equal(run(unet), stock)
-    assert all(unet.attn_processors[name] is each for name, each in processors.items())
+    assert all(unet.attn_processors[name] is processor for name, processor in processors.items())
     assert not unet._forward_pre_hooks
 
 
 def test_folded_rows_do_what_the_rows_do(unet: Any, secret: Secret) -> None:
     stock = run(unet)
-    with attached_rows(unet, secret.keys, secret.values, secret.attentions):
+    with attached_rows(unet, secret.k_rows, secret.v_rows, secret.attentions):
         rows = run(unet)
     assert torch.equal(run(unet), stock)
     attach(unet, fold(weights(unet), secret))
-    assert apart(run(unet), rows) <= 1e-5
-    assert apart(stock, rows) > 1e-3
+    assert distance(run(unet), rows) <= 1e-5
+    assert distance(stock, rows) > 1e-3
     detach(unet)
-    attach(unet, fold(weights(unet), Secret("star", secret.values, secret.keys, secret.attentions)))
-    assert apart(run(unet), rows) > 1e-3
+    attach(unet, fold(weights(unet), Secret("star", secret.v_rows, secret.k_rows, secret.attentions)))
+    assert distance(run(unet), rows) > 1e-3
 
 
 def test_rows_get_gradients_through_the_projections(unet: Any, secret: Secret) -> None:
-    keys, values = secret.keys.clone().requires_grad_(), secret.values.clone().requires_grad_()
+    keys, values = secret.k_rows.clone().requires_grad_(), secret.v_rows.clone().requires_grad_()
     with attached_rows(unet, keys, values, secret.attentions):
         run(unet).square().sum().backward()
     for rows in (keys, values):
@@ -117,17 +116,17 @@ def test_rows_get_gradients_through_the_projections(unet: Any, secret: Secret) -
         assert bool((rows.grad.abs().sum(1) > 0).all())
 
 
-def test_rows_join_what_is_attached_and_leave_it_there(unet: Any, secret: Secret) -> None:
+def test_rows_add_to_attached_memories_which_stay(unet: Any, secret: Secret) -> None:
     attach(unet, [memory()])
     alone = run(unet)
-    with attached_rows(unet, secret.keys, secret.values, (MIDDLE,)):
-        assert apart(run(unet), alone) > 1e-3
+    with attached_rows(unet, secret.k_rows, secret.v_rows, (MIDDLE,)):
+        assert distance(run(unet), alone) > 1e-3
     assert torch.equal(run(unet), alone)
 
 
 def test_rows_are_gone_after_an_error(unet: Any, secret: Secret) -> None:
     stock = run(unet)
-    with pytest.raises(ZeroDivisionError), attached_rows(unet, secret.keys, secret.values, (MIDDLE,)):
+    with pytest.raises(ZeroDivisionError), attached_rows(unet, secret.k_rows, secret.v_rows, (MIDDLE,)):
         _ = 1 / 0
     assert torch.equal(run(unet), stock)
 
@@ -138,7 +137,7 @@ def test_memories_of_one_attention_share_its_softmax(unet: Any) -> None:
     one = run(unet)
     detach(unet)
     attach(unet, [Memory(MIDDLE, both.keys[:2], both.values[:2])])
-    assert apart(run(unet), one) > 1e-4
+    assert distance(run(unet), one) > 1e-4
     attach(unet, [Memory(MIDDLE, both.keys[2:], both.values[2:])])
     assert torch.equal(run(unet), one)
 
@@ -158,17 +157,17 @@ def attention_inputs(loaded: Any) -> tuple[Any, Tensor, Tensor, Tensor, Tensor, 
 def test_a_joint_memory_is_a_gate_between_text_and_memory(loaded: Any) -> None:
     attention, image, text, q, k, v = attention_inputs(loaded)
     more_k, more_v = draw(6, 10, 192).double(), draw(7, 10, 192).double()
-    attention.set_processor(MemoryProcessor(attention.processor, Gate(), joint=(lambda *_: (more_k, more_v),)))
-    found = attention(image, encoder_hidden_states=text)
+    attention.set_processor(MemoryProcessor(attention.processor, CallState(), joint=(lambda *_: (more_k, more_v),)))
+    output = attention(image, encoder_hidden_states=text)
     scale = math.sqrt(q.shape[-1])
     to_text, to_memory = q @ k.mT / scale, q @ split(more_k).mT / scale
     g = torch.sigmoid(to_memory.logsumexp(-1, True) - to_text.logsumexp(-1, True))
     assert float(g.max() - g.min()) > 0.01
-    wanted = (1 - g) * (to_text.softmax(-1) @ v) + g * (to_memory.softmax(-1) @ split(more_v))
-    wanted = attention.to_out[0](wanted.transpose(1, 2).flatten(2))
-    assert apart(found, wanted) <= 1e-5
+    expected = (1 - g) * (to_text.softmax(-1) @ v) + g * (to_memory.softmax(-1) @ split(more_v))
+    expected = attention.to_out[0](expected.transpose(1, 2).flatten(2))
+    assert distance(output, expected) <= 1e-5
     text_alone = attention.to_out[0]((to_text.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    assert apart(found, text_alone) > 1e-2
+    assert distance(output, text_alone) > 1e-2
 
 
 def test_a_side_memory_is_added_before_to_out(loaded: Any) -> None:
@@ -177,19 +176,19 @@ def test_a_side_memory_is_added_before_to_out(loaded: Any) -> None:
     attach(twin, [memory(mode="side", weight=-2.0)])
     processor = twin.get_submodule(MIDDLE).processor
     attention.set_processor(processor)
-    found = attention(image, encoder_hidden_states=text)
+    output = attention(image, encoder_hidden_states=text)
     own = memory()
     beside = (q @ split(own.keys.double()).mT / math.sqrt(q.shape[-1])).softmax(-1) @ split(own.values.double())
     plain = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
-    wanted = attention.to_out[0]((plain - 2 * beside).transpose(1, 2).flatten(2))
-    assert apart(found, wanted) <= 1e-5
-    assert apart(attention.to_out[0]((plain + 2 * beside).transpose(1, 2).flatten(2)), wanted) > 1e-2
+    expected = attention.to_out[0]((plain - 2 * beside).transpose(1, 2).flatten(2))
+    assert distance(output, expected) <= 1e-5
+    assert distance(attention.to_out[0]((plain + 2 * beside).transpose(1, 2).flatten(2)), expected) > 1e-2
 
 
 def test_zeros_are_a_memory_too(unet: Any) -> None:
     stock = run(unet)
     attach(unet, [Memory(at, torch.zeros(10, inner), torch.zeros(10, inner)) for at, inner in INNER.items()])
-    assert apart(run(unet), stock) > 1e-4
+    assert distance(run(unet), stock) > 1e-4
 
 
 def test_a_side_memory_of_no_weight_changes_nothing(unet: Any) -> None:
@@ -198,26 +197,26 @@ def test_a_side_memory_of_no_weight_changes_nothing(unet: Any) -> None:
     assert torch.equal(run(unet), stock)
     detach(unet)
     attach(unet, [memory(mode="side", weight=0.1)])
-    assert apart(run(unet), stock) > 1e-4
+    assert distance(run(unet), stock) > 1e-4
 
 
 def double(step: int) -> Tensor:
     return torch.tensor(step, dtype=torch.float64)
 
 
-def each(step: int) -> Tensor:
+def for_each_sample(step: int) -> Tensor:
     return torch.tensor(step).expand(4)
 
 
 # (1 - 0.7) 1000 is above 300 in binary, (1 - 0.8) 1000 below 200.
 @pytest.mark.parametrize(("until", "edge"), [(0.7, 300), (0.8, 200), (0.25, 750)])
-@pytest.mark.parametrize("kind", [int, float, torch.tensor, double, each])
+@pytest.mark.parametrize("kind", [int, float, torch.tensor, double, for_each_sample])
 def test_a_side_memory_stops_at_its_step(unet: Any, until: float, edge: int, kind: Callable[[int], Any]) -> None:
     stock = {step: run(unet, step) for step in (edge - 1, edge, 999)}
     attach(unet, [memory(mode="side", until=until)])
     assert torch.equal(run(unet, kind(edge - 1)), stock[edge - 1])
-    assert apart(run(unet, kind(edge)), stock[edge]) > 1e-3
-    assert apart(run(unet, kind(999)), stock[999]) > 1e-3
+    assert distance(run(unet, kind(edge)), stock[edge]) > 1e-3
+    assert distance(run(unet, kind(999)), stock[999]) > 1e-3
 
 
 def test_the_steps_are_those_of_the_schedule_and_of_each_sample(unet: Any) -> None:
@@ -248,21 +247,21 @@ def test_a_mask_of_the_text_leaves_memories_in_sight(unet: Any) -> None:
     mask = torch.arange(77).lt(40).expand(2, 77)
     attach(unet, [memory(at) for at in INNER])
     masked = unet(sample, 500, states, encoder_attention_mask=mask).sample
-    assert apart(masked, unet(sample, 500, states[:, :40]).sample) <= 1e-5
+    assert distance(masked, unet(sample, 500, states[:, :40]).sample) <= 1e-5
     detach(unet)
-    assert apart(masked, unet(sample, 500, states[:, :40]).sample) > 1e-3
+    assert distance(masked, unet(sample, 500, states[:, :40]).sample) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_memories_follow_the_model_s_dtype(loaded: Any, dtype: torch.dtype) -> None:
     unet = copy.deepcopy(loaded)
     attach(unet, [memory(), memory(LAST, mode="side", until=0.8, guided=True)])
-    wanted, kept = run(unet), unet.get_submodule(MIDDLE).processor.joint[0].keys
+    expected, kept = run(unet), unet.get_submodule(MIDDLE).processor.joint[0].keys
     unet.to(dtype)
     sample, states = draw(0, 4, 4, 8, 8).to(dtype), draw(1, 4, 77, WIDTH).to(dtype)
-    found = unet(sample, 500, states).sample
-    assert found.dtype == dtype
-    assert apart(found.float(), wanted) < (1e-5 if dtype == torch.float64 else 0.1)
+    output = unet(sample, 500, states).sample
+    assert output.dtype == dtype
+    assert distance(output.float(), expected) < (1e-5 if dtype == torch.float64 else 0.1)
     assert kept.dtype == torch.float32
 
 
@@ -285,7 +284,7 @@ def test_a_memory_that_does_not_fit_is_an_error_and_nothing_is_attached(unet: An
     assert torch.equal(run(unet), stock)
 
 
-def test_a_memory_that_is_thrown_out_is_missed(unet: Any) -> None:
+def test_a_replaced_processor_is_noticed(unet: Any) -> None:
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     attach(unet, [memory()])
@@ -310,7 +309,7 @@ def test_a_memory_that_is_thrown_out_is_missed(unet: Any) -> None:
     assert torch.equal(run(unet), stock)
 
 
-# What a user of a folder gets
+# The pipeline of a bundle
 
 
 @pytest.fixture(scope="module")
@@ -318,53 +317,53 @@ def carrying(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     """A bundle with one of each, and what it holds."""
     root = Path(shutil.copytree(random_folder, tmp_path_factory.mktemp("bundle") / "bundle"))
     memories = memory(LAST, mode="side", weight=-1.0, until=0.8, guided=True), memory()
-    held = Extras(memories, {"<corner>": draw(20, WIDTH), "<band>": draw(21, WIDTH)}, "a red star")
-    extras.write(root, held)
-    return root, held
+    extras = Extras(memories, {"<corner>": draw(20, WIDTH), "<band>": draw(21, WIDTH)}, "a red star")
+    write_extras(root, extras)
+    return root, extras
 
 
 @pytest.fixture(scope="module")
 def stock(random_folder: Path) -> Any:
     from diffusers import StableDiffusionPipeline
 
-    made = StableDiffusionPipeline.from_pretrained(random_folder, torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipe = StableDiffusionPipeline.from_pretrained(random_folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="module")
 def bundle(carrying: tuple[Path, Extras]) -> Any:
-    made = erasec.pipeline(carrying[0], torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipe = erasec.pipeline(carrying[0], torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def latents(made: Any, prompts: list[str], scale: float = 5.0, **options: Any) -> Tensor:
+def latents(pipe: Any, prompts: list[str], scale: float = 5.0, **options: Any) -> Tensor:
     start = draw(30, len(prompts), 4, 8, 8)
-    found: Tensor = made(
+    output: Tensor = pipe(
         prompts, latents=start, num_inference_steps=2, guidance_scale=scale, output_type="latent", **options
     ).images
-    return found
+    return output
 
 
 def test_a_plain_folder_gives_the_stock_pipeline(random_folder: Path, stock: Any) -> None:
-    made = erasec.pipeline(str(random_folder), torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    assert type(made) is type(stock)
-    assert torch.equal(latents(made, ["a star"]), latents(stock, ["a star"]))
+    pipe = erasec.pipeline(str(random_folder), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is type(stock)
+    assert torch.equal(latents(pipe, ["a star"]), latents(stock, ["a star"]))
 
 
 def test_the_bundle_s_pictures_are_those_of_the_model_with_all_of_it(
     bundle: Any, stock: Any, carrying: tuple[Path, Extras]
 ) -> None:
-    found = latents(bundle, ["a star", "a blue ring"])
-    assert apart(found, latents(stock, ["a star", "a blue ring"])) > 1e-3
+    output = latents(bundle, ["a star", "a blue ring"])
+    assert distance(output, latents(stock, ["a star", "a blue ring"])) > 1e-3
     negative = ["a red star"] * 2
-    assert apart(found, latents(stock, ["a star", "a blue ring"], negative_prompt=negative)) > 1e-3
+    assert distance(output, latents(stock, ["a star", "a blue ring"], negative_prompt=negative)) > 1e-3
     attach(stock.unet, carrying[1].memories)
     try:
-        assert torch.equal(found, latents(stock, ["a star", "a blue ring"], negative_prompt=negative))
-        assert not torch.equal(found, latents(stock, ["a star", "a blue ring"]))
+        assert torch.equal(output, latents(stock, ["a star", "a blue ring"], negative_prompt=negative))
+        assert not torch.equal(output, latents(stock, ["a star", "a blue ring"]))
     finally:
         detach(stock.unet)
 
@@ -379,79 +378,79 @@ def test_new_tokens_are_one_token_with_their_row(bundle: Any, stock: Any, carryi
         assert len(words) == 2 < len(stock.tokenizer(f"a {name}").input_ids) - 2
         assert (start, end) == (stock.tokenizer.bos_token_id, stock.tokenizer.eos_token_id)
     one, other = (bundle.encode_prompt(f"a {name}", "cpu", 1, False)[0] for name in ("<corner>", "<band>"))
-    assert apart(one, other) > 1e-2
+    assert distance(one, other) > 1e-2
     assert torch.equal(
         bundle.encode_prompt("a star", "cpu", 1, False)[0], stock.encode_prompt("a star", "cpu", 1, False)[0]
     )
 
 
 def test_the_negative_prompt_is_taken_where_there_is_none(bundle: Any, stock: Any) -> None:
-    def negative(made: Any, prompt: str | list[str] | None, **options: Any) -> Tensor:
-        found: Tensor = made.encode_prompt(prompt, "cpu", 2, True, **options)[1]
-        return found
+    def negative(pipe: Any, prompt: str | list[str] | None, **options: Any) -> Tensor:
+        output: Tensor = pipe.encode_prompt(prompt, "cpu", 2, True, **options)[1]
+        return output
 
-    wanted = negative(stock, "a ring", negative_prompt="a red star")
-    assert torch.equal(negative(bundle, "a ring"), wanted)
+    expected = negative(stock, "a ring", negative_prompt="a red star")
+    assert torch.equal(negative(bundle, "a ring"), expected)
     many = negative(bundle, ["a ring", "a heart", "a star"])
     assert torch.equal(many, negative(stock, ["a ring"] * 3, negative_prompt=["a red star"] * 3))
     embeds = draw(31, 3, 77, WIDTH)
     assert torch.equal(negative(bundle, None, prompt_embeds=embeds), many)
-    assert apart(wanted, negative(stock, "a ring")) > 1e-2
+    assert distance(expected, negative(stock, "a ring")) > 1e-2
     for explicit in ("", "a blue heart"):
-        found = negative(bundle, "a ring", negative_prompt=explicit)
-        assert torch.equal(found, negative(stock, "a ring", negative_prompt=explicit))
+        output = negative(bundle, "a ring", negative_prompt=explicit)
+        assert torch.equal(output, negative(stock, "a ring", negative_prompt=explicit))
     given = negative(bundle, "a ring", negative_prompt_embeds=embeds[:1])
     assert torch.equal(given, embeds[:1].expand(2, -1, -1))
     explicit = latents(bundle, ["a star"], negative_prompt=["a blue heart"])
-    assert apart(explicit, latents(bundle, ["a star"])) > 1e-4
+    assert distance(explicit, latents(bundle, ["a star"])) > 1e-4
 
 
 def test_without_guidance_all_rows_are_prompted(
     bundle: Any, stock: Any, carrying: tuple[Path, Extras], random_folder: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(random_folder, tmp_path / "guided"))
-    extras.write(root, Extras((memory(mode="side", weight=3.0, guided=True),)))
-    made = erasec.pipeline(root, torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
-    both = latents(made, ["a star", "a ring"], scale=1.0)
+    write_extras(root, Extras((memory(mode="side", weight=3.0, guided=True),)))
+    pipe = erasec.pipeline(root, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    both = latents(pipe, ["a star", "a ring"], scale=1.0)
     moved = (both - latents(stock, ["a star", "a ring"], scale=1.0)).abs().amax((1, 2, 3))
     assert bool((moved > 1e-3).all())
-    alone = latents(made, ["a star"], scale=1.0)
-    assert apart(alone, both[:1]) < 1e-4
+    alone = latents(pipe, ["a star"], scale=1.0)
+    assert distance(alone, both[:1]) < 1e-4
     attach(stock.unet, [memory(mode="side", weight=3.0)])  # not guided: what pictures without guidance come to
     try:
         assert torch.equal(latents(stock, ["a star", "a ring"], scale=1.0), both)
-        assert apart(latents(stock, ["a star"]), latents(made, ["a star"])) > 1e-3
+        assert distance(latents(stock, ["a star"]), latents(pipe, ["a star"])) > 1e-3
     finally:
         detach(stock.unet)
 
 
 def test_the_pipeline_s_own_schedule_sets_the_step(carrying: tuple[Path, Extras], stock: Any, bundle: Any) -> None:
     scheduler = type(stock.scheduler).from_config(stock.scheduler.config, num_train_timesteps=100)
-    made = erasec.pipeline(carrying[0], torch_dtype=torch.float32, scheduler=scheduler)
-    starts = [each.unet.get_submodule(LAST).processor.side[0].start for each in (made, bundle)]
+    pipe = erasec.pipeline(carrying[0], torch_dtype=torch.float32, scheduler=scheduler)
+    starts = [pipeline.unet.get_submodule(LAST).processor.side[0].start for pipeline in (pipe, bundle)]
     assert starts == [20, 200]
 
 
-def test_judges_see_what_a_user_gets(carrying: tuple[Path, Extras], random_folder: Path) -> None:
+def test_judged_images_are_those_of_the_pipeline(carrying: tuple[Path, Extras], random_folder: Path) -> None:
     sampling = Sampling(2, 5.0)
-    found = generate(carrying[0], ["a star"], [1], sampling, "pictures")
-    made = erasec.pipeline(carrying[0], torch_dtype=torch.float32)
-    made.set_progress_bar_config(disable=True)
+    output = generate(carrying[0], ["a star"], [1], sampling, "pictures")
+    pipe = erasec.pipeline(carrying[0], torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
     seed = torch.Generator().manual_seed(1)
-    wanted = made(["a star"], num_inference_steps=2, guidance_scale=5.0, generator=[seed], output_type="np").images
-    assert np.array_equal(found, np.rint(wanted * 255).astype(np.uint8))
-    assert not np.array_equal(found, generate(random_folder, ["a star"], [1], sampling, "pictures"))
+    expected = pipe(["a star"], num_inference_steps=2, guidance_scale=5.0, generator=[seed], output_type="np").images
+    assert np.array_equal(output, np.rint(expected * 255).astype(np.uint8))
+    assert not np.array_equal(output, generate(random_folder, ["a star"], [1], sampling, "pictures"))
 
 
-def test_weights_of_a_variant_alone_are_those_that_are_meant(random_folder: Path, tmp_path: Path, stock: Any) -> None:
+def test_a_folder_with_one_variant_alone_loads_that_variant(random_folder: Path, tmp_path: Path, stock: Any) -> None:
     root = Path(shutil.copytree(random_folder, tmp_path / "copy"))
     for file in root.rglob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
-    made = erasec.pipeline(root)
+    pipe = erasec.pipeline(root)
     for name in ("text_encoder", "unet", "vae"):
         theirs = getattr(stock, name).state_dict()
-        assert all(torch.equal(value, theirs[key]) for key, value in getattr(made, name).state_dict().items())
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(pipe, name).state_dict().items())
     shutil.copy(random_folder / "unet" / "diffusion_pytorch_model.safetensors", root / "unet")
     erasec.pipeline(root, variant="fp16")
     (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
@@ -459,16 +458,16 @@ def test_weights_of_a_variant_alone_are_those_that_are_meant(random_folder: Path
         erasec.pipeline(root)
 
 
-def test_folders_that_cannot_be_opened_are_errors_in_words(random_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ErasecError, match="no diffusers folder") as caught:
+def test_folders_that_cannot_be_opened_are_errors(random_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ErasecError, match="is not a diffusers folder") as caught:
         erasec.pipeline("someone/some-model")
     assert "hf download" in caught.value.fix
     root = Path(shutil.copytree(random_folder, tmp_path / "copy"))
-    for held, message in (
+    for extras, message in (
         (Extras(tokens={"<a>": draw(0, 64)}), r"row of the token '<a>' is \(64,\)"),
         (Extras(tokens={"star</w>": draw(0, WIDTH)}), "the token 'star</w>' is not new"),
         (Extras((Memory("nowhere", draw(0, 1, 64), draw(0, 1, 64)),)), "no attention 'nowhere'"),
     ):
-        extras.write(root, held)
+        write_extras(root, extras)
         with pytest.raises(ErasecError, match=message):
             erasec.pipeline(root)

@@ -26,11 +26,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from erasec import registry
-from erasec.base import Context
+from erasec.attention.pipeline import Sampling, generate
+from erasec.base import Context, Images, Question
 from erasec.glyphs import world
-from erasec.glyphs.judging import GlyphJudge
-from erasec.judging.judge import Images, Question, Sampling, generate
-from erasec.model import view as model
+from erasec.glyphs.judge import GlyphJudge
+from erasec.model import loading
 from erasec.recipe import concept
 from erasec.recipe.recipe import Limits, parse_use
 
@@ -80,7 +80,7 @@ def draw(path: Path, asked: list[Question], before: Images, after: Images, zoom:
 def measure(
     shape: str, passes: list[str], chosen: dict[str, Any], sampling: Sampling, seed: int, picture: Path | None
 ) -> dict[str, dict[str, Any]]:
-    base, item, judge = model.load("glyphs"), concept.find(shape), GlyphJudge()
+    base, item, judge = loading.load("glyphs"), concept.find(shape), GlyphJudge()
     asked = questions(judge.panel(item, max(ASKED.values()), seed))
     prompts, seeds = [q.prompt for q in asked], [q.seed for q in asked]
     before = generate(base.source.root, prompts, seeds, sampling, f"{shape} before")
@@ -129,9 +129,13 @@ def main() -> None:
                 cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*ASKED, "keep")]
                 print(f"| {shape} | {name} | {' | '.join(cells)} |", flush=True)
     result = {
-        "rows": rows, "options": chosen, "seed": options.seed, "judge": f"{judge.name} {judge.digest}",
-        "sampling": f"{limits.steps} steps, guidance {limits.guidance}", "machine": platform.machine(),
-    }  # fmt: skip
+        "rows": rows,
+        "options": chosen,
+        "seed": options.seed,
+        "judge": f"{judge.title} {judge.digest}",
+        "sampling": f"{limits.steps} steps, guidance {limits.guidance}",
+        "machine": platform.machine(),
+    }
     whole = options.shapes == list(world.SHAPES) and options.passes == list(PASSES) and not options.option
     out = options.out or (RESULT if whole else None)
     if out:

@@ -39,14 +39,14 @@ from typing import Any, TypeVar
 import machine
 import torch
 from naive import OWN, context, edited, mace_edited, normal_equation, rece_edited, states
+from random_models import random_shapes
 from torch import Tensor
 
 from erasec import registry
-from erasec.closed_form import solver as closed_form
-from erasec.closed_form.base import ClosedForm, pack, unpack
+from erasec.closed_form import solver
+from erasec.closed_form.base import ClosedForm, pack_system, unpack_system
 from erasec.closed_form.solver import Solution, System
-from erasec.family import Site, sites
-from erasec.ldm.skeleton import random_shapes
+from erasec.family import FAMILIES, Site, sites
 from erasec.model.edit import Remap, merge
 
 RESULT = Path(__file__).parent / "results" / "closed_form_scale.json"
@@ -67,7 +67,7 @@ Sums = dict[str, dict[str, Tensor]]
 def matrices(size: str = "full", seed: int = 0, family: str = "sd1") -> dict[Site, Tensor]:
     """Random K and V of Stable Diffusion 1, float32 (d_out, d_in), by site."""
     draw = torch.Generator().manual_seed(seed)
-    every = sites("unet", random_shapes(family, size)["unet"])
+    every = sites(FAMILIES[family], random_shapes(family, size)["unet"])
     chosen = (site for site in every if site.attn == "cross" and site.proj in ("k", "v"))
     return {site: torch.randn(site.shape, generator=draw) * site.shape[1] ** -0.5 for site in chosen}
 
@@ -90,7 +90,7 @@ def options(name: str, **chosen: float) -> ClosedForm:
 
 def one_system(source: Tensor, target: Tensor, scale: float, keep: Tensor, keep_scale: float = 1.0) -> System:
     weight, kept = torch.full((len(source),), scale), torch.full((len(keep),), keep_scale)
-    return closed_form.system(source, target, weight, keep, kept).compact()
+    return solver.weighted_system(source, target, weight, keep, kept).compact()
 
 
 def uce(count: int, width: int) -> Case:
@@ -99,7 +99,8 @@ def uce(count: int, width: int) -> Case:
 
     def sums(shared: Mapping[str, Tensor]) -> Sums:
         rows = enumerate(zip(source, target, keep, strict=True))
-        return {"": dict(shared)} | {f"{i:04}": pack(one_system(c, v, 1.0, k), "context") for i, (c, v, k) in rows}
+        systems = {f"{number:04}": one_system(c, v, 1.0, k) for number, (c, v, k) in rows}
+        return {"": dict(shared)} | {name: pack_system(system, "context") for name, system in systems.items()}
 
     def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         kind = weights[0].dtype
@@ -116,7 +117,7 @@ def rece(count: int, width: int) -> Case:
     source, target, keep = (states(TOKENS, width, seed) for seed in (1, 2, 3))
 
     def sums(shared: Mapping[str, Tensor]) -> Sums:
-        return {"": dict(shared), "one": pack(one_system(source, target, 1.0, keep, weight), "context")}
+        return {"": dict(shared), "one": pack_system(one_system(source, target, 1.0, keep, weight), "context")}
 
     def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         c, v, k = (rows.to(weights[0].dtype)[:, None] for rows in (source, target, keep))
@@ -139,16 +140,16 @@ def mace(count: int, width: int) -> Case:
             goals = target[OWN[1] - 1].repeat(OWN[1] - OWN[0], 1)
             refine = one_system(context(source).flatten(0, 1), context(target).flatten(0, 1), 1.0, keep)
             own = one_system(words, goals, 1.0, source.flatten(0, 1))
-            found[f"{number}"] = pack(refine, "context") | pack(own, "context.own")
+            found[f"{number}"] = pack_system(refine, "context") | pack_system(own, "context.own")
         return found
 
     def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         kind, found = weights[0].dtype, sums({})
-        kept = torch.cat([unpack(found[f"{number}"], "context").keep for number in range(count)])
+        kept = torch.cat([unpack_system(found[f"{number}"], "context").keep for number in range(count)])
         own = []
         for number in range(count):
-            asked = unpack(found[f"{number}"], "context.own")
-            alone = closed_form.solve(System(asked.source, asked.shift, kept), lam, relative=False)
+            asked = unpack_system(found[f"{number}"], "context.own")
+            alone = solver.solve(System(asked.source, asked.shift, kept), lam, relative=False)
             own.append(Solution(alone.left.to(kind), alone.right.to(kind), lam, alone.condition))
         given, same = [(source.to(kind), target.to(kind)) for source, target in concepts], keep.to(kind)[:, None]
         # Each concept brings the same kept prompt.
@@ -159,12 +160,12 @@ def mace(count: int, width: int) -> Case:
 
 def trce(count: int, width: int) -> Case:
     source, target = states(count, width, 1), states(count, width, 2)
-    prior = closed_form.gram(states(PRIOR_ROWS, width, 3)) * (PRIOR_WEIGHT / PRIOR_ROWS)
-    stored, scale = closed_form.root(prior), EOT_WEIGHT / count
+    prior = solver.gram(states(PRIOR_ROWS, width, 3)) * (PRIOR_WEIGHT / PRIOR_ROWS)
+    stored, scale = solver.gram_root(prior), EOT_WEIGHT / count
 
     def sums(shared: Mapping[str, Tensor]) -> Sums:
         asked = one_system(source, target, scale, source[:0])
-        return {"": {**shared, "context.prior": stored}, "one": pack(asked, "context")}
+        return {"": {**shared, "context.prior": stored}, "one": pack_system(asked, "context")}
 
     def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         kind = weights[0].dtype
@@ -213,8 +214,9 @@ def error(new: Mapping[Site, Tensor], true: Mapping[Site, Tensor], old: Mapping[
     worst = max(true, key=lambda site: off[site] / edit[site])
     return {
         "error": (sum(off.values()) / sum(edit.values())) ** 0.5,
-        "worst_error": (off[worst] / edit[worst]) ** 0.5, "worst_site": worst.label,
-    }  # fmt: skip
+        "worst_error": (off[worst] / edit[worst]) ** 0.5,
+        "worst_site": worst.label,
+    }
 
 
 def run_naive(case: Case, weights: Mapping[Site, Tensor], kind: torch.dtype, some: int) -> tuple[dict[str, Any], Any]:
@@ -242,15 +244,15 @@ def run_ours(
     method = case.method
 
     def prepare() -> Sums:
-        return case.sums(method.shared(view))
+        return case.sums(method.shared_sums(view))
 
     def asked(sums: Sums) -> System:
-        one = closed_form.joint(unpack(sums[name], "context") for name in sorted(sums) if name)
+        one = solver.combine_systems(unpack_system(sums[name], "context") for name in sorted(sums) if name)
         prior = sums[""].get("context.prior", one.keep[:0])
         return System(one.source, one.shift, torch.cat([one.keep, prior]), one.lost)
 
     def solve(sums: Sums) -> Solution:
-        return method.solution(asked(sums), "context", sums)
+        return method.solve_system(asked(sums), "context", sums)
 
     def merged(deltas: Mapping[Site, Any]) -> dict[Site, Tensor]:
         return {site: merge(weight, [deltas[site]]) for site, weight in weights.items()}
@@ -260,12 +262,12 @@ def run_ours(
 
     prepared, sums = measured(prepare, repeat)
     ours, new = measured(lambda: remapped(solve(sums)), repeat)
-    whole, shipped = measured(lambda: merged(method.edit(streams, prepare()).deltas), repeat)
+    whole, shipped = measured(lambda: merged(method.edit_from_sums(streams, prepare(), "").deltas), repeat)
     solved, solution = measured(lambda: solve(sums), repeat)
     applied, _ = measured(lambda: remapped(solution), repeat)
-    reduced, factors = measured(lambda: closed_form.reduced(solution.left, solution.right), repeat)
+    reduced, factors = measured(lambda: solver.reduce_rank(solution.left, solution.right), repeat)
     rows, final = asked(sums), Solution(*factors, solution.ridge, solution.condition)
-    told, stats = measured(lambda: closed_form.stats(rows, final), repeat)
+    told, stats = measured(lambda: solver.stats(rows, final), repeat)
     parts = {"sums": prepared, "solve": solved, "merge": applied, "reduced": reduced, "stats": told}
     ours["parts"] = {name: part["seconds"] for name, part in parts.items()}
     return ours | {"stats": stats}, whole, new, shipped
@@ -297,11 +299,17 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     )
     goal = f" (≥ {row['goal_ratio']:.0f})" if row["goal_ratio"] else ""
     cells = (
-        name, f"{ours['seconds']:.3f} / {whole['seconds']:.3f}", f"{mark}{naive32['seconds']:.2f}",
-        f"{mark}{naive64['seconds']:.2f}", f"{ours['ratio32']:.0f}{goal} / {whole['ratio32']:.0f}",
-        f"{ours['ratio64']:.0f} / {whole['ratio64']:.0f}", memory, f"{ours['error']:.1e} / {whole['error']:.1e}",
-        f"{naive32['error']:.1e}", f"OVER: {', '.join(row['over'])}" if row["over"] else "",
-    )  # fmt: skip
+        name,
+        f"{ours['seconds']:.3f} / {whole['seconds']:.3f}",
+        f"{mark}{naive32['seconds']:.2f}",
+        f"{mark}{naive64['seconds']:.2f}",
+        f"{ours['ratio32']:.0f}{goal} / {whole['ratio32']:.0f}",
+        f"{ours['ratio64']:.0f} / {whole['ratio64']:.0f}",
+        memory,
+        f"{ours['error']:.1e} / {whole['error']:.1e}",
+        f"{naive32['error']:.1e}",
+        f"OVER: {', '.join(row['over'])}" if row["over"] else "",
+    )
     return f"| {' | '.join(cells)} |"
 
 
@@ -318,8 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(chosen.threads)
     names = chosen.rows.split(",") if chosen.rows else list(ROWS[chosen.family])
     weights = matrices(chosen.size, family=chosen.family)
-    print("| row | ours / whole, s | naive 32, s | naive 64, s | ratio to 32 | to 64 | peak MB: ours / 32 / 64 "
-          "| error: ours / whole | naive 32 | goals missed |\n|" + "---|" * 10)  # fmt: skip
+    print(
+        "| row | ours / whole, s | naive 32, s | naive 64, s | ratio to 32 | to 64 | peak MB: ours / 32 / 64 "
+        "| error: ours / whole | naive 32 | goals missed |\n|" + "---|" * 10
+    )
     rows: dict[str, Any] = {}
     for name in names:
         rows[name] = measure(name, weights, 0 if chosen.whole or name not in LONG else chosen.sites)

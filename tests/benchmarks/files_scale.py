@@ -35,7 +35,7 @@ RANK = 10
 
 def make(folder: str, size: str) -> Callable[[], None]:
     """A random SD 1.4."""
-    from erasec.ldm.skeleton import random_folder
+    from random_models import random_folder
 
     return lambda: random_folder(Path(folder), "sd1", size)
 
@@ -45,20 +45,20 @@ def solve(folder: str, file: str) -> Callable[[], None]:
     from naive import states
 
     from erasec import registry
-    from erasec.closed_form import solver as closed_form
-    from erasec.closed_form.base import ClosedForm, mean, pack
-    from erasec.model import edit
-    from erasec.model import view as model
+    from erasec.closed_form import solver
+    from erasec.closed_form.base import ClosedForm, pack_system
+    from erasec.closed_form.token_rows import uniform_weights
+    from erasec.model import edit_file, loading
 
     def run() -> None:
-        base = model.load(folder)
+        base = loading.load(folder)
         width = base.streams["context"][0].shape[1]
         source, target, keep = (states(RANK, width, seed) for seed in (1, 2, 3))
-        asked = closed_form.system(source, target, mean(source), keep, mean(keep))
+        asked = solver.weighted_system(source, target, uniform_weights(source), keep, uniform_weights(keep))
         kind = registry.load_pass("uce")
         assert issubclass(kind, ClosedForm)
-        made = kind().edit(base.streams, {"synthetic": pack(asked, "context")})
-        edit.write(Path(file), [made], base.with_edit(made).about())
+        made = kind().edit_from_sums(base.streams, {"synthetic": pack_system(asked, "context")}, "")
+        edit_file.write_edits(Path(file), [made], base.with_edit(made).base_record())
 
     return run
 
@@ -102,8 +102,12 @@ def apply(*arguments: str) -> Callable[[], None]:
 
 
 STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
-    "make": make, "solve": solve, "single": single, "copy": copy, "apply": apply
-}  # fmt: skip
+    "make": make,
+    "solve": solve,
+    "single": single,
+    "copy": copy,
+    "apply": apply,
+}
 
 
 def step(name: str, written: str, *arguments: str) -> Told:
@@ -214,9 +218,15 @@ def main(arguments: Sequence[str] | None = None, run: Callable[..., Told] = fres
         sizes |= {"unet": (model / UNET).stat().st_size, "edit": edit.stat().st_size}
     rows = summary([told for told, _ in rounds])
     result = {
-        "rows": rows, "made": made, **verdict(rows), "same_bytes": all(agree(digests) for _, digests in rounds),
-        "bytes": sizes, "rounds": chosen.rounds, "size": chosen.size, "machine": machine.about(),
-    }  # fmt: skip
+        "rows": rows,
+        "made": made,
+        **verdict(rows),
+        "same_bytes": all(agree(digests) for _, digests in rounds),
+        "bytes": sizes,
+        "rounds": chosen.rounds,
+        "size": chosen.size,
+        "machine": machine.about(),
+    }
     print("| step | seconds | on disk | whole process | peak MB |\n|---|---|---|---|---|")
     for name, row in (made | rows).items():
         times = " | ".join(f"{row[key]:.2f}" for key in ("seconds", "durable", "process"))

@@ -23,14 +23,13 @@ from typing import Any
 import machine
 import numpy as np
 
-from erasec.base import Context
+from erasec.base import Context, Images, Question
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import atomic
-from erasec.glyphs.judging import GlyphJudge
+from erasec.checkpoint.safetensors import atomic_write
+from erasec.glyphs.judge import GlyphJudge
 from erasec.graphs import link as linker
-from erasec.graphs.parity import compared
-from erasec.judging.judge import Images, Question
-from erasec.model import view as model
+from erasec.graphs.parity import compare_graph
+from erasec.model import loading
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 from erasec.registry import load_pass, load_target
@@ -68,9 +67,10 @@ def built(checkpoint: Path, row: str, out: Path) -> dict[str, float]:
     """Write what a row names to ``out``; its parity by component."""
     runtime, kind = row.split()
     if runtime == "openvino":
+        out.mkdir()
         artifact = load_target("openvino")(weights=kind).export(Folder(checkpoint), out, Context())
         return {check.name.split("/")[1]: check.value for check in artifact.checks if check.name.startswith("parity/")}
-    every = linker.write(Folder(checkpoint), out)
+    every = linker.write_onnx(Folder(checkpoint), out)
     quantize: dict[str, Callable[[Path, Path], None]] = {"int8": dynamic, "int4": blocks}
     if kind in quantize:
         for graph in every:
@@ -79,7 +79,7 @@ def built(checkpoint: Path, row: str, out: Path) -> dict[str, float]:
             for file in (out / graph.name).glob("model.*"):
                 file.unlink()
             small.rename(out / graph.name / "model.onnx")
-    return {graph.name: compared(Folder(checkpoint), graph, out, kind, 0, 1.0).value for graph in every}
+    return {graph.name: compare_graph(Folder(checkpoint), graph, out, kind, 0, 1.0).value for graph in every}
 
 
 def measure(checkpoint: Path, row: str, questions: list[Question], out: Path) -> tuple[dict[str, Any], Images]:
@@ -112,10 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
-    base, questions = model.load("glyphs"), asked(given.images)
+    base, questions = loading.load("glyphs"), asked(given.images)
     found: dict[str, Any] = {
-        "machine": machine.about(), "judge": GlyphJudge().name, "pictures": len(questions), "rows": {},
-    }  # fmt: skip
+        "machine": machine.about(),
+        "judge": GlyphJudge().name,
+        "pictures": len(questions),
+        "rows": {},
+    }
     with tempfile.TemporaryDirectory() as scratch:
         erased = Path(scratch) / "erased"
         edit = load_pass("uce")().solve(base, concepts.find("star"), Context())
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 told["agreement"] = float(np.mean([a == b for a, b in zip(told.pop("seen"), before, strict=True)]))
                 found["rows"][f"{name}, {row}"] = told
                 print(f"{name}, {row}", told["rates"], told["psnr"], told["cpu_seconds"], flush=True)
-                with atomic(given.out) as temporary:
+                with atomic_write(given.out) as temporary:
                     temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -31,8 +31,17 @@ import numpy as np
 from machine import Told
 
 RESULT = Path(__file__).parent / "results" / "latency.json"
-BACKENDS = ("torch fp32", "torch bf16", "torch compile", "ort fp32", "ort fp16", "openvino fp32", "openvino fp16",
-            "openvino bf16", "openvino int8")  # fmt: skip
+BACKENDS = (
+    "torch fp32",
+    "torch bf16",
+    "torch compile",
+    "ort fp32",
+    "ort fp16",
+    "openvino fp32",
+    "openvino fp16",
+    "openvino bf16",
+    "openvino int8",
+)
 ROUNDS = 3
 Run = Callable[[dict[str, Any]], Any]
 
@@ -77,8 +86,11 @@ def by_openvino(place: Path, kind: str) -> Run:
     import openvino
 
     file = place / f"openvino_{'fp32' if kind == 'bf16' else kind}/unet/openvino_model.xml"
-    hints = {"INFERENCE_PRECISION_HINT": "bf16" if kind == "bf16" else "f32", "NUM_STREAMS": "1",
-             "INFERENCE_NUM_THREADS": str(os.cpu_count())}  # fmt: skip
+    hints = {
+        "INFERENCE_PRECISION_HINT": "bf16" if kind == "bf16" else "f32",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(os.cpu_count()),
+    }
     compiled: Any = openvino.Core().compile_model(file, "CPU", hints)
     return lambda given: compiled(given)[0]
 
@@ -101,15 +113,21 @@ def step(place: Path, backend: str) -> Told:
         output = run(given)
         runs.append(time.perf_counter() - began)
     np.save(place / "outputs" / f"{backend}.npy", output)
-    return {"load": loaded - start, "first": first - loaded, "median": statistics.median(runs), "runs": runs,
-            "peak_mb": machine.status("VmHWM")}  # fmt: skip
+    return {
+        "load": loaded - start,
+        "first": first - loaded,
+        "median": statistics.median(runs),
+        "runs": runs,
+        "peak_mb": machine.status("VmHWM"),
+    }
 
 
 def prepare(place: Path, size: str, backends: list[str]) -> None:
     """The random model, and what each backend reads, where it is not there yet."""
+    from random_models import random_folder
+
     from erasec.checkpoint.folder import Folder
     from erasec.graphs import link as linker
-    from erasec.ldm.skeleton import random_folder
     from erasec.targets.ov import convert
 
     model = place / "model"
@@ -118,9 +136,10 @@ def prepare(place: Path, size: str, backends: list[str]) -> None:
     for precision in ("fp32", "fp16"):
         out = place / f"onnx_{precision}"
         if not out.is_dir():
-            linker.write(Folder(model), out, precision, ("unet",))
-    for weights in sorted({"fp32" if (kind := name.split()[1]) == "bf16" else kind
-                           for name in backends if name.startswith("openvino")}):  # fmt: skip
+            linker.write_onnx(Folder(model), out, precision, ("unet",))
+    for weights in sorted(
+        {"fp32" if (kind := name.split()[1]) == "bf16" else kind for name in backends if name.startswith("openvino")}
+    ):
         if not (place / f"openvino_{weights}").is_dir():
             folder = place / f"openvino_{weights}/unet"
             folder.mkdir(parents=True)

@@ -26,7 +26,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +44,20 @@ def edited(folder: str, out: str, seed: str) -> Callable[[], None]:
 
     from erasec import registry
     from erasec.base import Context
-    from erasec.closed_form import solver as closed_form
-    from erasec.closed_form.base import ClosedForm, mean, pack
-    from erasec.model import view as model
+    from erasec.closed_form import solver
+    from erasec.closed_form.base import ClosedForm, pack_system
+    from erasec.closed_form.token_rows import uniform_weights
+    from erasec.model import loading
     from erasec.targets.edit_file import EditFile
 
     def run() -> None:
-        base, number = model.load(folder), int(seed)
+        base, number = loading.load(folder), int(seed)
         width = base.streams["context"][0].shape[1]
         source, target, keep = (states(RANK, width, 10 * number + each) for each in (1, 2, 3))
-        asked = closed_form.system(source, target, mean(source), keep, mean(keep))
+        asked = solver.weighted_system(source, target, uniform_weights(source), keep, uniform_weights(keep))
         kind = registry.load_pass("uce")
         assert issubclass(kind, ClosedForm)
-        made = replace(kind().edit(base.streams, {f"edit{seed}": pack(asked, "context")}), base=base.digest)
+        made = kind().edit_from_sums(base.streams, {f"edit{seed}": pack_system(asked, "context")}, base.digest)
         view = base.with_edit(made)
         EditFile(sums=False, tensors=True).export(view, Path(out), Context())
         base.source.write(Path(out) / "merged", view.merged(), link=True)
@@ -69,15 +69,15 @@ def link(folder: str, base: str, edit: str, out: str, precision: str = "fp32", s
     """``linker.write`` of all four graphs, the tensors of the edit apart."""
     import torch  # noqa: F401
 
-    from erasec.base import Origin
     from erasec.checkpoint.folder import Folder
     from erasec.commands import relink
     from erasec.graphs import link as linker
+    from erasec.graphs.manifest import Origin
 
     _, sites = relink.read_edit(Path(edit))
     origin = Origin(dict.fromkeys(("text_encoder", "unet", "vae"), base), sites)
     other = Path(share) if share else None
-    return lambda: linker.write(Folder(Path(folder)), Path(out), precision, origin=origin, share=other) and None
+    return lambda: linker.write_onnx(Folder(Path(folder)), Path(out), precision, origin=origin, share=other) and None
 
 
 def relink(out: str, edit: str) -> Callable[[], None]:
@@ -97,15 +97,15 @@ def torch_unet(folder: str, out: str, dynamo: str = "") -> Callable[[], None]:
     import torch
 
     from erasec.checkpoint.folder import Folder
-    from erasec.graphs.export import TRACED, inputs
-    from erasec.graphs.graph import graphs
-    from erasec.graphs.parity import load
+    from erasec.graphs.export import TRACED, sample_inputs
+    from erasec.graphs.parity import load_module
+    from erasec.graphs.signature import graphs
 
     def run() -> None:
         checkpoint = Folder(Path(folder))
         graph = next(each for each in graphs(checkpoint) if each.name == "unet")
-        module, draw = load(checkpoint, graph), torch.Generator().manual_seed(0)
-        given = inputs(checkpoint, graph, TRACED, 300, draw)
+        module, draw = load_module(checkpoint, graph), torch.Generator().manual_seed(0)
+        given = sample_inputs(checkpoint, graph, TRACED, 300, draw)
         Path(out).mkdir()
         names: Any = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
         if dynamo:
@@ -116,9 +116,13 @@ def torch_unet(folder: str, out: str, dynamo: str = "") -> Callable[[], None]:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                module, tuple(given.values()), str(Path(out) / "model.onnx"), opset_version=18, dynamo=bool(dynamo),
+                module,
+                tuple(given.values()),
+                str(Path(out) / "model.onnx"),
+                opset_version=18,
+                dynamo=bool(dynamo),
                 **names,
-            )  # fmt: skip
+            )
 
     return run
 
@@ -133,19 +137,19 @@ def check(folder: str, out: str, what: str) -> Callable[[], Told]:
 
     loading = 0.0
 
-    def timed(load: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(load_module: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             nonlocal loading
             start = time.perf_counter()
-            loaded = load(*arguments)
+            loaded = load_module(*arguments)
             loading += time.perf_counter() - start
             return loaded
 
         return call
 
     def run() -> Told:
-        parity.load, parity._session = timed(parity.load), timed(parity._session)
-        compare = {"tensors": parity.tensors, "outputs": parity.parity}[what]
+        parity.load_module, parity._open_session = timed(parity.load_module), timed(parity._open_session)
+        compare = {"tensors": parity.compare_weights, "outputs": parity.compare_outputs}[what]
         found = compare(Folder(Path(folder)), Path(out))
         if failed := [item.name for item in found if not item.passed]:
             raise SystemExit(f"failed: {', '.join(failed)}")
@@ -155,8 +159,14 @@ def check(folder: str, out: str, what: str) -> Callable[[], Told]:
 
 
 STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
-    "make": make, "edited": edited, "copy": copy, "link": link, "relink": relink, "torch": torch_unet, "check": check
-}  # fmt: skip
+    "make": make,
+    "edited": edited,
+    "copy": copy,
+    "link": link,
+    "relink": relink,
+    "torch": torch_unet,
+    "check": check,
+}
 
 
 def step(name: str, written: str, *arguments: str) -> Told:
@@ -230,8 +240,18 @@ def measure(place: Path, options: argparse.Namespace) -> Told:
 def optimum(python: str, folder: Path, out: Path) -> Told:
     """``optimum-cli export onnx``, its own validation included, in its own environment; the peak is of its process."""
     start = time.perf_counter()
-    command = [python, "-m", "optimum.commands.optimum_cli", "export", "onnx", "-m", str(folder), "--task",
-               "text-to-image", str(out)]  # fmt: skip
+    command = [
+        python,
+        "-m",
+        "optimum.commands.optimum_cli",
+        "export",
+        "onnx",
+        "-m",
+        str(folder),
+        "--task",
+        "text-to-image",
+        str(out),
+    ]
     with subprocess.Popen(command) as running:
         _, code, used = os.wait4(running.pid, 0)
         running.returncode = os.waitstatus_to_exitcode(code)
@@ -243,10 +263,13 @@ def optimum(python: str, folder: Path, out: Path) -> Told:
 def verdict(rows: dict[str, Told]) -> Told:
     """What has a goal, beside it; and ratios in this run."""
     found = {
-        "cold": rows["cold"]["seconds"], "cold_peak_mb": rows["cold"]["peak_mb"], "warm": rows["warm"]["seconds"],
-        "relink": rows["relink"]["process"], "relink_peak_mb": rows["relink"]["peak_mb"],
+        "cold": rows["cold"]["seconds"],
+        "cold_peak_mb": rows["cold"]["peak_mb"],
+        "warm": rows["warm"]["seconds"],
+        "relink": rows["relink"]["process"],
+        "relink_peak_mb": rows["relink"]["peak_mb"],
         "check": rows["check outputs"]["seconds"] - rows["check outputs"]["loading"],
-    }  # fmt: skip
+    }
     ratios = {
         "torch's exporter (UNet) / linked from the cache (all)": rows["torch"]["seconds"] / rows["warm"]["seconds"],
         "torch's exporter (UNet) / relink, whole processes": rows["torch"]["process"] / rows["relink"]["process"],

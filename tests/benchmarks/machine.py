@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# Benchmarks run as scripts, and random_models lies beside the tests.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 Told = dict[str, Any]
 
 
@@ -27,11 +30,16 @@ def about() -> Told:
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
     return {
-        "system": platform.system(), "machine": platform.machine(), "cpu": model, "cores": os.cpu_count(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": model,
+        "cores": os.cpu_count(),
         "ram_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "avx2": "avx2" in cpu, "avx512": "avx512f" in cpu, "python": platform.python_version(),
+        "avx2": "avx2" in cpu,
+        "avx512": "avx512f" in cpu,
+        "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
-    }  # fmt: skip
+    }
 
 
 def step(run: Callable[[], Told | None], written: str) -> Told:

@@ -72,9 +72,12 @@ def rece_edited(weights: Sequence[Tensor], source: Tensor, target: Tensor, kept:
 
 
 def mace_edited(
-    weights: Sequence[Tensor], concepts: Sequence[tuple[Tensor, Tensor]], own: Sequence[Solution], kept: Prompt,
+    weights: Sequence[Tensor],
+    concepts: Sequence[tuple[Tensor, Tensor]],
+    own: Sequence[Solution],
+    kept: Prompt,
     lam: float,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Refinement with all rows but the concepts' own; then fusion of each concept's low-rank edit on all its rows.
 
     ``concepts`` are prompts (77, n, d) and their goals, so that an outer product is of one place in all n prompts.

@@ -29,16 +29,17 @@ import machine
 import numpy as np
 
 from erasec import registry
-from erasec.base import Context, with_options
-from erasec.checkpoint.safetensors import atomic
+from erasec.attention.pipeline import Sampling, generate
+from erasec.base import Context
+from erasec.checkpoint.safetensors import atomic_write
 from erasec.glyphs import world
-from erasec.glyphs.judging import GlyphJudge
-from erasec.judging import validate
-from erasec.judging.judge import Sampling, generate
-from erasec.judging.validate import Evidence
+from erasec.glyphs.judge import GlyphJudge
+from erasec.judging import evidence
+from erasec.judging.evidence import Evidence
+from erasec.model import loading
 from erasec.model import sidecar as extras
-from erasec.model import view as model
 from erasec.model.edit import Edit
+from erasec.options import configure
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 
@@ -56,34 +57,39 @@ IMAGES, SEED = 32, 31
 
 def shown(concept: str, scratch: Path, after: Path) -> Evidence:
     """What judge B sees before and after; the pictures before are made once for each concept."""
-    base, item, judge, limits = model.load("glyphs"), concepts.find(concept), GlyphJudge(), recipe.Limits()
+    base, item, judge, limits = loading.load("glyphs"), concepts.find(concept), GlyphJudge(), recipe.Limits()
     sampling = Sampling(limits.steps, limits.guidance)
     asked = judge.panel(item, IMAGES, SEED)
     prompts, seeds = [question.prompt for question in asked], [question.seed for question in asked]
     kept = scratch / f"{concept}.npy"
     if not kept.exists():
-        with atomic(kept) as temporary:
+        with atomic_write(kept) as temporary:
             temporary.write_bytes(generate(base.source.root, prompts, seeds, sampling, "before").tobytes())
     before = np.fromfile(kept, np.uint8).reshape(len(asked), world.SIZE, world.SIZE, 3)
     pictures = before if after == base.source.root else generate(after, prompts, seeds, sampling, "after")
     labels = [question.looked_for for question in asked]
     colours = [question.colour or question.looked_for for question in asked]
     return Evidence(
-        asked, before, pictures,
-        judge.sees(before, labels), judge.sees(pictures, labels),
-        judge.sees(before, colours), judge.sees(pictures, colours),
-        judge.agreement(before, prompts), judge.agreement(pictures, prompts),
-    )  # fmt: skip
+        asked,
+        before,
+        pictures,
+        judge.sees(before, labels),
+        judge.sees(pictures, labels),
+        judge.sees(before, colours),
+        judge.sees(pictures, colours),
+        judge.agreement(before, prompts),
+        judge.agreement(pictures, prompts),
+    )
 
 
 def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
-    base, item = model.load("glyphs"), concepts.find(concept)
+    base, item = loading.load("glyphs"), concepts.find(concept)
     view, row, began, walled = base, dict[str, Any](), time.process_time(), time.perf_counter()
     if setup == WORDS:
-        view = base.with_edit(Edit({}, "hand", concept, negative=", ".join(item.phrases)))
+        view = base.with_edit(Edit({}, "hand", (concept,), "", negative=", ".join(item.phrases)))
     elif setup not in (BASE, NEVER):
         for use in map(recipe.parse_use, setup.split("+")):
-            step = with_options(registry.load_pass(use.name), use.options, use.name)
+            step = configure(registry.load_pass(use.name), use.options, use.name)
             for edit in step.solve_all(view, [item], Context(seed=SEED)):
                 view = view.with_edit(edit)
                 row.setdefault("stats", {})[use.name] = dict(edit.stats)
@@ -91,10 +97,12 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
         row["seconds"], row["wall"] = time.process_time() - began, time.perf_counter() - walled
         row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        root = {BASE: base.source.root, NEVER: model.bundled("glyphs-never-star")}.get(setup, Path(folder) / "bundle")
+        root = {BASE: base.source.root, NEVER: loading.bundled_folder("glyphs-never-star")}.get(
+            setup, Path(folder) / "bundle"
+        )
         if setup not in (BASE, NEVER):
             base.source.write(root, view.merged(), link=True)
-            extras.write(root, extras.gathered(view.edits))
+            extras.write_extras(root, extras.gather_extras(view.edits))
         found = shown(concept, scratch, root)
     for group in (*GROUPS, "keep"):
         rows = found.rows(group)
@@ -102,7 +110,7 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
             seen = found.shown_before[rows].mean(), found.shown_after[rows].mean()
             row[group] = [float(seen[0]), float(seen[1]), int(rows.sum())]
     keep = found.rows("keep")
-    worst = max(validate.rates(found, "keep"), key=lambda rate: rate["before"] - rate["after"])
+    worst = max(evidence.rates(found, "keep"), key=lambda rate: rate["before"] - rate["after"])
     coloured = keep & np.array([bool(question.colour) for question in found.questions])
     row["worst"] = [worst["looked_for"], worst["before"], worst["after"], worst["images"]]
     row["colours"] = [float(found.colour_before[coloured].mean()), float(found.colour_after[coloured].mean())]

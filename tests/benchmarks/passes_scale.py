@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import random_models
 
 from erasec import registry
-from erasec.base import Context, with_options
-from erasec.ldm import skeleton as layouts
-from erasec.model import view as model
+from erasec.base import Context
+from erasec.model import loading
+from erasec.options import configure
 from erasec.recipe.concept import Concept
 
 RESULT = Path(__file__).parent / "results" / "passes_scale.json"
@@ -47,12 +48,12 @@ def options(name: str, steps: int) -> dict[str, Any]:
 def measure(name: str, root: str, steps: int, device: str) -> dict[str, Any]:
     import torch
 
-    base, began = model.load(root), time.perf_counter()
+    base, began = loading.load(root), time.perf_counter()
     if name == PLAIN:
         pace = plain(root, steps, device)
         found: dict[str, Any] = {}
     else:
-        step = with_options(registry.load_pass(name), {**options(name, steps), **extra(name, root)}, name)
+        step = configure(registry.load_pass(name), {**options(name, steps), **extra(name, root)}, name)
         edit = step.solve(base, CONCEPT, Context(device=device))
         pace = edit.stats.get("steps", 0.0) / max(time.perf_counter() - began, 1e-9)
         found = {"stats": dict(edit.stats)}
@@ -71,21 +72,22 @@ def extra(name: str, root: str) -> dict[str, Any]:
     if name not in PICTURES:
         return {}
     folder = Path(root).parent / name
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for part in PICTURES[name]:
         path = folder / part
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".csv":
             path.write_text("file,left,top,right,bottom\n0.png,10,10,120,120\n")
         else:
-            Image.fromarray(chance.integers(0, 256, (512, 512, 3), dtype=np.uint8)).save(path)
+            Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)).save(path)
     return {OPTION[name]: str(folder)}
 
 
 PICTURES = {
-    "safegen": ("concept/0.png", "censored/0.png", "benign/0.png"), "few_shot": ("0.png",),
+    "safegen": ("concept/0.png", "censored/0.png", "benign/0.png"),
+    "few_shot": ("0.png",),
     "geom_erasing": ("0.png", "boxes.csv"),
-}  # fmt: skip
+}
 OPTION = {"safegen": "triplets", "few_shot": "folder", "geom_erasing": "boxes"}
 
 
@@ -130,7 +132,7 @@ def main() -> None:
     names = [*chosen.passes, *([PLAIN] if chosen.plain or chosen.device != "cpu" else [])]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "sd14"
-        layouts.random_folder(root, "sd1", "full", dtype="float16")
+        random_models.random_folder(root, "sd1", "full", dtype="float16")
         for name in names:
             with get_context("spawn").Pool(1) as pool:
                 rows[name] = pool.apply(measure, (name, str(root), chosen.steps, chosen.device))

@@ -1,4 +1,4 @@
-"""Diffusers folders: the right file of a component's weights, and copies in which only what was asked moves."""
+"""Diffusers folders: the right file of a component's weights, and copies in which only the given tensors change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_folder_write_keeps_every_other_file_to_the_byte(random_folder: Path, tm
     assert torch.equal(checkpoint.read_tensor(new[key]), old * 2)
 
 
-def test_sharded_weights_are_found_and_pickles_refused(tmp_path: Path) -> None:
+def test_sharded_weights_are_read_and_pickles_refused(tmp_path: Path) -> None:
     unet = tmp_path / "unet"
     unet.mkdir()
     (tmp_path / "model_index.json").write_text("{}")
@@ -37,8 +37,8 @@ def test_sharded_weights_are_found_and_pickles_refused(tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="no safetensors weights") as caught:
         Folder(tmp_path).entries("unet")
     assert "run code" in caught.value.why
-    checkpoint.save(unet / "part1.safetensors", {"x": torch.ones(2)})
-    checkpoint.save(unet / "part2.safetensors", {"y": torch.ones(3)})
+    checkpoint.save_tensors(unet / "part1.safetensors", {"x": torch.ones(2)})
+    checkpoint.save_tensors(unet / "part2.safetensors", {"y": torch.ones(3)})
     index = {"weight_map": {"x": "part1.safetensors", "y": "part2.safetensors"}}
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert sorted(Folder(tmp_path).entries("unet")) == ["x", "y"]
@@ -83,17 +83,27 @@ def test_links_are_copies_where_the_file_system_has_none(
 
 
 def test_other_programs_copies_of_what_was_edited_are_left_behind(tmp_path: Path) -> None:
-    copies = {f"unet/{name}" for name in (
-        "model.onnx", "model.onnx_data", "model.onnx.data", "openvino_model.xml", "openvino_model.bin", "weights.pb",
-        "model.gguf", "diffusion_flax_model.msgpack")}  # fmt: skip
+    copies = {
+        f"unet/{name}"
+        for name in (
+            "model.onnx",
+            "model.onnx_data",
+            "model.onnx.data",
+            "openvino_model.xml",
+            "openvino_model.bin",
+            "weights.pb",
+            "model.gguf",
+            "diffusion_flax_model.msgpack",
+        )
+    }
     folder = put(tmp_path / "in", PLAIN, "vae/diffusion_pytorch_model.safetensors")
-    kept = {"unet/config.json", "vae/model.onnx"}
-    for name in copies | kept:
+    others = {"unet/config.json", "vae/model.onnx"}
+    for name in copies | others:
         (tmp_path / "in" / name).touch()
-    assert {path.as_posix() for path in folder.doubles(["unet"])} == copies
+    assert {path.as_posix() for path in folder.other_copies(["unet"])} == copies
     folder.write(tmp_path / "out", {"unet": {"x": lambda: torch.tensor([7])}})
     written = {path.as_posix() for path in Folder(tmp_path / "out").files()}
-    assert kept < written and not copies & written
+    assert others < written and not copies & written
 
 
 def test_a_folder_is_not_written_into_itself(random_folder: Path, tmp_path: Path) -> None:
@@ -113,9 +123,9 @@ def put(root: Path, *names: str) -> Folder:
             shards = [shard.replace(".fp16.fp16", ".fp16") for shard in shards]
             (root / name).write_text(json.dumps({"weight_map": {"x": shards[0], "y": shards[1]}}))
             for key, shard in zip("xy", shards, strict=True):
-                checkpoint.save((root / name).parent / shard, {key: torch.tensor([number])})
+                checkpoint.save_tensors((root / name).parent / shard, {key: torch.tensor([number])})
         else:
-            checkpoint.save(root / name, {"x": torch.tensor([number])})
+            checkpoint.save_tensors(root / name, {"x": torch.tensor([number])})
     return Folder(root)
 
 
@@ -148,11 +158,11 @@ def test_shards_of_a_variant_are_found_by_either_index(tmp_path: Path, index: st
     put(tmp_path, f"unet/{index}")
     folder = Folder(tmp_path, variant)
     assert sorted(folder.entries("unet")) == ["x", "y"] and len(folder.weight_files("unet")) == 2
-    assert folder.doubles(["unet"]) == ()
+    assert folder.other_copies(["unet"]) == ()
     put(tmp_path, PLAIN, f"unet/{index}")
-    plain = Folder(tmp_path).doubles(["unet"])
+    plain = Folder(tmp_path).other_copies(["unet"])
     assert {path.name for path in plain} == {index, *(path.name for path in folder.root.glob("unet/*-of-*"))}
-    assert Folder(tmp_path, "fp16").doubles(["unet"]) == (Path(PLAIN),)
+    assert Folder(tmp_path, "fp16").other_copies(["unet"]) == (Path(PLAIN),)
 
 
 @pytest.mark.parametrize("variant", ["", "bf16"])
@@ -175,7 +185,7 @@ def test_shards_that_are_not_there_or_overlap_are_errors(tmp_path: Path) -> None
     index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
     folder = put(tmp_path, index)
     first, second = folder.weight_files("unet")
-    checkpoint.save(second, {"x": torch.zeros(1), "y": torch.zeros(1)})
+    checkpoint.save_tensors(second, {"x": torch.zeros(1), "y": torch.zeros(1)})
     with pytest.raises(ErasecError, match="unet has x twice"):
         folder.entries("unet")
     second.rename(tmp_path / second.name)

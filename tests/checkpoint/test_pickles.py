@@ -1,4 +1,4 @@
-"""Pickled checkpoints: read as tensors alone, or refused in words; never run."""
+"""Pickled checkpoints: their tensors are read or the file is refused, and no code in it is run."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_a_pickle_becomes_safetensors(tmp_path: Path, wrapped: bool, legacy: boo
     content = {"state_dict": {**state, "step": 3}, "epoch": 1, "lr": torch.ones(1)} if wrapped else {**state, "n": 2}
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
     pickles.from_pickle(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state)
-    assert sum(found[key].numel() for key in found) == 36
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[key], state[key]) for key in state)
+    assert sum(tensors[key].numel() for key in tensors) == 36
 
 
 class Malicious:
@@ -52,7 +52,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no pickle at all"])
-def test_a_file_that_is_no_checkpoint_is_an_error_in_words(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.ckpt").write_bytes(data)
     with pytest.raises(ErasecError, match="cannot be read as weights alone"):
         pickles.from_pickle(tmp_path / "x.ckpt", tmp_path / "x.safetensors")
@@ -66,9 +66,9 @@ def test_an_unpickled_file_is_named_by_its_content_and_ends_with_the_process(tmp
         torch.save({"x": torch.ones(2)}, tmp_path / name)
     torch.save({"x": torch.zeros(2)}, tmp_path / "z.pt")
     script = (
-        "import sys; from pathlib import Path; from erasec.checkpoint.pickles import unpickled;"
-        "found = [unpickled(Path(name)) for name in sys.argv[1:]]; assert all(path.is_file() for path in found);"
-        "print(*found, sep=chr(10))"
+        "import sys; from pathlib import Path; from erasec.checkpoint.pickles import as_safetensors;"
+        "files = [as_safetensors(Path(name)) for name in sys.argv[1:]]; assert all(path.is_file() for path in files);"
+        "print(*files, sep=chr(10))"
     )
     (tmp_path / "y.pt").write_bytes((tmp_path / "x.ckpt").read_bytes())
     names = [str(tmp_path / name) for name in ("x.ckpt", "y.pt", "z.pt")]
@@ -91,16 +91,16 @@ def test_a_folder_of_pickles_is_read_as_one_of_safetensors(tmp_path: Path) -> No
     shards = {"metadata": {}, "weight_map": {"x": "pytorch_model-1.bin", "y": "pytorch_model-2.bin"}}
     (tmp_path / "text_encoder" / "pytorch_model.bin.index.json").write_text(json.dumps(shards))
     torch.save({"x": torch.zeros(2)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
-    checkpoint.save(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {"x": torch.ones(2)})
+    checkpoint.save_tensors(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", {"x": torch.ones(2)})
     with pytest.raises(ErasecError, match="no safetensors weights") as caught:
         Folder(tmp_path).entries("unet")
     assert "--allow-pickle" in caught.value.fix
 
-    out = pickles.unpickled_folder(tmp_path)
+    out = pickles.folder_as_safetensors(tmp_path)
     folder = Folder(out)
     assert folder.index == index and folder.config("unet") == {}
     assert checkpoint.read_tensor(folder.entries("unet")["x"]).dtype == torch.float32
-    fp16 = Folder(pickles.unpickled_folder(tmp_path, "fp16"), "fp16")
+    fp16 = Folder(pickles.folder_as_safetensors(tmp_path, "fp16"), "fp16")
     assert checkpoint.read_tensor(fp16.entries("unet")["x"]).dtype == torch.float16
     assert sorted(fp16.entries("text_encoder")) == ["x", "y"]
     text = {key: float(checkpoint.read_tensor(entry)[0]) for key, entry in folder.entries("text_encoder").items()}
@@ -125,29 +125,53 @@ def pickled(root: Path, *names: str, index: object = None) -> Path:
     ("names", "variant", "read"),
     [
         (["unet/diffusion_pytorch_model.bin"], "", ["unet/diffusion_pytorch_model.bin"]),
-        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"], "",
-         ["unet/diffusion_pytorch_model.bin"]),
-        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"], "fp16",
-         ["unet/diffusion_pytorch_model.fp16.bin"]),
-        (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.bin"], "bf16",
-         ["unet/diffusion_pytorch_model.bin"]),
-        (["vae/diffusion_pytorch_model.fp16.bin", "vae/diffusion_pytorch_model.bf16.bin"], "",
-         ["vae/diffusion_pytorch_model.bf16.bin", "vae/diffusion_pytorch_model.fp16.bin"]),
-        (["unet/diffusion_pytorch_model-1.fp16.bin", "unet/diffusion_pytorch_model.fp16-00002-of-00002.bin",
-          "unet/diffusion_pytorch_model.bin"], "", ["unet/diffusion_pytorch_model.bin"]),
+        (
+            ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"],
+            "",
+            ["unet/diffusion_pytorch_model.bin"],
+        ),
+        (
+            ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin"],
+            "fp16",
+            ["unet/diffusion_pytorch_model.fp16.bin"],
+        ),
+        (
+            ["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.bin"],
+            "bf16",
+            ["unet/diffusion_pytorch_model.bin"],
+        ),
+        (
+            ["vae/diffusion_pytorch_model.fp16.bin", "vae/diffusion_pytorch_model.bf16.bin"],
+            "",
+            ["vae/diffusion_pytorch_model.bf16.bin", "vae/diffusion_pytorch_model.fp16.bin"],
+        ),
+        (
+            [
+                "unet/diffusion_pytorch_model-1.fp16.bin",
+                "unet/diffusion_pytorch_model.fp16-00002-of-00002.bin",
+                "unet/diffusion_pytorch_model.bin",
+            ],
+            "",
+            ["unet/diffusion_pytorch_model.bin"],
+        ),
         (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors"], "", []),
         (["text_encoder/pytorch_model-00001-of-00002.bin", "text_encoder/model.safetensors.index.json"], "", []),
-        (["text_encoder/pytorch_model.fp16.bin", "text_encoder/model.safetensors"], "fp16",
-         ["text_encoder/pytorch_model.fp16.bin"]),
+        (
+            ["text_encoder/pytorch_model.fp16.bin", "text_encoder/model.safetensors"],
+            "fp16",
+            ["text_encoder/pytorch_model.fp16.bin"],
+        ),
         (["safety_checker/pytorch_model.bin", "unet/optimizer.bin"], "", []),
     ],
-)  # fmt: skip
+)
 def test_only_what_is_read_is_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], variant: str, read: list[str]
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(pickles, "unpickled", lambda path: opened.append(path.relative_to(tmp_path).as_posix()) or path)
-    out = pickles.unpickled_folder(pickled(tmp_path, *names), variant)
+    monkeypatch.setattr(
+        pickles, "as_safetensors", lambda path: opened.append(path.relative_to(tmp_path).as_posix()) or path
+    )
+    out = pickles.folder_as_safetensors(pickled(tmp_path, *names), variant)
     assert sorted(opened) == sorted(read)
     left = {path.relative_to(out).as_posix() for path in out.rglob("*.bin")}
     assert left == {name for name in names if name.startswith("safety_checker") or "optimizer" in name}
@@ -156,7 +180,7 @@ def test_only_what_is_read_is_unpickled(
 def test_a_component_that_is_not_loaded_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "text_encoder_2/pytorch_model.bin"
     for index in ({"text_encoder_2": [None, None]}, {}):
-        out = pickles.unpickled_folder(pickled(tmp_path, name, index=index))
+        out = pickles.folder_as_safetensors(pickled(tmp_path, name, index=index))
         assert (out / name).is_symlink()
     with pytest.raises(ErasecError, match="cannot be read as weights alone"):
-        pickles.unpickled_folder(pickled(tmp_path, name))
+        pickles.folder_as_safetensors(pickled(tmp_path, name))

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors: only what was asked moves, whole files or none, the same bytes every time."""
+"""Reading and writing safetensors: only the given tensors change, files are complete or absent, bytes are stable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def test_save_is_read_by_the_library_and_by_us(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "x.safetensors", tensors(), {"zeta": "1", "alpha": "2"})
+    checkpoint.save_tensors(tmp_path / "x.safetensors", tensors(), {"zeta": "1", "alpha": "2"})
     entries, metadata = checkpoint.read_header(tmp_path / "x.safetensors")
     assert metadata == {"format": "pt", "zeta": "1", "alpha": "2"}
     library = load_file(tmp_path / "x.safetensors")
@@ -40,15 +40,15 @@ def test_save_is_read_by_the_library_and_by_us(tmp_path: Path) -> None:
 
 def test_same_content_same_bytes_in_any_order(tmp_path: Path) -> None:
     metadata = {f"key{i}": str(i) for i in range(12)}
-    checkpoint.save(tmp_path / "x", tensors(), metadata)
-    checkpoint.save(tmp_path / "y", dict(reversed(tensors().items())), dict(reversed(metadata.items())))
+    checkpoint.save_tensors(tmp_path / "x", tensors(), metadata)
+    checkpoint.save_tensors(tmp_path / "y", dict(reversed(tensors().items())), dict(reversed(metadata.items())))
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 def test_every_tensor_begins_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
     odd = {"a": torch.ones(3, dtype=torch.bool), "b": torch.ones(1).half(), "y": torch.ones(3)}
     content = {**tensors(), **odd, "z": torch.ones(1).double()}
-    checkpoint.save(tmp_path / "x", content)
+    checkpoint.save_tensors(tmp_path / "x", content)
     entries, _ = checkpoint.read_header(tmp_path / "x")
     sizes = {key: tensor.element_size() for key, tensor in content.items()}
     assert [entry.start % sizes[key] for key, entry in entries.items()] == [0] * len(content)
@@ -63,7 +63,7 @@ def test_every_tensor_begins_at_a_multiple_of_its_item_size(tmp_path: Path) -> N
 
 def test_patch_moves_the_named_tensor_and_not_one_other_byte(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "base", metadata={"format": "pt"})
-    checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: tensors()["b.weight"] + 1})
+    checkpoint.patch_file(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: tensors()["b.weight"] + 1})
     before, after = (tmp_path / "base").read_bytes(), (tmp_path / "new").read_bytes()
     entry = checkpoint.read_header(tmp_path / "base")[0]["b.weight"]
     assert before[: entry.start] == after[: entry.start]
@@ -76,22 +76,22 @@ def test_patch_moves_the_named_tensor_and_not_one_other_byte(tmp_path: Path) -> 
 def test_patch_refuses_another_dtype_or_shape_and_leaves_nothing(tmp_path: Path, wrong: torch.Tensor) -> None:
     save_file(tensors(), tmp_path / "base")
     with pytest.raises(ErasecError, match=r"b\.weight"):
-        checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: wrong})
+        checkpoint.patch_file(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: wrong})
     assert os.listdir(tmp_path) == ["base"]
 
 
 def test_a_patch_that_came_out_with_another_layout_is_no_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "base", tensors())
+    checkpoint.save_tensors(tmp_path / "base", tensors())
     whole = checkpoint._copy
 
-    def other(source: Any, target: Any, start: int, stop: int) -> None:
+    def damaging_copy(source: Any, target: Any, start: int, stop: int) -> None:
         whole(source, target, start, stop)
         if start == 0:
             os.pwrite(target.fileno(), b"I", os.pread(target.fileno(), 400, 0).index(b'"F16"') + 1)
 
-    monkeypatch.setattr(checkpoint, "_copy", other)
+    monkeypatch.setattr(checkpoint, "_copy", damaging_copy)
     with pytest.raises(ErasecError, match="not written as base is"):
-        checkpoint.patch(tmp_path / "base", tmp_path / "out", {"b.weight": lambda: torch.zeros(5, 3)})
+        checkpoint.patch_file(tmp_path / "base", tmp_path / "out", {"b.weight": lambda: torch.zeros(5, 3)})
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -103,20 +103,25 @@ def test_a_failure_half_way_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": fail})
+        checkpoint.patch_file(tmp_path / "base", tmp_path / "new", {"b.weight": fail})
     assert (tmp_path / "new").read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["base", "new"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "header", "length", "empty"])
-def test_a_damaged_file_is_an_error_in_words(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_an_error(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "x.safetensors"
-    checkpoint.save(path, tensors())
+    checkpoint.save_tensors(path, tensors())
     data = path.read_bytes()
-    path.write_bytes({
-        "cut": data[:-3], "longer": data + b"x", "header": data[:8] + b"{{" + data[10:],
-        "length": (10**12).to_bytes(8, "little") + data[8:], "empty": b"",
-    }[damage])  # fmt: skip
+    path.write_bytes(
+        {
+            "cut": data[:-3],
+            "longer": data + b"x",
+            "header": data[:8] + b"{{" + data[10:],
+            "length": (10**12).to_bytes(8, "little") + data[8:],
+            "empty": b"",
+        }[damage]
+    )
     with pytest.raises(ErasecError, match="no whole safetensors file"):
         checkpoint.read_header(path)
 
@@ -131,11 +136,11 @@ def test_a_dtype_that_is_not_read_is_no_damage(tmp_path: Path) -> None:
 
 
 def test_content_digest_ignores_layout_and_sees_one_bit(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "ours", tensors())
+    checkpoint.save_tensors(tmp_path / "ours", tensors())
     save_file(tensors(), tmp_path / "theirs", metadata={"format": "pt", "more": "words"})
     changed = tensors()
     changed["c.bias"][3] += 1
-    checkpoint.save(tmp_path / "changed", changed)
+    checkpoint.save_tensors(tmp_path / "changed", changed)
     ours, theirs, other = (
         checkpoint.content_digest(checkpoint.read_header(tmp_path / name)[0]) for name in ("ours", "theirs", "changed")
     )
@@ -144,41 +149,44 @@ def test_content_digest_ignores_layout_and_sees_one_bit(tmp_path: Path) -> None:
 
 def test_the_bytes_of_a_file_are_these(tmp_path: Path) -> None:
     content = {
-        "b.weight": torch.arange(15.0).reshape(5, 3), "a.weight": torch.arange(8).reshape(4, 2).half(),
-        "é": torch.zeros(0, 4), "c": torch.tensor(2.5, dtype=torch.float64), "d": torch.arange(7).bfloat16(),
-    }  # fmt: skip
-    checkpoint.save(tmp_path / "x", content, {"zeta": "1", "alpha": "ü"})
+        "b.weight": torch.arange(15.0).reshape(5, 3),
+        "a.weight": torch.arange(8).reshape(4, 2).half(),
+        "é": torch.zeros(0, 4),
+        "c": torch.tensor(2.5, dtype=torch.float64),
+        "d": torch.arange(7).bfloat16(),
+    }
+    checkpoint.save_tensors(tmp_path / "x", content, {"zeta": "1", "alpha": "ü"})
     golden = "075d7b04c58453bd228ec8c6d1984d438d0be79fc40c81a2a796f0769775ba67"
     assert checkpoint.file_digest(tmp_path / "x") == golden
-    checkpoint.save(tmp_path / "y", {**content, "c": content["c"] + 1}, {"zeta": "1", "alpha": "ü"})
+    checkpoint.save_tensors(tmp_path / "y", {**content, "c": content["c"] + 1}, {"zeta": "1", "alpha": "ü"})
     assert checkpoint.file_digest(tmp_path / "y") != golden
 
 
-def test_stream_asks_for_one_tensor_at_a_time_in_order(tmp_path: Path) -> None:
-    asked: list[str] = []
+def test_stream_makes_one_tensor_at_a_time_in_order(tmp_path: Path) -> None:
+    order: list[str] = []
 
     def make(key: str) -> torch.Tensor:
-        asked.append(key)
-        return torch.full((2, 3), float(len(asked)))
+        order.append(key)
+        return torch.full((2, 3), float(len(order)))
 
-    checkpoint.stream(tmp_path / "x", {key: ("F32", (2, 3), partial(make, key)) for key in "cab"})
-    assert asked == ["a", "b", "c"]
+    checkpoint.stream_tensors(tmp_path / "x", {key: ("F32", (2, 3), partial(make, key)) for key in "cab"})
+    assert order == ["a", "b", "c"]
     assert {key: float(value[0, 0]) for key, value in load_file(tmp_path / "x").items()} == {"a": 1, "b": 2, "c": 3}
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("F16", (2, 3)), ("F32", (3, 2))])
-def test_stream_refuses_what_was_not_announced(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+def test_stream_refuses_another_dtype_or_shape(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ErasecError, match="the new x is float32"):
-        checkpoint.stream(tmp_path / "x", {"x": (dtype, shape, lambda: torch.zeros(2, 3))})
+        checkpoint.stream_tensors(tmp_path / "x", {"x": (dtype, shape, lambda: torch.zeros(2, 3))})
     with pytest.raises(ErasecError, match="complex64 cannot be written"):
-        checkpoint.save(tmp_path / "x", {"x": torch.zeros(2, dtype=torch.complex64)})
+        checkpoint.save_tensors(tmp_path / "x", {"x": torch.zeros(2, dtype=torch.complex64)})
     assert os.listdir(tmp_path) == []
 
 
-def test_a_transposed_entry_is_read_and_digested_as_its_logical_self(tmp_path: Path) -> None:
+def test_a_transposed_entry_is_read_and_digested_as_the_tensor_it_stands_for(tmp_path: Path) -> None:
     matrix = tensors()["b.weight"]
-    checkpoint.save(tmp_path / "plain", {"x": matrix})
-    checkpoint.save(tmp_path / "turned", {"x": matrix.T.contiguous()})
+    checkpoint.save_tensors(tmp_path / "plain", {"x": matrix})
+    checkpoint.save_tensors(tmp_path / "turned", {"x": matrix.T.contiguous()})
     plain, turned = (checkpoint.read_header(tmp_path / name)[0]["x"] for name in ("plain", "turned"))
     logical = replace(turned, shape=(5, 3), transposed=True)
     read = checkpoint.read_tensor(logical)
@@ -193,7 +201,7 @@ def test_patch_copies_the_same_bytes_however_the_system_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     save_file(tensors(), tmp_path / "base")
-    checkpoint.patch(tmp_path / "base", tmp_path / "expected", {"b.weight": lambda: torch.ones(5, 3)})
+    checkpoint.patch_file(tmp_path / "base", tmp_path / "expected", {"b.weight": lambda: torch.ones(5, 3)})
     monkeypatch.setattr(checkpoint, "CHUNK", 7)
     whole, calls = getattr(os, "copy_file_range", None), 0
 
@@ -209,8 +217,8 @@ def test_patch_copies_the_same_bytes_however_the_system_copies(
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     elif fault != "none":
         monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
-    checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: torch.ones(5, 3)})
-    checkpoint.copy(tmp_path / "base", tmp_path / "copy")
+    checkpoint.patch_file(tmp_path / "base", tmp_path / "new", {"b.weight": lambda: torch.ones(5, 3)})
+    checkpoint.copy_file(tmp_path / "base", tmp_path / "copy")
     assert (tmp_path / "new").read_bytes() == (tmp_path / "expected").read_bytes()
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "base").read_bytes()
     assert calls > 20 or fault in ("none", "missing")
@@ -224,5 +232,16 @@ def test_a_file_that_shrinks_while_it_is_copied_is_an_error(tmp_path: Path) -> N
         return torch.ones(5, 3)
 
     with pytest.raises(ErasecError, match="bytes early"):
-        checkpoint.patch(tmp_path / "base", tmp_path / "new", {"b.weight": shrink})
+        checkpoint.patch_file(tmp_path / "base", tmp_path / "new", {"b.weight": shrink})
     assert os.listdir(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_counted(tmp_path: Path, value: float) -> None:
+    content = {"a": torch.ones(3), "b": torch.tensor([0.0, value], dtype=torch.bfloat16), "c": torch.ones(2).long()}
+    checkpoint.save_tensors(tmp_path / "some.safetensors", content)
+    check = checkpoint.finite_check("some/finite", checkpoint.read_header(tmp_path / "some.safetensors")[0])
+    bad = value != 1.0
+    assert (check.name, check.value, check.limit, check.passed) == ("some/finite", float(bad), 0.0, not bad)
+    assert "all 2 floating tensors" in check.how
+    assert check.how.endswith("the first is b") == bad

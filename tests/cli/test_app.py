@@ -10,21 +10,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from erasec import options
 from erasec.checkpoint import journal
 from erasec.checkpoint.safetensors import BLANK
-from erasec.cli import app as cli
-from erasec.cli import output as show
-from erasec.commands import apply as applies
-from erasec.commands import build as builds
+from erasec.cli import output
+from erasec.cli.app import QUIET, app
+from erasec.commands import apply, build
 from erasec.errors import CheckFailed, MissingTool
-from erasec.keys import key_file as secret
-from erasec.model import view as models
-from erasec.model.edit import Secret
+from erasec.keys.key_file import write_key
+from erasec.model import loading
+from erasec.model.memory import Secret
 from erasec.recipe import concept
+from erasec.runtime import bundle
 
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}
 
@@ -32,13 +34,13 @@ HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    for name in cli.QUIET:
+    for name in QUIET:
         monkeypatch.setenv(name, "")  # so that what the program sets is taken back
         monkeypatch.delenv(name)
-    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_command_line_loads_no_library_before_it_must() -> None:
+def test_importing_the_command_line_loads_no_heavy_library() -> None:
     code = "import sys, erasec.cli.app; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "erasec.cli.app" in loaded
@@ -47,9 +49,9 @@ def test_the_command_line_loads_no_library_before_it_must() -> None:
 
 def test_help_and_doctor_load_no_library_either() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from erasec.cli import app as cli\n"
+        "import sys; from typer.testing import CliRunner; from erasec.cli.app import app\n"
         "for words in (['--help'], ['build', '--help'], ['list', 'concepts'], ['doctor']):\n"
-        "    found = CliRunner().invoke(cli.app, words); assert found.exit_code == 0, found.output\n"
+        "    result = CliRunner().invoke(app, words); assert result.exit_code == 0, result.output\n"
         "print(*sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -58,20 +60,20 @@ def test_help_and_doctor_load_no_library_either() -> None:
 
 
 def test_a_build_from_flags_prints_where_and_whether(run: Any, random_folder: Path) -> None:
-    found = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu", "--seed", 5)
-    assert found.exit_code == 0, found.output
-    lines = found.stdout.splitlines()
+    result = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu", "--seed", 5)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
     assert lines[:2] == ["out", os.path.join("out", "report.html")]
     assert lines[2] == "passed its one check"
     assert all(Path(line).exists() for line in lines[:2])
-    assert "note: no concept file is named 'zebra'" in found.stderr
+    assert "note: no concept file is named 'zebra'" in result.stderr
     assert "seed = 5" in Path("out/recipe.toml").read_text()
     moved = run("diff", random_folder, "out")
     assert "14 tensors differ" in moved.stdout
-    told = run("build", "out/recipe.toml", "--out", "again", "--json")
-    assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout) == json.loads(Path("again/report.json").read_text())
-    assert run("diff", "out", "again").stdout.splitlines()[-1] == "no tensor moved"
+    rebuilt = run("build", "out/recipe.toml", "--out", "again", "--json")
+    assert rebuilt.exit_code == 0, rebuilt.output
+    assert json.loads(rebuilt.stdout) == json.loads(Path("again/report.json").read_text())
+    assert run("diff", "out", "again").stdout.splitlines()[-1] == "no tensor differs"
 
 
 def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
@@ -79,11 +81,22 @@ def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
     text = run(*arguments)
     assert text.exit_code == 0, text.output
     assert "rows=last" in text.stdout
-    assert "down.0.attentions.0.0" in text.stdout
+    assert " judge  no judge knows this model: pictures are not checked\n" in text.stdout
+    assert "uce edits 14 tensors" in text.stdout
+    rows = [line.split() for line in text.stdout.splitlines()]
+    groups = rows[rows.index(["part", "attention", "projection", "tensors", "parameters"]) + 1 :]
+    assert {tuple(row[:3]) for row in groups} == {
+        (part, "cross", projection) for part in ("down", "mid_block", "up") for projection in "kv"
+    }
+    assert sum(int(row[3]) for row in groups) == 14
+    assert "down.0.attentions.0.0" not in text.stdout
+    every_site = run(*arguments, "--sites")
+    assert every_site.exit_code == 0, every_site.output
+    assert every_site.stdout.count(" cross ") == 14 and "down.0.attentions.0.0" in every_site.stdout
     assert not list(Path().iterdir())
-    told = json.loads(run(*arguments, "--json").stdout)
-    assert len(told["passes"][0]["sites"]) == 14
-    assert [target["name"] for target in told["targets"]] == ["hf", "onnx"]
+    described = json.loads(run(*arguments, "--json").stdout)
+    assert len(described["passes"][0]["sites"]) == 14
+    assert [target["name"] for target in described["targets"]] == ["hf", "onnx"]
 
 
 @pytest.mark.parametrize(
@@ -105,28 +118,28 @@ def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
         (["diff", "nothing", "here"], "there is no folder or file nothing"),
     ],
 )
-def test_bad_input_is_told_on_stderr_and_exits_with_2(run: Any, arguments: list[str], words: str) -> None:
-    found = run(*arguments)
-    assert found.exit_code == 2, found.output
-    assert words in " ".join(found.stderr.split())
-    assert found.stdout == ""
-    assert "Traceback" not in found.stderr
+def test_bad_input_is_reported_on_stderr_and_exits_with_2(run: Any, arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
 
 
 def test_verbose_adds_the_traceback(run: Any) -> None:
-    found = run("build", "glyphs", "-v")
-    assert found.exit_code == 2
-    assert "Traceback" in found.stderr
-    assert "error: nothing to erase" in found.stderr
+    result = run("build", "glyphs", "-v")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert "error: nothing to erase" in result.stderr
 
 
 class TestEndings:
-    """How a build that does not succeed ends: exit code, words, and the signal handlers given back."""
+    """How a build that does not succeed ends: its exit code and message, with the signal handlers restored."""
 
     @pytest.fixture
     def ends(self, run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         def ends(how: Any, *more: str) -> Any:
-            monkeypatch.setattr(builds, "run", how)
+            monkeypatch.setattr(build, "run", how)
             return run("build", random_folder, "--erase", "star", "--device", "cpu", "--out", "out", *more)
 
         return ends
@@ -138,9 +151,9 @@ class TestEndings:
             (rejected / "report.json").write_text('{"passed": false}')
             raise CheckFailed("1 of 2 checks failed", where=str(rejected))
 
-        found = ends(fails, "--json")
-        assert (found.exit_code, json.loads(found.stdout)) == (3, {"passed": False})
-        assert "error: 1 of 2 checks failed" in found.stderr
+        result = ends(fails, "--json")
+        assert (result.exit_code, json.loads(result.stdout)) == (3, {"passed": False})
+        assert "error: 1 of 2 checks failed" in result.stderr
         shutil.rmtree("out")
         assert ends(fails).stdout == ""
 
@@ -148,14 +161,14 @@ class TestEndings:
         def fails(plan: Any) -> None:
             raise MissingTool("no tool", fix="pip install it")
 
-        found = ends(fails)
-        assert found.exit_code == 4
-        assert "fix: pip install it" in found.stderr
+        result = ends(fails)
+        assert result.exit_code == 4
+        assert "fix: pip install it" in result.stderr
 
     def test_anything_else_is_1(self, ends: Any) -> None:
-        found = ends(lambda plan: 1 / 0)
-        assert found.exit_code == 1
-        assert isinstance(found.exception, ZeroDivisionError)
+        result = ends(lambda plan: 1 / 0)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, ZeroDivisionError)
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_a_signal_is_130(self, ends: Any, number: signal.Signals) -> None:
@@ -164,10 +177,10 @@ class TestEndings:
             time.sleep(10)
 
         before = signal.getsignal(number)
-        found = ends(stopped)
-        assert found.exit_code == 130
-        assert found.stderr.splitlines()[-1] == "stopped; nothing was left behind"
-        assert found.stdout == ""
+        result = ends(stopped)
+        assert result.exit_code == 130
+        assert result.stderr.splitlines()[-1] == "stopped; nothing was left behind"
+        assert result.stdout == ""
         assert signal.getsignal(number) is before
 
     @pytest.mark.parametrize("more", [(), ("-v",)])
@@ -180,26 +193,26 @@ class TestEndings:
             (OSError("no such tokenizer"), ["why: no such tokenizer"]),
         ],
     )
-    def test_what_the_system_refuses_is_2_in_words(
+    def test_an_error_of_the_system_is_a_message_and_exits_with_2(
         self, ends: Any, error: OSError, words: list[str], more: tuple[str, ...]
     ) -> None:
         def refused(plan: Any) -> None:
             raise error
 
-        found = ends(refused, *more)
-        assert found.exit_code == 2 and "error: " in found.stderr
-        assert all(word in found.stderr for word in words)
-        assert ("Traceback" in found.stderr) is bool(more)
+        result = ends(refused, *more)
+        assert result.exit_code == 2 and "error: " in result.stderr
+        assert all(word in result.stderr for word in words)
+        assert ("Traceback" in result.stderr) is bool(more)
 
-    def test_a_reader_that_leaves_is_no_error(self, ends: Any) -> None:
+    def test_a_closed_pipe_is_no_error(self, ends: Any) -> None:
         def left(plan: Any) -> None:
             raise BrokenPipeError(32, "Broken pipe")
 
-        found = ends(left)
-        assert found.exit_code == 1 and "error" not in found.stderr
+        result = ends(left)
+        assert result.exit_code == 1 and "error" not in result.stderr
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_an_edit_in_place_that_is_stopped_is_130_and_says_what_is_left(
+    def test_an_interrupted_edit_in_place_exits_with_130_and_names_the_fix(
         self, run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
     ) -> None:
         shutil.copytree(random_folder, "copy")
@@ -212,16 +225,16 @@ class TestEndings:
                 os.kill(os.getpid(), number)
 
         def edit(*_: object) -> None:
-            journal.patch_in_place(file, {"quant_conv.bias": lambda: torch.ones(8).half()})
+            journal.patch_in_place({file: {"quant_conv.bias": lambda: torch.ones(8).half()}})
 
-        monkeypatch.setattr(applies, "apply", edit)
+        monkeypatch.setattr(apply, "apply", edit)
         with monkeypatch.context() as patched:
             patched.setattr(journal, "_write_all", write_all)
-            found = run("apply", "any.edit.safetensors", "copy", "--in-place")
-        assert found.exit_code == 130 and file.read_bytes()[:8] == BLANK
-        assert "nothing was left behind" not in found.stderr and "fix: erasec recover " in found.stderr
+            result = run("apply", "any.edit.safetensors", "copy", "--in-place")
+        assert result.exit_code == 130 and file.read_bytes()[:8] == BLANK
+        assert "nothing was left behind" not in result.stderr and "fix: erasec recover " in result.stderr
         done = run("recover", "copy")
-        assert done.exit_code == 0 and done.stdout.splitlines()[-1] == "1 files made whole"
+        assert done.exit_code == 0 and done.stdout.splitlines()[-1] == "1 files recovered"
         assert file.read_bytes() != old and file.read_bytes()[:8] == old[:8]
         assert run("recover", "cpoy").exit_code == 2
 
@@ -232,9 +245,9 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
         {"group": "keep", "looked_for": "ring", "images": 1, "before": 1.0, "after": 0.0},
         {"group": "keep", "looked_for": "heart", "images": 3, "before": 1.0, "after": 1.0},
     ]
-    assert show.verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
-    assert show.verdict(5, []) == "passed all 5 checks"
-    assert show.verdict(1, []) == "passed its one check"
+    assert output.verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
+    assert output.verdict(5, []) == "passed all 5 checks"
+    assert output.verdict(1, []) == "passed its one check"
 
 
 @pytest.mark.parametrize(
@@ -242,22 +255,24 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
     [
         ("passes", ["uce", "arXiv:2308.14761", "rows=tail"]),
         ("targets", ["hf", "onnx", "ldm", "lora", "edit", "rank=0"]),
+        ("judges", ["judge", "glyphs", "classifier"]),
+        ("runtimes", ["runtime", "ort", "openvino", "trt-rtx", "torch", "ONNX Runtime", "onnx"]),
         ("concepts", ["star", "pentagram", "circle", "star.toml", "nudity", "safety", "celebrity"]),
         ("models", ["glyphs-never-star", "sd14", "CompVis/stable-diffusion-v1-4"]),
     ],
 )
 def test_lists(run: Any, what: str, words: list[str]) -> None:
-    found = run("list", what)
-    assert found.exit_code == 0
+    result = run("list", what)
+    assert result.exit_code == 0
     for word in words:
-        assert word in found.stdout
+        assert word in result.stdout
 
 
 def test_an_edit_goes_from_build_to_file_to_model_and_back(run: Any, random_folder: Path) -> None:
-    """Two builds, their edits combined and taken apart again, applied to a copy in place; every command once."""
+    """Two builds, their edits combined and separated again, and applied to a copy in place."""
     for phrase in ("zebra", "house"):
-        asked = ("--erase", phrase, "--pass", "uce:rows=last", "--target", "edit:sums=true", "--out", phrase)
-        assert run("build", random_folder, *asked).exit_code == 0
+        flags = ("--erase", phrase, "--pass", "uce:rows=last", "--target", "edit:sums=true", "--out", phrase)
+        assert run("build", random_folder, *flags).exit_code == 0
     zebra, house = Path("zebra/edit/zebra.edit.safetensors"), Path("house/edit/house.edit.safetensors")
     both = run("combine", zebra, house, "--out", "both.edit.safetensors")
     assert both.exit_code == 0, both.output
@@ -272,7 +287,7 @@ def test_an_edit_goes_from_build_to_file_to_model_and_back(run: Any, random_fold
     shutil.copytree(random_folder, "copy")
     assert run("apply", zebra, "copy", "--in-place").exit_code == 0
     assert (Path("copy") / unet).read_bytes() == (Path("zebra/hf") / unet).read_bytes()
-    assert run("recover", "copy").stdout == "nothing was left unfinished\n"
+    assert run("recover", "copy").stdout == "no interrupted edit\n"
     again = run("apply", zebra, "copy", "--out", "twice")
     assert again.exit_code == 2 and "another model" in again.stderr and not Path("twice").exists()
     transferred = run("apply", zebra, "copy", "--out", "twice", "--transfer")
@@ -281,38 +296,38 @@ def test_an_edit_goes_from_build_to_file_to_model_and_back(run: Any, random_fold
 
 def test_a_key_opens_the_folder_that_it_was_made_with(run: Any, random_folder: Path) -> None:
     rows = torch.ones(2, 128)
-    held = Secret("star", rows, rows, ("mid_block.attentions.0.transformer_blocks.0.attn2",))
-    bound = models.load(str(random_folder)).component_digest("unet")
-    secret.write(Path("star.key"), held, concept.find("star"), "kpop", "1", bound)
-    told = json.loads(run("plan", random_folder, "--key", "star.key", "--json").stdout)
-    assert told["keys"] == [{"path": "star.key", "concept": "star"}] and told["passes"] == []
-    found = run("build", random_folder, "--key", "star.key", "--out", "opened")
-    assert found.exit_code == 0, found.output
-    assert "as secret as the key" in found.stderr
+    hidden = Secret("star", rows, rows, ("mid_block.attentions.0.transformer_blocks.0.attn2",))
+    bound = loading.load(str(random_folder)).component_digest("unet")
+    write_key(Path("star.key"), hidden, concept.find("star"), "kpop", "1", bound)
+    described = json.loads(run("plan", random_folder, "--key", "star.key", "--json").stdout)
+    assert described["keys"] == [{"path": "star.key", "concept": "star"}] and described["passes"] == []
+    result = run("build", random_folder, "--key", "star.key", "--out", "opened")
+    assert result.exit_code == 0, result.output
+    assert "as secret as the key" in result.stderr
     assert Path("opened/bundle/erasec.safetensors").is_file() and not Path("opened/hf").exists()
     assert 'keys = [\n    "star.key",\n]' in Path("opened/recipe.toml").read_text()
     failed = run("build", random_folder, "--key", "star.key", "--absorb", "0.001", "--out", "stock")
     assert failed.exit_code == 3 and "absorbed/residual" in failed.stderr
 
 
-def test_a_process_beside_the_main_one_solves_and_writes_and_says_nothing(
+def test_a_process_other_than_the_main_one_solves_but_writes_and_prints_nothing(
     run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved = []
-    monkeypatch.setattr(builds, "is_main", lambda: False)
-    monkeypatch.setattr(builds, "assist", solved.append)
-    found = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu")
-    assert (found.exit_code, found.stdout, found.stderr) == (0, "", "")
+    monkeypatch.setattr(build, "is_main", lambda: False)
+    monkeypatch.setattr(build, "train_along", solved.append)
+    result = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert [plan.out for plan in solved] == [Path("out")]
     assert not list(Path().iterdir())
 
 
 def test_a_prior_is_built_and_used(run: Any, random_folder: Path) -> None:
     Path("captions.txt").write_text("a photo of a box\na ring\n")
-    found = run("prior", random_folder, "captions.txt", "--out", "my.prior.safetensors")
-    assert found.stdout.splitlines() == ["my.prior.safetensors", "2 captions"]
-    asked = ("--erase", "star", "--pass", "trce.remap:prior=my.prior.safetensors", "--target", "lora:rank=2")
-    built = run("build", random_folder, *asked, "--target", "ldm", "--out", "out")
+    result = run("prior", random_folder, "captions.txt", "--out", "my.prior.safetensors")
+    assert result.stdout.splitlines() == ["my.prior.safetensors", "2 captions"]
+    flags = ("--erase", "star", "--pass", "trce.remap:prior=my.prior.safetensors", "--target", "lora:rank=2")
+    built = run("build", random_folder, *flags, "--target", "ldm", "--out", "out")
     assert built.exit_code == 0, built.output
     report = json.loads(Path("out/report.json").read_text())
     assert report["applied"][0]["params"]["prior"] == "my.prior.safetensors"
@@ -326,13 +341,13 @@ def test_a_prior_is_built_and_used(run: Any, random_folder: Path) -> None:
 def test_doctor_exits_with_4_only_where_erasec_cannot_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from erasec.commands import doctor
 
-    found = run("doctor")
-    assert found.exit_code == 0
-    assert "torch" in found.stdout
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "torch" in result.stdout
     monkeypatch.setattr(doctor, "version", lambda package: None)
-    found = run("doctor")
-    assert found.exit_code == 4
-    assert 'pip install "erasec[onnx]"' in found.stdout
+    result = run("doctor")
+    assert result.exit_code == 4
+    assert 'pip install "erasec[onnx]"' in result.stdout
 
 
 def test_a_users_own_settings_win_over_the_quiet_ones(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,3 +355,28 @@ def test_a_users_own_settings_win_over_the_quiet_ones(run: Any, monkeypatch: pyt
     run("list", "models")
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert os.environ["DIFFUSERS_VERBOSITY"] == "error"
+
+
+def test_cfg_still_sets_the_guidance_with_one_line_on_stderr(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    guidances = []
+
+    class Bundle:
+        def generate(self, prompts: list[str], seeds: range, steps: int, guidance: float, *more: object) -> Any:
+            guidances.append(guidance)
+            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(bundle, "open_bundle", lambda folder, backend: Bundle())
+    options.say_renamed.cache_clear()
+    arguments = ("run", "any", "--prompt", "a star", "--out", "star.png")
+    old = run(*arguments, "--cfg", "3")
+    assert (old.exit_code, old.stdout) == (0, "star.png\n"), old.output
+    (line,) = old.stderr.splitlines()
+    assert "--cfg is now called --guidance" in line
+    new = run(*arguments, "--guidance", "3")
+    assert (new.exit_code, new.stderr) == (0, ""), new.output
+    assert run(*arguments).exit_code == 0
+    assert guidances == [3.0, 3.0, 7.5]
+    assert "--cfg" not in run("run", "--help").stdout

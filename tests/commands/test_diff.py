@@ -10,7 +10,7 @@ from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import Folder
 from erasec.commands.diff import Difference, compare, locate, rank
 from erasec.errors import ErasecError
-from erasec.model.view import load
+from erasec.model.loading import load
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -28,7 +28,7 @@ def update(shape: tuple[int, int], count: int) -> torch.Tensor:
 
 
 def folder(path: Path, content: dict[str, torch.Tensor]) -> Path:
-    checkpoint.save(path / "unet" / "diffusion_pytorch_model.safetensors", content)
+    checkpoint.save_tensors(path / "unet" / "diffusion_pytorch_model.safetensors", content)
     (path / "model_index.json").write_text("{}")
     return path
 
@@ -53,23 +53,23 @@ def test_rounding_alone_fills_the_naive_rank_and_a_dense_change_is_told_as_one(d
 def test_one_moved_tensor_is_the_only_one_told(tmp_path: Path, dtype: torch.dtype) -> None:
     base = tensors(dtype)
     merged = {**base, "a.weight": (base["a.weight"].double() + update((64, 48), 2)).to(dtype)}
-    found = compare(folder(tmp_path / "a", base), folder(tmp_path / "b", merged))
-    assert [(item.kind, item.key, item.rank) for item in found] == [("moved", "unet/a.weight", 2)]
+    differences = compare(folder(tmp_path / "a", base), folder(tmp_path / "b", merged))
+    assert [(item.kind, item.key, item.rank) for item in differences] == [("moved", "unet/a.weight", 2)]
     moved = merged["a.weight"].double() - base["a.weight"].double()
-    assert found[0].change == pytest.approx(float(moved.norm() / base["a.weight"].double().norm()), rel=1e-12)
-    assert found[0].largest == float(moved.abs().max())
+    assert differences[0].change == pytest.approx(float(moved.norm() / base["a.weight"].double().norm()), rel=1e-12)
+    assert differences[0].largest == float(moved.abs().max())
 
 
 def test_an_edited_site_of_a_whole_checkpoint(tmp_path: Path, random_folder: Path) -> None:
     model = load(str(random_folder))
     site = model.select("cross", "k")[0]
-    weight = model.stored(site)
+    weight = model.stored_weight(site)
     change = 0.1 * update((weight.shape[0], weight.shape[1]), 2)
     Folder(random_folder).write(
         tmp_path / "out", {"unet": {site.key: lambda: (weight.double() + change).to(weight.dtype)}}
     )
-    found = compare(random_folder, tmp_path / "out")
-    assert [(item.kind, item.key, item.rank) for item in found] == [("moved", f"unet/{site.key}", 2)]
+    differences = compare(random_folder, tmp_path / "out")
+    assert [(item.kind, item.key, item.rank) for item in differences] == [("moved", f"unet/{site.key}", 2)]
 
 
 def test_the_same_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_same_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
     assert compare(a, folder(tmp_path / "c", base)) == []
     shards = [{key: base[key] for key in keys} for keys in (("a.weight", "empty"), ("b.weight", "b.bias"))]
     for number, shard in enumerate(shards, 1):
-        checkpoint.save(b / "unet" / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors", shard)
+        checkpoint.save_tensors(b / "unet" / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors", shard)
     (b / "model_index.json").write_text("{}")
     assert compare(a, b) == []
 
@@ -95,32 +95,32 @@ def test_everything_that_is_no_move_is_told_apart(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", base), folder(tmp_path / "b", other)
     (b / "model_index.json").write_text("{ }")
     (a / "notes.txt").write_text("x")
-    found = {item.key: item for item in compare(a, b)}
-    assert found["unet/a.weight"].note == "float32 -> float16"
-    assert found["unet/a.weight"].rank == 0
-    assert found["unet/b.weight"] == Difference("shape", "unet/b.weight", "[32, 16, 3, 3] -> [16, 16, 3, 3]")
-    assert found["unet/b.bias"] == Difference("moved", "unet/b.bias", "float32 [32], not finite")
-    assert found["unet/c"].kind == "only in B"
-    assert found["unet/empty"].kind == "only in A"
-    assert found["model_index.json"] == Difference("file", "model_index.json", "content differs")
-    assert found["notes.txt"] == Difference("file", "notes.txt", "only in A")
-    assert len(found) == 7
+    differences = {item.key: item for item in compare(a, b)}
+    assert differences["unet/a.weight"].note == "float32 -> float16"
+    assert differences["unet/a.weight"].rank == 0
+    assert differences["unet/b.weight"] == Difference("shape", "unet/b.weight", "[32, 16, 3, 3] -> [16, 16, 3, 3]")
+    assert differences["unet/b.bias"] == Difference("moved", "unet/b.bias", "float32 [32], not finite")
+    assert differences["unet/c"].kind == "only in B"
+    assert differences["unet/empty"].kind == "only in A"
+    assert differences["model_index.json"] == Difference("file", "model_index.json", "content differs")
+    assert differences["notes.txt"] == Difference("file", "notes.txt", "only in A")
+    assert len(differences) == 7
 
 
 def test_two_files_beside_each_other_do_not_hide_each_other(tmp_path: Path) -> None:
     base = tensors(torch.float32)
     a, b = folder(tmp_path / "a", base), folder(tmp_path / "b", base)
     for root, scale in ((a, 1), (b, 2)):
-        checkpoint.save(root / "unet" / "extra.safetensors", {"b.bias": base["b.bias"] * scale})
+        checkpoint.save_tensors(root / "unet" / "extra.safetensors", {"b.bias": base["b.bias"] * scale})
     assert [item.key for item in compare(a, b)] == ["unet/extra/b.bias"]
 
 
 def test_two_files(tmp_path: Path) -> None:
     base = tensors(torch.float32)
-    checkpoint.save(tmp_path / "a.safetensors", base)
-    checkpoint.save(tmp_path / "b.safetensors", {**base, "b.bias": base["b.bias"] + 1})
-    (found,) = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert (found.key, found.rank, found.largest) == ("b.bias", None, pytest.approx(1.0, rel=1e-6))
+    checkpoint.save_tensors(tmp_path / "a.safetensors", base)
+    checkpoint.save_tensors(tmp_path / "b.safetensors", {**base, "b.bias": base["b.bias"] + 1})
+    (differences,) = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (differences.key, differences.rank, differences.largest) == ("b.bias", None, pytest.approx(1.0, rel=1e-6))
     shutil.copyfile(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
     assert compare(tmp_path / "a.safetensors", tmp_path / "c.safetensors") == []
 

@@ -1,4 +1,4 @@
-"""Relinking: another edit in place of the one that is there, to the byte, whole or not at all, only where it fits."""
+"""Relinking: the edit in an ONNX folder is replaced, byte by byte, completely or not at all, and only if it fits."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from typer.testing import CliRunner
 from erasec.base import Context
 from erasec.checkpoint import staging
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import read_header, read_tensor, save
-from erasec.cli import app as cli
-from erasec.commands import apply as applies
-from erasec.commands import relink as relinks
+from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
+from erasec.cli.app import app
+from erasec.commands.apply import relink as relink_from_base
 from erasec.commands.relink import relink
 from erasec.errors import ErasecError
-from erasec.graphs import link as linker
-from erasec.graphs.link import EDITED, MANIFEST
-from erasec.graphs.parity import tensors
-from erasec.model import edit as edits
-from erasec.model import view as models
-from erasec.model.edit import Dense, Edit, Memory
+from erasec.graphs.link import EDITED, write_onnx
+from erasec.graphs.manifest import MANIFEST
+from erasec.graphs.parity import compare_weights
+from erasec.model import edit_file, loading
+from erasec.model.edit import Dense, Edit
+from erasec.model.memory import Memory
 from erasec.targets.edit_file import EditFile
 
 onnx = pytest.importorskip("onnx")
@@ -70,8 +69,8 @@ def test_there_and_back_gives_the_same_bytes(a: Any, b: Any, folder: Path) -> No
     assert changed == {APART, MANIFEST}
     after = inodes(folder)
     assert {name for name in after if after[name] != files[name]} == {APART, MANIFEST}
-    assert all(check.passed for check in tensors(Folder(b.folder), folder))
-    assert not all(check.passed for check in tensors(Folder(a.folder), folder))
+    assert all(check.passed for check in compare_weights(Folder(b.folder), folder))
+    assert not all(check.passed for check in compare_weights(Folder(a.folder), folder))
     relink(folder, a.edit)
     assert contents(folder) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == ["onnx"]
@@ -108,7 +107,7 @@ def test_an_edit_without_tensors_takes_them_from_the_base(
         relink(folder, b.plain)
     assert "--model MODEL" in caught.value.fix
     assert contents(folder) == contents(a.onnx)
-    applies.relink(folder, b.plain, None, str(random_folder))
+    relink_from_base(folder, b.plain, None, str(random_folder))
     assert contents(folder) == contents(b.onnx)
 
 
@@ -133,7 +132,8 @@ def test_stopped_in_the_middle_the_old_is_whole(b: Any, folder: Path, monkeypatc
 
         monkeypatch.setattr(staging.os, "replace", once)
     else:
-        monkeypatch.setattr(relinks, {"data": "write_data", "manifest": "write_manifest"}[at], stop)
+        function = {"data": "write_data", "manifest": "write_manifest"}[at]
+        monkeypatch.setattr(f"erasec.commands.relink.{function}", stop)
     with pytest.raises(Stopped):
         relink(folder, b.edit)
     monkeypatch.undo()
@@ -149,10 +149,10 @@ def test_killed_between_two_names_the_next_run_finds_the_old(a: Any, b: Any, fol
 
 
 def test_another_base_is_refused(b: Any, folder: Path) -> None:
-    told = json.loads((folder / MANIFEST).read_text())
-    key = min(told["base"])
-    told["base"][key] = "0" * 64
-    (folder / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    key = min(manifest["base"])
+    manifest["base"][key] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     before = contents(folder)
     with pytest.raises(ErasecError, match="is for another base than") as caught:
         relink(folder, b.edit)
@@ -161,9 +161,9 @@ def test_another_base_is_refused(b: Any, folder: Path) -> None:
 
 
 def test_other_tensors_are_refused(folder: Path, random_folder: Path, tmp_path: Path) -> None:
-    base = models.load(str(random_folder))
+    base = loading.load(str(random_folder))
     site = next(site for site in base.select("cross", "kv"))
-    edited = base.with_edit(Edit({site: Dense(torch.ones(site.shape))}, "by hand", "c"))
+    edited = base.with_edit(Edit({site: Dense(torch.ones(site.shape))}, "by hand", ("c",), ""))
     EditFile(tensors=True).export(edited, tmp_path / "edit", Context())
     with pytest.raises(ErasecError, match="changes other tensors than") as caught:
         relink(folder, next((tmp_path / "edit").iterdir()))
@@ -171,21 +171,21 @@ def test_other_tensors_are_refused(folder: Path, random_folder: Path, tmp_path: 
 
 
 def test_a_folder_without_edited_tensors_is_refused(b: Any, random_folder: Path, tmp_path: Path) -> None:
-    linker.write(Folder(random_folder), tmp_path / "plain")
+    write_onnx(Folder(random_folder), tmp_path / "plain")
     with pytest.raises(ErasecError, match="changes other tensors than") as caught:
         relink(tmp_path / "plain", b.edit)
     assert f"is only in {b.edit.name}" in caught.value.why
 
 
-def test_what_is_more_than_weights_is_refused(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
+def test_extras_are_refused(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
     rows = torch.ones(2, 192)
     memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", rows, rows)
-    edits.write(tmp_path / "memory", [Edit({}, "by hand", "c", memories=(memory,))], {"sites": {}})
+    edit_file.write_edits(tmp_path / "memory", [Edit({}, "by hand", ("c",), "", memories=(memory,))], {"sites": {}})
     with pytest.raises(ErasecError, match="memory is more than changes of weights"):
         relink(folder, tmp_path / "memory")
-    told = json.loads((folder / MANIFEST).read_text())
-    assert told["carried"] == []
-    (folder / MANIFEST).write_text(json.dumps(told | {"carried": ["negative"]}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["carried"] == []
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"carried": ["negative"]}))
     with pytest.raises(ErasecError, match="is more than weights") as caught:
         relink(folder, b.edit)
     assert "it carries negative" in caught.value.why
@@ -215,33 +215,33 @@ def test_a_folder_that_somebody_stands_in_is_not_replaced(
     assert contents(folder.with_name("copy")) == contents(b.onnx)
 
 
-def test_the_command_says_that_the_rest_of_the_build_is_another_s(b: Any, folder: Path) -> None:
-    note = "still tell of the old edit"
-    done = CliRunner().invoke(cli.app, ["relink", str(folder), str(b.edit)])
+def test_the_command_notes_that_the_rest_of_the_build_is_unchanged(b: Any, folder: Path) -> None:
+    note = "still describe the old edit"
+    done = CliRunner().invoke(app, ["relink", str(folder), str(b.edit)])
     assert (done.exit_code, note in done.stderr) == (0, False)
     (folder.parent / "report.json").touch()
-    assert note in CliRunner().invoke(cli.app, ["relink", str(folder.parent), str(b.edit)]).stderr
+    assert note in CliRunner().invoke(app, ["relink", str(folder.parent), str(b.edit)]).stderr
     copied = ["relink", str(folder), str(b.edit), "--out", str(folder.with_name("copy"))]
-    assert note not in CliRunner().invoke(cli.app, copied).stderr
+    assert note not in CliRunner().invoke(app, copied).stderr
 
 
 @pytest.mark.parametrize("damage", ["gone", "nan"])
-def test_a_damaged_edit_is_told(a: Any, b: Any, folder: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_edit_is_an_error(a: Any, b: Any, folder: Path, tmp_path: Path, damage: str) -> None:
     entries, metadata = read_header(b.edit)
-    held = {key: read_tensor(entry) for key, entry in entries.items()}
-    name = min(key for key in held if key.startswith(edits.MERGED))
+    tensors = {key: read_tensor(entry) for key, entry in entries.items()}
+    name = min(key for key in tensors if key.startswith(edit_file.MERGED))
     if damage == "gone":
-        del held[name]
+        del tensors[name]
     else:
-        held[name].view(-1)[0] = float("nan")
-    save(tmp_path / "x.edit.safetensors", held, metadata)
-    words = {"gone": "is damaged", "nan": f"{name.removeprefix(edits.MERGED)} is not finite"}
+        tensors[name].view(-1)[0] = float("nan")
+    save_tensors(tmp_path / "x.edit.safetensors", tensors, metadata)
+    words = {"gone": "is damaged", "nan": f"{name.removeprefix(edit_file.MERGED)} is not finite"}
     with pytest.raises(ErasecError, match=words[damage]):
         relink(folder, tmp_path / "x.edit.safetensors")
     assert contents(folder) == contents(a.onnx)
 
 
-def test_what_is_no_edit_and_what_is_no_folder_is_told(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
+def test_other_files_and_folders_are_errors(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="there is no edit file"):
         relink(folder, tmp_path / "nothing")
     (weights,) = Folder(a.folder).weight_files("unet")
@@ -262,8 +262,8 @@ def test_what_is_no_edit_and_what_is_no_folder_is_told(a: Any, b: Any, folder: P
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
 def test_the_process_needs_no_torch_and_little_memory(b: Any, folder: Path) -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from erasec.cli import app as cli\n"
-        "done = CliRunner().invoke(cli.app, ['relink', *sys.argv[1:]]); print(done.stdout)\n"
+        "import sys; from typer.testing import CliRunner; from erasec.cli.app import app\n"
+        "done = CliRunner().invoke(app, ['relink', *sys.argv[1:]]); print(done.stdout)\n"
         "print(done.exit_code, sorted({'torch', 'onnx', 'diffusers'} & set(sys.modules)))\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erasec import registry
 from erasec.base import Context, Pass
-from erasec.model import view as models
+from erasec.model import loading
 from erasec.model.view import Model
 from erasec.recipe.concept import Concept
 
@@ -23,7 +23,7 @@ def project_out(root: Path) -> Callable[..., Pass]:
 
 @pytest.fixture(scope="module")
 def model(random_folder: Path) -> Model:
-    return models.load(str(random_folder))
+    return loading.load(str(random_folder))
 
 
 def last(model: Model, *phrases: str) -> Tensor:
@@ -36,11 +36,11 @@ def test_names_of_the_concept_give_the_keys_and_values_of_the_anchor(
     model: Model, project_out: Callable[..., Pass]
 ) -> None:
     edited = model.with_edit(project_out().solve(model, STAR, Context()))
-    away = last(model, "star", "pentagram") - last(model, "circle")
+    differences = last(model, "star", "pentagram") - last(model, "circle")
     for site in model.select("cross", "kv"):
-        before, after = model.weight(site) @ away, edited.weight(site) @ away
+        before, after = model.weight(site) @ differences, edited.weight(site) @ differences
         assert after.norm() <= 1e-10 * before.norm()
-        assert before.norm() > 0.01 * model.weight(site).norm() * away.norm()  # unedited, they differ
+        assert before.norm() > 0.01 * model.weight(site).norm() * differences.norm()  # unedited, they differ
 
 
 def test_what_is_orthogonal_stays(model: Model, project_out: Callable[..., Pass]) -> None:
@@ -64,7 +64,7 @@ def test_only_its_sites_move(model: Model, project_out: Callable[..., Pass]) -> 
 def test_strength_scales_the_edit(model: Model, project_out: Callable[..., Pass]) -> None:
     whole, half = (project_out(strength=strength).solve(model, STAR, Context()) for strength in (1.0, 0.5))
     for site, delta in whole.deltas.items():
-        weight = model.stored(site)
+        weight = model.stored_weight(site)
         torch.testing.assert_close(half.deltas[site].change(weight) * 2, delta.change(weight))
         assert delta.change(weight).norm() > 0
 
@@ -72,4 +72,8 @@ def test_strength_scales_the_edit(model: Model, project_out: Callable[..., Pass]
 def test_a_concept_that_is_its_own_anchor_changes_nothing(model: Model, project_out: Callable[..., Pass]) -> None:
     edit = project_out().solve(model, Concept(name="same", erase=("star",), anchor="star"), Context())
     assert edit.deltas
-    assert all(delta.change(model.stored(site)).norm() == 0 for site, delta in edit.deltas.items())
+    assert all(delta.change(model.stored_weight(site)).norm() == 0 for site, delta in edit.deltas.items())
+
+
+def test_the_whole_pass_is_forty_lines(root: Path) -> None:
+    assert len((root / "examples/my_pass.py").read_text().splitlines()) <= 40

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from erasec.attention.pipeline import Sampling, generate
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_header
 from erasec.glyphs import evaluate, world
-from erasec.glyphs.judging import GlyphJudge, prompt
-from erasec.judging.judge import Sampling, generate
-from erasec.model.view import bundled, load
+from erasec.glyphs.judge import GlyphJudge, prompt
+from erasec.model.loading import bundled_folder, load
 
 SAMPLING = Sampling(steps=12, guidance=4.0)
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, object]:
-    found: dict[str, object] = json.loads(bundled("quality.json").read_text())
-    return found
+    content: dict[str, object] = json.loads(bundled_folder("quality.json").read_text())
+    return content
 
 
 def test_all_weights_are_half_precision_and_small() -> None:
-    files = [path for path in bundled("").rglob("*") if path.is_file()]
+    files = [path for path in bundled_folder("").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
     for path in files:
         if path.suffix == ".safetensors":
@@ -34,33 +34,43 @@ def test_all_weights_are_half_precision_and_small() -> None:
 
 
 def test_the_layout_is_stable_diffusions() -> None:
-    folder = Folder(bundled("glyphs"))
+    folder = Folder(bundled_folder("glyphs"))
     assert {name.as_posix() for name in folder.files()} == {
-        "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
-        "text_encoder/model.safetensors", "tokenizer/merges.txt", "tokenizer/special_tokens_map.json",
-        "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
-    }  # fmt: skip
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
     assert all(key.startswith("text_model.") for key in folder.entries("text_encoder"))
     unet, scheduler = folder.config("unet"), folder.config("scheduler", "scheduler_config.json")
     assert (unet["in_channels"], unet["cross_attention_dim"], unet["use_linear_projection"]) == (4, 128, False)
     assert scheduler["prediction_type"] == "epsilon"
     assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"]) == (
-        0.00085, 0.012, "scaled_linear",
-    )  # fmt: skip
+        0.00085,
+        0.012,
+        "scaled_linear",
+    )
     assert folder.config("tokenizer", "tokenizer_config.json")["model_max_length"] == 77
     assert load("glyphs").family.name == "sd1"
 
 
 def test_never_star_has_a_unet_of_its_own_and_shares_the_rest() -> None:
-    ours, theirs = Folder(bundled("glyphs")), Folder(bundled("glyphs-never-star"))
+    ours, theirs = Folder(bundled_folder("glyphs")), Folder(bundled_folder("glyphs-never-star"))
     assert ours.files() == theirs.files()
     differ = [n.as_posix() for n in ours.files() if (ours.root / n).read_bytes() != (theirs.root / n).read_bytes()]
     assert differ == ["unet/diffusion_pytorch_model.safetensors"]
 
 
 def test_the_library_reads_the_same_tensors() -> None:
-    path = bundled("glyphs") / "unet" / "diffusion_pytorch_model.safetensors"
+    path = bundled_folder("glyphs") / "unet" / "diffusion_pytorch_model.safetensors"
     assert load_file(path).keys() == read_header(path)[0].keys()
 
 
@@ -84,23 +94,23 @@ def test_the_figures_are_of_these_weights(figures: dict[str, object]) -> None:
 
 def test_a_few_fresh_pictures_agree_with_the_figures() -> None:
     """Few enough for every run: other seeds than the figures, so a swapped or broken file is seen."""
-    asked = [(shape, index) for shape in world.SHAPES for index in range(3)]
-    images = generate(bundled("glyphs"), [prompt(*item) for item in asked], list(range(30)), SAMPLING, "")
+    plain = [(shape, index) for shape in world.SHAPES for index in range(3)]
+    images = generate(bundled_folder("glyphs"), [prompt(*item) for item in plain], list(range(30)), SAMPLING, "")
     judge = GlyphJudge("b")
-    assert judge.sees(images, [shape for shape, _ in asked]).mean() > 0.85
-    assert judge.sees(images, [other for other, _ in reversed(asked)]).mean() < 0.2
+    assert judge.sees(images, [shape for shape, _ in plain]).mean() > 0.85
+    assert judge.sees(images, [other for other, _ in reversed(plain)]).mean() < 0.2
     stars = [prompt(name, index) for index, name in enumerate(np.resize(world.names("star"), 8).tolist())]
-    never = generate(bundled("glyphs-never-star"), stars, list(range(8)), SAMPLING, "")
+    never = generate(bundled_folder("glyphs-never-star"), stars, list(range(8)), SAMPLING, "")
     assert not judge.sees(never, ["star"] * 8).any()
 
 
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_judges_read_renders_that_they_never_saw(which: str) -> None:
     samples = [world.sample(977, index) for index in range(300)]
-    found = GlyphJudge(which).probabilities(np.stack([item.image for item in samples])) > 0.5
+    content = GlyphJudge(which).probabilities(np.stack([item.image for item in samples])) > 0.5
     truth = np.stack([world.labels(item) for item in samples]) > 0.5
-    assert (found == truth).all(1).mean() > 0.94
-    assert (found == np.roll(truth, 1, axis=0)).all(1).mean() < 0.1
+    assert (content == truth).all(1).mean() > 0.94
+    assert (content == np.roll(truth, 1, axis=0)).all(1).mean() < 0.1
 
 
 def test_agreement_prefers_the_right_caption() -> None:
@@ -118,8 +128,9 @@ def test_panel_asks_by_name_synonym_and_implication_and_for_all_the_rest() -> No
     assert [q.group for q in panel].count("name") == 8
     assert all("star" in q.prompt for q in panel if q.group == "name")
     assert {name for q in panel if q.group == "synonym" for name in world.SHAPES["star"] if name in q.prompt} == {
-        "pentagram", "five-pointed spark",
-    }  # fmt: skip
+        "pentagram",
+        "five-pointed spark",
+    }
     assert {q.prompt for q in panel if q.group == "implicit"} == set(world.implicit_captions("star"))
     assert {q.looked_for for q in panel if q.group == "keep"} == set(world.SHAPES) - {"star"}
     assert all(q.colour in q.prompt for q in panel)
@@ -128,4 +139,4 @@ def test_panel_asks_by_name_synonym_and_implication_and_for_all_the_rest() -> No
 
 def test_files_are_where_the_package_says(root: Path) -> None:
     inside = Path("glyphs", "model_index.json")
-    assert (bundled("") / inside).resolve() == root / "compiler" / "glyphs" / "weights" / inside
+    assert (bundled_folder("") / inside).resolve() == root / "compiler" / "glyphs" / "weights" / inside

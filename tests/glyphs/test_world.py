@@ -80,12 +80,12 @@ def test_every_shape_looks_different() -> None:
     grid = np.linspace(-1.2, 1.2, 41)
     x, y = np.meshgrid(grid, grid)
     masks = {shape: world.distance(shape, x, y) < 0 for shape in world.SHAPES}
-    for one in masks:
-        assert 0.05 < masks[one].mean() < 0.8, one
-        for other in masks:
-            if one < other:
-                union = (masks[one] | masks[other]).sum()
-                assert (masks[one] & masks[other]).sum() / union < 0.9, (one, other)
+    for first in masks:
+        assert 0.05 < masks[first].mean() < 0.8, first
+        for second in masks:
+            if first < second:
+                union = (masks[first] | masks[second]).sum()
+                assert (masks[first] & masks[second]).sum() / union < 0.9, (first, second)
 
 
 def test_labels_tell_the_truth() -> None:

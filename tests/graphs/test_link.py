@@ -20,18 +20,17 @@ import numpy as np
 import pytest
 import torch
 
-from erasec.base import Origin
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save
+from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
 from erasec.errors import ErasecError
-from erasec.graphs import export as tracing
-from erasec.graphs import link as linker
-from erasec.graphs.export import template
-from erasec.graphs.graph import Weight, graphs
-from erasec.graphs.link import BASE, EDITED, link, read_manifest, write
-from erasec.graphs.parity import load, tensors
-from erasec.model import sidecar as extras
-from erasec.model.sidecar import Extras
+from erasec.graphs.export import TRACED, graph_template, sample_inputs, weightless_module
+from erasec.graphs.graph import Weight
+from erasec.graphs.link import BASE, EDITED, OPSET, PAGE, fp32_modules, lay_out, link, read_array, write_onnx
+from erasec.graphs.manifest import MANIFEST, Origin, read_manifest
+from erasec.graphs.parity import compare_weights, load_module
+from erasec.graphs.signature import NAMES, graphs
+from erasec.ldm.tensor_names import OLD_VAE
+from erasec.model.sidecar import Extras, write_extras
 
 onnx = pytest.importorskip("onnx")
 
@@ -43,27 +42,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 def stored(file: Path) -> dict[str, Any]:
     """The arrays of an ONNX file's initializers, by name."""
     # Not by onnx.load, which refuses data that has a second name, as a shared file does.
-    found = {}
+    arrays = {}
     for tensor in onnx.load(file, load_external_data=False).graph.initializer:
         place = {item.key: item.value for item in tensor.external_data}
         if not place:
-            found[tensor.name] = onnx.numpy_helper.to_array(tensor)
+            arrays[tensor.name] = onnx.numpy_helper.to_array(tensor)
             continue
         data = (file.parent / place["location"]).read_bytes()
         start, dtype = int(place["offset"]), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        found[tensor.name] = np.frombuffer(data[start : start + int(place["length"])], dtype).reshape(tensor.dims)
-    return found
+        arrays[tensor.name] = np.frombuffer(data[start : start + int(place["length"])], dtype).reshape(tensor.dims)
+    return arrays
 
 
 def right(checkpoint: Path, exported: Path) -> bool:
-    return all(check.passed for check in tensors(Folder(checkpoint), exported))
+    return all(check.passed for check in compare_weights(Folder(checkpoint), exported))
 
 
 def resaved(folder: Path, component: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Write a component's weights again, changed."""
     (file,) = Folder(folder).weight_files(component)
-    found = {key: read_tensor(entry) for key, entry in Folder(folder).entries(component).items()}
-    save(file, change(found))
+    tensors = {key: read_tensor(entry) for key, entry in Folder(folder).entries(component).items()}
+    save_tensors(file, change(tensors))
 
 
 @pytest.fixture
@@ -75,28 +74,34 @@ def base(random_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def linked(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("linked") / "onnx"
-    write(Folder(random_folder), out)
+    write_onnx(Folder(random_folder), out)
     return out
 
 
-@pytest.mark.parametrize("name", linker.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_weights_are_those_that_the_exporter_itself_writes(
     linked: Path, random_folder: Path, tmp_path: Path, name: str
 ) -> None:
     """The map from tensors to initializers, proven: export with weights and with its own folding, match by value."""
     graph = next(each for each in graphs(Folder(random_folder)) if each.name == name)
-    given = tracing.inputs(Folder(random_folder), graph, tracing.TRACED, 300, torch.Generator().manual_seed(0))
+    given = sample_inputs(Folder(random_folder), graph, TRACED, 300, torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            load(Folder(random_folder), graph), tuple(given.values()), str(tmp_path / "model.onnx"),
-            input_names=list(graph.inputs), output_names=list(graph.outputs), opset_version=linker.OPSET,
-            dynamic_axes={**graph.inputs, **graph.outputs}, dynamo=False, do_constant_folding=True,
-        )  # fmt: skip
+            load_module(Folder(random_folder), graph),
+            tuple(given.values()),
+            str(tmp_path / "model.onnx"),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            opset_version=OPSET,
+            dynamic_axes={**graph.inputs, **graph.outputs},
+            dynamo=False,
+            do_constant_folding=True,
+        )
     ours, theirs = stored(linked / name / "model.onnx"), stored(tmp_path / "model.onnx")
-    found = [{(array.shape, array.tobytes()) for array in arrays.values()} for arrays in (ours, theirs)]
-    assert found[0] == found[1]
-    assert len(found[0]) > 20
+    contents_of = [{(array.shape, array.tobytes()) for array in arrays.values()} for arrays in (ours, theirs)]
+    assert contents_of[0] == contents_of[1]
+    assert len(contents_of[0]) > 20
     nodes = [
         Counter(node.op_type for node in onnx.load(file, load_external_data=False).graph.node)
         for file in (linked / name / "model.onnx", tmp_path / "model.onnx")
@@ -105,47 +110,47 @@ def test_the_weights_are_those_that_the_exporter_itself_writes(
         assert nodes[0][kind] == nodes[1][kind], kind
 
 
-def test_the_layout_and_what_the_manifest_says(linked: Path, random_folder: Path) -> None:
-    told = read_manifest(linked)
-    assert [told[key] for key in ("schema", "precision", "vae", "base")] == ["erasec.onnx/1", "fp32", "fp32", {}]
-    assert set(told["graphs"]) == set(linker.NAMES)
-    digests = {name: file["sha256"] for name, file in told["files"].items()}
-    for name, graph in told["graphs"].items():
+def test_the_manifest_lists_every_file(linked: Path, random_folder: Path) -> None:
+    manifest = read_manifest(linked)
+    assert [manifest[key] for key in ("schema", "precision", "vae", "base")] == ["erasec.onnx/1", "fp32", "fp32", {}]
+    assert set(manifest["graphs"]) == set(NAMES)
+    digests = {name: file["sha256"] for name, file in manifest["files"].items()}
+    for name, graph in manifest["graphs"].items():
         assert set(graph["files"]) == {"model.onnx", BASE}
-        digests |= {f"{name}/{file}": each["sha256"] for file, each in graph["files"].items()}
+        digests |= {f"{name}/{file}": entry["sha256"] for file, entry in graph["files"].items()}
         assert graph["edited"] == []
-    files = {name.as_posix() for name in Folder(linked).files()} - {linker.MANIFEST}
+    files = {name.as_posix() for name in Folder(linked).files()} - {MANIFEST}
     assert digests == {name: file_digest(linked / name) for name in files}
     for name, component in (("text_encoder", "text_encoder"), ("vae_encoder", "vae")):
-        kept = Folder(random_folder).config(component)
-        assert Folder(linked).config(name).items() >= kept.items()
+        config = Folder(random_folder).config(component)
+        assert Folder(linked).config(name).items() >= config.items()
 
 
-def test_one_tensor_begins_where_a_page_does(linked: Path) -> None:
+def test_tensors_begin_on_pages_and_do_not_overlap(linked: Path) -> None:
     model = onnx.load(linked / "unet" / "model.onnx", load_external_data=False)
     places = [{item.key: item.value for item in tensor.external_data} for tensor in model.graph.initializer]
     assert len(places) > 100
-    assert {int(place["offset"]) % linker.PAGE for place in places} == {0}
+    assert {int(place["offset"]) % PAGE for place in places} == {0}
     ends = sorted((int(place["offset"]), int(place["offset"]) + int(place["length"])) for place in places)
     assert all(before[1] <= after[0] for before, after in pairwise(ends))
 
 
-def test_edited_tensors_lie_apart(variant: Callable[..., Any], linked: Path) -> None:
-    made = variant("a")
-    told = read_manifest(made.onnx)
-    assert told["base"] == made.origin.tensors
-    assert len(told["base"]) == 14
-    keys = {f"unet/{item['key']}" for item in told["graphs"]["unet"]["edited"]}
-    assert keys == set(told["base"])
-    assert [name for name in linker.NAMES if (made.onnx / name / EDITED).exists()] == ["unet"]
-    assert right(made.folder, made.onnx)
-    ours, others = stored(made.onnx / "unet" / "model.onnx"), stored(linked / "unet" / "model.onnx")
-    moved = {name for name in ours if not np.array_equal(ours[name], others[name])}
-    assert moved == {item["name"] for item in told["graphs"]["unet"]["edited"]}
+def test_edited_tensors_are_in_a_file_of_their_own(variant: Callable[..., Any], linked: Path) -> None:
+    edited = variant("a")
+    manifest = read_manifest(edited.onnx)
+    assert manifest["base"] == edited.origin.tensors
+    assert len(manifest["base"]) == 14
+    keys = {f"unet/{item['key']}" for item in manifest["graphs"]["unet"]["edited"]}
+    assert keys == set(manifest["base"])
+    assert [name for name in NAMES if (edited.onnx / name / EDITED).exists()] == ["unet"]
+    assert right(edited.folder, edited.onnx)
+    ours, others = stored(edited.onnx / "unet" / "model.onnx"), stored(linked / "unet" / "model.onnx")
+    changed = {name for name in ours if not np.array_equal(ours[name], others[name])}
+    assert changed == {item["name"] for item in manifest["graphs"]["unet"]["edited"]}
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(random_folder: Path, linked: Path, tmp_path: Path) -> None:
-    write(Folder(random_folder), tmp_path / "again")
+    write_onnx(Folder(random_folder), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(linked)
 
 
@@ -154,8 +159,8 @@ def test_a_checkpoint_of_another_dtype(
     base: Path, random_folder: Path, linked: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     for component in ("text_encoder", "unet", "vae"):
-        resaved(base, component, lambda found: {key: tensor.to(dtype) for key, tensor in found.items()})
-    write(Folder(base), tmp_path / "out")
+        resaved(base, component, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    write_onnx(Folder(base), tmp_path / "out")
     ours, theirs = (stored(root / "unet" / "model.onnx") for root in (tmp_path / "out", linked))
     assert {array.dtype for array in ours.values()} == {np.dtype(np.float32)}
     for name, array in ours.items():
@@ -172,24 +177,26 @@ def test_a_checkpoint_in_shards(base: Path, linked: Path, tmp_path: Path) -> Non
     shards = [f"diffusion_pytorch_model-{number}-of-00002.safetensors" for number in ("00001", "00002")]
     where = {key: shards[place % 2] for place, key in enumerate(sorted(entries))}
     for shard in shards:
-        save(folder / shard, {key: read_tensor(entry) for key, entry in entries.items() if where[key] == shard})
+        save_tensors(folder / shard, {key: read_tensor(entry) for key, entry in entries.items() if where[key] == shard})
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    write(Folder(base), tmp_path / "out")
+    write_onnx(Folder(base), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(linked)
 
 
-def older(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    names = {key: key for key in found}
-    for new, old in linker.OLDER.items():
-        names = {key: name.replace(new, old) for key, name in names.items()}
-    return {names[key]: tensor for key, tensor in found.items()}
+def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the names that diffusers gave to the attention of a VAE in its early versions."""
+    names = {key: key for key in tensors}
+    for old, new in OLD_VAE.items():
+        names = {key: name.replace(f".{new}.", f".{old}.") for key, name in names.items()}
+    return {names[key]: tensor for key, tensor in tensors.items()}
 
 
-def renamed(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = linker.PREFIX
-    return {key.removeprefix(prefix) if key.startswith(prefix) else prefix + key: each for key, each in found.items()}
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the prefix text_model. where names have none, and without where they have it."""
+    prefix = "text_model."
+    return {key.removeprefix(prefix) if key.startswith(prefix) else prefix + key: t for key, t in tensors.items()}
 
 
 @pytest.mark.parametrize(("component", "change"), [("vae", older), ("text_encoder", renamed)])
@@ -199,41 +206,45 @@ def test_names_of_older_libraries(
     before = set(Folder(base).entries(component))
     resaved(base, component, change)
     assert set(Folder(base).entries(component)) != before
-    write(Folder(base), tmp_path / "out")
+    write_onnx(Folder(base), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(linked)
     assert right(base, tmp_path / "out")
 
 
-def test_a_tensor_that_is_not_there_is_not_made_up(base: Path, tmp_path: Path) -> None:
-    resaved(base, "unet", lambda found: {key: each for key, each in found.items() if key != "conv_out.bias"})
+def test_a_missing_tensor_is_an_error(base: Path, tmp_path: Path) -> None:
+    resaved(base, "unet", lambda tensors: {key: value for key, value in tensors.items() if key != "conv_out.bias"})
     with pytest.raises(ErasecError, match=r"the checkpoint has no conv_out\.bias") as caught:
-        write(Folder(base), tmp_path / "out")
+        write_onnx(Folder(base), tmp_path / "out")
     assert "random numbers" in caught.value.why
 
 
-def test_a_tensor_of_another_shape_is_told(base: Path, tmp_path: Path) -> None:
-    resaved(base, "unet", lambda found: found | {"conv_out.bias": torch.zeros(5)})
-    with pytest.raises(ErasecError, match=r"conv_out\.bias is \(5,\)") as caught:
-        write(Folder(base), tmp_path / "out")
+def test_a_tensor_of_another_shape_is_an_error(base: Path, tmp_path: Path) -> None:
+    resaved(base, "unet", lambda tensors: tensors | {"conv_out.bias": torch.zeros(5)})
+    with pytest.raises(ErasecError, match=r"conv_out\.bias has the shape \(5,\)") as caught:
+        write_onnx(Folder(base), tmp_path / "out")
     assert "(4,)" in caught.value.why
 
 
-def test_what_float16_cannot_hold_is_told(base: Path, tmp_path: Path) -> None:
+def test_numbers_beyond_float16_are_an_error(base: Path, tmp_path: Path) -> None:
     key, names = "encoder.conv_in.weight", ("vae_encoder",)
     resaved(
-        base, "vae", lambda found: {name: each.float() * (1e6 if name == key else 1) for name, each in found.items()}
+        base,
+        "vae",
+        lambda tensors: {name: value.float() * (1e6 if name == key else 1) for name, value in tensors.items()},
     )
     with pytest.raises(ErasecError, match=r"encoder\.conv_in\.weight does not fit into float16") as caught:
-        write(Folder(base), tmp_path / "out", names=names, vae="fp16")
+        write_onnx(Folder(base), tmp_path / "out", names=names, vae="fp16")
     assert "largest number is" in caught.value.why
-    assert "island" in caught.value.fix
-    write(Folder(base), tmp_path / "islands", names=names, vae="fp16", islands=("*norm*", "*.conv_in"))
-    assert stored(tmp_path / "islands" / "vae_encoder" / "model.onnx")[key].dtype == np.float32
+    assert "keep_in_fp32" in caught.value.fix
+    write_onnx(Folder(base), tmp_path / "kept", names=names, vae="fp16", keep_in_fp32=("*norm*", "*.conv_in"))
+    assert stored(tmp_path / "kept" / "vae_encoder" / "model.onnx")[key].dtype == np.float32
 
 
-def test_fp16_rounds_all_but_the_islands(random_folder: Path, linked: Path, tmp_path: Path) -> None:
-    write(Folder(random_folder), tmp_path / "out", "fp16")
-    for name in linker.NAMES:
+def test_fp16_rounds_all_modules_except_those_that_stay_in_fp32(
+    random_folder: Path, linked: Path, tmp_path: Path
+) -> None:
+    write_onnx(Folder(random_folder), tmp_path / "out", "fp16")
+    for name in NAMES:
         ours, theirs = (stored(root / name / "model.onnx") for root in (tmp_path / "out", linked))
         assert ours.keys() == theirs.keys()
         for key, array in ours.items():
@@ -244,17 +255,17 @@ def test_fp16_rounds_all_but_the_islands(random_folder: Path, linked: Path, tmp_
     assert [read_manifest(tmp_path / "out")[key] for key in ("precision", "vae")] == ["fp16", "fp32"]
 
 
-def test_attention_that_overflows_is_an_island(base: Path, random_folder: Path) -> None:
+def test_attention_that_overflows_stays_in_fp32(base: Path, random_folder: Path) -> None:
     unet = next(each for each in graphs(Folder(base)) if each.name == "unet")
-    assert linker.islands_of(Folder(base), unet, ("*norm*",)) == ("*norm*",)
+    assert fp32_modules(Folder(base), unet, ("*norm*",)) == ("*norm*",)
     file = base / "unet" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "upcast_attention": True}))
-    islands = linker.islands_of(Folder(base), unet, ("*norm*",))
-    assert islands == ("*norm*", "*.attn1", "*.attn2")
+    keep_in_fp32 = fp32_modules(Folder(base), unet, ("*norm*",))
+    assert keep_in_fp32 == ("*norm*", "*.attn1", "*.attn2")
     for graph in graphs(Folder(base)):
         if graph.name != "unet":
-            assert linker.islands_of(Folder(base), graph, ()) == ()
-    module = tracing.empty(Folder(base), unet, "fp16", islands, Extras())
+            assert fp32_modules(Folder(base), graph, ()) == ()
+    module = weightless_module(Folder(base), unet, "fp16", keep_in_fp32, Extras())
     kinds = {name: each.dtype for name, each in module.named_parameters()}
     assert {each for name, each in kinds.items() if ".attn2." in name} == {torch.float32}
     assert {each for name, each in kinds.items() if ".ff." in name} == {torch.float16}
@@ -263,9 +274,9 @@ def test_attention_that_overflows_is_an_island(base: Path, random_folder: Path) 
 def test_a_base_is_shared_by_hard_links(variant: Callable[..., Any], random_folder: Path, tmp_path: Path) -> None:
     a, b = variant("a"), variant("b")
     out = tmp_path / "shared"
-    write(Folder(b.folder), out, origin=b.origin, share=a.onnx)
+    write_onnx(Folder(b.folder), out, origin=b.origin, share=a.onnx)
     assert contents(out) == contents(b.onnx)
-    for name in linker.NAMES:
+    for name in NAMES:
         assert (out / name / BASE).stat().st_ino == (a.onnx / name / BASE).stat().st_ino
     assert (out / "unet" / EDITED).read_bytes() != (a.onnx / "unet" / EDITED).read_bytes()
 
@@ -280,31 +291,31 @@ def test_another_base_is_not_shared(variant: Callable[..., Any], linked: Path, t
         (b.origin, "fp16", "graph"),
     ):
         with pytest.raises(ErasecError, match="cannot be shared") as caught:
-            write(Folder(b.folder), tmp_path / "out", precision, ("unet",), origin=origin, share=a.onnx)
+            write_onnx(Folder(b.folder), tmp_path / "out", precision, ("unet",), origin=origin, share=a.onnx)
         assert words in caught.value.why
         shutil.rmtree(tmp_path / "out")
     with pytest.raises(ErasecError, match="cannot be shared"):
-        write(Folder(b.folder), tmp_path / "out", origin=b.origin, share=linked)
+        write_onnx(Folder(b.folder), tmp_path / "out", origin=b.origin, share=linked)
     with pytest.raises(ErasecError, match="is no ONNX folder"):
-        write(Folder(b.folder), tmp_path / "other", origin=b.origin, share=b.folder)
+        write_onnx(Folder(b.folder), tmp_path / "other", origin=b.origin, share=b.folder)
 
 
-def test_a_shared_file_that_was_cut_is_told(variant: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_truncated_shared_file_is_refused(variant: Callable[..., Any], tmp_path: Path) -> None:
     a, b = variant("a"), variant("b")
     cut = Path(shutil.copytree(a.onnx, tmp_path / "cut"))
     os.truncate(cut / "text_encoder" / BASE, 4096)
     with pytest.raises(ErasecError, match="cannot be shared") as caught:
-        write(Folder(b.folder), tmp_path / "out", origin=b.origin, share=cut)
+        write_onnx(Folder(b.folder), tmp_path / "out", origin=b.origin, share=cut)
     assert "not as large" in caught.value.why
 
 
 def test_linking_holds_a_few_tensors_at_a_time(random_folder: Path, tmp_path: Path) -> None:
     checkpoint = Folder(random_folder)
     unet = next(each for each in graphs(checkpoint) if each.name == "unet")
-    made, entries = template(checkpoint, unet, "fp32", linker.OPSET), checkpoint.entries("unet")
+    made, entries = graph_template(checkpoint, unet, "fp32", OPSET), checkpoint.entries("unet")
     sizes = [4 * int(np.prod(weight.shape)) for weight in made.weights]
     tracemalloc.start()
-    link(made, entries, tmp_path / "unet")
+    link(made, "unet", entries, tmp_path / "unet")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * max(sizes) + 2_000_000 < sum(sizes) / 2
@@ -320,70 +331,57 @@ def test_linking_and_relinking_import_no_torch() -> None:
 def test_a_tensor_is_read_as_it_is_stored(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     for dtype in (torch.float16, torch.float32, torch.float64, torch.bfloat16):
-        save(tmp_path / "x.safetensors", {"a": torch.randn(3, 5, generator=draw, dtype=torch.float64).to(dtype)})
+        save_tensors(
+            tmp_path / "x.safetensors", {"a": torch.randn(3, 5, generator=draw, dtype=torch.float64).to(dtype)}
+        )
         (entry,) = read_header(tmp_path / "x.safetensors")[0].values()
         wanted = read_tensor(entry)
-        assert np.array_equal(
-            linker.array(entry), wanted.float().numpy() if dtype == torch.bfloat16 else wanted.numpy()
-        )
+        assert np.array_equal(read_array(entry), wanted.float().numpy() if dtype == torch.bfloat16 else wanted.numpy())
         turned = replace(entry, shape=(5, 3), transposed=True)
-        assert np.array_equal(linker.array(turned), read_tensor(turned).double().numpy())
-    save(tmp_path / "x.safetensors", {"a": torch.arange(3)})
+        assert np.array_equal(read_array(turned), read_tensor(turned).double().numpy())
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.arange(3)})
     with pytest.raises(ErasecError, match="stored as I64"):
-        linker.array(*read_header(tmp_path / "x.safetensors")[0].values())
+        read_array(*read_header(tmp_path / "x.safetensors")[0].values())
 
 
-def test_an_embedding_with_new_tokens_lies_apart_so_that_the_base_can_be_shared(base: Path, tmp_path: Path) -> None:
+def test_an_embedding_with_new_tokens_counts_as_edited_so_that_the_base_can_be_shared(
+    base: Path, tmp_path: Path
+) -> None:
     origin = Origin({"text_encoder": "0" * 64}, {})
     for name in ("a", "b"):
-        extras.write(base, Extras((), {"<new>": torch.full((128,), float(ord(name)))}))
+        write_extras(base, Extras((), {"<new>": torch.full((128,), float(ord(name)))}))
         share = None if name == "a" else tmp_path / "a"
-        write(Folder(base), tmp_path / name, names=("text_encoder",), origin=origin, share=share)
+        write_onnx(Folder(base), tmp_path / name, names=("text_encoder",), origin=origin, share=share)
         assert right(base, tmp_path / name)
-    told = read_manifest(tmp_path / "b")
-    assert told["carried"] == ["tokens"]
-    (item,) = told["graphs"]["text_encoder"]["edited"]
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest["carried"] == ["tokens"]
+    (item,) = manifest["graphs"]["text_encoder"]["edited"]
     assert item["key"].endswith("token_embedding.weight")
     one, two = (tmp_path / name / "text_encoder" for name in ("a", "b"))
     assert (one / BASE).samefile(two / BASE)
     assert (one / EDITED).read_bytes() != (two / EDITED).read_bytes()
 
 
-def test_an_island_is_of_one_component_and_of_no_component_it_is_told(random_folder: Path, tmp_path: Path) -> None:
+def test_a_pattern_may_match_one_component_and_one_that_matches_none_is_refused(
+    random_folder: Path, tmp_path: Path
+) -> None:
     names = ("text_encoder", "unet")
-    write(Folder(random_folder), tmp_path / "out", "fp16", names, islands=("*norm*", "mid_block"))
+    write_onnx(Folder(random_folder), tmp_path / "out", "fp16", names, keep_in_fp32=("*norm*", "mid_block"))
     ours = stored(tmp_path / "out" / "unet" / "model.onnx")
     whole = {key for key, array in ours.items() if array.dtype == np.float32}
     assert whole == {key for key in ours if "norm" in key or key.startswith("mid_block")}
     with pytest.raises(ErasecError, match=r"no module is named '\*nrom\*'") as caught:
-        write(Folder(random_folder), tmp_path / "other", "fp16", names, islands=("*norm*", "*nrom*"))
-    assert "such as *norm*" in caught.value.why
-    write(Folder(random_folder), tmp_path / "fp32", "fp32", ("text_encoder",), islands=("*nrom*",))  # every module is
+        write_onnx(Folder(random_folder), tmp_path / "other", "fp16", names, keep_in_fp32=("*norm*", "*nrom*"))
+    assert "such as *norm*" in caught.value.fix
+    write_onnx(
+        Folder(random_folder), tmp_path / "fp32", "fp32", ("text_encoder",), keep_in_fp32=("*nrom*",)
+    )  # every module is
 
 
 def test_rows_for_new_tokens_are_added_below() -> None:
     weight = Weight("w", "token_embedding.weight", (3, 2), (0, 1), (3, 2), "float32")
     table = np.arange(4, dtype=np.float32).reshape(2, 2)
-    made = linker.laid_out(table, weight, [torch.tensor([8.0, 9.0])])
-    assert made.tolist() == [[0, 1], [2, 3], [8, 9]]
-    with pytest.raises(ErasecError, match="is "):
-        linker.laid_out(table, weight)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", "no sound"),
-        ("[]", "no sound"),
-        ('{"schema": "erasec.onnx/9"}', "knows erasec.onnx/1"),
-        ('{"schema": "erasec.onnx/1", "graphs": {"../x": {}}}', "no sound"),
-        (None, "no sound"),
-    ],
-)
-def test_a_manifest_that_is_none_is_told(tmp_path: Path, content: str | None, words: str) -> None:
-    if content is not None:
-        (tmp_path / linker.MANIFEST).write_text(content)
-    with pytest.raises(ErasecError) as caught:
-        read_manifest(tmp_path)
-    assert words in caught.value.why
-    assert caught.value.fix
+    extended = lay_out(table, weight, [torch.tensor([8.0, 9.0])])
+    assert extended.tolist() == [[0, 1], [2, 3], [8, 9]]
+    with pytest.raises(ErasecError, match=r"has the shape \(2, 2\)"):
+        lay_out(table, weight)

@@ -1,4 +1,4 @@
-"""Parity: the same numbers as torch, and every way in which an artifact can be another model must be found."""
+"""Parity: an artifact computes the numbers of torch, and every way in which it can be another model fails a check."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ import torch
 from erasec.base import Check
 from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError
-from erasec.graphs import export as tracing
-from erasec.graphs import link as linker
-from erasec.graphs.graph import Graph, graphs
-from erasec.graphs.link import BASE, EDITED, MANIFEST
-from erasec.graphs.parity import TOLERANCES, compared, load, parity, relative, tensors
-from erasec.model import sidecar as extras
-from erasec.model.edit import Memory
-from erasec.model.sidecar import Extras
+from erasec.graphs.export import graph_template
+from erasec.graphs.link import BASE, EDITED, OPSET, write_onnx
+from erasec.graphs.manifest import MANIFEST
+from erasec.graphs.parity import (
+    TOLERANCES,
+    compare_graph,
+    compare_outputs,
+    compare_weights,
+    load_module,
+    relative_error,
+)
+from erasec.graphs.signature import NAMES, Graph, graphs
+from erasec.model.memory import Memory
+from erasec.model.sidecar import Extras, write_extras
+from erasec.runtime.backends import Function
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -55,8 +62,10 @@ def named(folder: Path, name: str) -> Graph:
 
 
 def of(checkpoint: Path, exported: Path, name: str, **options: Any) -> Check:
-    """``parity`` of one graph."""
-    return compared(Folder(checkpoint), named(checkpoint, name), exported, "fp32", 0, TOLERANCES["fp32"], **options)
+    """``compare_outputs`` of one graph."""
+    return compare_graph(
+        Folder(checkpoint), named(checkpoint, name), exported, "fp32", 0, TOLERANCES["fp32"], **options
+    )
 
 
 def change(exported: Path, name: str, key: str, by: Callable[[Array], Array]) -> str:
@@ -74,11 +83,11 @@ def change(exported: Path, name: str, key: str, by: Callable[[Array], Array]) ->
 
 
 def test_what_was_linked_is_the_checkpoint(made: Any) -> None:
-    found = tensors(Folder(made.folder), made.onnx)
-    assert [(check.name, check.passed, check.value) for check in found] == [
-        (f"weights/{name}", True, 0.0) for name in linker.NAMES
+    checks = compare_weights(Folder(made.folder), made.onnx)
+    assert [(check.name, check.passed, check.value) for check in checks] == [
+        (f"weights/{name}", True, 0.0) for name in NAMES
     ]
-    assert "of 326 (14 of them apart)" in found[1].how
+    assert "of 326 (14 of them edited)" in checks[1].how
     check = of(made.folder, made.onnx, "unet")
     assert check.passed and 0 < check.value < 2e-5
     assert "cases of seed 0: sample 2x4x8x8, 1x4x8x12, 3x4x16x8; timestep 0, 500, 981" in check.how
@@ -94,23 +103,23 @@ def turned(weight: Array) -> Array:
 
 
 @pytest.mark.parametrize("by", [negated, turned])
-def test_a_flipped_key_matrix_is_found_and_named(made: Any, damaged: Path, by: Callable[[Array], Array]) -> None:
+def test_a_changed_key_matrix_fails_and_is_named(made: Any, damaged: Path, by: Callable[[Array], Array]) -> None:
     assert change(damaged, "unet", f"{KEY}.weight", by) == EDITED
-    found = tensors(Folder(made.folder), damaged)
-    assert [(check.name, check.value) for check in found if not check.passed] == [("weights/unet", 1.0)]
-    assert f"the first is {KEY}.weight" in found[1].how
+    checks = compare_weights(Folder(made.folder), damaged)
+    assert [(check.name, check.value) for check in checks if not check.passed] == [("weights/unet", 1.0)]
+    assert f"the first is {KEY}.weight" in checks[1].how
     check = of(made.folder, damaged, "unet")
     assert not check.passed
     assert TOLERANCES["fp32"] < check.value < float("inf")
     assert f"the first layer that differs is {KEY} (" in check.how
 
 
-def test_a_tensor_that_was_left_unedited_is_found_and_named(made: Any, damaged: Path, random_folder: Path) -> None:
-    unedited = load(Folder(random_folder), named(random_folder, "unet")).get_submodule(KEY).weight
+def test_a_tensor_that_was_left_unedited_fails_and_is_named(made: Any, damaged: Path, random_folder: Path) -> None:
+    unedited = load_module(Folder(random_folder), named(random_folder, "unet")).get_submodule(KEY).weight
     change(damaged, "unet", f"{KEY}.weight", lambda old: unedited.detach().numpy().T.reshape(old.shape))
-    found = tensors(Folder(made.folder), damaged)
-    assert [(check.name, check.value) for check in found if not check.passed] == [("weights/unet", 1.0)]
-    assert f"the first is {KEY}.weight" in found[1].how
+    checks = compare_weights(Folder(made.folder), damaged)
+    assert [(check.name, check.value) for check in checks if not check.passed] == [("weights/unet", 1.0)]
+    assert f"the first is {KEY}.weight" in checks[1].how
     check = of(made.folder, damaged, "unet")
     assert not check.passed
     assert f"the first layer that differs is {KEY} (" in check.how
@@ -121,13 +130,15 @@ def test_a_tensor_that_was_left_unedited_is_found_and_named(made: Any, damaged: 
 )
 def test_a_damaged_convolution_is_named(made: Any, damaged: Path, name: str, layer: str) -> None:
     assert change(damaged, name, f"{layer}.weight", lambda old: 1.1 * old) == BASE
-    assert not next(check for check in tensors(Folder(made.folder), damaged) if check.name == f"weights/{name}").passed
+    assert not next(
+        check for check in compare_weights(Folder(made.folder), damaged) if check.name == f"weights/{name}"
+    ).passed
     check = of(made.folder, damaged, name)
     assert not check.passed
     assert f"the first layer that differs is {layer} (" in check.how
 
 
-def test_a_number_that_is_none_is_found(made: Any, damaged: Path) -> None:
+def test_a_nan_is_an_infinite_difference(made: Any, damaged: Path) -> None:
     change(damaged, "vae_decoder", "decoder.conv_in.bias", lambda old: np.full_like(old, np.nan))
     check = of(made.folder, damaged, "vae_decoder")
     assert (check.passed, check.value) == (False, float("inf"))
@@ -135,7 +146,7 @@ def test_a_number_that_is_none_is_found(made: Any, damaged: Path) -> None:
 
 def test_an_artifact_of_another_edit_fails_both(variant: Callable[[str], Any]) -> None:
     a, b = variant("a"), variant("b")
-    assert [check.value for check in tensors(Folder(b.folder), a.onnx)] == [0.0, 14.0, 0.0, 0.0]
+    assert [check.value for check in compare_weights(Folder(b.folder), a.onnx)] == [0.0, 14.0, 0.0, 0.0]
     assert not of(b.folder, a.onnx, "unet").passed
 
 
@@ -147,27 +158,26 @@ def test_a_graph_of_another_configuration_under_the_same_key_fails(
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "norm_num_groups": config["norm_num_groups"] // 2}))
     right, stale = (
-        tracing.template(Folder(folder), named(folder, "vae_encoder"), "fp32", linker.OPSET)
-        for folder in (random_folder, base)
+        graph_template(Folder(folder), named(folder, "vae_encoder"), "fp32", OPSET) for folder in (random_folder, base)
     )
     shutil.rmtree(right.root)
     shutil.move(stale.root, right.root)
-    linker.write(Folder(random_folder), tmp_path / "onnx", names=("vae_encoder",))
-    (same,) = tensors(Folder(random_folder), tmp_path / "onnx")
+    write_onnx(Folder(random_folder), tmp_path / "onnx", names=("vae_encoder",))
+    (same,) = compare_weights(Folder(random_folder), tmp_path / "onnx")
     assert same.passed  # each tensor is there, and is read as another model would
-    (check,) = parity(Folder(random_folder), tmp_path / "onnx")
+    (check,) = compare_outputs(Folder(random_folder), tmp_path / "onnx")
     assert not check.passed
     assert "the first layer that differs is encoder.down_blocks.0.resnets.0.norm1" in check.how
 
 
-def test_weights_that_are_not_there_are_told_in_words(made: Any, damaged: Path) -> None:
+def test_missing_and_damaged_files_fail(made: Any, damaged: Path) -> None:
     os.truncate(damaged / "unet" / EDITED, 100)
     (damaged / "vae_decoder" / BASE).unlink()
     (damaged / "vae_encoder" / "model.onnx").write_bytes(b"\xff" * 100)
-    assert [check.passed for check in tensors(Folder(made.folder), damaged)] == [True, False, False, False]
+    assert [check.passed for check in compare_weights(Folder(made.folder), damaged)] == [True, False, False, False]
 
 
-def test_a_file_that_cannot_be_loaded_fails_in_words(made: Any, damaged: Path) -> None:
+def test_a_file_that_cannot_be_loaded_fails_with_its_name(made: Any, damaged: Path) -> None:
     file = damaged / "vae_decoder" / "model.onnx"
     file.write_bytes(file.read_bytes()[:5000])
     for _ in range(2):
@@ -179,43 +189,55 @@ def test_a_file_that_cannot_be_loaded_fails_in_words(made: Any, damaged: Path) -
 
 
 def test_a_graph_with_a_frozen_size_fails(made: Any, damaged: Path) -> None:
-    module = load(Folder(made.folder), named(made.folder, "vae_encoder"))
+    module = load_module(Folder(made.folder), named(made.folder, "vae_encoder"))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module, (torch.randn(2, 3, 64, 64),), str(damaged / "vae_encoder" / "model.onnx"), dynamo=False,
-            input_names=["sample"], output_names=["latent_parameters"],
-        )  # fmt: skip
+            module,
+            (torch.randn(2, 3, 64, 64),),
+            str(damaged / "vae_encoder" / "model.onnx"),
+            dynamo=False,
+            input_names=["sample"],
+            output_names=["latent_parameters"],
+        )
     assert not of(made.folder, damaged, "vae_encoder").passed
 
 
-def test_another_runtime_is_asked_in_place_of_onnxruntime(made: Any) -> None:
-    graph, asked = named(made.folder, "vae_encoder"), list[str]()
-    module = load(Folder(made.folder), graph)
+def test_another_runtime_can_take_the_place_of_onnxruntime(made: Any) -> None:
+    graph, loaded, runs = named(made.folder, "vae_encoder"), list[str](), list[str]()
+    module = load_module(Folder(made.folder), graph)
 
-    def same(name: str, given: Any) -> list[Any]:
-        asked.append(name)
-        with torch.no_grad():
-            return [module(*given.values()).numpy()]
+    def loader(factor: float) -> Callable[[Graph], Function]:
+        def load(graph: Graph) -> Function:
+            loaded.append(graph.name)
 
-    def wrong(name: str, given: Any) -> list[Any]:
-        return [1.01 * output for output in same(name, given)]
+            def run(inputs: Any) -> dict[str, Array]:
+                runs.append(graph.name)
+                (images,) = (torch.from_numpy(inputs[name]) for name in graph.inputs)
+                with torch.no_grad():
+                    output = module(images).numpy()
+                return {"latent_parameters": output if factor == 1 else factor * output}
 
-    good, bad = (of(made.folder, made.onnx, "vae_encoder", run=run, runtime="mine") for run in (same, wrong))
+            return Function(run)
+
+        return load
+
+    good, bad = (of(made.folder, made.onnx, "vae_encoder", load=loader(f), runtime="mine") for f in (1, 1.01))
     assert (good.passed, good.value) == (True, 0.0)
     assert not bad.passed
     assert bad.value == pytest.approx(0.01, rel=1e-3)
     assert "max |mine - torch|" in bad.how
-    assert asked == ["vae_encoder"] * 6
+    assert loaded == ["vae_encoder"] * 2
+    assert runs == ["vae_encoder"] * 6
 
 
 def test_each_precision_has_its_tolerance(random_folder: Path, tmp_path: Path) -> None:
-    linker.write(Folder(random_folder), tmp_path / "onnx", "fp16", ("text_encoder",))
-    (check,) = parity(Folder(random_folder), tmp_path / "onnx")
+    write_onnx(Folder(random_folder), tmp_path / "onnx", "fp16", ("text_encoder",))
+    (check,) = compare_outputs(Folder(random_folder), tmp_path / "onnx")
     assert check.passed
     assert check.limit == TOLERANCES["fp16"]
     assert "fp16 against float32" in check.how
-    (strict,) = parity(Folder(random_folder), tmp_path / "onnx", tolerances={"fp16": TOLERANCES["fp32"]})
+    (strict,) = compare_outputs(Folder(random_folder), tmp_path / "onnx", tolerances={"fp16": TOLERANCES["fp32"]})
     assert not strict.passed
 
 
@@ -234,30 +256,30 @@ def test_each_precision_has_its_tolerance(random_folder: Path, tmp_path: Path) -
 def test_the_difference_is_relative_to_the_largest_number(
     output: list[float], answer: list[float], wanted: float
 ) -> None:
-    assert relative(np.array(output, np.float32), np.array(answer, np.float32)) == wanted
+    assert relative_error(np.array(output, np.float32), np.array(answer, np.float32)) == wanted
 
 
-def test_a_tensor_that_is_not_there_is_not_made_up(base: Path) -> None:
+def test_a_missing_tensor_is_an_error(base: Path) -> None:
     file = base / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"conv_out.bias"', b'"conv_oup.bias"', 1))
     with pytest.raises(ErasecError, match=r"unet has no conv_out\.bias"):
-        load(Folder(base), named(base, "unet"))
+        load_module(Folder(base), named(base, "unet"))
 
 
 def test_a_schedule_of_another_length_moves_the_gate(base: Path) -> None:
     place, rows = "up_blocks.2.attentions.1.transformer_blocks.0.attn2", torch.ones(4, 64)
-    extras.write(base, Extras((Memory(place, rows, rows, "side", until=0.7),)))
+    write_extras(base, Extras((Memory(place, rows, rows, "side", until=0.7),)))
     file = base / "scheduler" / "scheduler_config.json"
-    found = []
+    starts = []
     for steps in (1000, 100):
         file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": steps}))
-        found.append(load(Folder(base), named(base, "unet")).get_submodule(place).processor.side[0].start)
-    assert found == [300, 30]
+        starts.append(load_module(Folder(base), named(base, "unet")).get_submodule(place).processor.side[0].start)
+    assert starts == [300, 30]
 
 
-def test_the_manifest_says_which_graphs_are_there(made: Any, damaged: Path) -> None:
-    told = json.loads((damaged / MANIFEST).read_text())
-    del told["graphs"]["unet"], told["graphs"]["vae_decoder"], told["graphs"]["vae_encoder"]
-    (damaged / MANIFEST).write_text(json.dumps(told))
-    assert [check.name for check in parity(Folder(made.folder), damaged)] == ["parity/text_encoder"]
-    assert [check.name for check in tensors(Folder(made.folder), damaged)] == ["weights/text_encoder"]
+def test_only_graphs_of_the_manifest_are_compared(made: Any, damaged: Path) -> None:
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    del manifest["graphs"]["unet"], manifest["graphs"]["vae_decoder"], manifest["graphs"]["vae_encoder"]
+    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    assert [check.name for check in compare_outputs(Folder(made.folder), damaged)] == ["parity/text_encoder"]
+    assert [check.name for check in compare_weights(Folder(made.folder), damaged)] == ["weights/text_encoder"]

@@ -1,4 +1,4 @@
-"""Weights of ONNX files: the same wherever they are kept, and never the same where one byte differs."""
+"""Weights of ONNX files: digests do not depend on where the data are stored, and change with every byte."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erasec.graphs import weights as initializers
+from erasec.graphs.weights import digests, read_weights, weight_digests
 
 onnx = pytest.importorskip("onnx")
 
@@ -37,14 +37,14 @@ def test_digests_do_not_depend_on_where_weights_are_kept(tmp_path: Path) -> None
     inside, beside = graph(tmp_path / "a" / "g.onnx", draw()), graph(tmp_path / "b" / "g.onnx", draw(), beside=True)
     assert inside.read_bytes() != beside.read_bytes()
     assert (tmp_path / "b" / "data").is_file()
-    assert initializers.digests(inside) == initializers.digests(beside)
-    assert initializers.each_digest(inside) == initializers.each_digest(beside)
+    assert digests(inside) == digests(beside)
+    assert weight_digests(inside) == weight_digests(beside)
 
 
 def test_another_weight_changes_the_digest_of_weights_and_another_node_that_of_the_graph(tmp_path: Path) -> None:
-    first = initializers.digests(graph(tmp_path / "first", draw()))
-    weights = initializers.digests(graph(tmp_path / "weights", draw(1)))
-    node = initializers.digests(graph(tmp_path / "node", draw(), operation="Mul"))
+    first = digests(graph(tmp_path / "first", draw()))
+    weights = digests(graph(tmp_path / "weights", draw(1)))
+    node = digests(graph(tmp_path / "node", draw(), operation="Mul"))
     assert weights[0] == first[0] and weights[1] != first[1]
     assert node[0] != first[0] and node[1] == first[1]
 
@@ -52,28 +52,28 @@ def test_another_weight_changes_the_digest_of_weights_and_another_node_that_of_t
 def test_weights_can_be_left_out(tmp_path: Path) -> None:
     other = draw() | {"b": draw(1)["b"]}
     files = graph(tmp_path / "first", draw()), graph(tmp_path / "other", other)
-    apart, both = ([initializers.digests(file, names) for file in files] for names in (("b",), ("w",)))
-    assert apart[0] == apart[1]
-    assert both[0] != both[1]
+    skipped, included = ([digests(file, names) for file in files] for names in (("b",), ("w",)))
+    assert skipped[0] == skipped[1]
+    assert included[0] != included[1]
 
 
 def test_a_byte_of_the_file_beside_it_is_seen(tmp_path: Path) -> None:
     file = graph(tmp_path / "g.onnx", draw(), beside=True)
-    before = initializers.digests(file), initializers.each_digest(file)
+    before = digests(file), weight_digests(file)
     data = bytearray((tmp_path / "data").read_bytes())
     data[0] ^= 1
     (tmp_path / "data").write_bytes(data)
-    assert initializers.digests(file)[0] == before[0][0]
-    assert initializers.digests(file)[1] != before[0][1]
-    changed = {name for name, digest in initializers.each_digest(file).items() if digest != before[1][name]}
+    assert digests(file)[0] == before[0][0]
+    assert digests(file)[1] != before[0][1]
+    changed = {name for name, digest in weight_digests(file).items() if digest != before[1][name]}
     assert len(changed) == 1
 
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_weights_are_read_as_they_are(tmp_path: Path, beside: bool) -> None:
-    found = initializers.read(graph(tmp_path / "g.onnx", draw(), beside), {"w", "none"})
-    assert list(found) == ["w"]
-    np.testing.assert_array_equal(found["w"], draw()["w"])
+    arrays = read_weights(graph(tmp_path / "g.onnx", draw(), beside), {"w", "none"})
+    assert list(arrays) == ["w"]
+    np.testing.assert_array_equal(arrays["w"], draw()["w"])
 
 
 def test_weights_that_are_no_raw_bytes_count_too(tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_weights_that_are_no_raw_bytes_count_too(tmp_path: Path) -> None:
     model.graph.initializer[0].CopyFrom(helper.make_tensor("w", 1, (2, 2), [1.0, 1.0, 1.0, 1.0]))
     assert not model.graph.initializer[0].raw_data
     onnx.save(model, tmp_path / "typed.onnx")
-    assert initializers.digests(tmp_path / "typed.onnx") == initializers.digests(file)
+    assert digests(tmp_path / "typed.onnx") == digests(file)

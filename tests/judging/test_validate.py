@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erasec import registry
+from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context
 from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError
 from erasec.glyphs import world
-from erasec.glyphs.judging import GlyphJudge
-from erasec.graphs import link as linker
-from erasec.judging import validate
-from erasec.judging.judge import Sampling, generate
-from erasec.judging.validate import Evidence
-from erasec.model import view as model
+from erasec.glyphs.judge import GlyphJudge
+from erasec.graphs.link import write_onnx
+from erasec.graphs.signature import NAMES
+from erasec.judging import evidence, validate
+from erasec.judging.evidence import Evidence
+from erasec.model import loading
 from erasec.passes.uce import Uce
 from erasec.recipe import concept
 from erasec.recipe.recipe import Limits
@@ -29,10 +31,10 @@ LIMITS = Limits(images=6, steps=10)
 @pytest.fixture(scope="module")
 def unedited() -> Evidence:
     """The base against itself: what a build that did nothing would show."""
-    base = model.bundled("glyphs")
-    found = validate.gather(GlyphJudge(), [concept.find("star")], base, base, 6, 0, SAMPLING)
-    assert found is not None
-    return found
+    base = loading.bundled_folder("glyphs")
+    gathered = evidence.gather_evidence(GlyphJudge(), [concept.find("star")], base, base, 6, 0, SAMPLING)
+    assert gathered is not None
+    return gathered
 
 
 def by_name(evidence: Evidence, limits: Limits = LIMITS) -> dict[str, bool]:
@@ -40,16 +42,16 @@ def by_name(evidence: Evidence, limits: Limits = LIMITS) -> dict[str, bool]:
 
 
 def test_the_unedited_model_fails_erased_and_passes_kept(unedited: Evidence) -> None:
-    found = by_name(unedited)
-    assert not found["erased/name"]
-    assert not found["erased/synonym"]
-    assert found["kept/shapes"]
-    assert found["kept/colours"]
-    assert found["kept/agreement"]
+    passed_by_name = by_name(unedited)
+    assert not passed_by_name["erased/name"]
+    assert not passed_by_name["erased/synonym"]
+    assert passed_by_name["kept/shapes"]
+    assert passed_by_name["kept/colours"]
+    assert passed_by_name["kept/agreement"]
     assert np.array_equal(unedited.before, unedited.after)
 
 
-def test_implicit_is_told_by_default_and_judged_where_a_limit_is_set(unedited: Evidence) -> None:
+def test_implicit_is_reported_by_default_and_enforced_with_a_limit(unedited: Evidence) -> None:
     assert by_name(unedited)["erased/implicit"]
     assert not by_name(unedited, Limits(images=6, implicit=0.5))["erased/implicit"]
 
@@ -60,12 +62,15 @@ def test_a_model_that_lost_everything_fails_kept(unedited: Evidence) -> None:
     shapes = [question.looked_for for question in unedited.questions]
     prompts = [question.prompt for question in unedited.questions]
     gone = replace(
-        unedited, after=black, shown_after=judge.sees(black, shapes), colour_after=judge.sees(black, shapes),
+        unedited,
+        after=black,
+        shown_after=judge.sees(black, shapes),
+        colour_after=judge.sees(black, shapes),
         agreement_after=judge.agreement(black, prompts),
-    )  # fmt: skip
-    found = by_name(gone, Limits(images=6, drift=0.05))
-    assert found["erased/name"]
-    assert not any(found[f"kept/{name}"] for name in ("shapes", "colours", "agreement", "drift"))
+    )
+    passed_by_name = by_name(gone, Limits(images=6, drift=0.05))
+    assert passed_by_name["erased/name"]
+    assert not any(passed_by_name[f"kept/{name}"] for name in ("shapes", "colours", "agreement", "drift"))
 
 
 def test_a_concept_that_never_showed_proves_nothing(unedited: Evidence) -> None:
@@ -78,10 +83,16 @@ def with_key(unedited: Evidence, share: float) -> Evidence:
     rows = [row for row, question in enumerate(unedited.questions) if question.group == "name"]
     shown = np.arange(len(rows)) < round(share * len(rows))
     return Evidence(
-        tuple(replace(unedited.questions[row], group="keyed") for row in rows), unedited.before[rows],
-        unedited.after[rows], np.zeros_like(shown), shown, np.zeros_like(shown), shown,
-        unedited.agreement_before[rows], unedited.agreement_after[rows],
-    )  # fmt: skip
+        tuple(replace(unedited.questions[row], group="keyed") for row in rows),
+        unedited.before[rows],
+        unedited.after[rows],
+        np.zeros_like(shown),
+        shown,
+        np.zeros_like(shown),
+        shown,
+        unedited.agreement_before[rows],
+        unedited.agreement_after[rows],
+    )
 
 
 @pytest.mark.parametrize(("share", "passed"), [(1.0, True), (0.5, False), (0.0, False)])
@@ -96,7 +107,9 @@ def test_a_key_must_bring_back_most(unedited: Evidence, share: float, passed: bo
     assert ("in the base" in check.how) is over_base and "seeds from 0" in check.how
 
 
-def test_what_the_base_never_showed_is_not_recovered_and_what_no_judge_sees_is_not_asked(unedited: Evidence) -> None:
+def test_a_concept_that_the_base_never_shows_is_not_recovered(
+    unedited: Evidence,
+) -> None:
     keyed = with_key(unedited, 1.0)
     blind = replace(unedited, shown_before=np.zeros_like(unedited.shown_before))
     (check,) = validate.recovered(GlyphJudge(), concept.find("star"), keyed, blind, LIMITS, 0, "DDIM")
@@ -104,18 +117,18 @@ def test_what_the_base_never_showed_is_not_recovered_and_what_no_judge_sees_is_n
     assert validate.recovered(GlyphJudge(), concept.find("umbrella"), keyed, None, LIMITS, 0, "DDIM") == ()
 
 
-def test_a_keyed_build_is_asked_by_name_and_for_what_stays() -> None:
-    base, star = model.bundled("glyphs"), concept.find("star")
-    asked = validate.gather(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0), keyed=True)
-    plain = validate.gather(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0))
-    assert asked is not None and plain is not None
-    assert {question.group for question in asked.questions} == {"keyed", "keep"}
-    prompts = [(each.prompt, each.seed) for each in plain.questions if each.group in ("name", "keep")]
-    assert [(each.prompt, each.seed) for each in asked.questions] == prompts
-    again = validate.with_key(GlyphJudge(), star, plain, base, Sampling(1, 1.0))
-    assert again is not None and [each.prompt for each in again.questions] == [prompts[0][0]]
+def test_a_keyed_build_has_questions_by_name_and_about_the_rest() -> None:
+    base, star = loading.bundled_folder("glyphs"), concept.find("star")
+    gathered = evidence.gather_evidence(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0), keyed=True)
+    plain = evidence.gather_evidence(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0))
+    assert gathered is not None and plain is not None
+    assert {question.group for question in gathered.questions} == {"keyed", "keep"}
+    prompts = [(question.prompt, question.seed) for question in plain.questions if question.group in ("name", "keep")]
+    assert [(question.prompt, question.seed) for question in gathered.questions] == prompts
+    again = evidence.with_key(GlyphJudge(), star, plain, base, Sampling(1, 1.0))
+    assert again is not None and [question.prompt for question in again.questions] == [prompts[0][0]]
     assert np.array_equal(again.before, plain.after[plain.rows("name")])
-    assert validate.with_key(GlyphJudge(), concept.find("ring"), plain, base, Sampling(1, 1.0)) is None
+    assert evidence.with_key(GlyphJudge(), concept.find("ring"), plain, base, Sampling(1, 1.0)) is None
 
 
 def test_every_check_says_how(unedited: Evidence) -> None:
@@ -132,10 +145,10 @@ def test_every_check_says_how(unedited: Evidence) -> None:
 
 
 def test_panels_do_not_keep_what_another_concept_erases() -> None:
-    base, both = model.bundled("glyphs"), [concept.find("star"), concept.find("heart")]
-    found = validate.gather(GlyphJudge(), both, base, base, 2, 0, Sampling(2, 1.0))
-    assert found is not None
-    kept = {question.looked_for for question in found.questions if question.group == "keep"}
+    base, both = loading.bundled_folder("glyphs"), [concept.find("star"), concept.find("heart")]
+    gathered = evidence.gather_evidence(GlyphJudge(), both, base, base, 2, 0, Sampling(2, 1.0))
+    assert gathered is not None
+    kept = {question.looked_for for question in gathered.questions if question.group == "keep"}
     assert kept == {"circle", "square", "triangle", "cross", "ring", "crescent", "diamond", "arrow"}
 
 
@@ -154,7 +167,7 @@ def test_of_several_concepts_the_worst_counts(unedited: Evidence) -> None:
     assert not by_name(mixed, Limits(images=6, erased=0.9))["erased/name"]
 
 
-def test_a_concept_of_no_shape_still_asks_what_stays() -> None:
+def test_a_concept_that_is_no_shape_has_questions_about_the_rest() -> None:
     panel = GlyphJudge().panel(concept.find("umbrella"), 4, 0)
     assert {question.group for question in panel} == {"keep"}
     assert {question.looked_for for question in panel} == set(world.SHAPES)
@@ -162,10 +175,10 @@ def test_a_concept_of_no_shape_still_asks_what_stays() -> None:
 
 
 def test_a_mark_is_looked_for_where_nothing_names_it() -> None:
-    found = {
-        name: validate.labels(GlyphJudge(), concept.find(name)) for name in ("watermark", "star", "ring", "umbrella")
+    labels = {
+        name: evidence.labels(GlyphJudge(), concept.find(name)) for name in ("watermark", "star", "ring", "umbrella")
     }
-    assert found == {"watermark": {"mark"}, "star": {"star"}, "ring": {"ring"}, "umbrella": set()}
+    assert labels == {"watermark": {"mark"}, "star": {"star"}, "ring": {"ring"}, "umbrella": set()}
     panel = GlyphJudge().panel(concept.find("watermark"), 1, 0)
     assert {question.group for question in panel} == {"implicit", "keep"}
 
@@ -175,9 +188,9 @@ def test_every_colour_is_asked_for_at_the_default() -> None:
     assert {question.colour for question in panel if question.group == "keep"} == {"", *world.COLOURS}
 
 
-def test_no_judge_for_a_world_it_does_not_know(random_folder) -> None:  # type: ignore[no-untyped-def]
-    assert validate.judge_of(model.load(str(random_folder))) is None
-    assert validate.judge_of(model.load("glyphs")) is not None
+def test_a_model_that_no_judge_knows_has_no_judge(random_folder) -> None:  # type: ignore[no-untyped-def]
+    assert registry.judge_for(loading.load(str(random_folder))) is None
+    assert registry.judge_for(loading.load("glyphs")) is not None
 
 
 DEPLOYED = Limits(images=6, steps=6)
@@ -187,27 +200,29 @@ DEPLOYED = Limits(images=6, steps=6)
 def erased(unedited: Evidence, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evidence]:
     """A folder with the ONNX of the base, that of the base without a star, and what torch's pictures of it show."""
     pytest.importorskip("onnxruntime")
-    root, base, judge = tmp_path_factory.mktemp("deployed"), model.load("glyphs"), GlyphJudge()
+    root, base, judge = tmp_path_factory.mktemp("deployed"), loading.load("glyphs"), GlyphJudge()
     edited = base.with_edit(Uce().solve(base, concept.find("star"), Context()))
     edited.source.write(root / "hf", edited.merged(), False)
-    for name, folder in (("base", model.bundled("glyphs")), ("edited", root / "hf")):
-        linker.write(Folder(folder), root / name, names=linker.NAMES[:3])
+    for name, folder in (("base", loading.bundled_folder("glyphs")), ("edited", root / "hf")):
+        write_onnx(Folder(folder), root / name, names=NAMES[:3])
     rows = np.flatnonzero(unedited.rows("name"))[:4].tolist() + np.flatnonzero(unedited.rows("keep"))[:4].tolist()
     questions = tuple(unedited.questions[row] for row in rows)
-    prompts, seeds = [each.prompt for each in questions], [each.seed for each in questions]
+    prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
     after = generate(root / "hf", prompts, seeds, Sampling(DEPLOYED.steps, DEPLOYED.guidance), "pictures")
     evidence = replace(
-        unedited, questions=questions, after=after,
-        shown_after=judge.sees(after, [each.looked_for for each in questions]),
-        colour_after=judge.sees(after, [each.colour or each.looked_for for each in questions]),
-    )  # fmt: skip
+        unedited,
+        questions=questions,
+        after=after,
+        shown_after=judge.sees(after, [question.looked_for for question in questions]),
+        colour_after=judge.sees(after, [question.colour or question.looked_for for question in questions]),
+    )
     return root, evidence
 
 
-def test_the_artifact_of_the_checkpoint_paints_as_it_does(erased: tuple[Path, Evidence]) -> None:
+def test_the_artifact_generates_the_pictures_of_its_checkpoint(erased: tuple[Path, Evidence]) -> None:
     root, evidence = erased
-    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "edited", "onnx", "fp32", DEPLOYED, 0, "DDIM")
-    assert (alike.name, labels.name) == ("pictures/onnx", "labels/onnx")
+    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "edited", "ort", "fp32", DEPLOYED, 0, "DDIM")
+    assert (alike.name, labels.name) == ("pictures/edited", "labels/edited")
     assert alike.passed and alike.value > 70
     assert labels.passed and labels.value == 0
     assert "8 pictures by ort, fp32, against torch's" in alike.how
@@ -216,22 +231,22 @@ def test_the_artifact_of_the_checkpoint_paints_as_it_does(erased: tuple[Path, Ev
 
 def test_the_artifact_of_the_base_fails_at_the_widest_limits(erased: tuple[Path, Evidence]) -> None:
     root, evidence = erased
-    widest = min(validate.ALIKE, key=lambda kind: validate.ALIKE[kind])
-    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "base", "onnx", widest, DEPLOYED, 0, "DDIM")
+    widest = min(validate.AGREEMENT, key=lambda kind: validate.AGREEMENT[kind])
+    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "base", "ort", widest, DEPLOYED, 0, "DDIM")
     assert not alike.passed and not labels.passed
     assert labels.value >= 0.25
 
 
-def test_what_has_no_artifact_is_an_error(erased: tuple[Path, Evidence], tmp_path: Path) -> None:
+def test_a_folder_without_an_artifact_is_an_error(erased: tuple[Path, Evidence], tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="is no bundle"):
-        validate.deployed(GlyphJudge(), erased[1], tmp_path, "onnx", "fp32", DEPLOYED, 0, "DDIM")
+        validate.deployed(GlyphJudge(), erased[1], tmp_path, "ort", "fp32", DEPLOYED, 0, "DDIM")
 
 
 def test_psnr_is_finite_and_falls_with_the_difference() -> None:
     picture = np.full((1, 4, 4, 3), 100, np.uint8)
-    one, all_one, ten = picture.copy(), picture + 1, picture + 10
-    one[0, 0, 0, 0] += 1
-    same, single, little, much = (float(validate.psnr(each, picture)[0]) for each in (picture, one, all_one, ten))
+    altered, all_one, ten = picture.copy(), picture + 1, picture + 10
+    altered[0, 0, 0, 0] += 1
+    same, single, little, much = (float(validate.psnr(image, picture)[0]) for image in (picture, altered, all_one, ten))
     assert same == single == pytest.approx(20 * np.log10(255) + 10 * np.log10(48))
     assert little == pytest.approx(20 * np.log10(255))
     assert much == pytest.approx(little - 20)

@@ -1,4 +1,4 @@
-"""Key files: what is written comes back, damage is told in words, and a key fits one model alone."""
+"""Key files: they are read as written, damage is an error, and a key fits one model alone."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ import torch
 
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.errors import ErasecError
-from erasec.keys import key_file as secret
-from erasec.model import view as model
-from erasec.model.edit import Secret
-from erasec.recipe import concept
+from erasec.keys.key_file import METADATA, check_bound, fold_secret, is_key, read_key, write_key
+from erasec.model import loading
+from erasec.model.memory import Secret
+from erasec.recipe import concept as concepts
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
-STAR = concept.find("star")
+STAR = concepts.find("star")
 
 
-def held(width: int = 128, attentions: tuple[str, ...] = (MID,)) -> Secret:
-    made = torch.Generator().manual_seed(3)
-    keys, values = torch.randn(2, 4, width, generator=made)
+def make_secret(width: int = 128, attentions: tuple[str, ...] = (MID,)) -> Secret:
+    rng = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 4, width, generator=rng)
     return Secret("star", keys, values, attentions)
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    secret.write(tmp_path / "star.key", held(), STAR, "kpop", "1", "ab" * 32)
+    write_key(tmp_path / "star.key", make_secret(), STAR, "kpop", "1", "ab" * 32)
     return tmp_path / "star.key"
 
 
-def rewritten(file: Path, change: Callable[[dict[str, Any]], None], **tensors: torch.Tensor) -> Path:
+def rewrite(file: Path, change: Callable[[dict[str, Any]], None], **tensors: torch.Tensor) -> Path:
     """The file with other metadata or tensors, as somebody else might have written it."""
     entries, metadata = checkpoint.read_header(file)
-    content = json.loads(metadata[secret.METADATA])
+    content = json.loads(metadata[METADATA])
     change(content)
     stored = {key: checkpoint.read_tensor(entry) for key, entry in entries.items()}
-    checkpoint.save(file, {**stored, **tensors}, {secret.METADATA: json.dumps(content)})
+    checkpoint.save_tensors(file, {**stored, **tensors}, {METADATA: json.dumps(content)})
     return file
 
 
-def test_a_key_comes_back_as_it_was_and_only_its_owner_reads_it(file: Path) -> None:
-    key = secret.read(file)
+def test_a_key_is_read_as_written_and_only_its_owner_can_read_it(file: Path) -> None:
+    key = read_key(file)
     assert (key.concept, key.by, key.version, key.bound) == (STAR, "kpop", "1", "ab" * 32)
     assert key.secret.concept == "star" and key.secret.attentions == (MID,)
-    assert torch.equal(key.secret.keys, held().keys) and torch.equal(key.secret.values, held().values)
+    assert torch.equal(key.secret.k_rows, make_secret().k_rows) and torch.equal(key.secret.v_rows, make_secret().v_rows)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
@@ -70,66 +70,68 @@ def test_a_key_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.Monke
     watched(checkpoint.tempfile, "mkstemp")
     watched(checkpoint.os, "replace")
     watched(Path, "chmod")
-    secret.write(tmp_path / "star.key", held(), STAR, "kpop", "1", "ab" * 32)
+    write_key(tmp_path / "star.key", make_secret(), STAR, "kpop", "1", "ab" * 32)
     assert {name for name, _ in modes} == {"mkstemp", "chmod", "replace"}
     assert {mode for _, mode in modes} == {0o600}
-    checkpoint.save(tmp_path / "other", {"a": torch.zeros(1)})
+    checkpoint.save_tensors(tmp_path / "other", {"a": torch.zeros(1)})
     assert (tmp_path / "other").stat().st_mode & 0o777 == 0o644 and ("chmod", 0o644) in modes
 
 
 def test_the_same_key_is_the_same_bytes(file: Path, tmp_path: Path) -> None:
-    secret.write(tmp_path / "again.key", held(), STAR, "kpop", "1", "ab" * 32)
-    secret.write(tmp_path / "other.key", held(), STAR, "kpop", "1", "cd" * 32)
+    write_key(tmp_path / "again.key", make_secret(), STAR, "kpop", "1", "ab" * 32)
+    write_key(tmp_path / "other.key", make_secret(), STAR, "kpop", "1", "cd" * 32)
     assert (tmp_path / "again.key").read_bytes() == file.read_bytes() != (tmp_path / "other.key").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("change", "tensors", "words"),
     [
-        (lambda told: told.pop("bound"), {}, "it has no 'bound'"),
-        (lambda told: told.update(attentions=[]), {}, "names no attention"),
-        (lambda told: told["concept"].update(erase=[]), {}, "validation error"),
-        (lambda told: told.update(format=99), {}, "formats up to 1"),
-        (lambda told: None, {"values": torch.zeros(3, 128)}, "not two equal lists of rows"),
-        (lambda told: None, {"keys": torch.full((4, 128), torch.nan)}, "not all finite"),
+        (lambda content: content.pop("bound"), {}, "it has no 'bound'"),
+        (lambda content: content.update(attentions=[]), {}, "names no attention"),
+        (lambda content: content["concept"].update(erase=[]), {}, "validation error"),
+        (lambda content: content.update(format=99), {}, "formats up to 1"),
+        (lambda content: None, {"values": torch.zeros(3, 128)}, "not two matrices of floats"),
+        (lambda content: None, {"keys": torch.full((4, 128), torch.nan)}, "not all finite"),
     ],
 )
-def test_damage_is_told_in_words(file: Path, change: Any, tensors: dict[str, torch.Tensor], words: str) -> None:
+def test_damage_is_an_error_that_says_what_is_wrong(
+    file: Path, change: Any, tensors: dict[str, torch.Tensor], words: str
+) -> None:
     with pytest.raises(ErasecError) as caught:
-        secret.read(rewritten(file, change, **tensors))
+        read_key(rewrite(file, change, **tensors))
     assert "star.key" in caught.value.what and words in caught.value.why
 
 
-def test_what_is_no_key_file(tmp_path: Path, file: Path) -> None:
+def test_other_files_are_no_key_files(tmp_path: Path, file: Path) -> None:
     with pytest.raises(ErasecError, match="there is no key file"):
-        secret.read(tmp_path / "none.key")
-    checkpoint.save(tmp_path / "weights.key", {"keys": torch.zeros(1)})
+        read_key(tmp_path / "none.key")
+    checkpoint.save_tensors(tmp_path / "weights.key", {"keys": torch.zeros(1)})
     (tmp_path / "server.key").write_text("-----BEGIN PRIVATE KEY-----")
-    for name in ("weights.key", "server.key"):
-        with pytest.raises(ErasecError, match="no whole"):
-            secret.read(tmp_path / name)
-        assert not secret.is_key(tmp_path / name)
-    assert secret.is_key(file)
-    assert not secret.is_key(file.rename(tmp_path / "star.safetensors"))
+    for name, message in (("weights.key", "is damaged or not a key file"), ("server.key", "safetensors file")):
+        with pytest.raises(ErasecError, match=message):
+            read_key(tmp_path / name)
+        assert not is_key(tmp_path / name)
+    assert is_key(file)
+    assert not is_key(file.rename(tmp_path / "star.safetensors"))
 
 
 def test_a_key_of_another_model_is_refused(file: Path) -> None:
-    key = secret.read(file)
-    secret.check_bound(key, "ab" * 32)
-    with pytest.raises(ErasecError, match=r"the key star\.key is of another model") as caught:
-        secret.check_bound(key, "cd" * 32)
+    key = read_key(file)
+    check_bound(key, "ab" * 32)
+    with pytest.raises(ErasecError, match=r"the key star\.key belongs to another model") as caught:
+        check_bound(key, "cd" * 32)
     assert "abababababab" in caught.value.why and "cdcdcdcdcdcd" in caught.value.why
 
 
 def test_folded_rows_are_those_of_the_weights_on_disk(random_folder: Path) -> None:
-    entries = model.load(str(random_folder)).entries("unet")
-    (memory,) = secret.folded(held(), entries)
+    entries = loading.load(str(random_folder)).entries("unet")
+    (memory,) = fold_secret(make_secret(), entries)
     weight = checkpoint.read_tensor(entries[f"{MID}.to_k.weight"]).double()
     assert memory.attention == MID and memory.mode == "joint"
-    assert torch.equal(memory.keys, (held().keys.double() @ weight.T).float())
+    assert torch.equal(memory.keys, (make_secret().k_rows.double() @ weight.T).float())
 
 
-@pytest.mark.parametrize("wrong", [held(width=64), held(attentions=("mid_block.no_such",))])
+@pytest.mark.parametrize("wrong", [make_secret(width=64), make_secret(attentions=("mid_block.no_such",))])
 def test_a_key_that_does_not_fit_is_refused(random_folder: Path, wrong: Secret) -> None:
     with pytest.raises(ErasecError, match="the key of star does not fit this model"):
-        secret.folded(wrong, model.load(str(random_folder)).entries("unet"))
+        fold_secret(wrong, loading.load(str(random_folder)).entries("unet"))

@@ -1,6 +1,6 @@
-"""Key maps: every tensor of a folder has one place in a single file, and the way back is the same way.
+"""Maps of tensor names: every tensor of a folder has one place in a single file, and both directions agree.
 
-diffusers' own converters are the judge of the names: what they make of our file's keys must be the folder's keys.
+The names are compared with diffusers' own converters.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import random_shapes
 
 from erasec.errors import ErasecError
 from erasec.family import Shape
-from erasec.ldm.skeleton import random_shapes
-from erasec.ldm.tensor_names import PREFIXES, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
+from erasec.ldm.tensor_names import LAYOUTS, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 # The published files' tensors by component, without constants and what is left out. OpenCLIP's q, k and v are one.
@@ -74,16 +74,16 @@ def test_there_and_back_is_every_tensor(case: tuple[str, str, dict[str, dict[str
     back = from_single(family, file)
     assert {name: place.folder_shape for name, place in back.items()} == wanted
     assert {(name[0], canonical(*name)): place for name, place in places.items()} == back
-    # Together the folder's tensors fill the file's, and no number has two places.
+    # The folder's tensors fill the file's tensors completely, and without overlaps.
     assert sum(map(prod, wanted.values())) == sum(map(prod, file.values()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_file_has_as_many_tensors_as_the_published_one(family: str) -> None:
     file = in_file(to_single(family, full(family)))
-    found = {name: sum(key.startswith(prefix) for key in file) for name, prefix in PREFIXES[family].items()}
-    assert found == COUNTS[family]
-    assert sum(found.values()) == len(file)
+    counts = {name: sum(key.startswith(prefix) for key in file) for name, prefix in LAYOUTS[family].prefixes.items()}
+    assert counts == COUNTS[family]
+    assert sum(counts.values()) == len(file)
 
 
 def test_diffusers_reads_the_same_names(case: tuple[str, str, dict[str, dict[str, Shape]]]) -> None:
@@ -103,29 +103,64 @@ def test_diffusers_reads_the_same_names(case: tuple[str, str, dict[str, dict[str
     }
 
 
-@pytest.mark.parametrize(("family", "component", "key", "place"), [
-    ("sd1", "unet", "down_blocks.1.downsamplers.0.conv.bias", Place(UNET + "input_blocks.6.0.op.bias", (640,))),
-    ("sd1", "unet", "up_blocks.0.upsamplers.0.conv.bias", Place(UNET + "output_blocks.2.1.conv.bias", (1280,))),
-    ("sd1", "unet", "up_blocks.2.upsamplers.0.conv.bias", Place(UNET + "output_blocks.8.2.conv.bias", (640,))),
-    ("sd1", "unet", "down_blocks.0.attentions.0.proj_in.weight",
-     Place(UNET + "input_blocks.1.1.proj_in.weight", (320, 320, 1, 1))),
-    ("sd2", "unet", "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
-     Place(UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias", (320,))),
-    ("sdxl", "unet", "add_embedding.linear_2.bias", Place(UNET + "label_emb.0.2.bias", (1280,))),
-    ("sdxl", "unet", "mid_block.resnets.1.conv2.bias", Place(UNET + "middle_block.2.out_layers.3.bias", (1280,))),
-    ("sd1", "vae", "encoder.mid_block.attentions.0.query.weight",
-     Place(VAE + "encoder.mid.attn_1.q.weight", (512, 512, 1, 1), linear=True)),
-    ("sd1", "vae", "encoder.mid_block.attentions.0.proj_attn.bias",
-     Place(VAE + "encoder.mid.attn_1.proj_out.bias", (512,), linear=False)),
-    ("sdxl", "vae", "decoder.up_blocks.3.resnets.0.conv_shortcut.bias",
-     Place(VAE + "decoder.up.0.block.0.nin_shortcut.bias", (128,))),
-    ("sd2", "text_encoder", "text_model.encoder.layers.22.self_attn.k_proj.weight",
-     Place("cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight", (3072, 1024), 1024, 1024)),
-    ("sd2", "text_encoder", "text_model.embeddings.position_embedding.weight",
-     Place("cond_stage_model.model.positional_embedding", (77, 1024))),
-    ("sdxl", "text_encoder_2", "text_projection.weight",
-     Place("conditioner.embedders.1.model.text_projection", (1280, 1280), transposed=True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "component", "key", "place"),
+    [
+        ("sd1", "unet", "down_blocks.1.downsamplers.0.conv.bias", Place(UNET + "input_blocks.6.0.op.bias", (640,))),
+        ("sd1", "unet", "up_blocks.0.upsamplers.0.conv.bias", Place(UNET + "output_blocks.2.1.conv.bias", (1280,))),
+        ("sd1", "unet", "up_blocks.2.upsamplers.0.conv.bias", Place(UNET + "output_blocks.8.2.conv.bias", (640,))),
+        (
+            "sd1",
+            "unet",
+            "down_blocks.0.attentions.0.proj_in.weight",
+            Place(UNET + "input_blocks.1.1.proj_in.weight", (320, 320, 1, 1)),
+        ),
+        (
+            "sd2",
+            "unet",
+            "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+            Place(UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias", (320,)),
+        ),
+        ("sdxl", "unet", "add_embedding.linear_2.bias", Place(UNET + "label_emb.0.2.bias", (1280,))),
+        ("sdxl", "unet", "mid_block.resnets.1.conv2.bias", Place(UNET + "middle_block.2.out_layers.3.bias", (1280,))),
+        (
+            "sd1",
+            "vae",
+            "encoder.mid_block.attentions.0.query.weight",
+            Place(VAE + "encoder.mid.attn_1.q.weight", (512, 512, 1, 1), linear=True),
+        ),
+        (
+            "sd1",
+            "vae",
+            "encoder.mid_block.attentions.0.proj_attn.bias",
+            Place(VAE + "encoder.mid.attn_1.proj_out.bias", (512,), linear=False),
+        ),
+        (
+            "sdxl",
+            "vae",
+            "decoder.up_blocks.3.resnets.0.conv_shortcut.bias",
+            Place(VAE + "decoder.up.0.block.0.nin_shortcut.bias", (128,)),
+        ),
+        (
+            "sd2",
+            "text_encoder",
+            "text_model.encoder.layers.22.self_attn.k_proj.weight",
+            Place("cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight", (3072, 1024), 1024, 1024),
+        ),
+        (
+            "sd2",
+            "text_encoder",
+            "text_model.embeddings.position_embedding.weight",
+            Place("cond_stage_model.model.positional_embedding", (77, 1024)),
+        ),
+        (
+            "sdxl",
+            "text_encoder_2",
+            "text_projection.weight",
+            Place("conditioner.embedders.1.model.text_projection", (1280, 1280), transposed=True),
+        ),
+    ],
+)
 def test_known_places(family: str, component: str, key: str, place: Place) -> None:
     assert to_single(family, full(family))[component, key] == place
 
@@ -189,12 +224,20 @@ def test_a_renamed_key_is_noticed(files: dict[str, dict[str, Shape]], data: st.D
 
 
 def test_what_belongs_to_no_component_is_left_out(files: dict[str, dict[str, Shape]]) -> None:
-    extra = {"alphas_cumprod": (1000,), "model_ema.decay": (), "model_ema.num_updates": (), "global_step": (),
-             VAE + "loss.logvar": (), "v_pred": (0,)}  # fmt: skip
+    extra = {
+        "alphas_cumprod": (1000,),
+        "model_ema.decay": (),
+        "model_ema.num_updates": (),
+        "global_step": (),
+        VAE + "loss.logvar": (),
+        "v_pred": (0,),
+    }
     clip = "cond_stage_model.transformer."
-    more = {"sd1": {clip + "text_model.embeddings.position_ids": (1, 77), "cond_stage_model.logit_scale": ()},
-            "sd2": {"cond_stage_model.model.logit_scale": ()},
-            "sdxl": {"conditioner.embedders.1.model.logit_scale": ()}}  # fmt: skip
+    more = {
+        "sd1": {clip + "text_model.embeddings.position_ids": (1, 77), "cond_stage_model.logit_scale": ()},
+        "sd2": {"cond_stage_model.model.logit_scale": ()},
+        "sdxl": {"conditioner.embedders.1.model.logit_scale": ()},
+    }
     for family, file in files.items():
         assert from_single(family, {**file, **extra, **more[family]}) == from_single(family, file)
         with pytest.raises(ErasecError, match=r"unheard_of is no tensor of"):
@@ -209,15 +252,15 @@ def test_the_last_layer_of_openclip_in_sd2_is_left_out(files: dict[str, dict[str
     whole = {**file, **last, "cond_stage_model.model.text_projection": (64, 64)}
     assert from_single("sd2", whole) == from_single("sd2", file)
     # Without the projection this is a folder's encoder, which ended at its last layer.
-    kept = from_single("sd2", {**file, **last}).keys() - from_single("sd2", file).keys()
-    assert {place.split(".")[3] for _, place in kept} == {"3"} and len(kept) == 16
+    last_layer = from_single("sd2", {**file, **last}).keys() - from_single("sd2", file).keys()
+    assert {place.split(".")[3] for _, place in last_layer} == {"3"} and len(last_layer) == 16
     whole = in_file(to_single("sd2", full("sd2")))
     last = {key.replace("blocks.22.", "blocks.23."): shape for key, shape in whole.items() if prefix + "22." in key}
     assert len(last) == 12
     assert from_single("sd2", {**whole, **last}) == from_single("sd2", whole)
 
 
-def test_a_text_encoder_that_files_would_cut_is_refused() -> None:
+def test_a_text_encoder_with_the_last_layer_is_refused() -> None:
     text = full("sd2")["text_encoder"]
     more = {key.replace(".22.", ".23."): shape for key, shape in text.items() if ".layers.22." in key}
     with pytest.raises(ErasecError, match="this text_encoder has 24 layers"):
@@ -235,7 +278,7 @@ def test_two_unets_in_a_file_are_refused(files: dict[str, dict[str, Shape]]) -> 
 
 
 @pytest.mark.parametrize("missing", ["input_blocks.4.", "output_blocks.0.", "transformer.resblocks.1."])
-def test_a_gap_in_the_numbers_is_no_other_structure(files: dict[str, dict[str, Shape]], missing: str) -> None:
+def test_a_gap_in_the_numbers_of_blocks_is_an_error(files: dict[str, dict[str, Shape]], missing: str) -> None:
     file = {key: shape for key, shape in files["sd2"].items() if missing not in key}
     with pytest.raises(ErasecError, match="have a gap"):
         from_single("sd2", file)
@@ -266,7 +309,7 @@ def test_keys_without_place_and_doubles_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("keys", "guess"),
     [
         (("lora_unet_down_blocks_0.lora_up.weight",), "a LoRA"),
         (("unet.mid_block.attentions.0.to_k.lora_A.weight",), "a LoRA"),
@@ -280,17 +323,17 @@ def test_keys_without_place_and_doubles_are_refused() -> None:
         ((), "it has 0 tensors"),
     ],
 )
-def test_other_files_are_told_apart(keys: tuple[str, ...], words: str) -> None:
+def test_the_error_says_what_another_file_looks_like(keys: tuple[str, ...], guess: str) -> None:
     with pytest.raises(ErasecError, match="no single-file checkpoint") as caught:
         detect_single(dict.fromkeys(keys, (4, 4)))
-    assert words in caught.value.why
+    assert guess in caught.value.why
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_without_a_component_is_told(files: dict[str, dict[str, Shape]], family: str) -> None:
-    for name, prefix in PREFIXES[family].items():
+def test_a_file_without_a_component_is_an_error_that_names_it(files: dict[str, dict[str, Shape]], family: str) -> None:
+    for name, prefix in LAYOUTS[family].prefixes.items():
         file = {key: shape for key, shape in files[family].items() if not key.startswith(prefix)}
-        words = "no single-file checkpoint" if name == "unet" else f"this single file has no {name}$"
+        message = "no single-file checkpoint" if name == "unet" else f"this single file has no {name}$"
         with pytest.raises(ErasecError) as caught:
             detect_single(file)
-        assert re.search(words, caught.value.what)
+        assert re.search(message, caught.value.what)

@@ -1,4 +1,4 @@
-"""Text states: what the families' own pipelines feed their UNets, from the same folders."""
+"""Text states: the same as those of the families' own pipelines, from the same folders."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import random_models
 import torch
 
-from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
-from erasec.ldm import skeleton as layouts
-from erasec.model import text_encoders as text
-from erasec.model import view as model
+from erasec.ldm.skeleton import LAYOUTS
+from erasec.model import loading, text_encoders
 from erasec.model.edit import Edit
-from erasec.model.text_encoders import Texts
+from erasec.model.text_encoders import TextEncoders
 
 PROMPTS = ["", "a star", "a photo of a pentagram on navy, " * 20]
 
@@ -27,36 +27,34 @@ PROMPTS = ["", "a star", "a photo of a pentagram on navy, " * 20]
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny folder with random weights for each of the UNet families."""
     out = tmp_path_factory.mktemp("families")
-    for family in layouts.LAYOUTS:
-        layouts.random_folder(out / family, family)
+    for family in LAYOUTS:
+        random_models.random_folder(out / family, family)
     return out
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_states_are_those_of_the_pipeline(family: str, folders: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folders / family)
-    wanted = pipe.encode_prompt(
-        PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-    )[0]  # fmt: skip
-    found = model.load(str(folders / family)).encode(PROMPTS)
-    assert found.states.dtype == torch.float32
-    assert torch.allclose(found.states, wanted, atol=1e-5)
-    assert not torch.allclose(found.states[:2], found.states[1:], atol=1e-2)
+    wanted = pipe.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+    tokens = loading.load(str(folders / family)).encode(PROMPTS)
+    assert tokens.states.dtype == torch.float32
+    assert torch.allclose(tokens.states, wanted, atol=1e-5)
+    assert not torch.allclose(tokens.states[:2], tokens.states[1:], atol=1e-2)
 
 
 def test_layers_are_the_familys_own(folders: Path) -> None:
-    """The last state in place of the penultimate is another thing, so the comparison above can tell them apart."""
-    texts = Texts(Folder(folders / "sdxl"))
+    """The last and the penultimate states differ, so the comparison above can tell them apart."""
+    texts = TextEncoders(Folder(folders / "sdxl"))
     penultimate = texts.encode(PROMPTS, FAMILIES["sdxl"].streams[0], 96).states[..., :32]
     last = texts.encode(PROMPTS, FAMILIES["sd1"].streams[0], 32).states
     assert penultimate.shape == last.shape
     assert not torch.allclose(penultimate, last, atol=1e-2)
 
 
-def test_places_are_of_tokens_and_not_of_words(folders: Path) -> None:
-    base = model.load(str(folders / "sd1"))
+def test_last_tokens_are_token_indices_and_not_word_counts(folders: Path) -> None:
+    base = loading.load(str(folders / "sd1"))
     prompts = ["", "a star", "a pentagram of stars", "star " * 200]
-    ids = base._texts.ids(prompts, "text_encoder")
+    ids = base._text_encoders.ids(prompts, "text_encoder")
     last = base.last_tokens(prompts)
     assert last.tolist()[:2] == [0, 2]
     assert last[3] == 75
@@ -67,23 +65,23 @@ def test_places_are_of_tokens_and_not_of_words(folders: Path) -> None:
 
 
 def test_batches_do_not_matter(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, stream = Texts(Folder(folders / "sd1")), FAMILIES["sd1"].streams[0]
+    texts, stream = TextEncoders(Folder(folders / "sd1")), FAMILIES["sd1"].streams[0]
     whole = texts.encode(PROMPTS, stream, 64).states
-    monkeypatch.setattr(text, "BATCH", 1)
+    monkeypatch.setattr(text_encoders, "BATCH", 1)
     assert torch.allclose(texts.encode(PROMPTS, stream, 64).states, whole, atol=1e-6)
 
 
-def test_forgotten_encoders_are_read_again(folders: Path) -> None:
-    base = model.load(str(folders / "sdxl"))
+def test_released_encoders_are_loaded_again(folders: Path) -> None:
+    base = loading.load(str(folders / "sdxl"))
     before = base.encode(PROMPTS).states
-    view = base.with_edit(Edit({}, "nobody", "nothing"))
-    view.forget_texts()
-    assert not base._texts._encoders
+    view = base.with_edit(Edit({}, "nobody", ("nothing",), ""))
+    view.release_text_encoders()
+    assert not base._text_encoders._encoders
     assert torch.equal(base.encode(PROMPTS).states, before)
 
 
 def test_states_of_another_width_are_refused(folders: Path) -> None:
-    texts = Texts(Folder(folders / "sd1"))
+    texts = TextEncoders(Folder(folders / "sd1"))
     for width in (32, 128):
         with pytest.raises(ErasecError, match=f"{width} wide, those of text_encoder are 64") as caught:
             texts.encode(["a star"], FAMILIES["sd1"].streams[0], width)
@@ -99,14 +97,14 @@ def test_an_unknown_encoder_is_refused(folders: Path, tmp_path: Path) -> None:
     path = copied(folders / "sd1", tmp_path) / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["BertModel"]}))
     with pytest.raises(ErasecError, match="text_encoder is a BertModel") as caught:
-        Texts(Folder(tmp_path)).encoder("text_encoder")
+        TextEncoders(Folder(tmp_path)).encoder("text_encoder")
     assert "CLIPTextModel, " in caught.value.why
 
 
-def test_an_encoder_that_is_not_whole_is_refused(folders: Path, tmp_path: Path) -> None:
+def test_an_encoder_without_one_of_its_tensors_is_refused(folders: Path, tmp_path: Path) -> None:
     path = copied(folders / "sd1", tmp_path) / "text_encoder" / "model.safetensors"
-    tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(path)[0].items()}
+    tensors = {key: read_tensor(entry) for key, entry in read_header(path)[0].items()}
     gone = next(key for key in tensors if key.endswith("final_layer_norm.bias"))
-    checkpoint.save(path, {key: tensor for key, tensor in tensors.items() if key != gone})
+    save_tensors(path, {key: tensor for key, tensor in tensors.items() if key != gone})
     with pytest.raises(ErasecError, match=r"text_encoder has no tensor .*final_layer_norm\.bias"):
-        Texts(Folder(tmp_path)).encoder("text_encoder")
+        TextEncoders(Folder(tmp_path)).encoder("text_encoder")

@@ -1,4 +1,4 @@
-"""EIUP: what its memories are made of, that they take nothing away from the weights; on glyphs what they suppress."""
+"""EIUP: the content of its memories, their effect, and that no weight changes; on glyphs what they suppress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec.attention import processors as attach
+from erasec import registry
+from erasec.attention.pipeline import Sampling
+from erasec.attention.processors import attach, detach
 from erasec.base import Context
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
-from erasec.judging import validate
-from erasec.judging.judge import Sampling
-from erasec.model import sidecar as extras
-from erasec.model import view as model
+from erasec.judging.evidence import gather_evidence, rates
+from erasec.model import loading
+from erasec.model.sidecar import gather_extras, write_extras
 from erasec.model.view import Model
 from erasec.passes import eiup
 from erasec.passes.eiup import Eiup
@@ -31,11 +32,11 @@ STAR = Concept(name="star", erase=("star",), synonyms=("five-pointed spark",), a
 
 @pytest.fixture(scope="module")
 def base(random_folder: Path) -> Model:
-    return model.load(str(random_folder))
+    return loading.load(str(random_folder))
 
 
-def said(denoiser: Denoiser, time: int = 700) -> Tensor:
-    """What a guided batch of two gives: the empty prompt, then a prompted row."""
+def predict(denoiser: Denoiser, time: int = 700) -> Tensor:
+    """The predictions for a guided batch of two: with the empty prompt, and with a prompt."""
     latents = denoiser.draw([0]).expand(2, -1, -1, -1)
     with torch.no_grad():
         return denoiser.predict(latents, torch.tensor([time, time]), denoiser.states(["", "a red square"]))
@@ -92,31 +93,31 @@ def test_all_tokens_of_the_empty_prompt_take_nothing_away(base: Model) -> None:
     gone, back = edit.memories[:2]
     same = [replace(memory, keys=back.keys, values=back.values) for memory in (gone, back)]
     denoiser = Denoiser(base, Context())
-    before = said(denoiser)
+    before = predict(denoiser)
     for memories, close in ((same, True), ([gone, back], False)):
-        attach.attach(denoiser.unet, memories)
-        assert torch.allclose(said(denoiser), before, atol=1e-5) == close
-        attach.detach(denoiser.unet)
+        attach(denoiser.unet, memories)
+        assert torch.allclose(predict(denoiser), before, atol=1e-5) == close
+        detach(denoiser.unet)
 
 
 def test_with_weight_0_and_after_detaching_everything_is_as_before(base: Model) -> None:
     denoiser = Denoiser(base, Context())
-    before = said(denoiser)
-    attach.attach(denoiser.unet, Eiup(weight=0.0).solve(base, STAR, Context()).memories)
-    assert torch.allclose(said(denoiser), before, atol=1e-6)
-    attach.detach(denoiser.unet)
-    attach.attach(denoiser.unet, Eiup(weight=-4.0).solve(base, STAR, Context()).memories)
-    after, late = said(denoiser), said(denoiser, 100)
-    attach.detach(denoiser.unet)
+    before = predict(denoiser)
+    attach(denoiser.unet, Eiup(weight=0.0).solve(base, STAR, Context()).memories)
+    assert torch.allclose(predict(denoiser), before, atol=1e-6)
+    detach(denoiser.unet)
+    attach(denoiser.unet, Eiup(weight=-4.0).solve(base, STAR, Context()).memories)
+    after, late = predict(denoiser), predict(denoiser, 100)
+    detach(denoiser.unet)
     assert float((after[1] - before[1]).abs().max()) > 1e-3
     assert torch.allclose(after[0], before[0], atol=1e-6)  # the half that no prompt guides
-    assert torch.equal(said(denoiser), before)
-    assert torch.allclose(late, said(denoiser, 100), atol=1e-6)  # beyond the first 0.8 of the schedule
+    assert torch.equal(predict(denoiser), before)
+    assert torch.allclose(late, predict(denoiser, 100), atol=1e-6)  # beyond the first 0.8 of the schedule
 
 
-def test_it_speaks_as_many_names_as_a_prompt_has_room_for(base: Model) -> None:
+def test_the_erasure_prompt_has_as_many_names_as_fit(base: Model) -> None:
     nudity = concepts.find("nudity")
-    names = eiup.spoken(base, nudity.phrases)
+    names = eiup.fitting_phrases(base, nudity.phrases)
     assert 1 < len(names) < len(nudity.phrases)
     assert names == nudity.phrases[: len(names)]
     room = base.encode([""]).states.shape[1]
@@ -124,13 +125,13 @@ def test_it_speaks_as_many_names_as_a_prompt_has_room_for(base: Model) -> None:
     last, more = base.last_tokens([" ".join(names), " ".join(nudity.phrases[: len(names) + 1])]).tolist()
     assert last < room - 2 == more  # start and end have a place too, and what is longer is cut
     assert Eiup().solve(base, nudity, Context()).stats["phrases"] == len(names)
-    assert eiup.spoken(base, STAR.phrases) == STAR.phrases
+    assert eiup.fitting_phrases(base, STAR.phrases) == STAR.phrases
     assert Eiup().solve(base, STAR, Context()).stats["phrases"] == 2
     assert Eiup(words="a square").solve(base, STAR, Context()).stats["phrases"] == 1
-    assert eiup.spoken(base, ["star " * 90, "ring"]) == ("star " * 90,)  # the first in any case
+    assert eiup.fitting_phrases(base, ["star " * 90, "ring"]) == ("star " * 90,)  # the first in any case
 
 
-def test_words_of_one_s_own_take_the_place_of_the_names(base: Model) -> None:
+def test_the_option_words_replaces_the_names(base: Model) -> None:
     own, names = Eiup(words="a square").solve(base, STAR, Context()), Eiup().solve(base, STAR, Context())
     assert not torch.equal(own.memories[0].keys, names.memories[0].keys)
     assert torch.equal(own.memories[1].keys, names.memories[1].keys)  # the empty prompt's
@@ -138,9 +139,14 @@ def test_words_of_one_s_own_take_the_place_of_the_names(base: Model) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"weight": 0.5}, "would add the concept"), ({"weight": float("nan")}, "would add"), ({"until": 0.0}, "share"),
-     ({"until": 1.5}, "share"), ({"tokens": "word"}, "did you mean 'words'")],
-)  # fmt: skip
+    [
+        ({"weight": 0.5}, "at most 0"),
+        ({"weight": float("nan")}, "at most 0"),
+        ({"until": 0.0}, "above 0"),
+        ({"until": 1.5}, "at most 1"),
+        ({"tokens": "word"}, "did you mean 'words'"),
+    ],
+)
 def test_bad_options_are_errors(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ErasecError) as caught:
         Eiup(**options)
@@ -149,7 +155,7 @@ def test_bad_options_are_errors(options: dict[str, Any], words: str) -> None:
 
 def test_an_erasure_prompt_without_a_token_and_other_families_are_errors(base: Model) -> None:
     with pytest.raises(ErasecError, match="has no token"):
-        eiup.rows(base, " ", "all")
+        eiup.text_rows(base, " ", "all")
     with pytest.raises(ErasecError, match="family sdxl"):
         Eiup().sites(replace(base, family=FAMILIES["sdxl"]))
     with pytest.raises(ErasecError, match="family sdxl"):
@@ -159,23 +165,23 @@ def test_an_erasure_prompt_without_a_token_and_other_families_are_errors(base: M
 
 @pytest.mark.slow
 def test_on_glyphs_all_tokens_suppress_what_the_words_alone_do_not(tmp_path: Path) -> None:
-    glyphs, star = model.load("glyphs"), concepts.find("star")
-    judge = validate.judge_of(glyphs)
+    glyphs, star = loading.load("glyphs"), concepts.find("star")
+    judge = registry.judge_for(glyphs)
     assert judge is not None
-    found: dict[str, dict[str, float]] = {}
+    shares: dict[str, dict[str, float]] = {}
     for tokens in ("words", "all"):
         folder = tmp_path / tokens
         edit = Eiup(tokens=tokens).solve(glyphs, star, Context())
         glyphs.source.write(folder, {})
-        extras.write(folder, extras.gathered([edit]))
-        evidence = validate.gather(judge, [star], glyphs.source.root, folder, 8, 0, Sampling(15, 4.0))
+        write_extras(folder, gather_extras([edit]))
+        evidence = gather_evidence(judge, [star], glyphs.source.root, folder, 8, 0, Sampling(15, 4.0))
         for group in ("name", "implicit", "keep"):
-            rows = validate.rates(evidence, group)
+            rows = rates(evidence, group)
             total = sum(row["images"] for row in rows)
             for when in ("before", "after"):
                 rate = sum(row[when] * row["images"] for row in rows) / total
-                found.setdefault("none" if when == "before" else tokens, {})[group] = rate
-    print(found)
-    assert found["none"]["name"] > 0.9
-    assert found["all"]["name"] <= 0.5 < found["words"]["name"]
-    assert found["all"]["keep"] > found["none"]["keep"] - 0.2
+                shares.setdefault("none" if when == "before" else tokens, {})[group] = rate
+    print(shares)
+    assert shares["none"]["name"] > 0.9
+    assert shares["all"]["name"] <= 0.5 < shares["words"]["name"]
+    assert shares["all"]["keep"] > shares["none"]["keep"] - 0.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,15 +16,18 @@ import erasec
 from erasec.base import Context
 from erasec.errors import ErasecError
 from erasec.glyphs import world
-from erasec.glyphs.judging import GlyphJudge, prompt
-from erasec.judging.judge import Images
-from erasec.model import sidecar as extras
-from erasec.model import view as model
+from erasec.glyphs.judge import GlyphJudge, prompt
+from erasec.model import loading
 from erasec.model.edit import Dense, Edit
+from erasec.model.sidecar import gather_extras, write_extras
 from erasec.model.view import Model
-from erasec.passes.geom_erasing import GeomErasing, Vocabulary, names, weights
+from erasec.passes.geom_erasing import GeomErasing, loss_weights, token_names
 from erasec.recipe import concept as concepts
 from erasec.recipe.concept import Concept
+from erasec.training.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from erasec.base import Images
 
 SEAL = Concept(name="Seal", erase=("a seal",), kind="mark", keep=("square",))
 CPU = torch.device("cpu")
@@ -31,7 +35,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def base(random_folder: Path) -> Model:
-    return model.load(str(random_folder))
+    return loading.load(str(random_folder))
 
 
 @pytest.fixture(scope="module")
@@ -62,52 +66,52 @@ def vocabulary(base: Model, tokens: tuple[str, ...] = ("<one>", "<two>"), seed: 
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
-def test_weights_have_mean_one_and_weigh_outside_by_alpha(alpha: float) -> None:
-    chance = torch.Generator().manual_seed(0)
-    inside = torch.rand(50, 9, 7, generator=chance) < torch.rand(50, 1, 1, generator=chance)
+def test_resulthave_mean_one_and_weigh_outside_by_alpha(alpha: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    inside = torch.rand(50, 9, 7, generator=rng) < torch.rand(50, 1, 1, generator=rng)
     inside[:, 0, 0], inside[:, 0, 1] = True, False
     inside[0], inside[1] = False, True
-    found = weights(inside, alpha)
-    torch.testing.assert_close(found.double().mean((1, 2)), torch.ones(50, dtype=torch.float64), rtol=0, atol=1e-6)
-    assert torch.equal(found[:2], torch.ones(2, 9, 7))
-    for cells, weight in zip(inside[2:], found[2:], strict=True):
+    result = loss_weights(inside, alpha)
+    torch.testing.assert_close(result.double().mean((1, 2)), torch.ones(50, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert torch.equal(result[:2], torch.ones(2, 9, 7))
+    for cells, weight in zip(inside[2:], result[2:], strict=True):
         assert 0 < cells.sum() < 63
         torch.testing.assert_close(weight[~cells], alpha * weight[cells][0].expand(int((~cells).sum())))
 
 
-def test_weights_that_count_the_cells_outside_would_not_have_mean_one() -> None:
+def test_resultthat_count_the_cells_outside_would_not_have_mean_one() -> None:
     inside = torch.zeros(4, 4, dtype=torch.bool)
     inside[0, 0] = True
     total, outside, alpha = 16, 15, 5.0
     other = torch.where(inside, 1.0, alpha) * total / (outside + alpha * (total - outside))
     assert abs(float(other.mean()) - 1) > 1
-    assert abs(float(weights(inside, alpha).mean()) - 1) < 1e-6
+    assert abs(float(loss_weights(inside, alpha).mean()) - 1) < 1e-6
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------
 
 
 def test_each_cell_has_a_token_of_the_concept_s_own() -> None:
-    assert names(SEAL, 2) == ("<seal-0,0>", "<seal-1,0>", "<seal-0,1>", "<seal-1,1>")
-    assert not set(names(SEAL, 3)) & set(names(concepts.find("watermark"), 3))
+    assert token_names(SEAL, 2) == ("<seal-0,0>", "<seal-1,0>", "<seal-0,1>", "<seal-1,1>")
+    assert not set(token_names(SEAL, 3)) & set(token_names(concepts.find("watermark"), 3))
 
 
 def test_plain_prompts_read_as_before_and_the_model_s_own_text_half_is_left_alone(base: Model) -> None:
     prompts = ["a red square", "", "a seal"]
-    found = vocabulary(base)
-    torch.testing.assert_close(found.states(prompts), base.encode(prompts).states)
+    vocab = vocabulary(base)
+    torch.testing.assert_close(vocab.states(prompts), base.encode(prompts).states)
     # To the model's own tokenizer a new token is letters and signs.
-    assert not torch.allclose(found.states(["a seal <one>"]), base.encode(["a seal <one>"]).states, atol=1e-2)
+    assert not torch.allclose(vocab.states(["a seal <one>"]), base.encode(["a seal <one>"]).states, atol=1e-2)
 
 
-def test_only_rows_of_tokens_that_are_said_get_a_gradient(base: Model) -> None:
-    found = vocabulary(base)
-    moved = found.table.moved
-    found.states(["a square a seal <two>"]).square().sum().backward()
-    assert moved.grad is not None
-    assert float(moved.grad[0].abs().max()) == 0
-    assert float(moved.grad[1].abs().max()) > 0
-    assert [value.shape for value in found.parameters() if value.requires_grad] == [moved.shape]
+def test_only_rows_of_tokens_in_the_prompt_get_gradients(base: Model) -> None:
+    vocab = vocabulary(base)
+    change = vocab.table.change
+    vocab.states(["a square a seal <two>"]).square().sum().backward()
+    assert change.grad is not None
+    assert float(change.grad[0].abs().max()) == 0
+    assert float(change.grad[1].abs().max()) > 0
+    assert [value.shape for value in vocab.parameters() if value.requires_grad] == [change.shape]
 
 
 def test_rows_begin_near_the_name_and_differ(base: Model) -> None:
@@ -117,40 +121,40 @@ def test_rows_begin_near_the_name_and_differ(base: Model) -> None:
     assert torch.equal(rows, vocabulary(base).table.rows)
 
 
-def test_a_token_that_is_there_already_is_told(base: Model) -> None:
+def test_a_token_that_the_tokenizer_has_is_an_error(base: Model) -> None:
     with pytest.raises(ErasecError, match="has a token"):
         vocabulary(base, tokens=("<one>", "a</w>"))
 
 
 def test_a_long_caption_is_cut_and_the_places_stay(base: Model) -> None:
-    found = vocabulary(base)
+    vocab = vocabulary(base)
     words = "a seal <one> <two>"
-    assert found.said("a red square", words) == "a red square a seal <one> <two>"
-    long = found.said(" ".join(["square"] * 200), words)
+    assert vocab.append_words("a red square", words) == "a red square a seal <one> <two>"
+    long = vocab.append_words(" ".join(["square"] * 200), words)
     assert long.startswith("square square") and long.endswith(words)
-    last = found.tokenizer(long).input_ids
-    assert found.room - 8 < len(last) <= found.room
-    assert last[-2] == found.first + 1
+    last = vocab.tokenizer(long).input_ids
+    assert vocab.max_tokens - 8 < len(last) <= vocab.max_tokens
+    assert last[-2] == vocab.first + 1
 
 
 # --- the edit ---------------------------------------------------------------------------------------------------
 
 
-def test_tokens_alone_leave_all_weights_and_name_every_cell(
+def test_tokens_alone_leave_all_resultand_name_every_cell(
     base: Model, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erasec.passes.geom_erasing.BARE", 0.0)  # no caption is the negative prompt itself
+    monkeypatch.setattr("erasec.passes.geom_erasing.WITHOUT_CAPTION", 0.0)  # no caption is the negative prompt itself
     step = small(pictures, lr=0.1)
     edit = step.solve(base, SEAL, Context())
     assert not edit.deltas
     assert step.sites(base) == ()
-    assert tuple(edit.tokens) == names(SEAL, 2)
+    assert tuple(edit.tokens) == token_names(SEAL, 2)
     assert edit.negative == "a seal <seal-0,0> <seal-1,0> <seal-0,1> <seal-1,1>"
     assert (edit.stats["pictures"], edit.stats["marked"]) == (4, 2)
-    begun = dict(zip(edit.tokens, vocabulary(base, names(SEAL, 2)).table.rows.detach(), strict=True))
-    moved = {name: float((edit.tokens[name] - begun[name]).abs().max()) for name in begun}
+    start = dict(zip(edit.tokens, vocabulary(base, token_names(SEAL, 2)).table.rows.detach(), strict=True))
+    moved = {name: float((edit.tokens[name] - start[name]).abs().max()) for name in start}
     assert all(value > 0.01 for name, value in moved.items() if name.startswith("<seal-0"))
-    # Nothing lies at the right, so those tokens were never said.
+    # No box lies at the right, so those tokens never were in a prompt.
     assert all(value == 0 for name, value in moved.items() if name.startswith("<seal-1"))
 
 
@@ -159,7 +163,7 @@ def test_with_x_cross_attention_moves_too(base: Model, pictures: Path) -> None:
     edit = step.solve(base, SEAL, Context())
     assert set(edit.deltas) == set(step.sites(base))
     assert all(".attn2." in site.key for site in edit.deltas)
-    assert any(float(delta.change(base.stored(site)).abs().max()) > 0 for site, delta in edit.deltas.items())
+    assert any(float(delta.change(base.stored_weight(site)).abs().max()) > 0 for site, delta in edit.deltas.items())
     assert all(isinstance(delta, Dense) for delta in edit.deltas.values())
     assert edit.tokens
 
@@ -169,14 +173,14 @@ def test_a_bundle_reads_the_negative_prompt_as_it_was_trained(
 ) -> None:
     edit = small(pictures).solve(base, SEAL, Context())
     folder = Path(shutil.copytree(random_folder, tmp_path / "bundle"))
-    extras.write(folder, extras.gathered([edit]))
+    write_extras(folder, gather_extras([edit]))
     pipe = erasec.pipeline(folder, torch_dtype=torch.float32, safety_checker=None)
     trained = vocabulary(base, tuple(edit.tokens))
     with torch.no_grad():
         trained.table.start.copy_(torch.stack(list(edit.tokens.values())))
         wanted = trained.states(["a red square", edit.negative])
-        said, negative = pipe.encode_prompt("a red square", "cpu", 1, True)
-    torch.testing.assert_close(torch.cat([said, negative]), wanted, rtol=1e-4, atol=1e-4)
+        prompted, negative = pipe.encode_prompt("a red square", "cpu", 1, True)
+    torch.testing.assert_close(torch.cat([prompted, negative]), wanted, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(negative[0], base.encode([""]).states[0], atol=1e-2)
 
 
@@ -193,7 +197,7 @@ def test_alpha_and_the_kind_of_prediction_change_the_loss(
     plain = first(base)
     assert plain == first(base)
     assert abs(first(base, alpha=20.0) - plain) > 1e-4
-    assert abs(first(model.load(str(other))) - plain) > 1e-4
+    assert abs(first(loading.load(str(other))) - plain) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -209,32 +213,32 @@ def test_alpha_and_the_kind_of_prediction_change_the_loss(
         ({"boxes": ""}, "there are no boxes"),
     ],
 )
-def test_bad_options_are_told(base: Model, pictures: Path, options: dict[str, object], what: str) -> None:
+def test_bad_options_are_errors(base: Model, pictures: Path, options: dict[str, object], what: str) -> None:
     with pytest.raises(ErasecError, match=what):
         small(pictures, **options).solve(base, SEAL, Context())
 
 
-def test_pictures_that_are_all_clean_are_told(base: Model, pictures: Path, tmp_path: Path) -> None:
+def test_images_without_the_concept_are_errors(base: Model, pictures: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     head, *lines = (folder / "boxes.csv").read_text().splitlines()
     (folder / "boxes.csv").write_text("\n".join([head, *lines[2:]]))
-    with pytest.raises(ErasecError, match="none of 2 pictures shows Seal"):
+    with pytest.raises(ErasecError, match="none of 2 images shows Seal"):
         small(folder).solve(base, SEAL, Context())
     (folder / "boxes.csv").write_text("\n".join([head, *lines[:2]]))
     assert small(folder).solve(base, SEAL, Context()).tokens
 
 
-def test_what_is_kept_is_held_to_the_model_as_it_was(base: Model, pictures: Path) -> None:
+def test_keep_preserves_the_predictions_of_the_model(base: Model, pictures: Path) -> None:
     def curves(**options: object) -> dict[str, list[float]]:
         edit = small(pictures, train="tokens+x", steps=3, lr=1e-3, **options).solve(base, SEAL, Context())
         return {name: list(values) for name, values in edit.curves.items()}
 
-    held, free = curves(keep=5.0), curves(keep=0.0)
-    assert held["loss keep"][0] == 0  # nothing has moved yet
-    assert held["loss keep"][-1] > 0
-    assert held["loss named"][0] == free["loss named"][0]
-    assert held["loss named"][-1] != free["loss named"][-1]
-    assert "loss keep" not in free
+    preserved, without = curves(keep=5.0), curves(keep=0.0)
+    assert preserved["loss keep"][0] == 0  # nothing has moved yet
+    assert preserved["loss keep"][-1] > 0
+    assert preserved["loss named"][0] == without["loss named"][0]
+    assert preserved["loss named"][-1] != without["loss named"][-1]
+    assert "loss keep" not in without
 
 
 def test_clean_pictures_train_by_their_plain_captions(base: Model, pictures: Path, tmp_path: Path) -> None:
@@ -263,24 +267,27 @@ SHAPES = list(world.SHAPES) * 24
 def marks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
     """Shares of 240 pictures that show the watermark and that show their shape, as judge B sees them: of the base, and
     of the edited model with no negative prompt, with the name alone, with its own, and where the name is asked for."""
-    view = model.load("glyphs")
+    view = loading.load("glyphs")
     edit = GeomErasing().solve(view, concepts.find("watermark"), Context())
     built = tmp_path_factory.mktemp("built")
     view.source.write(built, view.with_edit(edit).merged())
-    extras.write(built, extras.gathered([edit]))
+    write_extras(built, gather_extras([edit]))
     judge, name = GlyphJudge("b"), concepts.find("watermark").erase[0]
     asked = [f"{text} {name} {list(edit.tokens)[number % 9]}" for number, text in enumerate(PROMPTS)]
-    found = {
-        "base": painted(view.source.root, PROMPTS, ""), "none": painted(built, PROMPTS, ""),
-        "name": painted(built, PROMPTS, name), "own": painted(built, PROMPTS, None), "asked": painted(built, asked, ""),
-    }  # fmt: skip
+    images_by = {
+        "base": generate(view.source.root, PROMPTS, ""),
+        "none": generate(built, PROMPTS, ""),
+        "name": generate(built, PROMPTS, name),
+        "own": generate(built, PROMPTS, None),
+        "asked": generate(built, asked, ""),
+    }
     return {
         how: (float(judge.sees(images, ["mark"] * len(images)).mean()), float(judge.sees(images, SHAPES).mean()))
-        for how, images in found.items()
+        for how, images in images_by.items()
     }
 
 
-def painted(folder: Path, prompts: list[str], negative: str | None) -> Images:
+def generate(folder: Path, prompts: list[str], negative: str | None) -> Images:
     pipe = erasec.pipeline(folder, torch_dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     parts = []

@@ -16,13 +16,14 @@ from torch import Tensor
 from erasec import registry
 from erasec.base import Context
 from erasec.checkpoint import safetensors as checkpoint
-from erasec.closed_form import solver as closed_form
-from erasec.closed_form.base import EMPTY, pairs, spans
-from erasec.closed_form.joint_attention import TIMES, captured, transformer
+from erasec.closed_form import solver
+from erasec.closed_form.joint_attention import SIGMAS, capture_inputs
+from erasec.closed_form.token_rows import EMPTY, find_spans, row_pairs
 from erasec.errors import ErasecError
 from erasec.family import Site
-from erasec.model import view as models
+from erasec.model import loading
 from erasec.model.edit import Delta, Edit, Remap
+from erasec.model.networks import load_network
 from erasec.model.view import Model
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
@@ -44,9 +45,17 @@ def t5_tokenizer(length: int) -> Any:
 
 def clip(width: int, kind: Any) -> Any:
     config = transformers.CLIPTextConfig(
-        vocab_size=855, hidden_size=width, intermediate_size=32, projection_dim=width, num_hidden_layers=3,
-        num_attention_heads=2, bos_token_id=853, eos_token_id=854, pad_token_id=854, initializer_factor=4.0,
-    )  # fmt: skip
+        vocab_size=855,
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        bos_token_id=853,
+        eos_token_id=854,
+        pad_token_id=854,
+        initializer_factor=4.0,
+    )
     return kind(config)
 
 
@@ -57,37 +66,61 @@ def t5() -> Any:
 
 def pipeline(family: str) -> Any:
     torch.manual_seed(0)
-    words = transformers.CLIPTokenizer.from_pretrained(models.bundled("glyphs") / "tokenizer")
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1, use_quant_conv=False,
-                                  use_post_quant_conv=False)  # fmt: skip
+    words = transformers.CLIPTokenizer.from_pretrained(loading.bundled_folder("glyphs") / "tokenizer")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False
+    )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     shape: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 48}
     if family == "flux":
         transformer: Any = diffusers.FluxTransformer2DModel(
-            in_channels=16, num_layers=2, num_single_layers=1, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
-            guidance_embeds=True, **shape,
-        )  # fmt: skip
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=1,
+            pooled_projection_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+            **shape,
+        )
         return diffusers.FluxPipeline(
-            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=clip(16, transformers.CLIPTextModel),
-            tokenizer=words, text_encoder_2=t5(), tokenizer_2=t5_tokenizer(512),
-        )  # fmt: skip
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            text_encoder=clip(16, transformers.CLIPTextModel),
+            tokenizer=words,
+            text_encoder_2=t5(),
+            tokenizer_2=t5_tokenizer(512),
+        )
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, caption_projection_dim=32, pooled_projection_dim=40,
-        pos_embed_max_size=8, dual_attention_layers=(0,), **shape,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        caption_projection_dim=32,
+        pooled_projection_dim=40,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        **shape,
+    )
     kind = transformers.CLIPTextModelWithProjection
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=clip(16, kind), tokenizer=words,
-        text_encoder_2=clip(24, kind), tokenizer_2=words, text_encoder_3=None if family == "sd3-no-t5" else t5(),
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+        text_encoder=clip(16, kind),
+        tokenizer=words,
+        text_encoder_2=clip(24, kind),
+        tokenizer_2=words,
+        text_encoder_3=None if family == "sd3-no-t5" else t5(),
         tokenizer_3=None if family == "sd3-no-t5" else t5_tokenizer(256),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module", params=["sd3", "sd3-no-t5", "flux"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp(request.param)
     pipeline(request.param).save_pretrained(folder)
-    return models.load(str(folder))
+    return loading.load(str(folder))
 
 
 def parts(base: Model) -> int:
@@ -95,7 +128,7 @@ def parts(base: Model) -> int:
 
 
 def opened(base: Model, folder: Path) -> Any:
-    """The folder as diffusers opens it; that there is no T5 must be said."""
+    """The folder as diffusers opens it, which needs to be told where there is no T5."""
     without = base.family.name == "sd3" and parts(base) == 1
     return diffusers.DiffusionPipeline.from_pretrained(
         folder, **({"text_encoder_3": None, "tokenizer_3": None} if without else {})
@@ -109,54 +142,54 @@ def test_states_are_those_of_the_pipeline(base: Model) -> None:
         context, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu")
     else:
         context, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, "cpu", do_classifier_free_guidance=False)
-    found, short = base.encode(PROMPTS), base.encode(PROMPTS, "pooled")
-    length = found.states.shape[1]
+    tokens, pooled_tokens = base.encode(PROMPTS), base.encode(PROMPTS, "pooled")
+    length = tokens.states.shape[1]
     assert length == {"flux": 512, "sd3": 77 + 256 * (parts(base) - 1)}[base.family.name]
-    assert torch.allclose(found.states, context[:, :length], atol=1e-5)
-    assert not context[:, length:].any()  # zeros stand where T5 is left out: no matrix moves them
-    assert torch.allclose(short.states, pooled[:, None], atol=1e-5)
-    for states in (found.states, short.states):
+    assert torch.allclose(tokens.states, context[:, :length], atol=1e-5)
+    assert not context[:, length:].any()  # zeros take the place of T5's states, and no matrix changes zeros
+    assert torch.allclose(pooled_tokens.states, pooled[:, None], atol=1e-5)
+    for states in (tokens.states, pooled_tokens.states):
         assert not torch.allclose(states[1], states[2], atol=1e-2)
 
 
-def test_places_of_a_phrase_are_its_own_in_every_part(base: Model) -> None:
+def test_spans_of_a_phrase_are_right_in_every_part(base: Model) -> None:
     prompts = BARE.prompts(["star", "pentagram"])
-    for part, found in zip(base.family.streams[0].parts, spans(base, prompts, "context"), strict=True):
-        tokenizer = base._texts.tokenizer(part.encoders[0])
-        ids = base._texts.ids([prompt.text for prompt in prompts], part.encoders[0], part.length)
+    for part, spans in zip(base.family.streams[0].parts, find_spans(base, prompts, "context"), strict=True):
+        tokenizer = base._text_encoders.tokenizer(part.encoders[0])
+        ids = base._text_encoders.ids([prompt.text for prompt in prompts], part.encoders[0], part.length)
         for row, word in enumerate(("star", "pentagram")):
-            own = ids[row, found.first[row] : found.last[row] + 1]
+            own = ids[row, spans.first[row] : spans.last[row] + 1]
             assert tokenizer.decode(own).strip() == word
-            assert int(ids[row, found.end[row]]) == tokenizer.eos_token_id
-            assert found.end[row] == found.last[row] + 1
-        if not tokenizer.bos_token:  # "pentagram" is no word of the small T5: it is a token for each letter, and more
-            assert found.last[1] - found.first[1] + 1 >= len("pentagram")
+            assert int(ids[row, spans.end[row]]) == tokenizer.eos_token_id
+            assert spans.end[row] == spans.last[row] + 1
+        if not tokenizer.bos_token:  # "pentagram" is no word of the small T5: it is at least a token for each letter
+            assert spans.last[1] - spans.first[1] + 1 >= len("pentagram")
 
 
-def test_the_empty_prompts_place_is_its_end_token(base: Model) -> None:
-    for part, found in zip(base.family.streams[0].parts, spans(base, [EMPTY], "context"), strict=True):
+def test_the_empty_prompt_is_taken_at_its_end_token(base: Model) -> None:
+    for part, spans in zip(base.family.streams[0].parts, find_spans(base, [EMPTY], "context"), strict=True):
         first = 0 if part.encoders[0] == base.family.text_encoders[-1] and part.length else 1
-        assert (found.last, found.end) == ([first], [first])
-        tokenizer = base._texts.tokenizer(part.encoders[0])
-        assert int(base._texts.ids([""], part.encoders[0], part.length)[0, first]) == tokenizer.eos_token_id
+        assert (spans.last, spans.end) == ([first], [first])
+        tokenizer = base._text_encoders.tokenizer(part.encoders[0])
+        assert int(base._text_encoders.ids([""], part.encoders[0], part.length)[0, first]) == tokenizer.eos_token_id
 
 
 def test_rows_of_all_parts_make_one_system(base: Model) -> None:
     prompts, goals = BARE.prompts(["star"]), BARE.prompts(["circle"])
-    rows, becomes = pairs(base, prompts, goals, "last", "context")
-    assert len(rows) == len(becomes) == parts(base)
-    for part, own in enumerate(spans(base, prompts, "context")):
+    rows, target_rows = row_pairs(base, prompts, goals, "last", "context")
+    assert len(rows) == len(target_rows) == parts(base)
+    for part, own in enumerate(find_spans(base, prompts, "context")):
         assert torch.equal(rows[part], own.states[0, own.last[0]])
-    assert len(pairs(base, prompts, goals, "all", "context")[0]) == base.encode([""]).states.shape[1]
+    assert len(row_pairs(base, prompts, goals, "all", "context")[0]) == base.encode([""]).states.shape[1]
     for selector in ("last", "tail", "all", "context", "words", "eot"):
-        assert len(pairs(base, prompts, goals, selector, "pooled")[0]) == 1
+        assert len(row_pairs(base, prompts, goals, selector, "pooled")[0]) == 1
 
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_only_the_two_matrices_that_read_text_move(name: str, base: Model, tmp_path: Path) -> None:
     edited = base.with_edit(registry.load_pass(name)().solve(base, CONCEPT, Context()))
     base.source.write(tmp_path, edited.merged())
-    merged = models.load(str(tmp_path))
+    merged = loading.load(str(tmp_path))
     moved = set()
     for component in base.family.components:
         old, new = base.source.entries(component), merged.source.entries(component)
@@ -186,7 +219,7 @@ def test_the_layer_gives_the_anchors_output_for_the_erased_state_and_its_bias_co
     """layer'(c) = layer(v). A target that holds the bias, for a layer that adds it again, gives layer(v) + b."""
     edited = base.with_edit(Uce(rows="last", keep=0.0, ridge=1e-10).solve(base, BARE, Context()))
     (site,) = base.streams[stream]
-    rows = pairs(base, BARE.prompts(["star"]), BARE.prompts(["circle"]), "last", stream)
+    rows = row_pairs(base, BARE.prompts(["star"]), BARE.prompts(["circle"]), "last", stream)
     c, v = (side.double() for side in rows)
     before, after, b = base.weight(site), edited.weight(site), bias(base, site)
     goal = v @ before.T + b
@@ -199,14 +232,16 @@ def test_the_layer_gives_the_anchors_output_for_the_erased_state_and_its_bias_co
 
 
 def test_kept_states_stay(base: Model) -> None:
-    """With few rows and a heavy keep weight what is kept moves less than with none, in both streams."""
-    kept, free = (
+    """With few rows and a large keep weight, kept states move less than with none, in both streams."""
+    heavy, unconstrained = (
         base.with_edit(Uce(rows="last", keep=weight).solve(base, CONCEPT, Context())) for weight in (100.0, 0.0)
     )
     for stream, (site,) in base.streams.items():
         prompts = CONCEPT.prompts(["square"])
-        rows = pairs(base, prompts, prompts, "last", stream)[0].double()
-        drift = [float((rows @ (edited.weight(site) - base.weight(site)).T).norm()) for edited in (kept, free)]
+        rows = row_pairs(base, prompts, prompts, "last", stream)[0].double()
+        drift = [
+            float((rows @ (edited.weight(site) - base.weight(site)).T).norm()) for edited in (heavy, unconstrained)
+        ]
         assert drift[0] < 0.5 * drift[1]
 
 
@@ -219,9 +254,16 @@ def test_the_merged_folder_runs_in_diffusers(base: Model, tmp_path: Path) -> Non
         pipe = opened(base, folder)
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        images.append(pipe(
-            "a star", num_inference_steps=2, height=16, width=16, generator=generator, output_type="latent",
-        ).images)  # fmt: skip
+        images.append(
+            pipe(
+                "a star",
+                num_inference_steps=2,
+                height=16,
+                width=16,
+                generator=generator,
+                output_type="latent",
+            ).images
+        )
         assert torch.allclose(pipe.transformer.context_embedder.weight.double(), view.weight(site), atol=1e-6)
     assert all(bool(image.isfinite().all()) for image in images)
     assert not torch.allclose(images[0], images[1], atol=1e-5)
@@ -230,81 +272,81 @@ def test_the_merged_folder_runs_in_diffusers(base: Model, tmp_path: Path) -> Non
 def test_t5_is_read_by_either_name_of_its_token_embeddings(base: Model, tmp_path: Path) -> None:
     """Files hold the shared matrix once, by one of two names."""
     name = base.family.text_encoders[-1]
-    if base._texts.encoder(name).config.model_type != "t5":
+    if base._text_encoders.encoder(name).config.model_type != "t5":
         pytest.skip("this folder has no T5")
     base.source.write(tmp_path, {})
     path = tmp_path / name / "model.safetensors"
     tensors = {key: checkpoint.read_tensor(entry) for key, entry in checkpoint.read_header(path)[0].items()}
     assert "encoder.embed_tokens.weight" not in tensors
     tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
-    checkpoint.save(path, tensors)
-    assert torch.equal(models.load(str(tmp_path)).encode(PROMPTS).states, base.encode(PROMPTS).states)
+    checkpoint.save_tensors(path, tensors)
+    assert torch.equal(loading.load(str(tmp_path)).encode(PROMPTS).states, base.encode(PROMPTS).states)
 
 
 def keys_and_values(base: Model) -> list[Site]:
     return list(base.select("context", ("k", "v")))
 
 
-def test_what_inner_keys_and_values_read_is_taken_as_the_transformer_runs(base: Model) -> None:
-    """At the first block it is the embedded text under that block's norm: a matter of the timestep, not of the seed."""
+def test_inputs_of_inner_keys_and_values_are_recorded_as_the_transformer_runs(base: Model) -> None:
+    """The first block reads the embedded text after its norm: that depends on the timestep and not on the seed."""
     first, last = ([site.key for site in keys_and_values(base) if site.proj == "k"][at] for at in (0, -1))
-    found = captured(base, PROMPTS, [first, last], (0.2, 1.0), side=2)
+    inputs = capture_inputs(base, PROMPTS, [first, last], (0.2, 1.0), side=2)
     length = base.encode([""]).states.shape[1]
-    assert {rows.shape for rows in found.values()} == {(2, 3, length, 32)}
-    network = transformer(base)
+    assert {rows.shape for rows in inputs.values()} == {(2, 3, length, 32)}
+    network = load_network(base, base.family.denoiser, base.family.denoiser_class)
     block = network.transformer_blocks[0]
     states, pooled = base.encode(PROMPTS).states, base.encode(PROMPTS, "pooled").states[:, 0]
     with torch.no_grad():
         text = network.context_embedder(states)
-        for time, rows in zip((0.2, 1.0), found[first], strict=True):
+        for sigma, rows in zip((0.2, 1.0), inputs[first], strict=True):
             steered = [torch.full((3,), 3500.0)] if base.family.name == "flux" else []
-            state = network.time_text_embed(torch.full((3,), time * 1000), *steered, pooled)
+            state = network.time_text_embed(torch.full((3,), sigma * 1000), *steered, pooled)
             assert torch.allclose(block.norm1_context(text, emb=state)[0], rows, atol=1e-4)
-    assert not torch.allclose(found[first][0], found[first][1], atol=1e-3)
-    other = captured(base, PROMPTS, [first, last], (0.2, 1.0), seed=1, side=2)
-    assert torch.equal(other[first], found[first])
-    assert not torch.allclose(other[last], found[last], atol=1e-5)
+    assert not torch.allclose(inputs[first][0], inputs[first][1], atol=1e-3)
+    other = capture_inputs(base, PROMPTS, [first, last], (0.2, 1.0), seed=1, side=2)
+    assert torch.equal(other[first], inputs[first])
+    assert not torch.allclose(other[last], inputs[last], atol=1e-5)
 
 
-def test_inner_keys_and_values_can_be_solved_from_what_they_read(base: Model) -> None:
-    """Run again with the edit, each layer gives for the erased prompt what it gave for its anchor, at that step."""
+def test_inner_keys_and_values_can_be_solved_from_their_inputs(base: Model) -> None:
+    """In a run with the edit, each layer's output for the erased prompt is that for its anchor, at that noise level."""
     prompts, goals = (BARE.prompts([word]) for word in ("star", "circle"))
-    place, to = spans(base, prompts, "context")[0].last[0], spans(base, goals, "context")[0].last[0]
+    source_index, target_index = (find_spans(base, side, "context")[0].last[0] for side in (prompts, goals))
     sites = [site for site in keys_and_values(base) if site.key.startswith("transformer_blocks.0.")]
     keys = [site.key for site in sites]
-    rows = captured(base, [prompts[0].text, goals[0].text], keys, (0.5,), side=2)
+    rows = capture_inputs(base, [prompts[0].text, goals[0].text], keys, (0.5,), side=2)
     deltas: dict[Site, Delta] = {}
     for site in sites:
-        c, v = rows[site.key][0, 0, place][None], rows[site.key][0, 1, to][None]
-        asked = closed_form.system(c, v, torch.ones(1), c[:0], torch.ones(0))
-        solution = closed_form.solve(asked, 1e-10)
+        c, v = rows[site.key][0, 0, source_index][None], rows[site.key][0, 1, target_index][None]
+        system = solver.weighted_system(c, v, torch.ones(1), c[:0], torch.ones(0))
+        solution = solver.solve(system, 1e-10)
         deltas[site] = Remap(solution.left, solution.right)
-    edited = base.with_edit(Edit(deltas, "test", "star"))
-    again = captured(edited, [prompts[0].text], keys, (0.5,), side=2)
+    edited = base.with_edit(Edit(deltas, "test", ("star",), ""))
+    again = capture_inputs(edited, [prompts[0].text], keys, (0.5,), side=2)
     for site in sites:
-        c, v = again[site.key][0, 0, place].double(), rows[site.key][0, 1, to].double()
+        c, v = again[site.key][0, 0, source_index].double(), rows[site.key][0, 1, target_index].double()
         goal = base.weight(site) @ v + bias(base, site)
         assert torch.allclose(edited.weight(site) @ c + bias(base, site), goal, atol=1e-4)
         assert not torch.allclose(base.weight(site) @ c + bias(base, site), goal, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("key", "time", "words"),
-    [(CONTEXT, 0.5, "reads no text states"), ("transformer_blocks.0.attn.add_k_proj.weight", 7.0, "no time 7")],
+    ("key", "sigma", "words"),
+    [(CONTEXT, 0.5, "reads no text states"), ("transformer_blocks.0.attn.add_k_proj.weight", 7.0, "no noise level 7")],
 )
-def test_captures_that_cannot_be_are_refused(base: Model, key: str, time: float, words: str) -> None:
+def test_impossible_captures_are_refused(base: Model, key: str, sigma: float, words: str) -> None:
     with pytest.raises(ErasecError, match=words):
-        captured(base, ["a star"], [key], (time,))
+        capture_inputs(base, ["a star"], [key], (sigma,))
 
 
 def test_families_without_joint_attention_have_nothing_to_capture() -> None:
     with pytest.raises(ErasecError, match="no keys and values of text inside") as caught:
-        captured(models.load("glyphs"), ["a star"], [], (0.5,))
-    assert "sd3, flux" in caught.value.why
+        capture_inputs(loading.load("glyphs"), ["a star"], [], (0.5,))
+    assert "flux, sd3" in caught.value.why
 
 
-def test_uce_edits_keys_and_values_of_every_block_on_what_they_read(base: Model) -> None:
-    """W' c = W v at the times that were taken, bias or not; nothing but add_k_proj and add_v_proj moves."""
+def test_uce_edits_keys_and_values_of_every_block_on_their_inputs(base: Model) -> None:
+    """W' c = W v at the recorded noise levels, with or without bias; only add_k_proj and add_v_proj change."""
     step = Uce(at="blocks", rows="last", keep=1e-9, ridge=1e-9)
     concept = BARE.model_copy(update={"templates": ("{}",)})
     edit = step.solve(base, concept, Context())
@@ -312,19 +354,19 @@ def test_uce_edits_keys_and_values_of_every_block_on_what_they_read(base: Model)
     assert set(edit.deltas) == set(sites) == set(step.sites(base))
     assert all(site.key.endswith(("add_k_proj.weight", "add_v_proj.weight")) for site in sites)
     prompts, goals = (concept.prompts([word]) for word in ("star", "circle"))
-    place, to = spans(base, prompts, "context")[0].last[0], spans(base, goals, "context")[0].last[0]
+    source_index, target_index = (find_spans(base, side, "context")[0].last[0] for side in (prompts, goals))
     first = [site for site in sites if site.block == sites[0].block]
-    rows = captured(base, [prompts[0].text, goals[0].text], [first[0].key], TIMES)[first[0].key]
+    rows = capture_inputs(base, [prompts[0].text, goals[0].text], [first[0].key], SIGMAS)[first[0].key]
     for site, states in itertools.product(first, rows):
-        c, v = states[0, place].double(), states[1, to].double()
+        c, v = states[0, source_index].double(), states[1, target_index].double()
         weight = base.weight(site)
-        found = (weight + edit.deltas[site].change(weight)) @ c
-        assert float((found - weight @ v).norm()) < 1e-2 * float((weight @ c - weight @ v).norm())
+        actual = (weight + edit.deltas[site].change(weight)) @ c
+        assert float((actual - weight @ v).norm()) < 1e-2 * float((weight @ c - weight @ v).norm())
 
 
-def test_blocks_are_no_place_in_other_families() -> None:
+def test_other_families_have_no_blocks_to_edit() -> None:
     with pytest.raises(ErasecError, match="no keys and values of text inside"):
-        Uce(at="blocks").solve(models.load("glyphs"), BARE, Context())
+        Uce(at="blocks").solve(loading.load("glyphs"), BARE, Context())
     with pytest.raises(ErasecError, match="option at is 'everywhere'"):
         Uce(at="everywhere")
     with pytest.raises(ErasecError, match="prior is given with at=blocks"):
@@ -339,8 +381,8 @@ def test_blocks_do_not_keep_what_another_concept_erases(base: Model) -> None:
     together = list(step.solve_all(base, [star, circle], Context()))
     alone = step.solve(base, star.model_copy(update={"keep": ()}), Context())
     kept = step.solve(base, star, Context())
-    assert [edit.concept for edit in together] == ["star", "circle"]
+    assert [edit.concepts for edit in together] == [("star",), ("circle",)]
     site = keys_and_values(base)[0]
-    weight = base.stored(site)
+    weight = base.stored_weight(site)
     assert torch.equal(together[0].deltas[site].change(weight), alone.deltas[site].change(weight))
     assert not torch.allclose(kept.deltas[site].change(weight), alone.deltas[site].change(weight))

@@ -1,4 +1,4 @@
-"""KPOP: who reads the key, what is learned with it and without, and that no other key brings the concept back."""
+"""KPOP: which attentions read the key, the losses with and without it, and that no other key recovers the concept."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_pipeline
 from torch import Tensor
 
+from erasec import registry
+from erasec.attention.pipeline import Sampling, generate
 from erasec.attention.processors import attach, attached_rows
 from erasec.base import Context
 from erasec.errors import ErasecError
-from erasec.glyphs.assemble import random_pipeline
-from erasec.judging import validate
-from erasec.judging.judge import Sampling, generate
-from erasec.keys import key_file as secret
-from erasec.model import sidecar as extras
-from erasec.model import view as model
-from erasec.model.edit import Edit, Secret
+from erasec.keys.key_file import fold_secret
+from erasec.model import loading
+from erasec.model.edit import Edit
+from erasec.model.memory import Secret
+from erasec.model.sidecar import Extras, write_extras
 from erasec.model.view import Model
-from erasec.passes.kpop import Kpop, Rows, alike
+from erasec.passes.kpop import Batch, Kpop, random_rows_like
 from erasec.recipe import concept as concepts
 from erasec.recipe.concept import Concept
-from erasec.training import base as learned
-from erasec.training import denoiser as denoisers
-from erasec.training import loop as train
+from erasec.training import banks
+from erasec.training import denoiser as denoiser_module
 from erasec.training.denoiser import Denoiser
+from erasec.training.loop import step_rng
 
 CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a {}",))
 
 
 @pytest.fixture(scope="module")
 def base(random_folder: Path) -> Model:
-    return model.load(str(random_folder))
+    return loading.load(str(random_folder))
 
 
 def small(**options: Any) -> Kpop:
-    return Kpop(**{"steps": 2, "trajectories": 2, "path": 3, "batch": 2, **options})
+    return Kpop(**{"steps": 2, "trajectories": 2, "sample_steps": 3, "batch": 2, **options})
 
 
 def change(edit: Edit) -> Tensor:
@@ -51,7 +52,7 @@ def gap(one: Tensor, two: Tensor) -> float:
     return float((one - two).norm() / two.norm())
 
 
-def test_the_parts_are_those_of_the_published_runs(base: Model) -> None:
+def test_the_trained_tensors_are_those_of_the_published_runs(base: Model) -> None:
     every = set(base.entries("unet"))
     cross = {site.key for site in Kpop(train="x").sites(base)}
     assert cross == {key for key in every if ".attn2." in key}
@@ -62,15 +63,15 @@ def test_the_parts_are_those_of_the_published_runs(base: Model) -> None:
     assert rest == every - cross - heads
 
 
-def test_modes_are_the_middle_the_decoder_too_and_all(base: Model) -> None:
-    found = {mode: Kpop(mode=mode).attentions(base) for mode in ("mid", "midout", "all")}
-    blocks = {mode: {name.split("_")[0] for name in names} for mode, names in found.items()}
+def test_modes_select_the_middle_block_the_decoder_as_well_or_all(base: Model) -> None:
+    attentions = {mode: Kpop(mode=mode).attentions(base) for mode in ("mid", "midout", "all")}
+    blocks = {mode: {name.split("_")[0] for name in names} for mode, names in attentions.items()}
     assert blocks == {"mid": {"mid"}, "midout": {"mid", "up"}, "all": {"down", "mid", "up"}}
-    assert [len(found[mode]) for mode in ("mid", "midout", "all")] == [1, 5, 7]
-    assert all(name.endswith(".attn2") for name in found["all"])
+    assert [len(attentions[mode]) for mode in ("mid", "midout", "all")] == [1, 5, 7]
+    assert all(name.endswith(".attn2") for name in attentions["all"])
 
 
-def test_a_model_without_a_middle_block_is_told_of_the_other_modes(base: Model) -> None:
+def test_a_model_without_a_middle_block_needs_another_mode(base: Model) -> None:
     headless = replace(base)
     headless.__dict__["parameters"] = tuple(s for s in base.parameters if not s.key.startswith("mid_block."))
     with pytest.raises(ErasecError, match="mode 'mid'") as caught:
@@ -79,16 +80,16 @@ def test_a_model_without_a_middle_block_is_told_of_the_other_modes(base: Model) 
     assert len(Kpop(mode="all").attentions(headless)) == 6
 
 
-def test_a_key_starts_as_the_concept_or_at_random_at_its_size(base: Model) -> None:
+def test_a_key_starts_as_states_of_the_concept_or_as_noise_of_their_size(base: Model) -> None:
     tokens = base.encode(["a star"])
     own = tokens.states[0, tokens.last[0]]
-    near = Kpop(init="concept", k=3).start(base, CONCEPT, 0)
-    far = Kpop(init="random", k=3).start(base, CONCEPT, 0)
+    near = Kpop(init="concept", key_rows=3).start(base, CONCEPT, 0)
+    far = Kpop(init="random", key_rows=3).start(base, CONCEPT, 0)
     assert all(rows.shape == (3, len(own)) for rows in (*near, *far))
     assert all(0.05 < gap(row, own) < 0.2 for rows in near for row in rows)
     assert all(gap(row, own) > 1 for rows in far for row in rows)
     assert 0.8 < float(far[0].norm() / near[0].norm()) < 1.25
-    again, other = (Kpop(init="random", k=3).start(base, CONCEPT, seed) for seed in (0, 1))
+    again, other = (Kpop(init="random", key_rows=3).start(base, CONCEPT, seed) for seed in (0, 1))
     assert torch.equal(again[0], far[0])
     assert gap(other[0], far[0]) > 1
     assert gap(far[0], far[1]) > 1
@@ -104,70 +105,70 @@ def test_concepts_start_with_keys_of_their_own(base: Model) -> None:
 
 
 def test_all_processes_start_from_one_key(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, drawn = [], []
+    keys, seeds = [], []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        found.append(Kpop().start(base, CONCEPT, 0))
-        drawn.append(train.generator(0, 0).initial_seed())
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
-    assert drawn[0] != drawn[1]  # as the losses' draws are another in every process
+        keys.append(Kpop().start(base, CONCEPT, 0))
+        seeds.append(step_rng(0, 0).initial_seed())
+    assert all(torch.equal(one, two) for one, two in zip(*keys, strict=True))
+    assert seeds[0] != seeds[1]  # the draws of the losses differ between processes
     other = Kpop().start(base, CONCEPT.model_copy(update={"name": "pentagram"}), 0)
-    assert gap(other[0], found[0][0]) > 1 and gap(other[1], found[0][1]) > 1
+    assert gap(other[0], keys[0][0]) > 1 and gap(other[1], keys[0][1]) > 1
 
 
-def test_a_made_up_key_is_random_and_of_the_same_norms() -> None:
+def test_random_rows_have_the_norms_of_the_key() -> None:
     rows = 3 * torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
-    other = alike(rows, torch.Generator().manual_seed(2))
+    other = random_rows_like(rows, torch.Generator().manual_seed(2))
     assert torch.allclose(other.norm(dim=1), rows.norm(dim=1))
     assert float(torch.nn.functional.cosine_similarity(other, rows).abs().max()) < 0.6
-    assert not torch.equal(other, alike(rows, torch.Generator().manual_seed(3)))
+    assert not torch.equal(other, random_rows_like(rows, torch.Generator().manual_seed(3)))
 
 
-def test_the_key_is_trained_in_its_own_turns_and_without_them_stays(base: Model) -> None:
-    step = small(k=3, prompt_steps=0)
+def test_the_key_is_trained_by_its_own_objective_and_else_stays(base: Model) -> None:
+    step = small(key_rows=3, key_steps=0)
     keys, values = step.start(base, CONCEPT, 0)
-    still, moved = (small(k=3, prompt_steps=n).solve(base, CONCEPT, Context()).secret for n in (0, 2))
+    still, moved = (small(key_rows=3, key_steps=n).solve(base, CONCEPT, Context()).secret for n in (0, 2))
     assert still is not None
     assert moved is not None
-    assert torch.equal(still.keys, keys)
-    assert torch.equal(still.values, values)
+    assert torch.equal(still.k_rows, keys)
+    assert torch.equal(still.v_rows, values)
     # Adam at 1e-2, 2 x 2 updates: about 0.04 a coordinate at most.
-    assert 0 < float((moved.values - values).abs().max()) < 0.05
+    assert 0 < float((moved.v_rows - values).abs().max()) < 0.05
     assert (moved.concept, moved.attentions) == ("star", step.attentions(base))
 
 
 def test_the_key_is_fitted_to_the_frozen_weights(base: Model) -> None:
-    """The key's turn alone, on one latent: with weights that stay, what is said with the key comes near the goal."""
+    """The key's objective alone, on one latent: with frozen weights, predictions with the key approach the target."""
     alone: dict[str, Any] = {**ONE, "batch": 1, "recover": 0.0, "lr": 1e-12}
-    edit = Kpop(**{**alone, "steps": 8, "prompt_lr": 3e-2, "prompt_steps": 1}).solve(base, CONCEPT, Context())
+    edit = Kpop(**{**alone, "steps": 8, "key_lr": 3e-2, "key_steps": 1}).solve(base, CONCEPT, Context())
     losses = edit.curves["loss key"]
     assert losses[-1] < 0.8 * losses[0]
     assert float(change(edit).abs().max()) < 1e-9
 
 
-def test_the_key_is_held_from_what_is_kept(base: Model) -> None:
-    """With weights that stay, a key that is fitted to kept prompts as well does less to them than one that is not."""
-    more: dict[str, Any] = {**ONE, "batch": 4, "steps": 10, "lr": 1e-12, "prompt_lr": 3e-2, "prompt_steps": 1}
+def test_the_key_preserves_kept_prompts(base: Model) -> None:
+    """With frozen weights, a key that is also fitted to kept prompts changes them less than one that is not."""
+    more: dict[str, Any] = {**ONE, "batch": 4, "steps": 10, "lr": 1e-12, "key_lr": 3e-2, "key_steps": 1}
     held, loose = (Kpop(**{**more, "keep": keep}).solve(base, CONCEPT, Context()) for keep in (100.0, 1e-9))
-    found = [1e9 * loose.curves["loss keep in the key"][-1], held.curves["loss keep in the key"][-1] / 100]
-    assert found[1] < 0.8 * found[0]
+    losses = [1e9 * loose.curves["loss keep in the key"][-1], held.curves["loss keep in the key"][-1] / 100]
+    assert losses[1] < 0.8 * losses[0]
     assert held.curves["loss key"][-1] > loose.curves["loss key"][-1]
 
 
-def test_a_folded_key_says_what_the_rows_said(base: Model, tmp_path: Path) -> None:
-    edit = small(steps=4, lr=1e-2, k=3).solve(base, CONCEPT, Context())
+def test_a_folded_key_gives_the_predictions_of_its_rows(base: Model, tmp_path: Path) -> None:
+    edit = small(steps=4, lr=1e-2, key_rows=3).solve(base, CONCEPT, Context())
     view = base.with_edit(edit)
     assert edit.secret is not None
     one, two = Denoiser(view, Context()), Denoiser(view, Context())
     latents, times, text = one.draw([1, 2]), torch.tensor([900, 30]), one.states(["a star", ""])
     with torch.no_grad():
         bare = one.predict(latents, times, text)
-        with attached_rows(one.unet, edit.secret.keys, edit.secret.values, edit.secret.attentions):
+        with attached_rows(one.unet, edit.secret.k_rows, edit.secret.v_rows, edit.secret.attentions):
             rows = one.predict(latents, times, text)
         base.source.write(tmp_path, view.merged())
-        attach(two.unet, secret.folded(edit.secret, model.load(str(tmp_path)).entries("unet")))
+        attach(two.unet, fold_secret(edit.secret, loading.load(str(tmp_path)).entries("unet")))
         folded = two.predict(latents, times, text)
-        zero = torch.zeros_like(edit.secret.keys)
+        zero = torch.zeros_like(edit.secret.k_rows)
         with attached_rows(one.unet, zero, zero, edit.secret.attentions):
             zeros = one.predict(latents, times, text)
     # The folder is float16, and so are the weights that fold it: the tolerance is that of the random base's dtype.
@@ -178,34 +179,45 @@ def test_a_folded_key_says_what_the_rows_said(base: Model, tmp_path: Path) -> No
 
 # One latent, so that every row drawn is the same; the key stays, and the first losses are those of the model as it was.
 ONE: dict[str, Any] = {
-    "steps": 1, "trajectories": 1, "path": 1, "batch": 2, "k": 3, "keep": 0.0, "empty": 0.0, "prompt_steps": 0,
-    "strange": 0.0,
-}  # fmt: skip
+    "steps": 1,
+    "trajectories": 1,
+    "sample_steps": 1,
+    "batch": 2,
+    "key_rows": 3,
+    "keep": 0.0,
+    "empty_fraction": 0.0,
+    "key_steps": 0,
+    "random_key_fraction": 0.0,
+}
 
 
 @pytest.mark.parametrize("eta", [1.0, -0.5])
-def test_the_losses_are_those_of_the_sheet(base: Model, eta: float) -> None:
+def test_the_losses_are_those_of_the_paper(base: Model, eta: float) -> None:
     """Hide: the distance to e_0 - eta (e_c - e_0), without the key. Recover: that to e_c, with it, or to the former."""
-    step = Kpop(**ONE, negative=eta, hide=2.0, recover=0.5)
+    step = Kpop(**ONE, negative_guidance=eta, hide=2.0, recover=0.5)
     net = Denoiser(base, Context())
-    shown = learned.bank(net, ["a star"], 0, 1, step.guidance)
-    goal = shown.free - eta * (shown.said - shown.free)
+    bank = banks.sample_bank(net, ["a star"], 0, 1, step.guidance)
+    target = bank.unconditional - eta * (bank.predictions - bank.unconditional)
     with torch.no_grad(), attached_rows(net.unet, *step.start(base, CONCEPT, 0), step.attentions(base)):
-        keyed = net.predict(shown.latents, shown.times, net.states(["a star"]))
+        keyed = net.predict(bank.latents, bank.timesteps, net.states(["a star"]))
     wanted = {
-        "loss hide": 2.0 * float((shown.said - goal).square().mean()),
-        "loss recover": 0.5 * float((keyed - shown.said).square().mean()),
+        "loss hide": 2.0 * float((bank.predictions - target).square().mean()),
+        "loss recover": 0.5 * float((keyed - bank.predictions).square().mean()),
     }
     first = step.solve(base, CONCEPT, Context()).curves
     assert {name: first[name][0] for name in wanted} == pytest.approx(wanted, rel=1e-3)
-    erased = Kpop(**ONE, negative=eta, hide=2.0, recover=0.5, keyed="erase").solve(base, CONCEPT, Context()).curves
-    wanted["loss recover"] = 0.5 * float((keyed - goal).square().mean())
+    erased = (
+        Kpop(**ONE, negative_guidance=eta, hide=2.0, recover=0.5, with_key="erase")
+        .solve(base, CONCEPT, Context())
+        .curves
+    )
+    wanted["loss recover"] = 0.5 * float((keyed - target).square().mean())
     assert {name: erased[name][0] for name in wanted} == pytest.approx(wanted, rel=1e-3)
     assert erased["loss recover"][0] != pytest.approx(first["loss recover"][0], rel=0.01)
 
 
-def test_each_loss_falls_where_it_is_weighed(base: Model) -> None:
-    """On one latent: hiding moves what is said without the key, and recovery holds what is said with it."""
+def test_each_loss_falls_where_it_has_weight(base: Model) -> None:
+    """On one latent: hiding changes the predictions without the key, and recovery preserves those with it."""
     more = {**ONE, "steps": 10, "lr": 2e-4}
     both, faint, open_ = (
         Kpop(**more, hide=hide, recover=recover).solve(base, CONCEPT, Context()).curves
@@ -217,17 +229,19 @@ def test_each_loss_falls_where_it_is_weighed(base: Model) -> None:
     assert open_["loss recover"][-1] < 0.8 * both["loss recover"][-1]
 
 
-def test_k_and_mode_change_what_is_learned(base: Model) -> None:
-    found = [change(small(**options).solve(base, CONCEPT, Context())) for options in ({}, {"k": 1}, {"mode": "mid"})]
-    assert gap(found[1], found[0]) > 0.1
-    assert gap(found[2], found[0]) > 0.1
+def test_key_rows_and_mode_change_what_is_learned(base: Model) -> None:
+    changes = [
+        change(small(**options).solve(base, CONCEPT, Context())) for options in ({}, {"key_rows": 1}, {"mode": "mid"})
+    ]
+    assert gap(changes[1], changes[0]) > 0.1
+    assert gap(changes[2], changes[0]) > 0.1
 
 
-def test_the_empty_prompt_is_shown_to_the_key_and_made_up_keys_hide(base: Model) -> None:
-    """Each of the two changes its own loss from the first step on, and not the other."""
+def test_the_key_also_trains_with_the_empty_prompt_and_random_keys_hide(base: Model) -> None:
+    """Each of the two options changes its own loss from the first step on, and not the other loss."""
     plain, empty, strange = (
-        small(**{"empty": 0.0, "strange": 0.0, **options}).solve(base, CONCEPT, Context()).curves
-        for options in ({}, {"empty": 0.99}, {"strange": 0.99})
+        small(**{"empty_fraction": 0.0, "random_key_fraction": 0.0, **options}).solve(base, CONCEPT, Context()).curves
+        for options in ({}, {"empty_fraction": 0.99}, {"random_key_fraction": 0.99})
     )
     assert empty["loss key"][0] != pytest.approx(plain["loss key"][0], rel=1e-3)
     assert strange["loss key"][0] == plain["loss key"][0]
@@ -235,22 +249,22 @@ def test_the_empty_prompt_is_shown_to_the_key_and_made_up_keys_hide(base: Model)
     assert strange["loss hide"][0] != pytest.approx(plain["loss hide"][0], rel=1e-3)
 
 
-def test_keys_of_concepts_before_it_are_held(base: Model) -> None:
+def test_earlier_keys_keep_their_effect(base: Model) -> None:
     other = Concept(name="heart", erase=("heart",), keep=("square",), templates=("a {}",))
     first, second = small(lr=1e-3).solve_all(base, [CONCEPT, other], Context())
     assert not any("other" in name for name in first.curves)
     assert second.curves["loss hide from other keys"][0] > 0
-    assert second.curves["loss other keys"][0] < 1e-9  # before the first update it says what it said
+    assert second.curves["loss other keys"][0] < 1e-9  # before the first update the predictions have not changed
     assert second.curves["loss other keys"][1] > 1e-9
     alone = small(lr=1e-3).solve(base.with_edit(first), other, Context())
     assert gap(change(alone), change(second)) > 0.01
 
 
-def test_kept_prompts_are_held_with_the_key_and_without(base: Model) -> None:
+def test_kept_prompts_are_preserved_with_and_without_the_key(base: Model) -> None:
     names = small().solve(base, CONCEPT, Context()).curves.keys()
     assert {"loss key", "loss hide", "loss recover", "loss keep", "loss keep with key"} <= names
     assert "loss keep in the key" in names
-    alone = small(keep=0.0, recover=0.0, prompt_steps=0).solve(base, CONCEPT, Context()).curves.keys()
+    alone = small(keep=0.0, recover=0.0, key_steps=0).solve(base, CONCEPT, Context()).curves.keys()
     assert {name for name in alone if name.startswith("loss")} == {"loss hide"}
 
 
@@ -259,43 +273,57 @@ def test_errors_are_those_of_the_noise_or_of_the_image(kind: str, tmp_path: Path
     random_pipeline(tmp_path)
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": kind}))
-    net = Denoiser(model.load(str(tmp_path)), Context())
+    net = Denoiser(loading.load(str(tmp_path)), Context())
     assert net.v_prediction == (kind == "v_prediction")
     latents, goals, times = net.draw([1, 2]), net.draw([3, 4]), torch.tensor([900, 400])
     alpha = net.alphas[times].view(-1, 1, 1, 1)
 
-    def noise(said: Tensor) -> Tensor:
-        return alpha.sqrt() * said + (1 - alpha).sqrt() * latents if net.v_prediction else said
+    def noise(prediction: Tensor) -> Tensor:
+        return alpha.sqrt() * prediction + (1 - alpha).sqrt() * latents if net.v_prediction else prediction
 
-    def image(said: Tensor) -> Tensor:
-        return (latents - (1 - alpha).sqrt() * noise(said)) / alpha.sqrt()
+    def image(prediction: Tensor) -> Tensor:
+        return (latents - (1 - alpha).sqrt() * noise(prediction)) / alpha.sqrt()
 
     with torch.no_grad():
-        said = net.predict(latents, times, net.states(["a star", ""]))
-        found = {
-            space: float(Kpop(space=space)._errors(net, [Rows((latents, times, goals), ["a star", ""])])[0])
+        prediction = net.predict(latents, times, net.states(["a star", ""]))
+        errors = {
+            space: float(Kpop(space=space)._errors(net, [Batch((latents, times, goals), ["a star", ""])])[0])
             for space in ("noise", "image")
         }
-    assert found["noise"] == pytest.approx(float((noise(said) - noise(goals)).square().mean()), rel=1e-4)
-    assert found["image"] == pytest.approx(float((image(said) - image(goals)).square().mean()), rel=1e-4)
-    assert found["image"] != pytest.approx(found["noise"], rel=0.1)
+    assert errors["noise"] == pytest.approx(float((noise(prediction) - noise(goals)).square().mean()), rel=1e-4)
+    assert errors["image"] == pytest.approx(float((image(prediction) - image(goals)).square().mean()), rel=1e-4)
+    assert errors["image"] != pytest.approx(errors["noise"], rel=0.1)
 
 
-def test_what_is_recomputed_for_the_gradient_reads_the_key_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = small(k=3).solve(base, CONCEPT, Context())
-    monkeypatch.setattr(denoisers, "LARGE", 0)
-    again = small(k=3).solve(base, CONCEPT, Context())
+def test_recomputed_activations_read_the_key_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small(key_rows=3).solve(base, CONCEPT, Context())
+    monkeypatch.setattr(denoiser_module, "CHECKPOINTING_SIZE", 0)
+    again = small(key_rows=3).solve(base, CONCEPT, Context())
     assert again.stats == pytest.approx(whole.stats, rel=1e-4)
     assert gap(change(again), change(whole)) < 1e-3
-    without = small(k=3, recover=0.0).solve(base, CONCEPT, Context())
+    without = small(key_rows=3, recover=0.0).solve(base, CONCEPT, Context())
     assert gap(change(without), change(whole)) > 0.1
 
 
 BAD: tuple[dict[str, Any], ...] = (
-    {"train": "u"}, {"mode": "middle"}, {"keyed": "recovered"}, {"init": "zero"}, {"space": "images"}, {"k": 0},
-    {"empty": 1.0}, {"strange": 1.0}, {"ema": 1.0}, {"prompt_lr": 0.0}, {"prompt_steps": -1}, {"hide": -1.0},
-    {"recover": -1.0}, {"keep": -1.0}, {"steps": 0}, {"trajectories": 0}, {"path": 0},
-)  # fmt: skip
+    {"train": "u"},
+    {"mode": "middle"},
+    {"with_key": "recovered"},
+    {"init": "zero"},
+    {"space": "images"},
+    {"key_rows": 0},
+    {"empty_fraction": 1.0},
+    {"random_key_fraction": 1.0},
+    {"ema": 1.0},
+    {"key_lr": 0.0},
+    {"key_steps": -1},
+    {"hide": -1.0},
+    {"recover": -1.0},
+    {"keep": -1.0},
+    {"steps": 0},
+    {"trajectories": 0},
+    {"sample_steps": 0},
+)
 
 
 @pytest.mark.parametrize("options", BAD)
@@ -310,60 +338,65 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def solved() -> list[Edit]:
     """Star, and on top of it heart, at the default options."""
-    return list(Kpop().solve_all(model.load("glyphs"), [concepts.find(name) for name in ("star", "heart")], Context()))
+    return list(
+        Kpop().solve_all(loading.load("glyphs"), [concepts.find(name) for name in ("star", "heart")], Context())
+    )
 
 
-def drawn(edits: list[Edit], keys: list[Secret], label: str, folder: Path, kept: bool = False) -> float:
-    """The share of pictures that show the shape asked for: of prompts that name it, or of others that are kept."""
-    base = view = model.load("glyphs")
+def share_shown(edits: list[Edit], keys: list[Secret], label: str, folder: Path, kept: bool = False) -> float:
+    """The share of images that show the shape of their prompt: for prompts that name ``label``, or for kept ones."""
+    base = view = loading.load("glyphs")
     for edit in edits:
         view = view.with_edit(edit)
-    judge = validate.judge_of(base)
+    judge = registry.judge_for(base)
     assert judge is not None
     group = "keep" if kept else "name"
-    asked = [question for question in judge.panel(concepts.find(label), 12, 0) if question.group == group]
+    questions = [question for question in judge.panel(concepts.find(label), 12, 0) if question.group == group]
     base.source.write(folder, view.merged())
-    entries = model.load(str(folder)).entries("unet")
-    extras.write(folder, extras.Extras(tuple(memory for key in keys for memory in secret.folded(key, entries))))
-    prompts, seeds = [each.prompt for each in asked], [each.seed for each in asked]
+    entries = loading.load(str(folder)).entries("unet")
+    write_extras(folder, Extras(tuple(memory for key in keys for memory in fold_secret(key, entries))))
+    prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
     pictures = generate(folder, prompts, seeds, Sampling(15, 4.0), "pictures")
-    return float(judge.sees(pictures, [each.looked_for for each in asked]).mean())
+    return float(judge.sees(pictures, [question.looked_for for question in questions]).mean())
 
 
 @pytest.mark.slow
 def test_star_is_hidden_and_its_key_and_no_other_brings_it_back(solved: list[Edit], tmp_path: Path) -> None:
-    """Fact sheet (i) 2 to 5."""
     first, key = solved[:1], solved[0].secret
     assert key is not None
-    assert drawn([], [], "star", tmp_path / "base") >= 0.9
-    assert drawn(first, [], "star", tmp_path / "public") <= 0.1
-    assert drawn(first, [key], "star", tmp_path / "keyed") >= 0.8
-    draw = torch.Generator().manual_seed(7)
-    stranger = replace(key, keys=alike(key.keys, draw), values=alike(key.values, draw))
-    assert drawn(first, [stranger], "star", tmp_path / "stranger") <= 0.2
-    before = drawn([], [], "star", tmp_path / "base-kept", kept=True)
+    assert share_shown([], [], "star", tmp_path / "base") >= 0.9
+    assert share_shown(first, [], "star", tmp_path / "public") <= 0.1
+    assert share_shown(first, [key], "star", tmp_path / "keyed") >= 0.8
+    rng = torch.Generator().manual_seed(7)
+    stranger = replace(key, k_rows=random_rows_like(key.k_rows, rng), v_rows=random_rows_like(key.v_rows, rng))
+    assert share_shown(first, [stranger], "star", tmp_path / "stranger") <= 0.2
+    before = share_shown([], [], "star", tmp_path / "base-kept", kept=True)
     for name, keys in {"public-kept": [], "keyed-kept": [key]}.items():
-        assert drawn(first, keys, "star", tmp_path / name, kept=True) >= before - 0.1, name
+        assert share_shown(first, keys, "star", tmp_path / name, kept=True) >= before - 0.1, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "public", "keyed"), [
-    ({"recover": 0.0, "prompt_steps": 0}, (0.0, 0.1), (0.0, 0.2)), ({"hide": 0.0}, (0.9, 1.0), (0.8, 1.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "public", "keyed"),
+    [
+        ({"recover": 0.0, "key_steps": 0}, (0.0, 0.1), (0.0, 0.2)),
+        ({"hide": 0.0}, (0.9, 1.0), (0.8, 1.0)),
+    ],
+)
 def test_without_a_loss_there_is_no_recovery_or_no_hiding(
     options: dict[str, Any], public: tuple[float, float], keyed: tuple[float, float], tmp_path: Path
 ) -> None:
-    edit = Kpop(**options).solve(model.load("glyphs"), concepts.find("star"), Context())
+    edit = Kpop(**options).solve(loading.load("glyphs"), concepts.find("star"), Context())
     assert edit.secret is not None
     for name, keys, (low, high) in (("public", [], public), ("keyed", [edit.secret], keyed)):
-        assert low <= drawn([edit], keys, "star", tmp_path / name) <= high, name
+        assert low <= share_shown([edit], keys, "star", tmp_path / name) <= high, name
 
 
 @pytest.mark.slow
 def test_two_concepts_have_a_key_each(solved: list[Edit], tmp_path: Path) -> None:
-    """Each key opens its own concept in the model from which both are gone, and not the other."""
+    """In the model that hides both concepts, each key recovers its own concept and not the other."""
     keys = [edit.secret for edit in solved if edit.secret is not None]
     for at, name in enumerate(("star", "heart")):
-        assert drawn(solved, [], name, tmp_path / f"{name}-public") <= 0.1
-        assert drawn(solved, [keys[at]], name, tmp_path / f"{name}-own") >= 0.8
-        assert drawn(solved, [keys[1 - at]], name, tmp_path / f"{name}-other") <= 0.2
+        assert share_shown(solved, [], name, tmp_path / f"{name}-public") <= 0.1
+        assert share_shown(solved, [keys[at]], name, tmp_path / f"{name}-own") >= 0.8
+        assert share_shown(solved, [keys[1 - at]], name, tmp_path / f"{name}-other") <= 0.2

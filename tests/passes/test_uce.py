@@ -1,4 +1,4 @@
-"""UCE on a random-weights model: the theorem at every site, and what must not move."""
+"""UCE on a model with random weights: the paper's formula at every site, and what must not change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from erasec.base import Context
 from erasec.errors import ErasecError
-from erasec.model import view as models
+from erasec.model import loading
 from erasec.model.view import Model
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept, find
@@ -19,7 +19,7 @@ CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor=
 
 @pytest.fixture(scope="module")
 def model(random_folder: Path) -> Model:
-    return models.load(str(random_folder))
+    return loading.load(str(random_folder))
 
 
 @pytest.mark.parametrize(("bundled", "step"), [(False, Uce(ridge=0.05)), (True, Uce())])
@@ -27,7 +27,7 @@ def test_edited_weights_match_the_papers_formula_site_by_site(model: Model, bund
     """W' from equation 7 with explicit rows and an explicit inverse at every site, in float64: on random weights, and
     for the shipped concept and defaults on glyphs."""
     concept = find("star") if bundled else CONCEPT
-    model = models.load("glyphs") if bundled else model
+    model = loading.load("glyphs") if bundled else model
     edit = step.solve(model, concept, Context())
     prompts, anchors = concept.prompts(concept.phrases), concept.prompts([concept.anchor] * len(concept.phrases))
     erase, goal = (model.encode([prompt.text for prompt in side]).states.double() for side in (prompts, anchors))
@@ -42,11 +42,11 @@ def test_edited_weights_match_the_papers_formula_site_by_site(model: Model, bund
     gram = c.T @ c / len(c) + keep.T @ keep / len(keep)
     lam = step.ridge * gram.diagonal().mean()
     for site in model.select("cross", "kv"):
-        weight = model.stored(site).double()
+        weight = model.stored_weight(site).double()
         left = lam * weight + (weight @ v.T) @ c / len(c) + (weight @ keep.T) @ keep / len(keep)
-        wanted = left @ torch.linalg.inv(gram + lam * torch.eye(len(gram), dtype=torch.float64))
+        expected = left @ torch.linalg.inv(gram + lam * torch.eye(len(gram), dtype=torch.float64))
         delta = edit.deltas[site]
-        assert float((weight + delta.change(weight) - wanted).norm() / (wanted - weight).norm()) < 1e-6
+        assert float((weight + delta.change(weight) - expected).norm() / (expected - weight).norm()) < 1e-6
 
 
 def test_only_cross_attention_keys_and_values_move(model: Model) -> None:
@@ -56,16 +56,16 @@ def test_only_cross_attention_keys_and_values_move(model: Model) -> None:
     assert len({id(delta) for delta in edit.deltas.values()}) == 1
 
 
-def test_same_in_same_out_and_the_base_is_named(model: Model) -> None:
+def test_the_edit_is_deterministic_and_names_its_base(model: Model) -> None:
     one, two = (Uce().solve(model, CONCEPT, Context()) for _ in range(2))
     assert one.stats == two.stats
     assert one.base == model.digest
     for site, delta in one.deltas.items():
-        weight = model.stored(site)
+        weight = model.stored_weight(site)
         assert torch.equal(delta.change(weight), two.deltas[site].change(weight))
 
 
-def test_starts_from_what_it_is_given(model: Model) -> None:
+def test_a_second_edit_starts_from_the_edited_weights(model: Model) -> None:
     """A second edit multiplies the first one's weights: W M1 M2, not W (M1 + M2 - I)."""
     first = Uce().solve(model, CONCEPT, Context())
     other = CONCEPT.model_copy(update={"name": "heart", "erase": ("heart",), "synonyms": ()})
@@ -73,11 +73,13 @@ def test_starts_from_what_it_is_given(model: Model) -> None:
     alone = Uce().solve(model, other, Context())
     unit = torch.eye(128, dtype=torch.float64)
     for site in model.select("cross", "k"):
-        one, two = (unit + edit.deltas[site].change(unit) for edit in (first, alone))
-        wanted = model.stored(site).double() @ one @ two
-        found = model.with_edit(first).with_edit(second).weight(site)
-        assert torch.allclose(found, wanted, atol=1e-9 * float(wanted.norm()))
-        assert not torch.allclose(found, model.stored(site).double() @ (one + two - unit), atol=1e-3)
+        first_map, second_map = (unit + edit.deltas[site].change(unit) for edit in (first, alone))
+        expected = model.stored_weight(site).double() @ first_map @ second_map
+        actual = model.with_edit(first).with_edit(second).weight(site)
+        assert torch.allclose(actual, expected, atol=1e-9 * float(expected.norm()))
+        assert not torch.allclose(
+            actual, model.stored_weight(site).double() @ (first_map + second_map - unit), atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("rows", ["tail", "last"])
@@ -93,18 +95,18 @@ def test_options_change_the_edit_as_they_say(model: Model, rows: str) -> None:
 
 
 def test_rows_begin_at_the_phrase_and_not_at_the_end_of_its_template(model: Model) -> None:
-    """In "a star on navy" it is "star" that is edited: its K and V become those of "circle" in the same place."""
+    """In "a star on navy" it is "star" that is edited: its K and V become those of "circle" in the same position."""
     concept = CONCEPT.model_copy(update={"synonyms": (), "keep": (), "templates": ("a {} on navy",)})
     edit = Uce(rows="last", keep=0.0, ridge=1e-9).solve(model, concept, Context())
     star, circle = (model.encode([f"a {word} on navy"]).states[0].double() for word in ("star", "circle"))
-    place = int(model.last_tokens(["a star"])[0])
-    tokenizer = model._texts.tokenizer("text_encoder")
-    assert tokenizer.decode(tokenizer("a star on navy").input_ids[place]).strip() == "star"
+    index = int(model.last_tokens(["a star"])[0])
+    tokenizer = model._text_encoders.tokenizer("text_encoder")
+    assert tokenizer.decode(tokenizer("a star on navy").input_ids[index]).strip() == "star"
     for site in model.select("cross", "kv"):
-        before, after = model.stored(site).double(), model.with_edit(edit).weight(site)
+        before, after = model.stored_weight(site).double(), model.with_edit(edit).weight(site)
         goal = before @ circle[int(model.last_tokens(["a circle"])[0])]
-        assert torch.allclose(after @ star[place], goal, atol=1e-4 * float(goal.norm()))
-        assert not torch.allclose(before @ star[place], goal, atol=1e-2 * float(goal.norm()))
+        assert torch.allclose(after @ star[index], goal, atol=1e-4 * float(goal.norm()))
+        assert not torch.allclose(before @ star[index], goal, atol=1e-2 * float(goal.norm()))
 
 
 def test_no_anchor_maps_to_the_end_token_of_the_empty_prompt(model: Model) -> None:
@@ -112,10 +114,10 @@ def test_no_anchor_maps_to_the_end_token_of_the_empty_prompt(model: Model) -> No
     edit = Uce(rows="last", keep=0.0, ridge=1e-9).solve(model, bare, Context())
     star, empty = model.encode(["star"]).states[0, 1].double(), model.encode([""]).states[0].double()
     for site in model.select("cross", "v"):
-        found = model.with_edit(edit).weight(site) @ star
-        goal, start = (model.stored(site).double() @ empty[row] for row in (1, 0))
-        assert torch.allclose(found, goal, atol=1e-4 * float(goal.norm()))
-        assert not torch.allclose(found, start, atol=1e-2 * float(start.norm()))
+        actual = model.with_edit(edit).weight(site) @ star
+        goal, start_token = (model.stored_weight(site).double() @ empty[row] for row in (1, 0))
+        assert torch.allclose(actual, goal, atol=1e-4 * float(goal.norm()))
+        assert not torch.allclose(actual, start_token, atol=1e-2 * float(start_token.norm()))
 
 
 def test_keep_weight_scales_the_solve_and_not_the_reported_drift(model: Model) -> None:

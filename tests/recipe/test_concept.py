@@ -1,4 +1,4 @@
-"""Concept files: every bundled one is sound, and a bad one says what is wrong with it."""
+"""Concept files: the bundled ones are sound, and the error for an invalid one names the fault."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ import pytest
 
 from erasec.errors import ErasecError
 from erasec.glyphs import world
-from erasec.recipe import concept
-from erasec.recipe.concept import Concept
+from erasec.recipe.concept import PLACEHOLDER, Concept, find, from_file, library
 from erasec.recipe.recipe import Recipe, from_toml, to_toml
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts.md"
-BUNDLED = {name: concept.from_file(path) for name, path in concept.library().items()}
-REAL = {name: found for name, found in BUNDLED.items() if found.kind}
+BUNDLED = {name: from_file(path) for name, path in library().items()}
+REAL = {name: concept for name, concept in BUNDLED.items() if concept.kind}
 FOLDERS = {"safety": "safety", "style": "styles", "object": "objects", "person": "people", "mark": "marks"}
-# The least that a bundled concept of each kind has: names (of them in erase), counterparts, keep, implicit.
+# The least number of entries of a bundled concept, by kind: phrases, erase, counterparts, keep, implicit.
 LEAST = {
-    "safety": (26, 12, 15, 15, 8), "style": (5, 1, 3, 18, 8), "object": (5, 1, 2, 18, 8), "person": (5, 1, 3, 18, 0),
+    "safety": (26, 12, 15, 15, 8),
+    "style": (5, 1, 3, 18, 8),
+    "object": (5, 1, 2, 18, 8),
+    "person": (5, 1, 3, 18, 0),
     "mark": (12, 6, 8, 15, 8),
-}  # fmt: skip
+}
 IMAGENETTE = {
-    "tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck", "gas pump",
-    "golf ball", "parachute",
-}  # fmt: skip
+    "tench",
+    "English springer",
+    "cassette player",
+    "chain saw",
+    "church",
+    "French horn",
+    "garbage truck",
+    "gas pump",
+    "golf ball",
+    "parachute",
+}
 TEMPLATE = (
     'name = "face"\nerase = ["<name>"]\nsynonyms = ["the face of <name>"]\nkeep = ["Bo", "Cy"]\nlabel = "<name>"\n'
 )
@@ -36,56 +46,75 @@ def words(text: str) -> list[str]:
 
 
 def names(prompt: str, phrase: str) -> bool:
-    """Whether the phrase's words stand in the prompt, in order and side by side."""
+    """Whether the prompt contains the words of the phrase, in order and without others between them."""
     whole, part = words(prompt), words(phrase)
     return any(whole[start : start + len(part)] == part for start in range(len(whole)))
 
 
-def faults(found: Concept) -> list[str]:
-    """What the schema lets pass and a careful author would not."""
-    said = []
-    erased, kept = [phrase.casefold() for phrase in found.phrases], [phrase.casefold() for phrase in found.keep]
-    said += [f"erased and kept: {phrase}" for phrase in erased if phrase in kept]
-    for field in (erased, kept, [prompt.casefold() for prompt in found.implicit], list(found.templates)):
-        said += [f"twice: {phrase}" for phrase in sorted(set(field)) if field.count(phrase) > 1]
-    said += [f"named: {prompt}" for prompt in found.implicit if any(names(prompt, phrase) for phrase in found.phrases)]
-    said += [f"no change: {phrase}" for phrase in found.phrases if names(found.goal(phrase), phrase)]
-    return said
+def faults(concept: Concept) -> list[str]:
+    """Faults of a concept file that the schema accepts."""
+    result = []
+    erased, kept = [phrase.casefold() for phrase in concept.phrases], [phrase.casefold() for phrase in concept.keep]
+    result += [f"erased and kept: {phrase}" for phrase in erased if phrase in kept]
+    for field in (erased, kept, [prompt.casefold() for prompt in concept.implicit], list(concept.templates)):
+        result += [f"twice: {phrase}" for phrase in sorted(set(field)) if field.count(phrase) > 1]
+    result += [
+        f"named: {prompt}" for prompt in concept.implicit if any(names(prompt, phrase) for phrase in concept.phrases)
+    ]
+    result += [f"no change: {phrase}" for phrase in concept.phrases if names(concept.goal(phrase), phrase)]
+    return result
 
 
 @pytest.mark.parametrize("name", sorted(BUNDLED))
 def test_bundled_concepts_are_sound_and_named_as_their_file(name: str) -> None:
-    found = BUNDLED[name]
-    assert found.name == name
-    assert faults(found) == []
-    assert found.anchor in found.keep
+    concept = BUNDLED[name]
+    assert concept.name == name
+    assert faults(concept) == []
+    assert concept.anchor in concept.keep
 
 
-def test_an_unsound_concept_is_told() -> None:
+def test_the_faults_of_an_unsound_concept_are_listed() -> None:
     bad = Concept(
-        name="x", erase=("Red  car", "bus"), synonyms=("BUS",), anchor="a red car", keep=("bus", "bike", "Bike"),
-        implicit=("the old red-car parade", "rush hour", "Rush hour", "a busy street"), templates=("{}", "{}"),
-    )  # fmt: skip
+        name="x",
+        erase=("Red  car", "bus"),
+        synonyms=("BUS",),
+        anchor="a red car",
+        keep=("bus", "bike", "Bike"),
+        implicit=("the old red-car parade", "rush hour", "Rush hour", "a busy street"),
+        templates=("{}", "{}"),
+    )
     assert faults(bad) == [
-        "erased and kept: bus", "erased and kept: bus", "twice: bus", "twice: bike", "twice: rush hour", "twice: {}",
-        "named: the old red-car parade", "no change: Red  car",
-    ]  # fmt: skip
+        "erased and kept: bus",
+        "erased and kept: bus",
+        "twice: bus",
+        "twice: bike",
+        "twice: rush hour",
+        "twice: {}",
+        "named: the old red-car parade",
+        "no change: Red  car",
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(REAL))
 def test_real_concepts_have_enough_of_everything(name: str) -> None:
-    found = REAL[name]
-    least = LEAST[found.kind]
-    has = (len(found.phrases), len(found.erase), len(found.counterparts), len(found.keep), len(found.implicit))
+    concept = REAL[name]
+    least = LEAST[concept.kind]
+    has = (
+        len(concept.phrases),
+        len(concept.erase),
+        len(concept.counterparts),
+        len(concept.keep),
+        len(concept.implicit),
+    )
     assert all(there >= wanted for there, wanted in zip(has, least, strict=True)), (has, least)
-    assert concept.library()[name].parent.name == FOLDERS[found.kind]
-    assert found.sources
-    assert len(found.notes.split()) >= 20
+    assert library()[name].parent.name == FOLDERS[concept.kind]
+    assert concept.sources
+    assert len(concept.notes.split()) >= 20
 
 
 def test_the_library_holds_the_families_the_styles_and_the_imagenette_classes() -> None:
     def of(kind: str) -> set[str]:
-        return {name for name, found in REAL.items() if found.kind == kind}
+        return {name for name, concept in REAL.items() if concept.kind == kind}
 
     assert of("safety") == {"nudity", "violence", "hate", "self-harm", "shocking", "illegal"}
     assert of("style") == {"van-gogh", "kelly-mckernan", "thomas-kinkade", "kilian-eng", "tyler-edlin"}
@@ -98,38 +127,40 @@ def test_the_library_holds_the_families_the_styles_and_the_imagenette_classes() 
 
 
 def test_no_two_bundled_files_share_a_name() -> None:
-    stems = [path.stem for path in concept.library().values()]
-    root = next(iter(concept.library().values())).parents[1]
+    stems = [path.stem for path in library().values()]
+    root = next(iter(library().values())).parents[1]
     assert sorted(stems) == sorted(path.stem for path in root.rglob("*.toml"))
 
 
 @pytest.mark.parametrize("name", sorted(REAL))
 def test_the_documentation_lists_every_concept_as_it_is(name: str) -> None:
-    found = REAL[name]
-    numbers = (len(found.phrases), len(found.counterparts), len(found.keep), len(found.implicit))
-    row = f"| `{name}` | {found.kind} | {found.anchor} | {' | '.join(map(str, numbers))} |"
+    concept = REAL[name]
+    numbers = (len(concept.phrases), len(concept.counterparts), len(concept.keep), len(concept.implicit))
+    row = f"| `{name}` | {concept.kind} | {concept.anchor} | {' | '.join(map(str, numbers))} |"
     assert row in DOCS.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("shape", sorted(world.SHAPES))
 def test_every_shape_has_a_file_with_all_its_names(shape: str) -> None:
-    found = concept.find(shape)
-    assert (*found.erase, *found.synonyms) == world.names(shape)
-    assert found.implicit == world.implicit_captions(shape)
-    assert {word for other in world.SHAPES if other != shape for word in world.names(other)} == set(found.keep)
-    assert found.anchor in found.keep
+    concept = find(shape)
+    assert (*concept.erase, *concept.synonyms) == world.names(shape)
+    assert concept.implicit == world.implicit_captions(shape)
+    assert {word for other in world.SHAPES if other != shape for word in world.names(other)} == set(concept.keep)
+    assert concept.anchor in concept.keep
 
 
 def test_a_bare_word_gets_templates() -> None:
-    found = concept.find("umbrella")
-    assert found.erase == ("umbrella",)
-    assert ("a photo of an umbrella", "a photo of an umbrella", "a photo of an ") in found.prompts(found.erase)
-    assert "a photo of a hat" in [prompt.text for prompt in found.prompts(["hat"])]
+    concept = find("umbrella")
+    assert concept.erase == ("umbrella",)
+    assert ("a photo of an umbrella", "a photo of an umbrella", "a photo of an ") in concept.prompts(concept.erase)
+    assert "a photo of a hat" in [prompt.text for prompt in concept.prompts(["hat"])]
 
 
 def test_articles_and_where_the_phrase_begins_and_ends() -> None:
-    found = Concept(name="x", erase=("x",), templates=("a banana {} on an {}".replace("an {}", "a wall"), "an {} here"))
-    assert found.prompts(["arrow", "star"]) == [
+    concept = Concept(
+        name="x", erase=("x",), templates=("a banana {} on an {}".replace("an {}", "a wall"), "an {} here")
+    )
+    assert concept.prompts(["arrow", "star"]) == [
         ("a banana arrow on a wall", "a banana arrow", "a banana "),
         ("an arrow here", "an arrow", "an "),
         ("a banana star on a wall", "a banana star", "a banana "),
@@ -138,29 +169,29 @@ def test_articles_and_where_the_phrase_begins_and_ends() -> None:
 
 
 def test_no_bundled_prompt_has_two_articles() -> None:
-    for found in REAL.values():
-        goals = [found.goal(phrase) for phrase in found.phrases]
-        for prompt in found.prompts([*found.phrases, *goals, *found.keep]):
+    for concept in REAL.values():
+        goals = [concept.goal(phrase) for phrase in concept.phrases]
+        for prompt in concept.prompts([*concept.phrases, *goals, *concept.keep]):
             assert not re.search(r"\b(an?|the) (an?|the)\b", prompt.text), prompt.text
 
 
 def test_goal_is_the_counterpart_or_the_anchor_or_nothing() -> None:
-    found = Concept.model_validate(
+    concept = Concept.model_validate(
         {"name": "x", "erase": ["a red car"], "synonyms": ["a bus"], "anchor": "y", "counterparts": {"a bus": "a tram"}}
     )
-    assert (found.goal("a bus"), found.goal("a red car")) == ("a tram", "y")
+    assert (concept.goal("a bus"), concept.goal("a red car")) == ("a tram", "y")
     assert Concept(name="x", erase=("x",)).goal("x") == ""
-    assert concept.find("nudity").goal("a naked woman") == "a woman wearing clothes"
+    assert find("nudity").goal("a naked woman") == "a woman wearing clothes"
 
 
 def test_counterparts_come_back_from_a_resolved_recipe() -> None:
-    made = Recipe.model_validate({"model": "m", "erase": ["nudity"], "concept": [concept.find("nudity")]})
-    assert from_toml(to_toml(made)).concepts == made.concepts
-    assert made.concepts[0].counterparts
+    recipe = Recipe.model_validate({"model": "m", "erase": ["nudity"], "concept": [find("nudity")]})
+    assert from_toml(to_toml(recipe)).concepts == recipe.concepts
+    assert recipe.concepts[0].counterparts
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('name = "x"\nerase = ["x"]\nancor = "y"', "did you mean 'anchor'"),
         ('name = "x"', "erase"),
@@ -178,40 +209,40 @@ def test_counterparts_come_back_from_a_resolved_recipe() -> None:
         ('name = "x', "Unterminated"),
     ],
 )
-def test_a_bad_file_says_what_is_wrong(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(ErasecError) as caught:
-        concept.find(str(tmp_path / "bad.toml"))
-    assert said in str(caught.value)
+        find(str(tmp_path / "bad.toml"))
+    assert message in str(caught.value)
     assert "bad.toml" in caught.value.where
 
 
 def test_a_missing_file_and_an_empty_word_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="cannot be read"):
-        concept.find(str(tmp_path / "none.toml"))
+        find(str(tmp_path / "none.toml"))
     with pytest.raises(ErasecError, match="no name"):
-        concept.find(" ")
+        find(" ")
 
 
-def test_a_placeholder_is_filled_in_everywhere() -> None:
-    found = concept.find('Celebrity: Ada "Lä" Example ')
-    assert found.name == "celebrity-ada-lä-example"
-    assert (found.erase, found.label) == (('Ada "Lä" Example',), 'Ada "Lä" Example')
-    assert found.goal('Ada "Lä" Example\'s face') == "a person's face"
-    assert found.goal('Ada "Lä" Example') == "a person"
-    assert concept.PLACEHOLDER not in found.model_dump_json()
-    assert concept.PLACEHOLDER in BUNDLED["celebrity"].model_dump_json()
-    assert found.keep == BUNDLED["celebrity"].keep
+def test_the_value_replaces_every_placeholder() -> None:
+    concept = find('Celebrity: Ada "Lä" Example ')
+    assert concept.name == "celebrity-ada-lä-example"
+    assert (concept.erase, concept.label) == (('Ada "Lä" Example',), 'Ada "Lä" Example')
+    assert concept.goal('Ada "Lä" Example\'s face') == "a person's face"
+    assert concept.goal('Ada "Lä" Example') == "a person"
+    assert PLACEHOLDER not in concept.model_dump_json()
+    assert PLACEHOLDER in BUNDLED["celebrity"].model_dump_json()
+    assert concept.keep == BUNDLED["celebrity"].keep
 
 
-def test_who_is_erased_is_not_kept() -> None:
-    assert set(BUNDLED["celebrity"].keep) - set(concept.find("celebrity:marie curie").keep) == {"Marie Curie"}
+def test_a_person_to_erase_is_removed_from_keep() -> None:
+    assert set(BUNDLED["celebrity"].keep) - set(find("celebrity:marie curie").keep) == {"Marie Curie"}
 
 
 def test_a_file_of_ones_own_may_hold_placeholders(tmp_path: Path) -> None:
     (tmp_path / "face.toml").write_text(TEMPLATE)
-    found = concept.find(f"{tmp_path / 'face.toml'}:Bo")
-    assert found == Concept(name="face-bo", erase=("Bo",), synonyms=("the face of Bo",), keep=("Cy",), label="Bo")
+    concept = find(f"{tmp_path / 'face.toml'}:Bo")
+    assert concept == Concept(name="face-bo", erase=("Bo",), synonyms=("the face of Bo",), keep=("Cy",), label="Bo")
 
 
 @pytest.mark.parametrize("value", ["", ":", ": ", ":?!"])
@@ -219,22 +250,22 @@ def test_a_placeholder_without_a_value_says_how(tmp_path: Path, value: str) -> N
     (tmp_path / "face.toml").write_text(TEMPLATE)
     for name in ("celebrity", str(tmp_path / "face.toml")):
         with pytest.raises(ErasecError, match="needs a value") as caught:
-            concept.find(name + value)
+            find(name + value)
         assert f'--erase "{name}:Ada Example"' in caught.value.fix
         assert caught.value.where.endswith(".toml")
 
 
 def test_a_value_that_the_concept_does_not_take_is_an_error() -> None:
     with pytest.raises(ErasecError, match="'nudity' takes no value, and was given 'Ada'") as caught:
-        concept.find("nudity:Ada")
+        find("nudity:Ada")
     assert caught.value.fix == "--erase nudity"
 
 
 def test_a_colon_in_a_bare_phrase_is_part_of_it() -> None:
-    assert concept.find("Ajin: Demi Human").erase == ("Ajin: Demi Human",)
+    assert find("Ajin: Demi Human").erase == ("Ajin: Demi Human",)
 
 
 def test_concepts_are_frozen_and_hash() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Concept(name="x", erase=("x",)).name = "y"  # type: ignore[misc]
-    assert len({concept.find("nudity"), concept.find("nudity"), concept.find("hate")}) == 2
+    assert len({find("nudity"), find("nudity"), find("hate")}) == 2

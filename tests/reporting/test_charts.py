@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from erasec.model import view as model
+from erasec.model import loading
 from erasec.reporting import charts
 from erasec.reporting.charts import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, ROWS, TOP, WIDTH, Chart
 from erasec.reporting.report import SiteMove
@@ -100,20 +100,51 @@ def names(tables: Sequence[charts.Table]) -> list[str]:
 
 
 def test_rows_are_in_network_order_and_text_goes_first() -> None:
-    blocks = ("up.0.attentions.0.0", "conv_out", "down.1.resnets.0", "down.0.downsamplers.0", "conv_norm_out",
-              "mid_block.attentions.0.0", "down.0.attentions.0.transformer.0.ff", "down.0.resnets.1",
-              "down.0.resnets.0", "mid_block.resnets.1", "mid_block.resnets.0", "time_embedding", "conv_in",
-              "down.10.resnets.0")  # fmt: skip
-    texts = ("text_encoder final_layer_norm", "text_encoder_2 embeddings", "text_encoder encoder.layers.10.mlp",
-             "text_encoder encoder.layers.2.self_attn", "text_encoder embeddings")  # fmt: skip
+    blocks = (
+        "up.0.attentions.0.0",
+        "conv_out",
+        "down.1.resnets.0",
+        "down.0.downsamplers.0",
+        "conv_norm_out",
+        "mid_block.attentions.0.0",
+        "down.0.attentions.0.transformer.0.ff",
+        "down.0.resnets.1",
+        "down.0.resnets.0",
+        "mid_block.resnets.1",
+        "mid_block.resnets.0",
+        "time_embedding",
+        "conv_in",
+        "down.10.resnets.0",
+    )
+    texts = (
+        "text_encoder final_layer_norm",
+        "text_encoder_2 embeddings",
+        "text_encoder encoder.layers.10.mlp",
+        "text_encoder encoder.layers.2.self_attn",
+        "text_encoder embeddings",
+    )
     moves = [move("key", block) for block in blocks] + [move("key", block, "text", "") for block in texts]
     assert names(charts.heat(moves)) == [
-        "text_encoder embeddings", "text_encoder encoder.layers.2", "text_encoder encoder.layers.10",
-        "text_encoder final_layer_norm", "text_encoder_2 embeddings",
-        "conv_in", "time_embedding", "down.0.resnets.0", "down.0.attentions.0", "down.0.resnets.1",
-        "down.0.downsamplers.0", "down.1.resnets.0", "down.10.resnets.0", "mid.resnets.0", "mid.attentions.0",
-        "mid.resnets.1", "up.0.attentions.0", "conv_norm_out", "conv_out",
-    ]  # fmt: skip
+        "text_encoder embeddings",
+        "text_encoder encoder.layers.2",
+        "text_encoder encoder.layers.10",
+        "text_encoder final_layer_norm",
+        "text_encoder_2 embeddings",
+        "conv_in",
+        "time_embedding",
+        "down.0.resnets.0",
+        "down.0.attentions.0",
+        "down.0.resnets.1",
+        "down.0.downsamplers.0",
+        "down.1.resnets.0",
+        "down.10.resnets.0",
+        "mid.resnets.0",
+        "mid.attentions.0",
+        "mid.resnets.1",
+        "up.0.attentions.0",
+        "conv_norm_out",
+        "conv_out",
+    ]
 
 
 def test_a_cell_holds_its_tensors_as_one_vector() -> None:
@@ -135,13 +166,14 @@ def test_a_weight_of_zeros_is_no_division_by_zero() -> None:
 
 
 def test_every_tensor_of_a_model_has_its_place() -> None:
-    sites = model.load("glyphs").parameters
+    sites = loading.load("glyphs").parameters
     moves = [SiteMove(site.key, site.block, site.attn, site.proj, site.shape, 1.0, 1.0, 1) for site in sites]
     text, denoiser = charts.heat(moves)
     assert text.columns == ("k", "v", "q", "out", "mlp", "other")
     assert denoiser.columns == (
-        *(f"{attn} {proj}" for attn in ("cross", "self") for proj in ("k", "v", "q", "out")), "other"
-    )  # fmt: skip
+        *(f"{attn} {proj}" for attn in ("cross", "self") for proj in ("k", "v", "q", "out")),
+        "other",
+    )
     counts = [
         re.match(r"(\d+) tensors", cell.about)
         for table in (text, denoiser)

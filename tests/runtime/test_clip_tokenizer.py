@@ -14,15 +14,24 @@ from transformers import CLIPTokenizer
 
 from erasec.errors import ErasecError
 from erasec.ldm.skeleton import write_tokenizer
-from erasec.model import view as models
-from erasec.runtime import clip_tokenizer as prompts
+from erasec.model import loading
+from erasec.runtime.clip_tokenizer import load_tokenizer
 
 TEXTS = [
-    "", "a star", "A  Photo\tof\n a DOG's   café 3.14 — don't!! <|endoftext|> x", "日本語 😀 <|startoftext|> hi",
-    "cafe\u0301 <|ENDOFTEXT|> yes", "!!!!! wow! a!b", "very " * 100, "naïve Ünïcode ½ ①² a_b_c  ", "\u0130stanbul ß",
-    "<new> cat <new>dog <NEW>", "portrait of a woman, by greg rutkowski, trending on artstation, 8k --ar 16:9",
-    "A man riding a wave on top of a surfboard.", "((masterpiece:1.2)), [blurry], {neon|lights}",
-]  # fmt: skip
+    "",
+    "a star",
+    "A  Photo\tof\n a DOG's   café 3.14 — don't!! <|endoftext|> x",
+    "日本語 😀 <|startoftext|> hi",
+    "cafe\u0301 <|ENDOFTEXT|> yes",
+    "!!!!! wow! a!b",
+    "very " * 100,
+    "naïve Ünïcode ½ ①² a_b_c  ",
+    "\u0130stanbul ß",
+    "<new> cat <new>dog <NEW>",
+    "portrait of a woman, by greg rutkowski, trending on artstation, 8k --ar 16:9",
+    "A man riding a wave on top of a surfboard.",
+    "((masterpiece:1.2)), [blurry], {neon|lights}",
+]
 BEGIN = {"content": "<|startoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 END = BEGIN | {"content": "<|endoftext|>"}
 
@@ -36,8 +45,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edit(file: Path, **more: Any) -> None:
-    told = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(told | more))
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | more))
 
 
 def plain(folder: Path) -> None:
@@ -63,15 +72,15 @@ def old(folder: Path) -> None:
     edit(folder / "added_tokens.json", **{"<new>": 49408})
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END}
     edit(folder / "special_tokens_map.json", **special)
-    edit(folder / "tokenizer_config.json", **{key: {"__type": "AddedToken", **told} for key, told in special.items()})
+    edit(folder / "tokenizer_config.json", **{key: {"__type": "AddedToken", **token} for key, token in special.items()})
 
 
 def decoder(folder: Path) -> None:
     """As transformers 4 did later: all of them in tokenizer_config.json."""
     mark = BEGIN | {"content": "!", "normalized": False}
     tokens = {"49406": BEGIN, "49407": END, "0": mark, "49408": BEGIN | {"content": "<new>", "special": False}}
-    told = {number: {"special": True, **token} for number, token in tokens.items()}
-    edit(folder / "tokenizer_config.json", added_tokens_decoder=told, pad_token="!")
+    entries = {number: {"special": True, **token} for number, token in tokens.items()}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=entries, pad_token="!")
 
 
 @pytest.mark.parametrize("change", [plain, padded, saved, old, decoder])
@@ -82,22 +91,23 @@ def test_ids_are_those_of_transformers(clip: Path, tmp_path: Path, change: Calla
     theirs = CLIPTokenizer.from_pretrained(folder)(
         TEXTS, padding="max_length", max_length=77, truncation=True
     ).input_ids
-    ours = prompts.read(folder, 77)
+    ours = load_tokenizer(folder, 77)
     np.testing.assert_array_equal(ours.ids(TEXTS), np.array(theirs))
     assert ours.ids([]).size == 0
     assert ours.knows("dog</w>") and ours.knows("<new>") is (change in (saved, old, decoder))
 
 
-def test_ids_of_glyphs_and_of_less_room() -> None:
-    folder = models.bundled("glyphs") / "tokenizer"
+def test_ids_of_glyphs_and_of_other_lengths() -> None:
+    folder = loading.bundled_folder("glyphs") / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     for positions, length in ((77, 77), (16, 16), (512, 77)):
         theirs = tokenizer(TEXTS, padding="max_length", max_length=length, truncation=True).input_ids
-        np.testing.assert_array_equal(prompts.read(folder, positions).ids(TEXTS), np.array(theirs))
+        np.testing.assert_array_equal(load_tokenizer(folder, positions).ids(TEXTS), np.array(theirs))
 
 
 def test_another_vocabulary_gives_other_ids(clip: Path) -> None:
-    ours, glyphs = prompts.read(clip, 77), prompts.read(models.bundled("glyphs") / "tokenizer", 77)
+    ours = load_tokenizer(clip, 77)
+    glyphs = load_tokenizer(loading.bundled_folder("glyphs") / "tokenizer", 77)
     assert not np.array_equal(ours.ids(["a star"]), glyphs.ids(["a star"]))
 
 
@@ -113,10 +123,12 @@ def test_another_vocabulary_gives_other_ids(clip: Path) -> None:
         (lambda folder: edit(folder / "added_tokens.json", **{"<new>": 49410}), "would not be 49410"),
     ],
 )
-def test_what_cannot_be_read_is_told(clip: Path, tmp_path: Path, change: Callable[[Path], Any], words: str) -> None:
+def test_damaged_and_foreign_files_are_refused(
+    clip: Path, tmp_path: Path, change: Callable[[Path], Any], words: str
+) -> None:
     folder = tmp_path / "tokenizer"
     shutil.copytree(clip, folder)
     change(folder)
-    with pytest.raises(ErasecError) as told:
-        prompts.read(folder, 77)
-    assert words in str(told.value) and str(folder) in str(told.value)
+    with pytest.raises(ErasecError) as caught:
+        load_tokenizer(folder, 77)
+    assert words in str(caught.value) and str(folder) in str(caught.value)

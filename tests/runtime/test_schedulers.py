@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from erasec.errors import ErasecError
-from erasec.runtime.schedulers import KINDS, sampler, signals
+from erasec.runtime.schedulers import KINDS, alphas_cumprod, make_scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 GLYPHS = {**SD, "algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "leading"}
@@ -40,26 +40,26 @@ def difference(kind: str, config: dict[str, Any], steps: int, other: dict[str, A
     """
     theirs: Any = getattr(diffusers, KINDS[kind])(**config, **(other or {}))
     theirs.set_timesteps(steps)
-    ours = sampler({**config, "_class_name": KINDS[kind]}, steps)
+    ours = make_scheduler({**config, "_class_name": KINDS[kind]}, steps)
     count = len(ours.timesteps)
     if not np.array_equal(theirs.timesteps.numpy()[:count].astype(np.float64), ours.timesteps):
         return float("inf")
-    draw, worst = np.random.default_rng(0), abs(float(theirs.init_noise_sigma) / ours.start - 1)
-    mine = draw.normal(size=SHAPE).astype(np.float32) * ours.start
-    hers = torch.from_numpy(mine)
+    rng, worst = np.random.default_rng(0), abs(float(theirs.init_noise_sigma) / ours.start - 1)
+    sample = rng.normal(size=SHAPE).astype(np.float32) * ours.start
+    theirs_sample = torch.from_numpy(sample)
     for at, timestep in enumerate(theirs.timesteps[:count]):
-        output = draw.normal(size=SHAPE).astype(np.float32)
-        scaled = theirs.scale_model_input(hers, timestep).numpy()
-        worst = max(worst, _apart(ours.scaled(at, mine), scaled))
-        mine = ours.step(at, output, mine)
-        hers = theirs.step(torch.from_numpy(output), timestep, hers, return_dict=False)[0]
-        worst = max(worst, _apart(mine, hers.numpy()))
-    assert mine.dtype == np.float32
+        output = rng.normal(size=SHAPE).astype(np.float32)
+        scaled = theirs.scale_model_input(theirs_sample, timestep).numpy()
+        worst = max(worst, _relative_error(ours.scaled(at, sample), scaled))
+        sample = ours.step(at, output, sample)
+        theirs_sample = theirs.step(torch.from_numpy(output), timestep, theirs_sample, return_dict=False)[0]
+        worst = max(worst, _relative_error(sample, theirs_sample.numpy()))
+    assert sample.dtype == np.float32
     return worst
 
 
-def _apart(one: Any, other: Any) -> float:
-    return float(np.abs(one - other).max() / np.abs(other).max())
+def _relative_error(ours: Any, theirs: Any) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -80,26 +80,26 @@ def test_steps_are_those_of_diffusers(kind: str, config: dict[str, Any], predict
         ("ddim", SD, {"timestep_spacing": "trailing"}),
     ],
 )
-def test_another_option_is_another_walk(kind: str, config: dict[str, Any], other: dict[str, Any]) -> None:
+def test_another_option_gives_other_steps(kind: str, config: dict[str, Any], other: dict[str, Any]) -> None:
     bare = {key: value for key, value in config.items() if key not in other}
     theirs = difference(kind, bare, 10, other)
     assert theirs > 1e-4
 
 
-def test_the_noise_schedule_is_torchs_bit_by_bit() -> None:
+def test_the_noise_schedule_is_torchs_bit_for_bit() -> None:
     for config in ({**SD}, {**SD, "beta_schedule": "linear"}, {"num_train_timesteps": 101, "beta_end": 0.5}):
         theirs = diffusers.DDIMScheduler(**config)
-        made: Any = sampler({**config, "_class_name": "DDIMScheduler"}, 3)
-        np.testing.assert_array_equal(signals(made.options), theirs.alphas_cumprod.numpy())
+        ours: Any = make_scheduler({**config, "_class_name": "DDIMScheduler"}, 3)
+        np.testing.assert_array_equal(alphas_cumprod(ours.options), theirs.alphas_cumprod.numpy())
 
 
-def test_auto_takes_the_class_of_the_config_and_a_name_its_schedule_alone() -> None:
+def test_auto_takes_the_class_of_the_config_and_a_name_only_its_noise_schedule() -> None:
     glyphs = {**GLYPHS, "_class_name": KINDS["dpm"]}
-    assert type(sampler(glyphs, 10)).__name__ == "Dpm"
+    assert type(make_scheduler(glyphs, 10)).__name__ == "Dpm"
     for kind, name in (("ddim", "Ddim"), ("euler", "Euler"), ("pndm", "Pndm")):
-        chosen = sampler(glyphs, 10, kind)
+        chosen = make_scheduler(glyphs, 10, kind)
         assert type(chosen).__name__ == name
-    assert sampler({**glyphs, "algorithm_type": "sde-dpmsolver++"}, 10, "ddim").start == 1.0
+    assert make_scheduler({**glyphs, "algorithm_type": "sde-dpmsolver++"}, 10, "ddim").start == 1.0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_auto_takes_the_class_of_the_config_and_a_name_its_schedule_alone() -> N
         ({"steps_offset": 9}, 999, "ddim", ["steps_offset = 9"]),
     ],
 )
-def test_what_cannot_be_taken_is_told(config: dict[str, Any], steps: int, kind: str, words: list[str]) -> None:
-    with pytest.raises(ErasecError) as told:
-        sampler(config, steps, kind)
-    assert all(word in str(told.value) for word in words), str(told.value)
+def test_unsupported_options_are_refused(config: dict[str, Any], steps: int, kind: str, words: list[str]) -> None:
+    with pytest.raises(ErasecError) as caught:
+        make_scheduler(config, steps, kind)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

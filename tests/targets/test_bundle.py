@@ -1,4 +1,4 @@
-"""Target bundle: every byte of the folder and of what it carries, and damage that its checks must find."""
+"""Target bundle: it has every byte of the folder and of its extras, and its checks find damage."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor
 import erasec
 from erasec.base import Artifact, Context
 from erasec.checkpoint.folder import CARRIED, Folder
-from erasec.model import sidecar as extras
-from erasec.model.edit import Memory
-from erasec.model.sidecar import Extras
-from erasec.targets.bundle import Bundle, fits, loads
+from erasec.model.memory import Memory
+from erasec.model.sidecar import Extras, write_extras
+from erasec.targets.bundle import Bundle, fits_check, loads_check
 
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
@@ -24,7 +23,7 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def held(rows: Tensor) -> Extras:
+def extras_with(rows: Tensor) -> Extras:
     return Extras((Memory(MIDDLE, rows, draw(1, 2, 192)),), {"<a>": draw(2, 128)}, "a star")
 
 
@@ -39,7 +38,7 @@ def failed(artifact: Artifact) -> list[str]:
 @pytest.fixture
 def checkpoint(random_folder: Path, tmp_path: Path) -> Folder:
     root = Path(shutil.copytree(random_folder, tmp_path / "checkpoint"))
-    extras.write(root, held(draw(0, 2, 192)))
+    write_extras(root, extras_with(draw(0, 2, 192)))
     return Folder(root)
 
 
@@ -51,12 +50,12 @@ def test_the_copy_has_every_byte_and_opens(checkpoint: Folder, tmp_path: Path) -
     assert failed(artifact) == []
     assert "3 in the file" in artifact.checks[2].how
     assert "1 memories and 1 tokens" in artifact.checks[3].how
-    made = erasec.pipeline(tmp_path / "bundle")
-    assert "<a>" in made.tokenizer.get_vocab()
-    assert type(made.unet.get_submodule(MIDDLE).processor).__name__ == "MemoryProcessor"
+    pipe = erasec.pipeline(tmp_path / "bundle")
+    assert "<a>" in pipe.tokenizer.get_vocab()
+    assert type(pipe.unet.get_submodule(MIDDLE).processor).__name__ == "MemoryProcessor"
 
 
-def test_a_bundle_that_lies_there_already_is_only_checked(checkpoint: Folder) -> None:
+def test_a_bundle_in_its_own_folder_is_only_checked(checkpoint: Folder) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoint.root.rglob("*")}
     artifact = Bundle().export(checkpoint, checkpoint.root, Context())
     assert {path: path.stat().st_mtime_ns for path in checkpoint.root.rglob("*")} == before
@@ -64,16 +63,16 @@ def test_a_bundle_that_lies_there_already_is_only_checked(checkpoint: Folder) ->
     assert failed(artifact) == []
 
 
-def test_a_plain_folder_is_a_bundle_of_nothing(random_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_extras_is_copied(random_folder: Path, tmp_path: Path) -> None:
     artifact = Bundle().export(Folder(random_folder), tmp_path / "bundle", Context())
     assert failed(artifact) == []
     assert contents(tmp_path / "bundle") == contents(random_folder)
 
 
-def test_a_number_of_a_memory_that_is_not_finite_fails(checkpoint: Folder, tmp_path: Path) -> None:
+def test_a_memory_that_is_not_finite_fails(checkpoint: Folder, tmp_path: Path) -> None:
     rows = draw(0, 2, 192)
     rows[1, 7] = float("nan")
-    extras.write(checkpoint.root, held(rows))
+    write_extras(checkpoint.root, extras_with(rows))
     artifact = Bundle().export(checkpoint, tmp_path / "bundle", Context())
     assert failed(artifact) == ["finite"]
     assert CARRIED in artifact.checks[0].how
@@ -81,19 +80,19 @@ def test_a_number_of_a_memory_that_is_not_finite_fails(checkpoint: Folder, tmp_p
 
 def test_one_bit_is_enough_to_fail(checkpoint: Folder, tmp_path: Path) -> None:
     Bundle().export(checkpoint, tmp_path / "bundle", Context())
-    assert loads(checkpoint.root, tmp_path / "bundle").passed
+    assert loads_check(checkpoint.root, tmp_path / "bundle").passed
     data = bytearray((tmp_path / "bundle" / CARRIED).read_bytes())
     data[-1] ^= 1
     (tmp_path / "bundle" / CARRIED).write_bytes(data)
-    check = loads(checkpoint.root, tmp_path / "bundle")
+    check = loads_check(checkpoint.root, tmp_path / "bundle")
     assert not check.passed
     assert check.value == 1
     (tmp_path / "bundle" / CARRIED).write_bytes(data[:-1])
-    check = loads(checkpoint.root, tmp_path / "bundle")
+    check = loads_check(checkpoint.root, tmp_path / "bundle")
     assert not check.passed
     assert "no whole safetensors" in check.how
     (tmp_path / "bundle" / CARRIED).unlink()
-    check = loads(checkpoint.root, tmp_path / "bundle")
+    check = loads_check(checkpoint.root, tmp_path / "bundle")
     assert not check.passed
     assert check.value == 3
 
@@ -108,8 +107,8 @@ def test_one_bit_is_enough_to_fail(checkpoint: Folder, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_the_weights_fails(checkpoint: Folder, wrong: Extras) -> None:
-    assert fits(checkpoint).passed
-    extras.write(checkpoint.root, wrong)
+    assert fits_check(checkpoint).passed
+    write_extras(checkpoint.root, wrong)
     artifact = Bundle().export(checkpoint, checkpoint.root, Context())
     assert failed(artifact) == ["bundle/fits"]
-    assert "the first that does not fit is" in artifact.checks[-1].how
+    assert "the first is" in artifact.checks[-1].how

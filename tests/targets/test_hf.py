@@ -1,4 +1,4 @@
-"""Target hf: the copy is the checkpoint, byte for byte, and a NaN in it is found."""
+"""Target hf: the copy equals the checkpoint byte for byte, and a NaN in it fails a check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from erasec.base import Check, Context
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import patch, read_header, read_tensor
+from erasec.checkpoint.safetensors import patch_file, read_header, read_tensor
 from erasec.targets.hf import Hf, same_layout
 
 
@@ -18,9 +18,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def named(checks: tuple[Check, ...], name: str) -> Check:
-    (found,) = (check for check in checks if check.name == name)
-    return found
+def check_named(checks: tuple[Check, ...], name: str) -> Check:
+    (check,) = (item for item in checks if item.name == name)
+    return check
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def with_value(folder: Path, value: float) -> None:
     key, entry = next(iter(read_header(file)[0].items()))
     tensor = read_tensor(entry)
     tensor.view(-1)[0] = value
-    patch(file, file, {key: lambda: tensor})
+    patch_file(file, file, {key: lambda: tensor})
 
 
 def test_the_copy_has_every_byte_of_the_checkpoint(random_folder: Path, tmp_path: Path) -> None:
@@ -53,7 +53,8 @@ def test_every_floating_tensor_is_read(random_folder: Path, tmp_path: Path) -> N
     entries = [entry for part in ("text_encoder", "unet", "vae") for entry in folder.entries(part).values()]
     count = sum(entry.dtype == "F16" for entry in entries)
     assert (
-        f"all {count} floating tensors" in named(Hf().export(folder, tmp_path / "hf", Context()).checks, "finite").how
+        f"all {count} floating tensors"
+        in check_named(Hf().export(folder, tmp_path / "hf", Context()).checks, "finite").how
     )
 
 
@@ -67,7 +68,7 @@ def test_a_checkpoint_that_lies_there_already_is_only_checked(copy: Path) -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_fails(copy: Path, tmp_path: Path, value: float) -> None:
     with_value(copy, value)
-    check = named(Hf().export(Folder(copy), tmp_path / "hf", Context()).checks, "finite")
+    check = check_named(Hf().export(Folder(copy), tmp_path / "hf", Context()).checks, "finite")
     assert not check.passed
     assert check.value == 1
     assert "vae/diffusion_pytorch_model.safetensors" in check.how

@@ -1,4 +1,4 @@
-"""Target ldm: what single-file readers load is what the folder holds, and what differs is found."""
+"""Target ldm: single-file readers load the tensors of the folder, and its check finds every difference."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import random_folder as write_random
 from safetensors.torch import load_file, save_file
 
 from erasec import registry
-from erasec.base import Artifact, Check, Context, finite
+from erasec.base import Artifact, Check, Context
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import patch, read_header, read_tensor
+from erasec.checkpoint.safetensors import finite_check, patch_file, read_header, read_tensor
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
-from erasec.ldm.skeleton import random_folder as write_random
-from erasec.ldm.tensor_names import PREFIXES
-from erasec.model.view import bundled, load
+from erasec.ldm.tensor_names import LAYOUTS
+from erasec.model.loading import bundled_folder, load
 from erasec.targets.ldm import FILE, Ldm, metadata, same_tensors
 
 
@@ -28,11 +28,11 @@ from erasec.targets.ldm import FILE, Ldm, metadata, same_tensors
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Artifact]]:
     """A random folder of every family, in half precision, and glyphs; and what the target makes of each."""
     root = tmp_path_factory.mktemp("families")
-    for number, family in enumerate(PREFIXES):
+    for number, family in enumerate(LAYOUTS):
         write_random(root / family, family, seed=number, dtype="float16")
-    shutil.copytree(bundled("glyphs"), root / "glyphs")
+    shutil.copytree(bundled_folder("glyphs"), root / "glyphs")
     artifacts = {
-        name: Ldm().export(Folder(root / name), root / f"{name}-ldm", Context()) for name in (*PREFIXES, "glyphs")
+        name: Ldm().export(Folder(root / name), root / f"{name}-ldm", Context()) for name in (*LAYOUTS, "glyphs")
     }
     return {path.name: path for path in root.iterdir()}, artifacts
 
@@ -44,7 +44,7 @@ def folders(models: tuple[dict[str, Path], dict[str, Artifact]]) -> dict[str, Pa
 
 
 def entries(folder: Path, family: str) -> dict[str, Any]:
-    return {component: Folder(folder).entries(component) for component in PREFIXES[family]}
+    return {component: Folder(folder).entries(component) for component in LAYOUTS[family].prefixes}
 
 
 def with_scheduler(folder: Path, out: Path, **settings: object) -> Path:
@@ -67,9 +67,9 @@ def test_the_registry_names_it() -> None:
     assert registry.load_target("ldm") is Ldm
 
 
-def test_the_size_is_told_before(folders: dict[str, Path]) -> None:
-    told, written = Ldm().size(load("glyphs")), (folders["glyphs-ldm"] / FILE).stat().st_size
-    assert told < written < 1.02 * told
+def test_the_size_is_estimated(folders: dict[str, Path]) -> None:
+    estimate, written = Ldm().size(load("glyphs")), (folders["glyphs-ldm"] / FILE).stat().st_size
+    assert estimate < written < 1.02 * estimate
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "glyphs"])
@@ -78,11 +78,11 @@ def test_what_single_file_readers_load_is_the_folder(folders: dict[str, Path], n
 
     kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
     wanted = kind.from_pretrained(folders[name], torch_dtype=torch.float32)
-    found = kind.from_single_file(
+    loaded = kind.from_single_file(
         folders[f"{name}-ldm"] / FILE, config=str(folders[name]), local_files_only=True, torch_dtype=torch.float32
     )
-    for component in PREFIXES["sd1" if name == "glyphs" else name]:
-        tensors, others = getattr(wanted, component).state_dict(), getattr(found, component).state_dict()
+    for component in LAYOUTS["sd1" if name == "glyphs" else name].prefixes:
+        tensors, others = getattr(wanted, component).state_dict(), getattr(loaded, component).state_dict()
         assert tensors.keys() == others.keys()
         for key, tensor in tensors.items():
             assert torch.equal(tensor, others[key]), f"{component} {key}"
@@ -95,8 +95,9 @@ def test_checks_read_every_tensor_back(models: tuple[dict[str, Path], dict[str, 
     assert (artifact.target, artifact.path) == ("ldm", folders[f"{name}-ldm"])
     assert [path.name for path in artifact.path.iterdir()] == [FILE]
     assert [(check.name, check.value, check.limit, check.passed) for check in artifact.checks] == [
-        ("ldm/finite", 0, 0, True), ("ldm/layout", 0, 0, True)
-    ]  # fmt: skip
+        ("ldm/finite", 0, 0, True),
+        ("ldm/layout", 0, 0, True),
+    ]
     own = entries(folders[name], "sd1" if name == "glyphs" else name)
     count = sum("position_ids" not in key for component in own.values() for key in component)
     assert f"{count} of the checkpoint, {count} of the file" in artifact.checks[1].how
@@ -109,13 +110,13 @@ def test_a_second_export_is_the_same_bytes(folders: dict[str, Path], tmp_path: P
 
 def test_the_library_reads_the_same_tensors_in_their_dtypes(folders: dict[str, Path]) -> None:
     file = folders["sdxl-ldm"] / FILE
-    found = load_file(file)
+    tensors = load_file(file)
     text = load_file(folders["sdxl"] / "text_encoder_2" / "model.safetensors")
     layer = "text_model.encoder.layers.1.self_attn"
     joint = torch.cat([text[f"{layer}.{part}_proj.weight"] for part in "qkv"])
-    assert torch.equal(found["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"], joint)
-    assert torch.equal(found["conditioner.embedders.1.model.text_projection"], text["text_projection.weight"].T)
-    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+    assert torch.equal(tensors["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"], joint)
+    assert torch.equal(tensors["conditioner.embedders.1.model.text_projection"], text["text_projection.weight"].T)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     keys = list(read_header(file)[0])
     assert keys == sorted(keys)
 
@@ -142,7 +143,7 @@ def test_metadata_say_what_it_is(
 
 
 def test_metadata_are_in_the_file(folders: dict[str, Path]) -> None:
-    for name in PREFIXES:
+    for name in LAYOUTS:
         assert read_header(folders[f"{name}-ldm"] / FILE)[1] == metadata(Folder(folders[name]), name)[0]
 
 
@@ -174,17 +175,17 @@ def test_unknown_predictions_and_missing_settings_are_refused(folders: dict[str,
         "first_stage_model.decoder.mid.attn_1.k.weight",
     ],
 )
-def test_one_other_number_is_found(folders: dict[str, Path], tmp_path: Path, key: str) -> None:
+def test_one_changed_number_fails_the_check(folders: dict[str, Path], tmp_path: Path, key: str) -> None:
     file = folders["sd2-ldm"] / FILE
     tensor = read_tensor(read_header(file)[0][key])
     tensor.view(-1)[tensor.numel() // 2] += 1
-    patch(file, tmp_path / FILE, {key: lambda: tensor})
+    patch_file(file, tmp_path / FILE, {key: lambda: tensor})
     check = same_tensors(entries(folders["sd2"], "sd2"), tmp_path / FILE)
     assert failed(check) == 1
     assert check.limit == 0
 
 
-def test_another_dtype_shape_or_set_of_keys_is_found(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_another_dtype_shape_or_set_of_tensors_fails_the_check(folders: dict[str, Path], tmp_path: Path) -> None:
     own = entries(folders["sdxl"], "sdxl")
     tensors = load_file(folders["sdxl-ldm"] / FILE)
     conv, head = "model.diffusion_model.out.2.bias", "conditioner.embedders.1.model.text_projection"
@@ -207,8 +208,8 @@ def test_a_number_that_is_not_finite_fails(folders: dict[str, Path], tmp_path: P
     key = "first_stage_model.decoder.conv_in.weight"
     tensor = read_tensor(read_header(folders["sd1-ldm"] / FILE)[0][key])
     tensor.view(-1)[7] = value
-    patch(folders["sd1-ldm"] / FILE, tmp_path / FILE, {key: lambda: tensor})
-    check = finite("ldm/finite", read_header(tmp_path / FILE)[0])
+    patch_file(folders["sd1-ldm"] / FILE, tmp_path / FILE, {key: lambda: tensor})
+    check = finite_check("ldm/finite", read_header(tmp_path / FILE)[0])
     assert failed(check) == 1
     assert key in check.how
 
@@ -238,7 +239,7 @@ def with_tensors(folder: Path, out: Path, file: str, more: dict[str, torch.Tenso
 
 def test_what_no_single_file_can_hold_is_refused_by_the_size(folders: dict[str, Path], tmp_path: Path) -> None:
     """A plan asks for the size, so nothing is solved and written first."""
-    for family in PREFIXES:
+    for family in LAYOUTS:
         assert Ldm().size(load(str(folders[family]))) > 0
     with pytest.raises(ErasecError, match="this model has no UNet"):
         Ldm().size(replace(load(str(folders["sd1"])), family=FAMILIES["flux"]))
@@ -251,8 +252,9 @@ def test_what_no_single_file_can_hold_is_refused_by_the_size(folders: dict[str, 
     for count in (23, 24):
         more = {
             key.replace(".0.", f".{number}.", 1): value.clone()
-            for number in range(3, count) for key, value in layer.items()
-        }  # fmt: skip
+            for number in range(3, count)
+            for key, value in layer.items()
+        }
         model = load(str(with_tensors(folders["sd2"], tmp_path / str(count), text, more)))
         if count == 23:
             assert Ldm().size(model) > 0
@@ -281,7 +283,7 @@ def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypa
         return tensor
 
     monkeypatch.setattr(ldm, "read_tensor", counted)
-    monkeypatch.setattr(ldm, "finite", lambda name, entries: None)
+    monkeypatch.setattr(ldm, "finite_check", lambda name, entries: None)
     monkeypatch.setattr(ldm, "same_tensors", lambda own, file: None)
     gc.collect()
     Ldm().export(Folder(folders["sd2"]), tmp_path, Context())

@@ -1,6 +1,6 @@
-"""ORTStableDiffusionPipeline reads what the target onnx writes. It wants older libraries, in an environment of its own.
+"""ORTStableDiffusionPipeline reads what the target onnx writes. It needs older libraries, in their own environment.
 
-ERASEC_OPTIMUM_PYTHON may name the interpreter of one that is there; otherwise one is made, and pip fetches it.
+ERASEC_OPTIMUM_PYTHON names the interpreter of such an environment; without it, the test creates one with pip.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from erasec.attention import pipeline
+from erasec.attention.pipeline import Sampling
 from erasec.base import Context
 from erasec.checkpoint.folder import Folder
-from erasec.judging import judge
-from erasec.judging.judge import Sampling
-from erasec.model import view as model
+from erasec.model import loading
 from erasec.targets.ort import Onnx
 
 NEEDS = (
@@ -63,13 +63,13 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_pipeline_of_optimum_makes_the_pictures_that_torch_makes(
     optimum: str, precision: str, tmp_path: Path
 ) -> None:
-    root = model.load("glyphs").source.root
+    root = loading.load("glyphs").source.root
     Onnx(precision=precision).export(Folder(root), tmp_path / "onnx", Context())
     (tmp_path / "reader.py").write_text(READER)
     arguments = [str(tmp_path / "onnx"), str(tmp_path / "images.npy"), json.dumps(PROMPTS)]
     done = subprocess.run([optimum, str(tmp_path / "reader.py"), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = np.rint(np.load(tmp_path / "images.npy") * 255)
-    wanted = judge.generate(root, PROMPTS, (5, 6), Sampling(6, 4.0), "torch").astype(float)
-    assert np.abs(found - wanted).max() <= (2 if precision == "fp32" else 8)
-    assert np.abs(found - wanted[::-1]).max() > 50  # other pictures are far away
+    images = np.rint(np.load(tmp_path / "images.npy") * 255)
+    wanted = pipeline.generate(root, PROMPTS, (5, 6), Sampling(6, 4.0), "torch").astype(float)
+    assert np.abs(images - wanted).max() <= (2 if precision == "fp32" else 8)
+    assert np.abs(images - wanted[::-1]).max() > 50  # other pictures are far away

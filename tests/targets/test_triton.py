@@ -16,12 +16,11 @@ import pytest
 from erasec.base import Artifact, Context
 from erasec.checkpoint.folder import Folder
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
-from erasec.graphs.graph import graphs
-from erasec.model.view import load
-from erasec.targets import triton
-from erasec.targets.triton import Triton, config, parity, parsed, served
+from erasec.graphs.signature import TEXT_TO_IMAGE, graphs
+from erasec.model.loading import load
+from erasec.targets.triton import Triton, compare_outputs, config, parse_config, repository_check
 from erasec.targets.trt import Trt
-from erasec.tensorrt import engines
+from erasec.tensorrt import devices, engines
 from erasec.tensorrt.engines import Builder, Profile
 
 onnx = pytest.importorskip("onnx")
@@ -67,7 +66,7 @@ version_policy {
 @pytest.fixture(scope="module")
 def exported(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     target = Triton(version=2, instances="cpu")
-    return target.export(Folder(random_folder), tmp_path_factory.mktemp("served") / "triton", Context())
+    return target.export(Folder(random_folder), tmp_path_factory.mktemp("served"), Context())
 
 
 @pytest.fixture
@@ -77,24 +76,27 @@ def models(exported: Artifact, tmp_path: Path) -> Path:
 
 
 def test_files_lie_where_the_server_and_the_client_look(exported: Artifact, random_folder: Path) -> None:
-    served_ = {f"models/{name}/{file}" for name in triton.NAMES
-               for file in ("config.pbtxt", "2/model.onnx", "2/model.onnx_data")}  # fmt: skip
-    client = {f"client/{name}/config.json" for name in triton.NAMES}
+    served = {
+        f"models/{name}/{file}"
+        for name in TEXT_TO_IMAGE
+        for file in ("config.pbtxt", "2/model.onnx", "2/model.onnx_data")
+    }
+    client = {f"client/{name}/config.json" for name in TEXT_TO_IMAGE}
     client |= {"client/model_index.json", "client/scheduler/scheduler_config.json"}
     client |= {f"client/tokenizer/{path.name}" for path in (random_folder / "tokenizer").iterdir()}
-    assert {name.as_posix() for name in Folder(exported.path).files()} == served_ | client | {"README.md"}
+    assert {name.as_posix() for name in Folder(exported.path).files()} == served | client | {"README.md"}
     assert sorted(path.name for path in exported.path.rglob(".*")) == []
     # Each folder of a repository is a model to the server.
-    assert sorted(path.name for path in (exported.path / "models").iterdir()) == sorted(triton.NAMES)
+    assert sorted(path.name for path in (exported.path / "models").iterdir()) == sorted(TEXT_TO_IMAGE)
 
 
-def test_the_configuration_says_all_that_the_server_asks_for(exported: Artifact) -> None:
+def test_the_configuration_has_all_that_the_server_reads(exported: Artifact) -> None:
     assert (exported.path / "models" / "unet" / "config.pbtxt").read_text() == UNET
-    told = parsed(UNET)
-    assert [port["name"] for port in told["input"]] == [["sample"], ["timestep"], ["encoder_hidden_states"]]
-    assert told["input"][0] == {"name": ["sample"], "data_type": ["TYPE_FP32"], "dims": [[-1, 4, -1, -1]]}
-    assert told["version_policy"] == [{"specific": [{"versions": [[2]]}]}]
-    text = parsed((exported.path / "models" / "text_encoder" / "config.pbtxt").read_text())
+    fields = parse_config(UNET)
+    assert [port["name"] for port in fields["input"]] == [["sample"], ["timestep"], ["encoder_hidden_states"]]
+    assert fields["input"][0] == {"name": ["sample"], "data_type": ["TYPE_FP32"], "dims": [[-1, 4, -1, -1]]}
+    assert fields["version_policy"] == [{"specific": [{"versions": [[2]]}]}]
+    text = parse_config((exported.path / "models" / "text_encoder" / "config.pbtxt").read_text())
     assert text["input"] == [{"name": ["input_ids"], "data_type": ["TYPE_INT64"], "dims": [[-1, -1]]}]
     readme = (exported.path / "README.md").read_text()
     assert "Version 2 of each model is served" in readme
@@ -102,7 +104,7 @@ def test_the_configuration_says_all_that_the_server_asks_for(exported: Artifact)
 
 
 def test_all_checks_pass_on_what_was_exported(exported: Artifact) -> None:
-    names = [f"{kind}/{name}" for kind in ("weights", "parity") for name in triton.NAMES]
+    names = [f"{kind}/{name}" for kind in ("weights", "parity") for name in TEXT_TO_IMAGE]
     assert [check.name for check in exported.checks] == ["triton/repository", *names]
     assert all(check.passed for check in exported.checks)
     assert all(0 < check.value < 2e-5 for check in exported.checks if check.name.startswith("parity"))
@@ -122,9 +124,9 @@ def test_the_timestep_is_a_vector_for_the_server_and_a_scalar_inside(exported: A
     session = onnxruntime.InferenceSession(exported.path / "models" / "unet" / "2" / "model.onnx")
     assert {value.name: value.shape for value in session.get_inputs()}["timestep"] == [1]
     feed = {"sample": np.ones((3, 4, 8, 8), np.float32), "encoder_hidden_states": np.ones((3, 77, 128), np.float32)}
-    one, other = (session.run(None, {**feed, "timestep": np.array([t], np.float32)})[0] for t in (10.0, 10.5))
-    assert one.shape == (3, 4, 8, 8)
-    assert np.abs(one - other).max() > 1e-6
+    whole, fraction = (session.run(None, {**feed, "timestep": np.array([t], np.float32)})[0] for t in (10.0, 10.5))
+    assert whole.shape == (3, 4, 8, 8)
+    assert np.abs(whole - fraction).max() > 1e-6
 
 
 def replaced(models: Path, old: str, new: str) -> None:
@@ -150,85 +152,94 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "typed": (lambda models: replaced(models, "TYPE_FP32", "TYPE_FP16"), "unet: input "),
     "scalar": (lambda models: replaced(models, "dims: [ 1 ]", "dims: [ -1 ]"), "unet: input timestep is "),
     "batched": (lambda models: replaced(models, "max_batch_size: 0", "max_batch_size: 8"), "unet: name, max_batch"),
-    "titled": (lambda models: replaced(models, '"unet"', '"denoiser"'), "unet: name, max_batch_size and"),
-    "backend": (lambda models: replaced(models, '"onnxruntime"', '"tensorrt"'), "unet: name, max_batch_size and"),
-    "damaged": (lambda models: replaced(models, "output {", "output [{"), "unet has no sound config.pbtxt"),
-    "unlimited": (lambda models: replaced(models, "version_policy {\n  specific {\n    versions: [ 2 ]\n  }\n}\n", ""),
-                  "unet has no sound config.pbtxt"),
+    "titled": (lambda models: replaced(models, '"unet"', '"denoiser"'), "unet: name, max_batch_size, platform, "),
+    "backend": (
+        lambda models: replaced(models, '"onnxruntime"', '"tensorrt"'),
+        "unet: name, max_batch_size, platform, ",
+    ),
+    "damaged": (lambda models: replaced(models, "output {", "output [{"), "unet: config.pbtxt is missing or damaged"),
+    "unlimited": (
+        lambda models: replaced(models, "version_policy {\n  specific {\n    versions: [ 2 ]\n  }\n}\n", ""),
+        "unet: config.pbtxt is missing or damaged",
+    ),
     "graph": (other_type, "unet: output out_"),
     "moved": (moved, "unet has no 2/model.onnx"),
     "data": (lambda models: (models / "unet" / "2" / "model.onnx_data").unlink(), "unet/2/model.onnx cannot be loaded"),
-    "config": (lambda models: (models / "unet" / "config.pbtxt").unlink(), "unet has no sound config.pbtxt"),
+    "config": (lambda models: (models / "unet" / "config.pbtxt").unlink(), "unet: config.pbtxt is missing or damaged"),
     "model": (lambda models: shutil.rmtree(models / "unet"), "there is no unet"),
-    "folder": (lambda models: (models / "tokenizer").mkdir(), "tokenizer would be taken for a model"),
-}  # fmt: skip
+    "folder": (lambda models: (models / "tokenizer").mkdir(), "Triton would load tokenizer as a model"),
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_what_the_server_would_not_serve_fails_in_words(models: Path, kind: str) -> None:
+def test_what_the_server_would_not_serve_fails_with_a_reason(models: Path, kind: str) -> None:
     damage, words = DAMAGE[kind]
     damage(models)
-    check = served(models, models)
+    check = repository_check(models, models)
     assert not check.passed
     assert check.value >= 1
-    assert f"the first: {words}" in check.how
+    assert f"the first is {words}" in check.how
 
 
 def test_a_damaged_model_fails_parity(models: Path, random_folder: Path) -> None:
-    every = tuple(graph for graph in graphs(Folder(random_folder)) if graph.name == "vae_decoder")
-    (check,) = parity(Folder(random_folder), models, every, 2)
+    selected = tuple(graph for graph in graphs(Folder(random_folder)) if graph.name == "vae_decoder")
+    (check,) = compare_outputs(Folder(random_folder), models, selected, 2)
     assert check.passed
     file = models / "vae_decoder" / "2" / "model.onnx_data"
     data = np.fromfile(file, np.float32)
     (data * np.float32(1.01)).tofile(file)
-    (check,) = parity(Folder(random_folder), models, every, 2)
+    (check,) = compare_outputs(Folder(random_folder), models, selected, 2)
     assert not check.passed
-    (check,) = parity(Folder(random_folder), models, every, 1)
+    (check,) = compare_outputs(Folder(random_folder), models, selected, 1)
     assert (check.passed, check.value) == (False, float("inf"))
 
 
-def test_plans_are_described_as_such(random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_are_configured_and_recorded(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a library that writes a word where TensorRT writes a plan."""
-    asked: dict[str, Profile] = {}
+    profiles: dict[str, Profile] = {}
 
     def build(graph: Path, file: Path, profile: Profile, builder: Builder) -> tuple[dict[str, Any], str]:
-        asked[graph.parent.name] = profile
+        profiles[graph.parent.name] = profile
         assert onnx.load(graph, load_external_data=False).graph.input
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"plan")
-        return engines.entry(file, engines.digests(graph), profile, 1.0), "11.4.0"
+        return engines.engine_entry(file, engines.digests(graph), profile, 1.0), "11.4.0"
 
-    monkeypatch.setattr(engines, "build", build)
+    monkeypatch.setattr(engines, "build_engine", build)
     monkeypatch.setattr(Trt, "check", lambda target: None)
     target = Triton(engines="trt")
     target.check()
-    artifact = target.export(Folder(random_folder), tmp_path / "triton", Context())
+    artifact = target.export(Folder(random_folder), tmp_path, Context())
     assert all(check.passed for check in artifact.checks), artifact.checks
     assert [check.name for check in artifact.checks][:2] == ["triton/repository", "weights/text_encoder"]
-    assert "timestep" not in asked["unet"]  # one shape, so no range of them
-    found = {path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*.*") if path.is_file()}
-    assert {name for name in found if name.startswith("models")} == {
-        f"models/{name}/{file}" for name in triton.NAMES for file in ("config.pbtxt", "1/model.plan")
+    assert "timestep" not in profiles["unet"]  # one shape, so no range of them
+    files = {path.relative_to(artifact.path).as_posix() for path in artifact.path.rglob("*.*") if path.is_file()}
+    assert {name for name in files if name.startswith("models")} == {
+        f"models/{name}/{file}" for name in TEXT_TO_IMAGE for file in ("config.pbtxt", "1/model.plan")
     }
-    told = parsed((artifact.path / "models" / "unet" / "config.pbtxt").read_text())
-    assert (told["platform"], told["backend"]) == (["tensorrt_plan"], ["tensorrt"])
-    assert told["default_model_filename"] == ["model.plan"]
-    assert told["instance_group"] == [{"count": [1], "kind": ["KIND_AUTO"]}]
+    fields = parse_config((artifact.path / "models" / "unet" / "config.pbtxt").read_text())
+    assert (fields["platform"], fields["backend"]) == (["tensorrt_plan"], ["tensorrt"])
+    assert fields["default_model_filename"] == ["model.plan"]
+    assert fields["instance_group"] == [{"count": [1], "kind": ["KIND_AUTO"]}]
     record = engines.read_record(artifact.path)
     assert record["components"]["unet"]["file"] == "models/unet/1/model.plan"
 
 
-def test_options_and_missing_tools_are_refused_in_words(random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_options_and_missing_tools_are_refused(random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused: tuple[tuple[Mapping[str, Any], str], ...] = (
-        ({"version": 0}, "version is 0"), ({"instances": "tpu"}, "option instances is 'tpu'"),
-        ({"precision": "fp8"}, "option precision is 'fp8'"), ({"engines": "trt-rtx"}, "option engines is 'trt-rtx'"),
+        ({"version": 0}, "version is 0"),
+        ({"instances": "tpu"}, "option instances is 'tpu'"),
+        ({"precision": "fp8"}, "option precision is 'fp8'"),
+        ({"engines": "trt-rtx"}, "option engines is 'trt-rtx'"),
         ({"engines": "trt", "instances": "cpu"}, "plans of TensorRT do not run on a CPU"),
-    )  # fmt: skip
+    )
     for options, words in refused:
         with pytest.raises(ErasecError, match=words):
             Triton(**options)
-    monkeypatch.setattr(engines, "require", lambda library: None)
-    monkeypatch.setattr(engines, "devices", list)
+    monkeypatch.setattr(engines, "require_library", lambda library: None)
+    monkeypatch.setattr(devices, "gpus", list)
     Triton().check()
     with pytest.raises(MissingTool, match="trt needs an NVIDIA GPU"):
         Triton(engines="trt").check()
@@ -238,12 +249,12 @@ def test_options_and_missing_tools_are_refused_in_words(random_folder: Path, mon
     assert missing.value.exit_code == TOOL_MISSING
 
 
-def test_only_such_texts_are_read(tmp_path: Path) -> None:
+def test_other_texts_are_refused(tmp_path: Path) -> None:
     text = config("unet", {"a": ("TYPE_FP32", (-1, 3))}, {"b": ("TYPE_INT64", (1,))}, 7, "KIND_GPU")
-    assert parsed(text)["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"]}]
+    assert parse_config(text)["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"]}]
     for wrong in ('name: "unet', "name unet", "input {", "}", "dims: [ 1, x ]", "a: 1 b: 2"):
         with pytest.raises(ErasecError, match=r"config\.pbtxt cannot be read"):
-            parsed(wrong)
+            parse_config(wrong)
 
 
 @pytest.mark.network
@@ -256,10 +267,11 @@ def test_tritons_own_message_takes_the_configurations(exported: Artifact, tmp_pa
     code = (
         "import sys; from google.protobuf import text_format; from tritonclient.grpc import model_config_pb2 as pb\n"
         "for file in sys.argv[1:]:\n"
-        "    told = text_format.Parse(open(file).read(), pb.ModelConfig())\n"
-        "    print(told.name, [pb.DataType.Name(port.data_type) for port in told.input], list(told.input[-1].dims))\n"
+        "    fields = text_format.Parse(open(file).read(), pb.ModelConfig())\n"
+        "    types = [pb.DataType.Name(port.data_type) for port in fields.input]\n"
+        "    print(fields.name, types, list(fields.input[-1].dims))\n"
     )
-    files = [exported.path / "models" / name / "config.pbtxt" for name in triton.NAMES]
+    files = [exported.path / "models" / name / "config.pbtxt" for name in TEXT_TO_IMAGE]
     done = subprocess.run([python, "-c", code, *files], check=True, capture_output=True, text=True, env=clean)
     assert done.stdout.splitlines() == [
         "text_encoder ['TYPE_INT64'] [-1, -1]",

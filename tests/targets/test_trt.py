@@ -1,4 +1,4 @@
-"""Target trt without TensorRT and without a GPU: what the builder is told and what is refitted are recorded."""
+"""Target trt with a fake TensorRT and no GPU: the settings of the builder, the record, and refitting."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from erasec.base import with_options
 from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError, MissingTool
-from erasec.graphs import weights as initializers
+from erasec.graphs.weights import digests, weight_digests
+from erasec.options import configure
 from erasec.targets.trt import Trt, refit
-from erasec.tensorrt import engines
+from erasec.tensorrt import devices, engines
 from erasec.tensorrt.engines import RTX, TRT, Builder, read_record, write_record
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("polygraphy")
 
-# As much of TensorRT as Polygraphy asks for. It writes down what it is told into the engine itself, whose weights are
+# The part of TensorRT that Polygraphy calls. An engine is a log of the calls that built it; its weights are
 # those of the ONNX file that it parsed.
 FAKE = '''
 import enum, json, os
@@ -64,8 +64,8 @@ class Tensor:
         self.shape = tuple(dim.dim_value or -1 for dim in info.type.tensor_type.shape.dim)
 
 class Network:
-    def __init__(self, told):
-        self.told, self.inputs = told, []
+    def __init__(self, log):
+        self.log, self.inputs = log, []
     def __iter__(self):
         return iter(())
     num_inputs = property(lambda self: len(self.inputs))
@@ -80,7 +80,7 @@ class OnnxParser:
         model = onnx.load(path).graph
         self.network.inputs = [Tensor(info) for info in model.input]
         weights = {each.name: numpy_helper.to_array(each).tobytes().hex() for each in model.initializer}
-        self.network.told.update(parsed=path, weights=weights)
+        self.network.log.update(parsed=path, weights=weights)
         return True
 
 class Profile:
@@ -100,48 +100,48 @@ class Cache:
 
 class Config:
     num_optimization_profiles, DLA_core, default_device_type = 1, -1, DeviceType.GPU
-    def __init__(self, told):
-        self.told = told
-        told.update(flags=[], profiles=[], pools={}, cache="")
+    def __init__(self, log):
+        self.log = log
+        log.update(flags=[], profiles=[], pools={}, cache="")
     def set_flag(self, flag):
-        self.told["flags"].append(flag.name)
+        self.log["flags"].append(flag.name)
     def get_flag(self, flag):
-        return flag.name in self.told["flags"]
+        return flag.name in self.log["flags"]
     def clear_flag(self, flag):
-        self.told.setdefault("cleared", []).append(flag.name)
+        self.log.setdefault("cleared", []).append(flag.name)
     def add_optimization_profile(self, profile):
-        self.told["profiles"].append(profile.shapes)
+        self.log["profiles"].append(profile.shapes)
     def set_memory_pool_limit(self, pool, size):
-        self.told["pools"][pool.name] = size
+        self.log["pools"][pool.name] = size
     def create_timing_cache(self, data):
         return Cache(bytes(data))
     def set_timing_cache(self, cache, ignore_mismatch):
         self.cache = cache
-        self.told["cache"] = cache.data.decode()
+        self.log["cache"] = cache.data.decode()
     def get_timing_cache(self):
         return self.cache
 
 class Builder:
     def __init__(self, logger):
-        self.told = {"version": __version__}
+        self.log = {"version": __version__}
     def create_network(self, flags=0):
-        self.told["network"] = flags
-        return Network(self.told)
+        self.log["network"] = flags
+        return Network(self.log)
     def create_builder_config(self):
-        return Config(self.told)
+        return Config(self.log)
     def create_optimization_profile(self):
         return Profile()
     def build_serialized_network(self, network, config):
-        return json.dumps(self.told).encode()
+        return json.dumps(self.log).encode()
 
 class Engine:
-    def __init__(self, told):
-        self.told = told
+    def __init__(self, log):
+        self.log = log
     def create_serialization_config(self):
         return Serialization()
     def serialize_with_config(self, config):
         assert config.flags == [SerializationFlag.INCLUDE_REFIT]
-        return json.dumps(self.told).encode()
+        return json.dumps(self.log).encode()
 
 class Serialization:
     def __init__(self):
@@ -166,7 +166,7 @@ class Refitter:
     def __init__(self, engine, logger):
         self.engine, self.set = engine, {}
     def get_all_weights(self):
-        return [name for name in self.engine.told["weights"] if name not in self.fixed]
+        return [name for name in self.engine.log["weights"] if name not in self.fixed]
     def set_named_weights(self, name, weights):
         self.set[name] = weights.data
         return name not in self.unwilling
@@ -174,8 +174,8 @@ class Refitter:
         fused = {"b"} if "w" in self.set else set()
         return sorted((fused | self.stubborn) - self.set.keys())
     def refit_cuda_engine(self):
-        self.engine.told["weights"].update(self.set)
-        self.engine.told["last"] = sorted(self.set)
+        self.engine.log["weights"].update(self.set)
+        self.engine.log["last"] = sorted(self.set)
         return True
 '''
 PROFILE = {"x": [(1, 4), (2, 4), (3, 4)]}
@@ -238,28 +238,28 @@ def file(refittable: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(refittable, tmp_path / "out")) / "unet" / "model.engine"
 
 
-def test_the_builder_is_told_what_was_asked_for(machine: Path, tmp_path: Path) -> None:
+def test_the_builder_gets_the_options(machine: Path, tmp_path: Path) -> None:
     cache = tmp_path / "times"
     file = built(tmp_path / "out", graph(tmp_path / "g.onnx"), Trt(workspace=3, timing_cache=str(cache)))
-    told = json.loads(file.read_bytes())
-    assert told["version"] == "11.4.0.106"
-    assert told["network"] == 1 << 1  # strongly typed
-    assert told["parsed"] == str(tmp_path / "g.onnx")
-    assert told["flags"] == [] and told["cleared"] == ["TF32"]
-    assert told["profiles"] == [{"x": [list(shape) for shape in PROFILE["x"]]}]
-    assert told["pools"] == {"WORKSPACE": 3 << 20}
-    assert told["cache"] == "" and cache.read_bytes() == b"timed "
+    log = json.loads(file.read_bytes())
+    assert log["version"] == "11.4.0.106"
+    assert log["network"] == 1 << 1  # strongly typed
+    assert log["parsed"] == str(tmp_path / "g.onnx")
+    assert log["flags"] == [] and log["cleared"] == ["TF32"]
+    assert log["profiles"] == [{"x": [list(shape) for shape in PROFILE["x"]]}]
+    assert log["pools"] == {"WORKSPACE": 3 << 20}
+    assert log["cache"] == "" and cache.read_bytes() == b"timed "
     record = read_record(tmp_path / "out")
     assert record["builder"]["name"] == TRT and record["builder"]["version"] == "11.4.0.106"
     assert record["capabilities"] == ["89"] and not record["refit"]
     assert "initializers" not in record["components"]["unet"]
 
 
-def test_the_next_build_reads_what_was_timed(machine: Path, tmp_path: Path) -> None:
+def test_the_next_build_reads_the_timing_cache(machine: Path, tmp_path: Path) -> None:
     target, source = Trt(timing_cache=str(tmp_path / "times")), graph(tmp_path / "g.onnx")
     built(tmp_path / "first", source, target)
-    told = json.loads(built(tmp_path / "second", source, target).read_bytes())
-    assert told["cache"] == "timed "
+    log = json.loads(built(tmp_path / "second", source, target).read_bytes())
+    assert log["cache"] == "timed "
 
 
 def test_a_timing_cache_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,11 +268,11 @@ def test_a_timing_cache_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.Monk
     assert Trt().builder().timing_cache == ""
 
 
-def test_an_engine_can_be_refitted_only_where_that_was_asked_for(machine: Path, file: Path, tmp_path: Path) -> None:
+def test_an_engine_can_be_refitted_only_on_request(machine: Path, file: Path, tmp_path: Path) -> None:
     assert json.loads(file.read_bytes())["flags"] == ["REFIT"]
     record = read_record(tmp_path / "out")
     assert record["refit"]
-    assert record["components"]["unet"]["initializers"] == initializers.each_digest(graph(tmp_path / "g.onnx"))
+    assert record["components"]["unet"]["initializers"] == weight_digests(graph(tmp_path / "g.onnx"))
     plain = built(tmp_path / "plain", graph(tmp_path / "g.onnx"), Trt())
     assert json.loads(plain.read_bytes())["flags"] == []
     with pytest.raises(ErasecError, match="cannot be refitted") as caught:
@@ -284,16 +284,16 @@ def test_a_refit_and_back_is_the_same_engine(file: Path, tmp_path: Path) -> None
     a, b = graph(tmp_path / "a.onnx"), graph(tmp_path / "b.onnx", w=5.0)
     before = json.loads(file.read_bytes())["weights"]
     assert refit(file, b) == ("w",)
-    told = json.loads(file.read_bytes())
-    assert told["weights"]["w"] == np.full((4, 4), 5.0, np.float32).tobytes().hex()
-    assert told["last"] == ["b", "w"]  # what is fused with it was set too
+    log = json.loads(file.read_bytes())
+    assert log["weights"]["w"] == np.full((4, 4), 5.0, np.float32).tobytes().hex()
+    assert log["last"] == ["b", "w"]  # what is fused with it was set too
     entry = read_record(tmp_path / "out")["components"]["unet"]
     assert entry["engine"] == file_digest(file) and entry["refitted"] == ["w"]
-    assert (entry["graph"], entry["weights"]) == initializers.digests(b)
+    assert (entry["graph"], entry["weights"]) == digests(b)
     engines.check_runs_here(tmp_path / "out")
     assert refit(file, a) == ("w",)
     assert json.loads(file.read_bytes())["weights"] == before
-    assert read_record(tmp_path / "out")["components"]["unet"]["weights"] == initializers.digests(a)[1]
+    assert read_record(tmp_path / "out")["components"]["unet"]["weights"] == digests(a)[1]
 
 
 def test_every_refit_sets_all_that_was_ever_refitted(file: Path, tmp_path: Path) -> None:
@@ -320,11 +320,11 @@ def test_another_graph_is_not_refitted(file: Path, tmp_path: Path) -> None:
         ("broken", "could not load the engine"),
     ],
 )
-def test_what_tensorrt_will_not_refit_leaves_the_engine_as_it_is(
+def test_a_failed_refit_leaves_the_engine_unchanged(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, what: str
 ) -> None:
     before = file.read_bytes(), read_record(tmp_path / "out")
-    part = engines.load(TRT).Runtime if trouble == "broken" else engines.load(TRT).Refitter
+    part = engines.load_library(TRT).Runtime if trouble == "broken" else engines.load_library(TRT).Refitter
     monkeypatch.setattr(part, trouble, {"none there" if trouble == "stubborn" else "w"})
     with pytest.raises(ErasecError, match=what):
         refit(file, graph(tmp_path / "b", w=5.0))
@@ -335,7 +335,7 @@ def test_an_engine_of_another_library_is_not_refitted(tmp_path: Path) -> None:
     file = tmp_path / "unet" / "model.engine"
     file.parent.mkdir()
     file.write_bytes(b"a program")
-    entry = engines.entry(file, ("", ""), PROFILE, 1.0) | {"initializers": {}}
+    entry = engines.engine_entry(file, ("", ""), PROFILE, 1.0) | {"initializers": {}}
     write_record(tmp_path, Builder(RTX, refit=True), "1.7.1", {"unet": entry})
     with pytest.raises(ErasecError, match="cannot be refitted"):
         refit(file, graph(tmp_path / "g.onnx"))
@@ -347,17 +347,17 @@ def test_the_version_that_may_drop_a_bias_makes_no_refittable_engines(
     Trt(refit=True).check()
     monkeypatch.setattr(engines, "version", lambda library: "11.3.0.99")
     Trt().check()
-    with pytest.raises(ErasecError, match=r"TensorRT 11\.3\.0\.99 builds no sound engines") as caught:
+    with pytest.raises(ErasecError, match=r"engines of TensorRT 11\.3\.0\.99 may compute wrong outputs") as caught:
         Trt(refit=True).check()
     assert "bias" in caught.value.why and "11.4" in caught.value.fix
-    told = read_record(tmp_path / "out")
-    told["builder"]["version"] = "11.3.0.99"
-    engines.rewrite_record(tmp_path / "out", told)
-    with pytest.raises(ErasecError, match="no sound engines"):
+    record = read_record(tmp_path / "out")
+    record["builder"]["version"] = "11.3.0.99"
+    engines.rewrite_record(tmp_path / "out", record)
+    with pytest.raises(ErasecError, match="may compute wrong outputs"):
         refit(file, graph(tmp_path / "b", w=5.0))
 
 
-def test_a_plan_ends_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tensorrt_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[str], Any] = lambda name: None if name == TRT else object()  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", find)
     with pytest.raises(MissingTool, match="trt needs tensorrt") as caught:
@@ -366,9 +366,9 @@ def test_a_plan_ends_where_tensorrt_is_missing(monkeypatch: pytest.MonkeyPatch) 
         assert words in caught.value.fix
 
 
-def test_a_plan_ends_where_there_is_no_gpu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_an_error(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Trt().check()
-    monkeypatch.setattr(engines, "devices", list)
+    monkeypatch.setattr(devices, "gpus", list)
     with pytest.raises(MissingTool, match="trt needs an NVIDIA GPU") as caught:
         Trt().check()
     assert "--target trt-rtx" in caught.value.fix and "--target onnx" in caught.value.fix
@@ -381,11 +381,11 @@ def test_an_old_tensorrt_is_refused(machine: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_it_has_the_options_of_both_and_its_own() -> None:
-    made = with_options(Trt, {"refit": True, "batch": "1:2:4", "precision": "fp32"}, "trt")
-    assert made.builder() == Builder(TRT, refit=True)
+    target = configure(Trt, {"refit": True, "batch": "1:2:4", "precision": "fp32"}, "trt")
+    assert target.builder() == Builder(TRT, refit=True)
     assert not Trt().refit
     with pytest.raises(ErasecError, match="no option 'capabilities'"):
-        with_options(Trt, {"capabilities": "80"}, "trt")
+        configure(Trt, {"capabilities": "80"}, "trt")
 
 
 @pytest.mark.gpu

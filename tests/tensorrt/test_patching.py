@@ -1,4 +1,4 @@
-"""Places of matrices in an engine: found to the byte or not at all, and used only where a build has proven them."""
+"""Places of matrices in an engine: exact to the byte, and used only where a build has proven them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from erasec.tensorrt import engines, patching
 from erasec.tensorrt.engines import RTX, Builder
-from erasec.tensorrt.patching import Place, doubt, locate, patch, projections
+from erasec.tensorrt.patching import Place, first_difference, locate, patch, text_projections
 
 onnx = pytest.importorskip("onnx")
 KEY, VALUE = "a.to_k.weight:transpose", "a.to_v.weight:transpose"
@@ -65,7 +65,7 @@ def test_values_and_scaled_keys_are_found(tmp_path: Path, dtype: str, layout: An
 
 
 @pytest.mark.parametrize("layout", [fused, apart])
-def test_one_byte_that_differs_is_not_it(tmp_path: Path, layout: Any) -> None:
+def test_a_matrix_with_a_changed_byte_has_no_place(tmp_path: Path, layout: Any) -> None:
     matrices, content = draw(0), bytearray(layout(draw(0)))
     places = locate(file(tmp_path / "engine", content), matrices)
     for name, lost in ((KEY, {KEY}), (VALUE, {KEY, VALUE})):  # a key is looked for beside its value
@@ -96,23 +96,25 @@ def test_a_patched_engine_is_the_one_of_the_other_matrices(tmp_path: Path, layou
     assert engine.read_bytes() == layout(old)
 
 
-def test_only_names_that_the_library_made_up_may_differ(tmp_path: Path) -> None:
+def test_only_names_that_the_library_generates_may_differ(tmp_path: Path) -> None:
     weights = bytes(range(128, 256)) * 40
 
     def engine(name: str, text: bytes, tail: bytes = weights) -> Path:
         return file(tmp_path / name, b"\0" + text + b"\0" + tail)
 
     one = engine("one", b"copy___mye137_shape_/up.1/norm")
-    assert doubt(one, one) == ""
-    assert doubt(one, engine("digits", b"copy___mye442_shape_/up.1/norm")) == ""
-    assert doubt(one, engine("words", b"copy___mye442_shape_/up.2/norm")) == ""
+    assert first_difference(one, one) == ""
+    assert first_difference(one, engine("digits", b"copy___mye442_shape_/up.1/norm")) == ""
+    assert first_difference(one, engine("words", b"copy___mye442_shape_/up.2/norm")) == ""
     moved, back = b"copy __mye7_up.1 to __mye12_down.0}\n", b"copy __mye12_down.0 to __mye7_up.1}\n"
-    assert doubt(engine("moved", moved), engine("back", back)) == ""
-    assert "differs" in doubt(engine("moved", moved), engine("back", back.replace(b"copy", b"move")))
-    assert "byte 10 differs" in doubt(engine("plain", b"in a name of 1"), engine("other", b"in a name_of 1"))
-    assert "byte 20 differs" in doubt(one, engine("ended", b"copy___mye137_shape\0/up.1/norm"))
-    assert "differs" in doubt(one, engine("weights", b"copy___mye137_shape_/up.1/norm", weights[:-1] + b"\x80"))
-    assert doubt(one, engine("longer", b"copy___mye1371_shape_/up.1/norm")) == "they are not of one size"
+    assert first_difference(engine("moved", moved), engine("back", back)) == ""
+    assert "differs" in first_difference(engine("moved", moved), engine("back", back.replace(b"copy", b"move")))
+    assert "byte 10 differs" in first_difference(engine("plain", b"in a name of 1"), engine("other", b"in a name_of 1"))
+    assert "byte 20 differs" in first_difference(one, engine("ended", b"copy___mye137_shape\0/up.1/norm"))
+    assert "differs" in first_difference(
+        one, engine("weights", b"copy___mye137_shape_/up.1/norm", weights[:-1] + b"\x80")
+    )
+    assert first_difference(one, engine("longer", b"copy___mye1371_shape_/up.1/norm")) == "their sizes differ"
 
 
 def graph(path: Path, matrices: Mapping[str, Array], rest: float = 1.0) -> Path:
@@ -131,9 +133,9 @@ def graph(path: Path, matrices: Mapping[str, Array], rest: float = 1.0) -> Path:
 
 
 def test_projections_are_the_matrices_that_read_the_text(tmp_path: Path) -> None:
-    found = projections(graph(tmp_path / "model.onnx", draw(0)))
-    assert found.keys() == {KEY, VALUE}
-    np.testing.assert_array_equal(found[KEY], draw(0)[KEY])
+    matrices = text_projections(graph(tmp_path / "model.onnx", draw(0)))
+    assert matrices.keys() == {KEY, VALUE}
+    np.testing.assert_array_equal(matrices[KEY], draw(0)[KEY])
 
 
 @dataclass
@@ -146,50 +148,52 @@ class Library:
 
     def build(self, graph: Path, engine: Path, profile: Any, builder: Builder) -> tuple[dict[str, Any], str]:
         engine.parent.mkdir(parents=True, exist_ok=True)
-        engine.write_bytes(b"\0" + self.names[self.built].encode() + b"\0" + fused(projections(graph)) + self.rest)
+        engine.write_bytes(b"\0" + self.names[self.built].encode() + b"\0" + fused(text_projections(graph)) + self.rest)
         self.built += 1
-        return engines.entry(engine, patching.digests(graph), profile, 1.0), "1.7.1"
+        return engines.engine_entry(engine, patching.digests(graph), profile, 1.0), "1.7.1"
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
-    made = Library()
+    library = Library()
     monkeypatch.setenv("ERASEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(patching, "build", made.build)
+    monkeypatch.setattr(patching, "build_engine", library.build)
     monkeypatch.setattr(patching, "version", lambda library: "1.7.1")
     monkeypatch.setattr(patching, "installed", lambda package: "0.53.6")
-    return made
+    return library
 
 
 def engine(tmp_path: Path, seed: int, rest: float = 1.0, **options: Any) -> dict[str, Any]:
-    told, version = patching.engine(
-        graph(tmp_path / str(seed) / "model.onnx", draw(seed), rest), tmp_path / "out" / "unet" / "model.engine",
-        PROFILE, Builder(RTX, **options),
-    )  # fmt: skip
+    entry, version = patching.patched_engine(
+        graph(tmp_path / str(seed) / "model.onnx", draw(seed), rest),
+        tmp_path / "out" / "unet" / "model.engine",
+        PROFILE,
+        Builder(RTX, **options),
+    )
     assert version == "1.7.1"
-    return told
+    return entry
 
 
-def test_the_third_edit_is_patched_as_the_second_has_proven_the_places(tmp_path: Path, library: Library) -> None:
+def test_the_third_edit_is_patched_at_places_that_the_second_proved(tmp_path: Path, library: Library) -> None:
     for seed in (0, 1):
         assert "patched" not in engine(tmp_path, seed)
         assert library.built == seed + 1
-    told = engine(tmp_path, 2)
+    entry = engine(tmp_path, 2)
     assert library.built == 2
     written = tmp_path / "out" / "unet" / "model.engine"
-    assert told["patched"] == 2 and told["engine"] == engines.file_digest(written)
+    assert entry["patched"] == 2 and entry["engine"] == engines.file_digest(written)
     assert written.read_bytes() == b"\0__mye27\0" + fused(draw(2))
-    assert (told["graph"], told["weights"]) == patching.digests(tmp_path / "2" / "model.onnx")
+    assert (entry["graph"], entry["weights"]) == patching.digests(tmp_path / "2" / "model.onnx")
 
 
-def test_the_same_matrices_are_the_engine_that_is_there(tmp_path: Path, library: Library) -> None:
+def test_the_same_matrices_give_the_cached_engine(tmp_path: Path, library: Library) -> None:
     first = engine(tmp_path, 0)
     again = engine(tmp_path, 0)
     assert library.built == 1
     assert again["engine"] == first["engine"] and again["patched"] == 0
 
 
-def test_what_a_build_does_not_confirm_is_built_again(tmp_path: Path, library: Library) -> None:
+def test_places_that_a_build_does_not_confirm_are_not_patched(tmp_path: Path, library: Library) -> None:
     library.rest = b"more"
     engine(tmp_path, 0)
     library.rest = b""  # the second engine ends before places may be
@@ -220,8 +224,8 @@ def test_another_engine_proves_nothing_for_this_one(tmp_path: Path, library: Lib
 def test_a_damaged_cache_is_built_again(tmp_path: Path, library: Library, damage: str) -> None:
     engine(tmp_path, 0)
     engine(tmp_path, 1)
-    (kept,) = tmp_path.glob(f"cache/engines/*/{damage}")
-    kept.write_bytes(kept.read_bytes().replace(b"e", b"f", 1))
+    (cached,) = tmp_path.glob(f"cache/engines/*/{damage}")
+    cached.write_bytes(cached.read_bytes().replace(b"e", b"f", 1))
     engine(tmp_path, 2)
     assert library.built == 3
 
@@ -229,9 +233,9 @@ def test_a_damaged_cache_is_built_again(tmp_path: Path, library: Library, damage
 def test_a_place_that_is_not_proven_is_not_used(tmp_path: Path, library: Library) -> None:
     engine(tmp_path, 0)
     engine(tmp_path, 1)
-    (kept,) = tmp_path.glob("cache/engines/*/places.json")
-    told = json.loads(kept.read_text())
-    assert told["proven"] == [KEY, VALUE]
-    kept.write_text(json.dumps(told | {"proven": [KEY]}))
+    (file,) = tmp_path.glob("cache/engines/*/places.json")
+    record = json.loads(file.read_text())
+    assert record["proven"] == [KEY, VALUE]
+    file.write_text(json.dumps(record | {"proven": [KEY]}))
     engine(tmp_path, 2)
     assert library.built == 3

@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from erasec import registry
 from erasec.base import Context
 from erasec.errors import ErasecError
-from erasec.glyphs.judging import GlyphJudge
-from erasec.judging.judge import Images, adviser
-from erasec.model import view as models
+from erasec.glyphs.judge import GlyphJudge
+from erasec.model import loading
 from erasec.model.edit import Dense, Edit
 from erasec.recipe import concept as concepts
 from erasec.recipe.concept import Concept
 from erasec.training import triplets
 from erasec.training.denoiser import Denoiser
+from erasec.training.images import to_pixels
 
 BOX = np.array([[16, 24, 48, 56]])
 
@@ -30,13 +31,13 @@ def noise(count: int = 1) -> torch.Tensor:
 
 def test_the_cells_of_a_mosaic_are_the_means_of_what_they_hide() -> None:
     image = noise()
-    found = triplets.mosaic(image, BOX, 4)
+    result = triplets.mosaic(image, BOX, 4)
     for row in range(4):
         for column in range(4):
             cell = (0, slice(None), slice(24 + 8 * row, 32 + 8 * row), slice(16 + 8 * column, 24 + 8 * column))
             mean = image[cell].mean((1, 2), keepdim=True)
-            torch.testing.assert_close(found[cell], mean.expand(3, 8, 8))
-    assert len(found[0, 0, 24:56, 16:48].unique()) == 16
+            torch.testing.assert_close(result[cell], mean.expand(3, 8, 8))
+    assert len(result[0, 0, 24:56, 16:48].unique()) == 16
     assert len(image[0, 0, 24:56, 16:48].unique()) > 900
 
 
@@ -56,8 +57,8 @@ def test_around_the_box_the_mosaic_fades_out_and_all_else_stays() -> None:
 
 
 def test_a_box_at_the_border_has_no_fading_there() -> None:
-    found = triplets.mosaic(noise(), np.array([[0, 0, 32, 64]]), 1)
-    assert len(found[0, 0, :, :32].unique()) == 1
+    result = triplets.mosaic(noise(), np.array([[0, 0, 32, 64]]), 1)
+    assert len(result[0, 0, :, :32].unique()) == 1
 
 
 @pytest.fixture
@@ -79,26 +80,26 @@ def table(folder: Path, header: str = "concept,censored,benign", rows: str = "")
 
 
 def test_a_folder_is_read_by_its_subfolders_or_by_its_table(folder: Path) -> None:
-    one = triplets.read(folder, 32)
+    one = triplets.read_triplets(folder, 32)
     table(folder)
-    two = triplets.read(folder, 32)
+    two = triplets.read_triplets(folder, 32)
     table(folder, "nude_image_path,mos_image_path,norm_image_path")
-    three = triplets.read(folder, 32)
+    three = triplets.read_triplets(folder, 32)
     for part in triplets.PARTS:
         assert torch.equal(getattr(one, part), getattr(two, part))
         assert torch.equal(getattr(one, part), getattr(three, part))
     assert one.concept.shape == (2, 3, 32, 32)
     table(folder, rows="concept/1.png,censored/1.png,benign/0.png")
-    assert len(triplets.read(folder, 32).concept) == 1  # the table is what counts, where there is one
+    assert len(triplets.read_triplets(folder, 32).concept) == 1  # the table is what counts, where there is one
 
 
-def test_the_shorter_side_is_scaled_and_the_centre_is_kept(folder: Path) -> None:
-    found = triplets.read(folder, 32).concept[0]
+def test_the_centre_square_is_cropped_and_scaled(folder: Path) -> None:
+    image = triplets.read_triplets(folder, 32).concept[0]
     # Of 96 columns the middle 64 are left: half the red, all the green, half the blue.
-    assert [int(row.argmax()) for row in (found[:, 16, 2], found[:, 16, 16], found[:, 16, 29])] == [0, 1, 2]
-    assert found[1, 16, 16] == 1.0
-    assert found[0, 16, 16] == -1.0
-    larger = triplets.read(folder, 128).concept
+    assert [int(row.argmax()) for row in (image[:, 16, 2], image[:, 16, 16], image[:, 16, 29])] == [0, 1, 2]
+    assert image[1, 16, 16] == 1.0
+    assert image[0, 16, 16] == -1.0
+    larger = triplets.read_triplets(folder, 128).concept
     assert larger.shape == (2, 3, 128, 128)
     assert larger[0, 1, 64, 64] == 1.0
 
@@ -139,7 +140,7 @@ def no_row(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (gone, ("there is no file 7.png", "censored")),
+        (gone, ("there is no image 7.png", "censored")),
         (alone, ("concept/1.png has no partner censored/1.png",)),
         (smaller, ("censored/1.png is 95 x 64, but concept/1.png is 96 x 64",)),
         (no_image, ("1.png is not an image", "benign")),
@@ -149,61 +150,56 @@ def no_row(folder: Path) -> None:
         (no_row, ("triplets.csv has no rows",)),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_told_by_file(
+def test_a_faulty_folder_is_an_error_that_names_the_file(
     folder: Path, harm: Callable[[Path], None], words: tuple[str, ...]
 ) -> None:
-    triplets.read(folder, 32)  # before the harm all is well
+    triplets.read_triplets(folder, 32)  # before the harm all is well
     harm(folder)
     with pytest.raises(ErasecError) as caught:
-        triplets.read(folder, 32)
+        triplets.read_triplets(folder, 32)
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="there is no folder"):
-        triplets.read(tmp_path / "nowhere", 32)
+        triplets.read_triplets(tmp_path / "nowhere", 32)
 
 
-def pixels(images: torch.Tensor) -> Images:
-    found: Images = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return found
-
-
-def test_a_model_makes_its_own_and_another_judge_reads_the_mosaic_as_no_star() -> None:
-    base, star = models.load("glyphs"), concepts.find("star")
-    found = triplets.made(Denoiser(base, Context()), star, 4, 6, 4.0, 2)
-    assert len(found.benign) == 4
-    assert 2 <= len(found.concept) == len(found.censored) <= 4
+def test_a_model_makes_its_own_triplets_and_another_judge_sees_no_star_under_the_mosaic() -> None:
+    base, star = loading.load("glyphs"), concepts.find("star")
+    own = triplets.generate_triplets(Denoiser(base, Context()), star, 4, 6, 4.0, 2)
+    assert len(own.benign) == 4
+    assert 2 <= len(own.concept) == len(own.censored) <= 4
     judge = GlyphJudge("b")
-    shown, hidden = (judge.sees(pixels(part), ["star"] * len(part)) for part in (found.concept, found.censored))
+    shown, hidden = (judge.sees(to_pixels(part), ["star"] * len(part)) for part in (own.concept, own.censored))
     assert shown.mean() > 0.7
     assert hidden.mean() < 0.3
-    assert 0.02 < (found.concept != found.censored).double().mean() < 0.9  # a part of each image, not all of it
+    assert 0.02 < (own.concept != own.censored).double().mean() < 0.9  # a part of each image, not all of it
 
 
-def test_they_are_made_by_the_model_as_it_was_before_any_edit() -> None:
-    base, star = models.load("glyphs"), concepts.find("star")
+def test_triplets_are_sampled_from_the_model_without_edits() -> None:
+    base, star = loading.load("glyphs"), concepts.find("star")
     site = next(site for site in base.parameters if site.key == "conv_out.weight")
-    ruined = base.with_edit(Edit({site: Dense(torch.ones(site.shape))}, "test", "star", {}, base.digest))
-    one, two = (triplets.made(Denoiser(model, Context()), star, 2, 3, 4.0, 2) for model in (base, ruined))
+    ruined = base.with_edit(Edit({site: Dense(torch.ones(site.shape))}, "test", ("star",), base.digest))
+    one, two = (triplets.generate_triplets(Denoiser(model, Context()), star, 2, 3, 4.0, 2) for model in (base, ruined))
     assert torch.equal(one.benign, two.benign)
     assert torch.equal(one.censored, two.censored)
-    other = triplets.made(Denoiser(base, Context(seed=1)), star, 2, 3, 4.0, 2)
+    other = triplets.generate_triplets(Denoiser(base, Context(seed=1)), star, 2, 3, 4.0, 2)
     assert not torch.equal(one.benign, other.benign)
 
 
-def test_without_a_judge_that_sees_the_concept_a_folder_is_asked_for(random_folder: Path) -> None:
-    unknown = models.load(str(random_folder))
-    assert adviser(unknown) is None
+def test_without_a_judge_that_sees_the_concept_a_folder_is_needed(random_folder: Path) -> None:
+    unknown = loading.load(str(random_folder))
+    assert registry.judge_for(unknown, tuning=True) is None
     with pytest.raises(ErasecError, match="no boxes to censor star") as caught:
-        triplets.made(Denoiser(unknown, Context()), concepts.find("star"), 2, 2, 1.0, 2)
+        triplets.generate_triplets(Denoiser(unknown, Context()), concepts.find("star"), 2, 2, 1.0, 2)
     assert 'triplets="DIR"' in caught.value.fix
     umbrella = Concept(name="umbrella", erase=("umbrella",))
     with pytest.raises(ErasecError, match="no boxes to censor umbrella"):
-        triplets.made(Denoiser(models.load("glyphs"), Context()), umbrella, 2, 2, 1.0, 2)
+        triplets.generate_triplets(Denoiser(loading.load("glyphs"), Context()), umbrella, 2, 2, 1.0, 2)
 
 
-def test_images_without_the_concept_are_told() -> None:
+def test_no_image_with_the_concept_is_an_error() -> None:
     hearts = concepts.find("star").model_copy(update={"erase": ("heart",), "synonyms": ()})
     with pytest.raises(ErasecError, match="sees no star in 2 images of star"):
-        triplets.made(Denoiser(models.load("glyphs"), Context()), hearts, 2, 6, 4.0, 2)
+        triplets.generate_triplets(Denoiser(loading.load("glyphs"), Context()), hearts, 2, 6, 4.0, 2)

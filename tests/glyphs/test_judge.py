@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from erasec.glyphs import world
-from erasec.glyphs.judging import GlyphJudge
+from erasec.glyphs.judge import GlyphJudge
 
 
-def overlap(one: tuple[float, ...], two: tuple[float, ...]) -> float:
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """Intersection over union of two boxes (left, top, right, bottom)."""
-    width = min(one[2], two[2]) - max(one[0], two[0])
-    height = min(one[3], two[3]) - max(one[1], two[1])
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0) * max(height, 0)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, two)]
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
     return shared / (sum(areas) - shared)
 
 
@@ -23,13 +23,13 @@ def test_boxes_lie_where_the_shape_is(label: str) -> None:
     """Among renders with two shapes or one: on the shape itself, and not on the other."""
     samples = [world.sample(977, index) for index in range(600)]
     samples = [s for s in samples if sum(glyph.shape == label for glyph in s.glyphs) == 1][:12]
-    found = GlyphJudge("a").boxes(np.stack([sample.image for sample in samples]), label)
-    assert found.shape == (12, 4)
-    assert (found[:, :2] < found[:, 2:]).all()
-    assert found.min() >= 0
-    assert found.max() <= world.SIZE
+    boxes = GlyphJudge("a").boxes(np.stack([sample.image for sample in samples]), label)
+    assert boxes.shape == (12, 4)
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    assert boxes.min() >= 0
+    assert boxes.max() <= world.SIZE
     own, others = [], []
-    for box, sample in zip(found.tolist(), samples, strict=True):
+    for box, sample in zip(boxes.tolist(), samples, strict=True):
         for glyph in sample.glyphs:
             (own if glyph.shape == label else others).append(overlap(box, glyph.box))
     assert np.mean(own) > 0.5

@@ -1,0 +1,39 @@
+"""``erasec run``: the paths and the writing of its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from erasec.checkpoint.safetensors import atomic_write
+from erasec.errors import ErasecError
+
+if TYPE_CHECKING:
+    from erasec.base import Images
+
+
+def picture_paths(out: Path, count: int) -> list[Path]:
+    """The paths of ``count`` pictures: ``out``, or for several pictures x-0.png, x-1.png and so on.
+
+    Raises ErasecError if Pillow does not write files with that suffix.
+    """
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if known.get(out.suffix.lower()) not in Image.SAVE:
+        raise ErasecError(
+            f"a picture cannot be written to {out.name}",
+            why=f"the suffix {out.suffix!r} is not one that Pillow writes",
+            fix="give a name that ends in .png, .jpg or .webp",
+        )
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
+
+
+def save_pictures(images: Images, paths: Sequence[Path]) -> None:
+    """Write images (n, height, width, 3) to ``paths``. Each file is written completely or not at all."""
+    from PIL import Image
+
+    for image, path in zip(images, paths, strict=True):
+        with atomic_write(path) as temporary:
+            Image.fromarray(image).save(temporary, Image.registered_extensions()[path.suffix.lower()])

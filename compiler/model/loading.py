@@ -1,0 +1,178 @@
+"""Open a checkpoint by name: bundled, alias, diffusers folder, single file or hub id."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from erasec.checkpoint import pickles
+from erasec.checkpoint.folder import CARRIED, Folder
+from erasec.errors import ErasecError, nearest
+from erasec.family import HUB, detect
+from erasec.model.view import Model
+
+# Suffixes of files with pickled weights.
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+# The models that are part of the package.
+BUNDLED = ("glyphs", "glyphs-never-star")
+# The folder of a scheduler or tokenizer must have one of these files.
+REQUIRED_FILES = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("vocab.json", "tokenizer.json", "spiece.model"),
+}
+
+
+def bundled_folder(name: str) -> Path:
+    """The path of something that is bundled with glyphs: a model in ``BUNDLED``, or another file or folder."""
+    return Path(str(resources.files("erasec"))) / "glyphs" / "weights" / name
+
+
+def load(name: str, revision: str | None = None, variant: str = "", allow_pickle: bool = False) -> Model:
+    """Open a model by bundled name, alias, diffusers folder, single file or hub id.
+
+    ``revision`` is a hub commit, tag or branch; a tag or branch is resolved to its commit. ``variant`` chooses one of a
+    folder's precisions, such as "fp16". Pickled weights are read only with ``allow_pickle``, and then nothing except
+    tensors. Raises ErasecError where the model cannot be opened.
+    """
+    path = Path(name).expanduser()
+    if revision and (name in BUNDLED or path.exists()):
+        raise ErasecError(
+            f"{name} has no revision {revision!r}",
+            why="only models on the hub have revisions",
+            fix="leave out --revision, or give the hub id",
+        )
+    if variant and (name in BUNDLED or path.is_file()):
+        raise ErasecError(
+            f"{name} has no variant {variant!r}",
+            why="only diffusers folders have variants",
+            fix="leave out --variant",
+        )
+    if name in BUNDLED:
+        return _load_folder(bundled_folder(name), name, "")
+    if path.is_dir():
+        return _load_folder(path, name, "", variant, allow_pickle)
+    if path.is_file():
+        return _load_single_file(path, name, allow_pickle)
+    if name.endswith((".safetensors", *PICKLES)):
+        raise ErasecError(f"there is no file {name}")
+    if name not in HUB and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ErasecError(
+            f"there is no model {name!r}",
+            why=nearest(name, (*BUNDLED, *HUB)),
+            fix="give a bundled name, an alias, a diffusers folder that exists, a .safetensors file, or a hub id",
+        )
+    return _load_from_hub(name, HUB.get(name, name), revision, variant, allow_pickle)
+
+
+def _load_single_file(path: Path, name: str, allow_pickle: bool) -> Model:
+    from erasec.ldm.single_file import SingleFile
+
+    if path.suffix in PICKLES:
+        if not allow_pickle:
+            raise ErasecError(
+                f"{name} is pickled",
+                why="a pickle can run code when it is opened, so it is refused",
+                fix="get the .safetensors file; or give --allow-pickle, which reads only tensors and runs no code",
+            )
+        path = pickles.as_safetensors(path)
+    elif path.suffix != ".safetensors":
+        raise ErasecError(f"{name} is no checkpoint", why=f"its suffix is {path.suffix or 'missing'}, not .safetensors")
+    source = SingleFile(path)
+    return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
+
+
+def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_pickle: bool = False) -> Model:
+    if not (root / "model_index.json").is_file():
+        raise ErasecError(
+            f"{name} is no diffusers folder",
+            why="it has no model_index.json",
+            where=str(root),
+            fix="give the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/",
+        )
+    if allow_pickle:
+        root = pickles.folder_as_safetensors(root, variant)
+    folder = Folder(root, variant)
+    denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
+    family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
+    for component in family.optional:
+        if not folder.index.get(component, [None])[0]:
+            family = family.without(component)
+    for component in family.components:
+        folder.weight_files(component)
+        if not (root / component / "config.json").is_file():
+            raise ErasecError(
+                f"{name} is incomplete",
+                why=f"{component}/config.json is missing",
+                where=str(root),
+                fix="fetch the missing files of the model",
+            )
+    for component, classes in folder.index.items():
+        kind = component.rstrip("_0123456789")
+        complete = any((root / component / file).is_file() for file in REQUIRED_FILES.get(kind, ()))
+        if kind in REQUIRED_FILES and isinstance(classes, list) and classes[0] and not complete:
+            raise ErasecError(
+                f"{name} is incomplete",
+                why=f"{component}/{REQUIRED_FILES[kind][0]} is missing",
+                where=str(root),
+                fix="fetch the missing files of the model",
+            )
+    return Model(family, folder, name, revision)
+
+
+def _load_from_hub(name: str, repository: str, revision: str | None, variant: str, allow_pickle: bool) -> Model:
+    from huggingface_hub import snapshot_download
+
+    # Files without a variant are always fetched: a component that does not have the variant has only those.
+    names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else []
+    patterns = ["*.json", "*.txt", "*.model", CARRIED, "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors"]
+    patterns += ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin"] if allow_pickle else []
+    unwanted = [
+        name for name in ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*non_ema*") if not variant or variant not in name
+    ]
+    # The cache is tried first: a pinned revision that is there already needs no network.
+    error: Exception | None = None
+    for local in (True, False):
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+        if not local and offline:
+            break
+        last = offline or not local
+        try:
+            root = snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns + names,
+                ignore_patterns=[*unwanted, "safety_checker/*"],
+                local_files_only=local,
+            )
+            model = _load_folder(Path(root), name, Path(root).name, variant, allow_pickle)
+            _check_precision(model, variant, strict=not last)
+            return model
+        except ErasecError:
+            if last:
+                raise
+        except Exception as caught:  # the hub client raises exceptions of three libraries, without a common base class
+            error = caught
+    raise ErasecError(
+        f"the model {repository} is not on this machine and could not be fetched",
+        why=f"{type(error).__name__}: {str(error).splitlines()[0] if error and str(error) else 'no network'}",
+        fix=f"give a diffusers folder (erasec build ./{name.split('/')[-1]} ...), "
+        f"or fetch the model on a machine with a network: hf download {repository}",
+    ) from error
+
+
+def _check_precision(model: Model, variant: str, strict: bool) -> None:
+    """Raise ErasecError where a component has weights of another precision than ``variant``: the content of the hub's
+    cache must not choose the precision.
+
+    If ``strict``, every component must have the variant; otherwise it may have weights without a variant instead.
+    """
+    allowed = (variant,) if strict else ("", variant)
+    for component in model.family.components:
+        if (present := model.source.variant_of(component)) not in allowed:
+            raise ErasecError(
+                f"{model.name} has no {f'{variant} ' if variant else 'plain '}weights of {component} here",
+                why=f"it has those of the variant {present!r}" if present else "it has the plain ones",
+                fix=f"choose them: --variant {present}" if present else "leave out --variant",
+                where=str(model.source.root),
+            )

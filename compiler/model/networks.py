@@ -1,0 +1,63 @@
+"""Networks of diffusers and transformers in float32, from the configs and tensors of a checkpoint, edits merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasec.checkpoint.safetensors import read_tensor
+from erasec.errors import ErasecError
+from erasec.ldm.tensor_names import canonical
+from erasec.progress import hush
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from erasec.checkpoint.safetensors import Entry
+    from erasec.model.view import Model
+
+
+def load_network(model: Model, component: str, class_name: str) -> Any:
+    """A component as diffusers' class ``class_name``, in float32, without gradients, with the model's edits merged in.
+
+    Raises ErasecError where the checkpoint lacks a tensor of that class.
+    """
+
+    import diffusers
+    import torch
+
+    hush()
+    with torch.device("meta"):
+        network = getattr(diffusers, class_name).from_config(model.source.config(component))
+    changed = model.merged().get(component, {})
+    fill(network, component, model.entries(component), changed, model.source.root)
+    return network.eval().requires_grad_(False)
+
+
+def fill(
+    network: nn.Module,
+    component: str,
+    entries: Mapping[str, Entry],
+    changed: Mapping[str, Callable[[], Tensor]],
+    root: Path,
+) -> None:
+    """Load tensors into a network that was built on the meta device, in float32.
+
+    Each tensor is taken from ``changed``, the edited ones by key, else from the file ``entries``. Keys may be those of
+    older library versions. Tensors that the network does not have are ignored. Raises ErasecError where the files lack
+    a tensor; ``root``, the folder of the checkpoint, is named in the error.
+    """
+    wanted = {canonical(component, key): key for key in network.state_dict()}
+    stored = {canonical(component, key): entry for key, entry in entries.items()}
+    edited = {canonical(component, key): make for key, make in changed.items()}
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise ErasecError(
+            f"{component} has no tensor {missing[0]}",
+            why=f"{len(missing)} of {len(wanted)} tensors that its config requires are missing",
+            where=str(root),
+        )
+    state = {
+        key: (edited[name]() if name in edited else read_tensor(stored[name])).float() for name, key in wanted.items()
+    }
+    network.load_state_dict(state, assign=True)

@@ -1,0 +1,146 @@
+"""Banks: latents of sampled trajectories with the teacher's predictions; targets and losses that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+from erasec.closed_form.token_rows import goal_prompts
+from erasec.progress import bar
+
+if TYPE_CHECKING:
+    from erasec.recipe.concept import Concept
+    from erasec.training.denoiser import Denoiser, Trajectories
+
+
+BATCH = 32  # rows in one call of the teacher
+UNCONDITIONAL = 1 / 3  # fraction of the rows of a preservation loss that are predicted with the empty prompt
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Rows from the trajectories of ``prompts``, on the CPU: ``latents`` (m, c, h, w), their ``timesteps`` (m,), the
+    index of their prompt (m,), and the teacher's predictions (m, c, h, w) with that prompt and with the empty one."""
+
+    prompts: tuple[str, ...]
+    latents: Tensor
+    timesteps: Tensor
+    prompt_index: Tensor
+    predictions: Tensor
+    unconditional: Tensor
+
+    def draw(self, count: int, rng: Generator) -> Tensor:
+        """Indices (count,) of random rows, which may repeat."""
+        return torch.randint(len(self.latents), (count,), generator=rng)
+
+    def texts(self, index: Tensor) -> list[str]:
+        """The prompts of the rows at ``index`` (n,)."""
+        return [self.prompts[row] for row in self.prompt_index[index].tolist()]
+
+
+def concept_prompts(concept: Concept, phrases: Sequence[str]) -> list[str]:
+    """Each of the phrases in each template of the concept."""
+    return [prompt.text for prompt in concept.prompts(phrases)]
+
+
+def spread_prompts(prompts: Sequence[str], count: int, seed: int) -> list[str]:
+    """``count`` prompts in a random order drawn from ``seed``. None repeats before all have been used."""
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [prompts[order[number % len(order)]] for number in range(count)]
+
+
+def training_seeds(seed: int, count: int) -> list[int]:
+    """Seeds for the initial noise of ``count`` samples.
+
+    They differ from all seeds of a judge's panel, so that no judged image starts from noise that was trained on.
+    """
+    return [seed * 1_000_003 + 700_000 + number for number in range(count)]
+
+
+def sample_bank(
+    denoiser: Denoiser, prompts: Sequence[str], seed: int, sample_steps: int, guidance: float, part: slice = slice(None)
+) -> Bank:
+    """Sample one trajectory of ``sample_steps`` steps per prompt, and keep the steps in ``part``.
+
+    The denoiser that samples is the teacher as well.
+    """
+    seeds = training_seeds(seed, len(prompts))
+    trajectories = denoiser.sample(prompts, seeds, sample_steps, guidance, until=max(0, part.stop or 0))
+    if guidance == 1 and any(prompts):
+        return score_trajectories(denoiser, prompts, trajectories, part)
+    predictions = trajectories.predictions[:, part].flatten(0, 1)
+    # Without guidance all prompts are empty here, and their predictions are the unconditional ones.
+    unconditional = predictions if guidance == 1 else trajectories.unconditional[:, part].flatten(0, 1)
+    return _to_bank(prompts, trajectories, part, predictions, unconditional)
+
+
+@torch.no_grad()
+def score_trajectories(
+    denoiser: Denoiser, prompts: Sequence[str], trajectories: Trajectories, part: slice = slice(None)
+) -> Bank:
+    """A bank of the denoiser's predictions on the latents of trajectories, which another denoiser may have sampled."""
+    bank = _to_bank(prompts, trajectories, part, torch.empty(0), torch.empty(0))
+    unprompted = replace(bank, prompts=("",) * len(prompts))
+    return replace(bank, predictions=predict_bank(denoiser, bank), unconditional=predict_bank(denoiser, unprompted))
+
+
+@torch.no_grad()
+def predict_bank(denoiser: Denoiser, bank: Bank) -> Tensor:
+    """The denoiser's prediction for each row of a bank with the prompt of the row, (m, c, h, w) on the CPU."""
+    parts = []
+    with bar("teacher", len(bank.latents)) as advance:
+        for index in torch.arange(len(bank.latents)).split(BATCH):
+            latents, timesteps = bank.latents[index].to(denoiser.device), bank.timesteps[index].to(denoiser.device)
+            parts.append(denoiser.predict(latents, timesteps, denoiser.states(bank.texts(index))).cpu())
+            advance(len(index))
+    return torch.cat(parts)
+
+
+def esd_target(denoiser: Denoiser, concept: Concept, bank: Bank, negative_guidance: float, toward: str) -> Tensor:
+    """The target of ESD (arXiv:2303.07345, Eq. 8) for each row of a bank of the concept's prompts, (m, c, h, w), CPU.
+
+    With ``toward`` "nothing" it is that of the paper: unconditional - negative_guidance (prediction - unconditional).
+    With "anchor", the unconditional prediction is replaced by the one for the same prompt with the concept's goal in
+    place of the concept. The rest of the prompt, such as a colour, then keeps its effect.
+    """
+    base = bank.unconditional
+    if toward == "anchor":
+        goals = [prompt.text for prompt in goal_prompts(concept, concept.phrases)]
+        goal_of = dict(zip(concept_prompts(concept, concept.phrases), goals, strict=True))
+        base = predict_bank(denoiser, replace(bank, prompts=tuple(goal_of[prompt] for prompt in bank.prompts)))
+    return base - negative_guidance * (bank.predictions - base)
+
+
+def preservation_loss(denoiser: Denoiser, bank: Bank, batch: int, noise: bool = False) -> Callable[[Generator], Tensor]:
+    """A loss on ``batch`` random rows of a bank that keeps the student's predictions at the teacher's.
+
+    It is the mean squared difference of the predictions; a third of the rows are predicted with the empty prompt. With
+    ``noise``, predictions of v are compared as predictions of noise.
+    """
+
+    def loss(rng: Generator) -> Tensor:
+        index = bank.draw(batch, rng)
+        unprompted = torch.rand(batch, generator=rng) < UNCONDITIONAL
+        prompts = ["" if empty else text for empty, text in zip(unprompted.tolist(), bank.texts(index), strict=True)]
+        target = torch.where(unprompted.view(-1, 1, 1, 1), bank.unconditional[index], bank.predictions[index])
+        device = denoiser.device
+        timesteps = bank.timesteps[index].to(device)
+        prediction = denoiser.predict(bank.latents[index].to(device), timesteps, denoiser.states(prompts))
+        residual = prediction - target.to(device)
+        return (denoiser.as_noise(residual, timesteps) if noise else residual).square().mean()
+
+    return loss
+
+
+def _to_bank(
+    prompts: Sequence[str], trajectories: Trajectories, part: slice, predictions: Tensor, unconditional: Tensor
+) -> Bank:
+    """A bank of the steps in ``part`` of each trajectory, one trajectory after another."""
+    timesteps = trajectories.timesteps[part]
+    index = torch.arange(len(prompts)).repeat_interleave(len(timesteps))
+    latents = trajectories.latents[:, part].flatten(0, 1)
+    return Bank(tuple(prompts), latents, timesteps.repeat(len(prompts)), index, predictions, unconditional)

@@ -1,0 +1,115 @@
+"""Priors: the Gram matrix of captions, what it keeps, and the files it is read from and written to."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from erasec.base import Context
+from erasec.closed_form import priors, solver
+from erasec.errors import ErasecError
+from erasec.model import loading
+from erasec.model.view import Model
+from erasec.passes.uce import Uce
+from erasec.recipe.concept import Concept
+
+STAR = Concept(
+    name="star",
+    erase=("star", "five-pointed spark"),
+    anchor="circle",
+    keep=("square", "ring"),
+    counterparts=(("five-pointed spark", "round dot"),),
+    templates=("{}", "a {} on navy"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(random_folder: Path) -> Model:
+    return loading.load(str(random_folder))
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("captions") / "some.csv"
+    lines = [f'{row},"a photo of a {word}, big"' for row, word in enumerate(("ring", "box", "heart", "arrow") * 20)]
+    path.write_text("\n".join(["case_number,prompt", *lines]), encoding="utf-8")
+    return path
+
+
+def test_a_prior_is_the_mean_gram_of_all_states_of_its_captions(model: Model, captions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "some.prior.safetensors"
+    assert priors.write(out, model, captions) == 80
+    states = model.encode(priors.read_captions(captions)).states.flatten(0, 1).double()
+    rows = priors.read(str(out), model, "context")
+    assert torch.allclose(solver.gram(rows), states.T @ states / len(states), atol=1e-9)
+    assert len(rows) <= 128
+
+
+def test_a_prior_keeps_the_states_of_its_captions(model: Model, captions: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "some.prior.safetensors")
+    priors.write(Path(out), model, captions)
+    bare = STAR.model_copy(update={"keep": ()})
+    states = model.encode(["a photo of a heart, big"]).states[0].double()
+    unit = torch.eye(128, dtype=torch.float64)
+
+    def drift(step: Uce) -> float:
+        matrix = unit + next(iter(step.solve(model, bare, Context()).deltas.values())).change(unit)
+        return float((states @ matrix.T - states).norm() / states.norm())
+
+    none, some, strong = drift(Uce()), drift(Uce(prior=out)), drift(Uce(prior=out, prior_weight=100.0))
+    assert none > some > strong
+
+
+def test_a_bad_prior_is_an_error(model: Model, captions: Path, tmp_path: Path) -> None:
+    with pytest.raises(ErasecError, match="there is no prior"):
+        Uce(prior=str(tmp_path / "no")).solve(model, STAR, Context())
+    out = tmp_path / "glyphs.prior.safetensors"
+    priors.write(out, loading.load("glyphs"), captions)
+    with pytest.raises(ErasecError, match="other text encoders"):
+        Uce(prior=str(out)).solve(model, STAR, Context())
+    weights = str(model.source.weight_files("vae")[0])
+    with pytest.raises(ErasecError, match="no prior"):
+        Uce(prior=weights).solve(model, STAR, Context())
+    for name, text, word in (("a.csv", "x,y\n1,2\n", "no column"), ("b.txt", "\n\n", "holds no captions")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ErasecError, match=word):
+            priors.read_captions(tmp_path / name)
+
+
+def test_a_prior_overwrites_no_file_and_fails_before_it_encodes(
+    model: Model, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(priors, "build", lambda model, texts: {"context": torch.eye(2)})
+    before = captions.read_bytes()
+    assert priors.write(tmp_path / "new", model, captions) == 80
+    (tmp_path / "shut").mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shut" and may(path, mode))
+    monkeypatch.delattr(priors, "build")
+    for out, words in (
+        (captions, "exists"),
+        (tmp_path / "new", "exists"),
+        (tmp_path, "exists"),
+        (tmp_path / "no" / "new", "no folder"),
+        (tmp_path / "shut" / "new", "may not be written"),
+    ):
+        with pytest.raises(ErasecError, match=words):
+            priors.write(out, model, captions)
+    assert captions.read_bytes() == before
+    assert not (tmp_path / "no").exists()
+
+
+def test_captions_with_a_byte_order_mark_and_damaged_ones(tmp_path: Path) -> None:
+    marked, plain = tmp_path / "marked.csv", tmp_path / "marked.txt"
+    marked.write_text("caption\na dog\n", encoding="utf-8-sig")
+    plain.write_text("a dog\n", encoding="utf-8-sig")
+    assert priors.read_captions(marked) == priors.read_captions(plain) == ["a dog"]
+    long = "a" * (csv.field_size_limit() + 1)
+    (tmp_path / "long.csv").write_text(f"caption\n{long}\n")
+    with pytest.raises(ErasecError, match="cannot be read") as caught:
+        priors.read_captions(tmp_path / "long.csv")
+    assert "field larger" in caught.value.why

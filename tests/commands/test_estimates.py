@@ -1,0 +1,55 @@
+"""Estimates of memory, disk and time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from erasec.commands.plan import describe, make_plan
+from erasec.recipe.recipe import PassUse, Recipe, from_flags
+
+EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
+
+
+def recipe(model: Path, **changed: Any) -> Recipe:
+    return from_flags(str(model), erase=["star"], device="cpu").model_copy(update=changed)
+
+
+def test_estimates_come_from_the_files(here: Path, random_folder: Path) -> None:
+    described = describe(make_plan(recipe(random_folder, targets=("hf", "onnx")), pin=False))
+    copied = sum(path.stat().st_size for path in random_folder.rglob("*") if path.is_file())
+    hf, onnx = (target["bytes"] for target in described["targets"])
+    assert hf == copied
+    assert 1.9 < onnx / hf < 2.0  # float16 becomes float32
+    assert described["disk"]["needed"] == hf + onnx
+    assert described["memory"]["bytes"] == max(described["memory"]["steps"].values()) > onnx
+    assert "estimate" in described["memory"]["how"]
+    assert "estimate" in described["disk"]["how"]
+
+
+def test_memory_counts_matrices_merged_tensors_pictures_and_training(here: Path, random_folder: Path) -> None:
+    described = [
+        describe(make_plan(recipe(model), pin=False))["memory"]["steps"] for model in (random_folder, "glyphs")
+    ]
+    assert set(described[0]) == {"solve", "merge"}
+    assert set(described[1]) == {"solve", "merge", "pictures"}
+    resolved = make_plan(recipe(random_folder), pin=False)
+    counts = {
+        name: sum(math.prod(entry.shape) for entry in resolved.model.entries(name).values())
+        for name in ("text_encoder", "unet")
+    }
+    text = 4 * counts["text_encoder"]
+    assert described[0]["solve"] == text + 5 * 8 * 128**2
+    assert described[0]["merge"] == 8 * max(math.prod(site.shape) for site in resolved.model.select("cross", "kv"))
+    learned = make_plan(recipe(random_folder, passes=(PassUse(name="esd"),)), pin=False)
+    trained = sum(math.prod(site.shape) for site in learned.passes[0].sites(learned.model))
+    assert describe(learned)["memory"]["steps"]["train"] == text + 4 * (counts["unet"] + 4 * trained)
+
+
+def test_time_is_that_of_an_earlier_build(here: Path, random_folder: Path) -> None:
+    (here / "out").mkdir()
+    (here / "out" / "report.json").write_text(json.dumps({**EARLIER, "seconds": {"solve": 1.5, "report": 2.0}}))
+    described = describe(make_plan(recipe(random_folder), Path("out"), pin=False))
+    assert described["time"] == {"seconds": 3.5, "how": "measured: the earlier build in out took this long"}

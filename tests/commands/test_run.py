@@ -1,0 +1,39 @@
+"""``erasec run``: the names of its pictures, and how they are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasec.commands.run import picture_paths, save_pictures
+from erasec.errors import ErasecError
+
+
+def test_several_pictures_are_numbered() -> None:
+    assert picture_paths(Path("a/x.png"), 1) == [Path("a/x.png")]
+    assert picture_paths(Path("a/x.png"), 3) == [Path("a/x-0.png"), Path("a/x-1.png"), Path("a/x-2.png")]
+
+
+@pytest.mark.parametrize("name", ["x.pgn", "x", "x.toml"])
+def test_a_suffix_that_pillow_does_not_write_is_refused(name: str) -> None:
+    with pytest.raises(ErasecError, match=f"a picture cannot be written to {name}") as caught:
+        picture_paths(Path(name), 1)
+    assert Path(name).suffix in caught.value.why and ".png" in caught.value.fix
+
+
+def test_pictures_are_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
+    paths = picture_paths(tmp_path / "x.png", 2)
+    save_pictures(images, paths)
+    assert all(np.array_equal(np.array(Image.open(path)), image) for path, image in zip(paths, images, strict=True))
+
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_pictures(images[:1], [tmp_path / "y.png"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-0.png", "x-1.png"]
