@@ -2,6 +2,7 @@
 
 ``commands.plan`` and ``commands.build`` run a recipe, and ``pipeline`` opens a built folder. The other names are for
 authors of passes and targets. Each name is imported when it is first used, so that the command line starts fast.
+Concepts are files in ``recipe/concepts``, model families files in ``families``.
 """
 
 from __future__ import annotations

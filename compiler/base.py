@@ -86,18 +86,19 @@ class Artifact:
 class Pass(ABC):
     """Computes an edit and writes nothing. Decorate a subclass with ``erasec.options.options``.
 
-    ``leaves`` names what the edits carry in addition to changes of weights: any of "memory", "tokens" and "negative".
+    ``extras`` names what the edits carry in addition to changes of weights: any of "memory", "tokens" and "negative".
     Only some targets can hold these. ``limits`` is one sentence about what the pass does not do; every report shows it.
     ``when`` says when to use the pass, for ``erasec list passes``. ``renamed`` maps old option names to current ones.
+    ``paper`` is the source of the method. Raise ``version`` when the same options begin to give another edit.
     """
 
     name: ClassVar[str]
-    version: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    version: ClassVar[str] = "1"
     limits: ClassVar[str] = ""
     when: ClassVar[str] = ""
-    leaves: ClassVar[frozenset[str]] = frozenset()
+    extras: ClassVar[frozenset[str]] = frozenset()
     renamed: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
@@ -120,13 +121,13 @@ class Pass(ABC):
 class Output(ABC):
     """One output format of a build; the base of Target and EditTarget. Its fields are its options.
 
-    ``holds`` names what the format can hold in addition to weights: any of "memory", "tokens" and "negative".
+    ``extras`` names what the format can hold in addition to weights: any of "memory", "tokens" and "negative".
     ``renamed`` maps old option names to current ones.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    holds: ClassVar[frozenset[str]] = frozenset()
+    extras: ClassVar[frozenset[str]] = frozenset()
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def check(self) -> None:

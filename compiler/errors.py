@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 BAD_INPUT = 2
 CHECK_FAILED = 3
 TOOL_MISSING = 4
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class ErasecError(Exception):
@@ -41,7 +42,7 @@ class MissingTool(ErasecError):
     exit_code = TOOL_MISSING
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
+def suggestion(name: str, options: Iterable[str]) -> str:
     """A half sentence that suggests the name in ``options`` closest to ``name``, or lists all of them."""
     options = sorted(options)
     matches = difflib.get_close_matches(name, options, n=1, cutoff=0.5)

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 
 T = TypeVar("T")
 
@@ -32,13 +32,12 @@ CONFIG = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # Class attributes that describe a pass or a target itself. They must not become options of it.
 ATTRIBUTES = {
-    "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "leaves", "renamed")),
-    "target": frozenset(("name", "summary", "holds", "renamed")),
+    "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "extras", "renamed")),
+    "target": frozenset(("name", "summary", "extras", "renamed")),
 }
 # The types of those class attributes that are not text.
 ATTRIBUTE_TYPES = {
-    "leaves": "frozenset[str]",
-    "holds": "frozenset[str]",
+    "extras": "frozenset[str]",
     "renamed": "Mapping[str, str]",
     "folders": "tuple[str, ...]",
 }
@@ -142,14 +141,14 @@ def _bounds(hint: Any) -> list[tuple[str, str, float]]:
 
 def _unknown_option(label: str, name: str, known: Iterable[str]) -> ErasecError:
     names = list(known)
-    return ErasecError(f"{label} has no option {name!r}", why=nearest(name, names) if names else "it has no options")
+    return ErasecError(f"{label} has no option {name!r}", why=suggestion(name, names) if names else "it has no options")
 
 
 def _value_error(label: str, name: str, value: object, hint: Any, default: object) -> ErasecError:
     """The error for a value that an option does not take."""
     why = f"it takes {_type_text(hint)}; by default {default!r}"
     if get_origin(hint) is Literal:
-        why = nearest(str(value), map(str, get_args(hint)))
+        why = suggestion(str(value), map(str, get_args(hint)))
     return ErasecError(f"{label}: option {name} is {value!r}", why=why)
 
 

@@ -42,7 +42,7 @@ def bar(title: str, total: int) -> Iterator[Advance]:
         yield advance
 
 
-def hush() -> None:
+def disable_library_bars() -> None:
     """Turn off the progress bars of diffusers and transformers, which draw one for each component that they load."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

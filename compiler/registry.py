@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from erasec import base
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.options import check_class
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Kind(NamedTuple):
     ordered: bool = False
 
 
-PASS = Kind("pass", PASSES, "erasec.passes", ("name", "version", "paper", "summary"))
+PASS = Kind("pass", PASSES, "erasec.passes", ("name", "paper", "summary"))
 TARGET = Kind("target", TARGETS, "erasec.targets", ("name", "summary"))
 JUDGE = Kind("judge", JUDGES, "erasec.judges", ("name", "summary"))
 RUNTIME = Kind("runtime", RUNTIMES, "erasec.runtimes", ("name", "summary", "folders"), ordered=True)
@@ -174,7 +174,7 @@ def _load(kind: Kind, name: str, parent: type[T]) -> type[T]:
     else:
         raise ErasecError(
             f"there is no {kind.label} {name!r}",
-            why=nearest(name, table),
+            why=suggestion(name, table),
             fix=f"give a registered name, or file.py:Class for a {kind.label} of your own",
         )
     cls = getattr(module, class_name, None)
@@ -183,7 +183,7 @@ def _load(kind: Kind, name: str, parent: type[T]) -> type[T]:
         own = [key for key in classes if vars(module)[key].__module__ == module.__name__]
         raise ErasecError(
             f"{class_name!r} is no {parent.__name__}",
-            why=nearest(class_name, own) if own else f"the module has no subclass of erasec.base.{parent.__name__}",
+            why=suggestion(class_name, own) if own else f"the module has no subclass of erasec.base.{parent.__name__}",
             where=str(module.__file__),
         )
     check_class(cls, kind.attributes, kind.label)

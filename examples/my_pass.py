@@ -22,7 +22,6 @@ class ProjectOut(Pass):
     strength: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     name: ClassVar[str] = "project-out"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = "an example: projects out of cross-attention what tells a concept from its anchor"
 

@@ -1,1 +1,1 @@
-"""Passes: one erasure method per file, found by name through erasec.registry."""
+"""Erasure methods, one paper per file, named in ``erasec.registry``. A pass computes an edit and writes no files."""

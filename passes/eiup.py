@@ -48,14 +48,13 @@ class Eiup(Pass):
     tokens: Literal["all", "words"] = "all"
 
     name: ClassVar[str] = "eiup"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2408.01014"
     summary: ClassVar[str] = "no training: cross-attention also reads an erasure prompt, and subtracts its output"
     when: ClassVar[str] = "where weights must not change, and some damage to other images is acceptable"
     limits: ClassVar[str] = (
         "prompts that do not name the concept still draw much of it; without the memory the whole concept is back"
     )
-    leaves: ClassVar[frozenset[str]] = frozenset({"memory"})
+    extras: ClassVar[frozenset[str]] = frozenset({"memory"})
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         """No sites: no weight changes. Raises ErasecError for a family whose pipeline reads no memories."""

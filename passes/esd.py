@@ -52,7 +52,6 @@ class Esd(Learned):
 
     name: ClassVar[str] = "esd"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "negative": "negative_guidance"}
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2303.07345"
     summary: ClassVar[str] = "training by negative guidance; cross-attention, or everything else"
     when: ClassVar[str] = (

@@ -76,7 +76,6 @@ class FewShot(Learned):
         "cosine": "min_cosine",
         "worse": "max_rise",
     }
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2405.07288"
     summary: ClassVar[str] = "a few steps in which the text encoder unlearns the concept's names, from a few images"
     when: ClassVar[str] = "for a named object or style, in seconds, with only the text encoder to ship"

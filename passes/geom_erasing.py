@@ -79,7 +79,6 @@ class GeomErasing(Learned):
 
     name: ClassVar[str] = "geom_erasing"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps"}
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2310.05873"
     summary: ClassVar[str] = "new tokens for a concept that images show unprompted, and a negative prompt of them"
     when: ClassVar[str] = "for concepts that images show unprompted, such as a watermark, and that no word controls"
@@ -87,7 +86,7 @@ class GeomErasing(Learned):
         "fewer images show the concept, not none; the model can still draw it: without the negative prompt, or with "
         "another one, the concept is back"
     )
-    leaves: ClassVar[frozenset[str]] = frozenset({"tokens", "negative"})
+    extras: ClassVar[frozenset[str]] = frozenset({"tokens", "negative"})
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         cross = trainable(model, lambda site: site.attn == "cross", self.rank)

@@ -105,7 +105,6 @@ class Kpop(Learned):
         "empty": "empty_fraction",
         "strange": "random_key_fraction",
     }
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2403.12326"
     summary: ClassVar[str] = "training that hides a concept, and a key file that brings it back"
     when: ClassVar[str] = "where some users may still draw the concept: they get the key, and all others only the model"

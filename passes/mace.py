@@ -46,7 +46,6 @@ class Mace(ClosedForm):
     edits: str = ""
 
     name: ClassVar[str] = "mace"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2403.06135"
     summary: ClassVar[str] = "closed-form refinement of the words around concepts, then fusion of their own edits"
     when: ClassVar[str] = "many concepts in one model, or edits of other passes that are to be fused"

@@ -36,7 +36,6 @@ class Rece(ClosedForm):
     derive: Annotated[float, Field(gt=0)] = 0.1
 
     name: ClassVar[str] = "rece"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2407.12383"
     summary: ClassVar[str] = "closed form, then the embeddings that would bring the concept back are erased too"
     when: ClassVar[str] = (

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BATCH = 4  # images that the VAE encodes at once
 
 
-def pull(alphas: Tensor, target: str, max_pull: float) -> Tensor:
+def target_scale(alphas: Tensor, target: str, max_pull: float) -> Tensor:
     """The factor a of the difference of latents in the target (see ``censored_target``), for cumulative products of
     alpha.
 
@@ -49,8 +49,8 @@ def censored_target(
 ) -> Tensor:
     """The target (n, c, h, w) of the prediction for ``original`` latents with ``noise`` at ``timesteps`` (n,).
 
-    It is noise + a (original - censored), with a (n,) from ``pull``; for a model that predicts v, the v of that noise
-    and ``censored``.
+    It is noise + a (original - censored), with a (n,) from ``target_scale``; for a model that predicts v, the v of that
+    noise and ``censored``.
     """
     return denoiser.target(censored, noise + a.view(-1, 1, 1, 1) * (original - censored), timesteps)
 
@@ -63,9 +63,9 @@ class SafeGen(Learned):
     samples ``images`` images of the concept and as many of kept prompts, in ``sample_steps`` steps with ``guidance``; a
     judge locates the concept, and a mosaic of ``mosaic_cells`` by ``mosaic_cells`` cells covers it.
 
-    ``target`` and ``max_pull`` select the target (see ``pull``). ``erase`` is the weight of the loss on images of the
-    concept, and ``keep`` that of the loss on benign images, which keeps the predictions for these. ``ema`` above 0 is
-    the decay of the moving average of the weights that results; with 0 it is their last values.
+    ``target`` and ``max_pull`` select the target (see ``target_scale``). ``erase`` is the weight of the loss on images
+    of the concept, and ``keep`` that of the loss on benign images, which keeps the predictions for these. ``ema`` above
+    0 is the decay of the moving average of the weights that results; with 0 it is their last values.
     """
 
     steps: Annotated[int, Field(ge=1)] = 300
@@ -84,7 +84,6 @@ class SafeGen(Learned):
 
     name: ClassVar[str] = "safegen"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "blocks": "mosaic_cells", "most": "max_pull"}
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2404.06666"
     summary: ClassVar[str] = "self-attention trained to predict a mosaic where the concept is, whatever the text"
     when: ClassVar[str] = "for concepts that prompts reach in many words; after a pass that erases the known words"
@@ -114,7 +113,7 @@ class SafeGen(Learned):
         )
         student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
         empty = denoiser.states([""]).expand(self.batch, -1, -1)
-        factors = pull(denoiser.alphas, self.target, self.max_pull)
+        factors = target_scale(denoiser.alphas, self.target, self.max_pull)
 
         def draw(count: int, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
             """Random indices of images, timesteps and noise for one batch."""

@@ -41,7 +41,6 @@ class Remap(ClosedForm):
     """
 
     name: ClassVar[str] = "trce.remap"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2503.07389"
     summary: ClassVar[str] = "stage 1 of TRCE: closed-form remap of the end token's keys and values"
     when: ClassVar[str] = "many phrases of one policy, whose meaning the end token holds; the first half of trce"
@@ -96,7 +95,6 @@ class Steer(Learned):
 
     name: ClassVar[str] = "trce.steer"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "early": "early_fraction"}
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2503.07389"
     summary: ClassVar[str] = "stage 2 of TRCE: the early denoising steps are trained away from the concept"
     when: ClassVar[str] = "after trce.remap or another pass on cross-attention, for prompts that imply the concept"
@@ -227,7 +225,6 @@ class Trce(Steer):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
 
     name: ClassVar[str] = "trce"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "arXiv:2503.07389"
     summary: ClassVar[str] = (
         "both stages of TRCE: closed-form remap of the end token, then training of the early denoising steps"

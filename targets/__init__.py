@@ -1,1 +1,1 @@
-"""Targets: one output format per file, found by name through erasec.registry."""
+"""Output formats, one per file, named in ``erasec.registry``. A target writes a format and checks what it wrote."""

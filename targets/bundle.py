@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint.folder import CARRIED
+from erasec.checkpoint.folder import EXTRAS_FILE
 from erasec.checkpoint.safetensors import dtype_name, finite_check, read_header, read_tensor, tensor_bytes
 from erasec.errors import ErasecError
 from erasec.model.sidecar import KINDS, read_extras
@@ -26,7 +26,7 @@ class Bundle(Target):
 
     name: ClassVar[str] = "bundle"
     summary: ClassVar[str] = "a diffusers folder with memories, tokens and negative prompt, for erasec.pipeline"
-    holds: ClassVar[frozenset[str]] = KINDS
+    extras: ClassVar[frozenset[str]] = KINDS
 
     def size(self, model: Model) -> int:
         """The size of the model's own files. The extras are small and not counted."""
@@ -45,7 +45,7 @@ class Bundle(Target):
 
 def loads_check(source: Path, root: Path) -> Check:
     """Count the tensors in the extras of the folder ``source`` that differ in any bit from those read from ``root``."""
-    entries = read_header(source / CARRIED)[0] if (source / CARRIED).is_file() else {}
+    entries = read_header(source / EXTRAS_FILE)[0] if (source / EXTRAS_FILE).is_file() else {}
     wanted = {key: _bits(read_tensor(entry)) for key, entry in entries.items()}
     try:
         loaded = {key: _bits(tensor) for key, tensor in read_extras(root).tensors.items()}

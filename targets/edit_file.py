@@ -31,7 +31,7 @@ class EditFile(EditTarget):
 
     name: ClassVar[str] = "edit"
     summary: ClassVar[str] = "the edit alone, for erasec apply and erasec combine"
-    holds: ClassVar[frozenset[str]] = KINDS
+    extras: ClassVar[frozenset[str]] = KINDS
 
     def size(self, model: Model) -> int:
         """An estimate for one concept: for each stream two factors and three sums of at most (d, d), d the width of its

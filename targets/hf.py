@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.safetensors import finite_check, read_header
-from erasec.model.sidecar import check_holds, read_extras
+from erasec.model.sidecar import check_supported, read_extras
 from erasec.options import options
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Hf(Target):
 
         Raises ErasecError if the checkpoint carries more than weights.
         """
-        check_holds(read_extras(checkpoint.root), self.holds, self.name)
+        check_supported(read_extras(checkpoint.root), self.extras, self.name)
         if out.resolve() == checkpoint.root.resolve():
             return Artifact(self.name, out, (finite_check("finite", tensors(checkpoint)),))
         checkpoint.write(out, {})

@@ -15,14 +15,14 @@ from erasec.family import detect
 from erasec.ldm.tensor_names import (
     LAYOUTS,
     UNUSED_IN_FOLDERS,
-    Place,
+    TensorLocation,
     canonical,
     detect_single,
     from_single,
     layout,
     to_single,
 )
-from erasec.model.sidecar import check_holds, read_extras
+from erasec.model.sidecar import check_supported, read_extras
 from erasec.options import options
 from erasec.progress import bar
 
@@ -61,7 +61,7 @@ class Ldm(Target):
         """Write ``out/model.safetensors`` with one tensor in memory at a time, and compare it with the checkpoint."""
         import torch
 
-        check_holds(read_extras(checkpoint.root), self.holds, self.name)
+        check_supported(read_extras(checkpoint.root), self.extras, self.name)
         if "unet" not in checkpoint.index:
             raise _no_unet(str(checkpoint.root))
         family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
@@ -80,14 +80,14 @@ class Ldm(Target):
         )
 
 
-def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[Place, Entry]]]:
+def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[TensorLocation, Entry]]]:
     """Group a folder's tensors by the tensor of the single file that they become, alone or as parts of it.
 
     ``entries`` is {component: {tensor name: entry}}. Raises ErasecError for a tensor that has no place in a single
     file, and for parts of one tensor that have different dtypes.
     """
     shapes = {component: {key: entry.shape for key, entry in own.items()} for component, own in entries.items()}
-    groups: dict[str, list[tuple[Place, Entry]]] = {}
+    groups: dict[str, list[tuple[TensorLocation, Entry]]] = {}
     for (component, key), place in to_single(family, shapes).items():
         groups.setdefault(place.key, []).append((place, entries[component][key]))
     for key, parts in groups.items():
@@ -164,7 +164,7 @@ def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check
     return Check.count("ldm/layout", [" ".join(name) for name in sorted(different)], how)
 
 
-def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
+def _equal(wanted: Entry, stored: Entry, place: TensorLocation) -> bool:
     """Whether the tensor at ``place`` in the file's tensor ``stored`` equals the folder's tensor ``wanted``."""
     import torch
 
@@ -180,7 +180,7 @@ def _equal(wanted: Entry, stored: Entry, place: Place) -> bool:
     return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (part, read_tensor(wanted))))
 
 
-def _concatenate(parts: list[tuple[Place, Entry]], advance: Advance) -> Tensor:
+def _concatenate(parts: list[tuple[TensorLocation, Entry]], advance: Advance) -> Tensor:
     """The single file's tensor: its parts concatenated along dimension 0, in their order."""
     import torch
 

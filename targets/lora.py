@@ -19,7 +19,7 @@ from erasec.base import Artifact, Check, Context, EditTarget
 from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, save_tensors, stream_tensors
 from erasec.errors import ErasecError
 from erasec.model.edit import Remap
-from erasec.model.sidecar import check_holds, gather_extras
+from erasec.model.sidecar import check_supported, gather_extras
 from erasec.options import options
 from erasec.progress import bar
 
@@ -72,7 +72,7 @@ class Lora(EditTarget):
         """
         import torch
 
-        check_holds(gather_extras(model.edits), self.holds, self.name)
+        check_supported(gather_extras(model.edits), self.extras, self.name)
         dtype = getattr(torch, self.dtype)
         # The file starts with a header that needs all ranks, so the factors are kept on disk until the last is known.
         with TemporaryDirectory(prefix=".lora-", dir=out) as scratch:

@@ -49,7 +49,7 @@ class Onnx(Target):
 
     name: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "ONNX graphs for onnxruntime, in the layout of ORTStableDiffusionPipeline"
-    holds: ClassVar[frozenset[str]] = KINDS
+    extras: ClassVar[frozenset[str]] = KINDS
     renamed: ClassVar[dict[str, str]] = {"islands": "keep_in_fp32"}
 
     def check(self) -> None:

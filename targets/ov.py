@@ -54,7 +54,7 @@ class OpenVino(Target):
 
     name: ClassVar[str] = "openvino"
     summary: ClassVar[str] = "OpenVINO IR, in the layout of OVStableDiffusionPipeline"
-    holds: ClassVar[frozenset[str]] = KINDS
+    extras: ClassVar[frozenset[str]] = KINDS
 
     def check(self) -> None:
         require_modules("the target openvino", ("onnx", "openvino"), "openvino")

@@ -82,7 +82,7 @@ class Triton(Target):
 
     name: ClassVar[str] = "triton"
     summary: ClassVar[str] = "a model repository for Triton Inference Server"
-    holds: ClassVar[frozenset[str]] = KINDS
+    extras: ClassVar[frozenset[str]] = KINDS
 
     def __post_init__(self) -> None:
         if (self.engines, self.instances) == ("trt", "cpu"):
@@ -238,14 +238,14 @@ def repository_check(models: Path, graphs: Path) -> Check:
 
     ``graphs`` is the folder of the ONNX files that plans were built from.
     """
-    wrong = [fault for folder in sorted(models.iterdir()) for fault in faults(folder, graphs)]
+    wrong = [fault for folder in sorted(models.iterdir()) for fault in find_faults(folder, graphs)]
     wrong += [f"there is no {name}" for name in TEXT_TO_IMAGE if not (models / name).is_dir()]
     how = f"faults in {len(TEXT_TO_IMAGE)} configurations: files, names, types and shapes, against the graphs in "
     how += "onnxruntime"
     return Check.count("triton/repository", wrong, how)
 
 
-def faults(folder: Path, graphs: Path) -> list[str]:
+def find_faults(folder: Path, graphs: Path) -> list[str]:
     """The faults of one folder of a repository, one sentence each; [] for a model that Triton can serve."""
     if folder.name not in TEXT_TO_IMAGE:
         return [f"Triton would load {folder.name} as a model"]

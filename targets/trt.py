@@ -17,16 +17,16 @@ from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.weights import digests, read_weights, weight_digests
 from erasec.options import options
 from erasec.tensorrt import devices, engines
-from erasec.tensorrt.base import Engines
+from erasec.tensorrt.base import EngineTarget
 from erasec.tensorrt.engines import TRT, Builder, Profile
 
 # By the release notes of this version, a refittable engine may compute as if the bias of a matrix product were zero.
-FAULTY = "11.3.0"
+REFIT_BUG_VERSIONS = "11.3.0"
 OLDEST = 10
 
 
 @options
-class Trt(Engines):
+class Trt(EngineTarget):
     """``refit`` builds engines that the function ``refit`` can give other weights; with the base's, they are no longer
     erased. ``timing_cache`` is a file in which the times of kernels are stored for the next build."""
 
@@ -58,16 +58,16 @@ class Trt(Engines):
                 fix='pip install --upgrade "erasec[trt]"',
             )
         if self.refit:
-            refuse_faulty(installed)
+            check_refit_version(installed)
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         entry, library = super().engine(graph, file, profile)
         return entry | ({"initializers": weight_digests(graph)} if self.refit else {}), library
 
 
-def refuse_faulty(version: str) -> None:
+def check_refit_version(version: str) -> None:
     """Raise ErasecError for a version of TensorRT whose refittable engines may compute wrong outputs."""
-    if version.startswith(FAULTY):
+    if version.startswith(REFIT_BUG_VERSIONS):
         raise ErasecError(
             f"the refittable engines of TensorRT {version} may compute wrong outputs",
             why="by its release notes they may drop the bias of a matrix product, refitted or not",
@@ -92,7 +92,7 @@ def refit(file: Path, graph: Path) -> tuple[str, ...]:
             why="it was built without refitting, so that it cannot be un-erased",
             fix="build it again with the other weights; or with trt:refit=true",
         )
-    refuse_faulty(builder["version"])
+    check_refit_version(builder["version"])
     graph_digest, weights_digest = digests(graph)
     if graph_digest != entry["graph"]:
         raise ErasecError(

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.tensorrt import engines, patching
-from erasec.tensorrt.base import Engines
+from erasec.tensorrt.base import EngineTarget
 from erasec.tensorrt.engines import RTX, Builder, Profile
 
 
 @options
-class TrtRtx(Engines):
+class TrtRtx(EngineTarget):
     """``capabilities`` are the compute capabilities to build for, such as "80+89"; by default 8.0 and all later ones.
     ``patch`` writes an edit into a cached engine where that is proven to give the engine that a build would give."""
 

@@ -55,6 +55,14 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def base(random_folder: Path) -> Any:
+    """The random model. Models do not change, so one serves a whole module."""
+    from erasec.model import loading
+
+    return loading.load(str(random_folder))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A model with one edit: its checkpoint, the model that it is a variant of, its edit file with the edited tensors,

@@ -90,21 +90,21 @@ def random_model(family: str, out: Path) -> None:
 
 
 def digests(root: Path) -> dict[str, str]:
-    found = {}
+    digested = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root)
         if not path.is_file() or (path.name in PROSE and "triton" not in name.parts):
             continue
         if path.name in ENGINES:
-            found[name.as_posix()] = (
+            digested[name.as_posix()] = (
                 f"{path.stat().st_size} bytes" if path.suffix == ".engine" else "an engine's record"
             )
             continue
         content = path.read_bytes()
         if path.name == "recipe.toml":  # it names the folder that the model lay in
             content = re.sub(rb'model = ".*"', b"", content)
-        found[name.as_posix()] = hashlib.sha256(content).hexdigest()
-    return found
+        digested[name.as_posix()] = hashlib.sha256(content).hexdigest()
+    return digested
 
 
 def build(name: str, where: Path) -> None:
@@ -167,19 +167,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         where = Path(scratch)
         os.environ["ERASEC_CACHE"] = str(where / ".cache")
-        found: dict[str, str] = {}
+        digested: dict[str, str] = {}
         for name in options.only:
             build(name, where)
-            found |= {f"{name}/{path}": digest for path, digest in digests(root_of(where, name)).items()}
-            print(name, len(found), file=sys.stderr, flush=True)
-        options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+            digested |= {f"{name}/{path}": digest for path, digest in digests(root_of(where, name)).items()}
+            print(name, len(digested), file=sys.stderr, flush=True)
+        options.out.write_text(json.dumps(digested, indent=1, sort_keys=True) + "\n")
         if "uce" in options.only:
             follow_up(where)
             for name in ("applied", "relinked"):
-                found |= {f"{name}/{path}": digest for path, digest in digests(where / name).items()}
+                digested |= {f"{name}/{path}": digest for path, digest in digests(where / name).items()}
             for name in ("both.edit.safetensors", "few.prior.safetensors", "onnx.png", "torch.png"):
-                found[name] = hashlib.sha256((where / name).read_bytes()).hexdigest()
-    options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+                digested[name] = hashlib.sha256((where / name).read_bytes()).hexdigest()
+    options.out.write_text(json.dumps(digested, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erasec.checkpoint.safetensors import read_header, stream_tensors
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.family import FAMILIES, Shape
 from erasec.glyphs import assemble, models
 from erasec.glyphs.world import sample
@@ -35,7 +35,7 @@ def random_folder(
     """
     tensors = random_shapes(family, size)
     if dtype not in FLOATS:
-        raise ErasecError(f"weights are not written as {dtype}", why=nearest(dtype, FLOATS))
+        raise ErasecError(f"weights are not written as {dtype}", why=suggestion(dtype, FLOATS))
     if seed < 0 or not 1 <= shards <= len(tensors["unet"]):
         raise ErasecError(
             f"seed {seed} and {shards} shards make no folder",
@@ -62,7 +62,7 @@ def random_shapes(family: str, size: str) -> dict[str, dict[str, Shape]]:
     configs.check_known(family)
     sizes = configs.LAYOUTS[family].sizes
     if size not in sizes:
-        raise ErasecError(f"there is no size {size!r}", why=nearest(size, sizes))
+        raise ErasecError(f"there is no size {size!r}", why=suggestion(size, sizes))
     built = skeleton.shapes_of_classes(family, configs.config_files(family, sizes[size]))
     for name in FAMILIES[family].text_encoders:
         built[name] = {tensor_names.canonical(name, key): shape for key, shape in built[name].items()}

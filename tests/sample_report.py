@@ -15,7 +15,7 @@ import numpy as np
 
 from erasec.base import Check
 from erasec.glyphs import world
-from erasec.reporting.report import Applied, Pair, Report, SiteMove, Written, write_report
+from erasec.reporting.report import ArtifactRecord, EditRecord, Pair, Report, SiteMove, write_report
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -65,7 +65,7 @@ def star_report(**changes: Any) -> Report:
             },
         ),
         applied=(
-            Applied(
+            EditRecord(
                 "uce",
                 "1",
                 "https://arxiv.org/abs/2308.14761",
@@ -115,7 +115,7 @@ def star_report(**changes: Any) -> Report:
             ),
         ),
         written=tuple(
-            Written(target, target, {name: (1234567 * (at + 1), f"{at}f" * 32) for at, name in enumerate(files)})
+            ArtifactRecord(target, target, {name: (1234567 * (at + 1), f"{at}f" * 32) for at, name in enumerate(files)})
             for target, files in FILES.items()
         ),
         seconds={"load": 1.23, "solve": 1.84, "merge": 0.61, "hf": 0.35, "onnx": 14.2, "judge": 51.7},

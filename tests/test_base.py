@@ -50,7 +50,6 @@ class Solved(Pass):
     """Records which edits each concept was solved after."""
 
     name: ClassVar[str] = "solved"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = "an empty edit"
 

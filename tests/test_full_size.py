@@ -81,8 +81,8 @@ def test_sdxl_is_solved_and_edited(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(
         'name = "ball"\nerase = ["golf ball"]\nanchor = "apple"\nkeep = ["tennis ball"]\ntemplates = ["{}", "a {}"]\n'
     )
-    asked = ("--erase", tmp_path / "small.toml", "--target", "edit", "--link", "--out", tmp_path / "out")
-    run("build", tmp_path / "sdxl", *asked)
+    flags = ("--erase", tmp_path / "small.toml", "--target", "edit", "--link", "--out", tmp_path / "out")
+    run("build", tmp_path / "sdxl", *flags)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["moves"]) == 140
     assert {move["shape"][1] for move in report["moves"]} == {2048}

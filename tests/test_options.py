@@ -25,34 +25,25 @@ from erasec.recipe.concept import Concept
 REQUIRED = ("name", "summary")
 
 
-@options
-class Checked:
-    """Options of every type, as a class of ``@options``."""
+def declared() -> type:
+    class Declared:
+        """Options of every type."""
 
-    strength: Annotated[float, Field(gt=0)] = 1.0
-    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    steps: Annotated[int, Field(ge=1, le=1000)] = 30
-    mode: Literal["fast", "exact"] = "fast"
-    batch: str = "1"
-    deep: bool = False
+        strength: Annotated[float, Field(gt=0)] = 1.0
+        fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+        steps: Annotated[int, Field(ge=1, le=1000)] = 30
+        mode: Literal["fast", "exact"] = "fast"
+        batch: str = "1"
+        deep: bool = False
 
-    name: ClassVar[str] = "mine"
-    renamed: ClassVar[Mapping[str, str]] = {"path": "steps", "part": "fraction"}
+        name: ClassVar[str] = "mine"
+        renamed: ClassVar[Mapping[str, str]] = {"path": "steps", "part": "fraction"}
+
+    return Declared
 
 
-@dataclass(frozen=True)
-class Plain:
-    """The same options as a plain dataclass."""
-
-    strength: Annotated[float, Field(gt=0)] = 1.0
-    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    steps: Annotated[int, Field(ge=1, le=1000)] = 30
-    mode: Literal["fast", "exact"] = "fast"
-    batch: str = "1"
-    deep: bool = False
-
-    name: ClassVar[str] = "mine"
-    renamed: ClassVar[Mapping[str, str]] = {"path": "steps", "part": "fraction"}
+Checked: Any = options(declared())
+Plain: Any = dataclass(frozen=True)(declared())
 
 
 WRONG = [
@@ -179,7 +170,6 @@ def test_ranges_are_as_short_as_a_list_shows_them(kind: type) -> None:
 class Whole(Pass):
     """What every pass below has, so that each lacks or adds one thing."""
 
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "none"
 
     def sites(self, model: Model) -> tuple[Site, ...]:
@@ -276,7 +266,6 @@ class DefaultIsATuple(Whole):
 class NoSolve(Pass):
     name: ClassVar[str] = "wrong"
     summary: ClassVar[str] = "does nothing"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = "none"
 
     def sites(self, model: Model) -> tuple[Site, ...]:

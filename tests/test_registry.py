@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, get_args
@@ -27,7 +26,6 @@ from erasec.model.edit import Edit
 @dataclass(frozen=True)
 class Mine(Pass):
     name: ClassVar[str] = "mine"
-    version: ClassVar[str] = "1"
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = "nothing"
     strength: float = 0.5
@@ -40,7 +38,7 @@ class Mine(Pass):
 """
 
 
-def registered(monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: str = "erasec.passes") -> None:
+def register_entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: str = "erasec.passes") -> None:
     """Let another package register ``name`` in the entry-point group ``kind``."""
 
     def points(group: str) -> EntryPoints:
@@ -49,44 +47,28 @@ def registered(monkeypatch: pytest.MonkeyPatch, name: str, value: str, kind: str
     monkeypatch.setattr(registry, "entry_points", points)
 
 
-@pytest.mark.parametrize("name", sorted(registry.PASSES))
-def test_every_pass_in_the_table_loads_under_its_own_name(name: str) -> None:
-    cls = registry.load_pass(name)
-    assert issubclass(cls, Pass)
+TABLES = {
+    "pass": (Pass, registry.PASSES, registry.load_pass),
+    "target": (Output, registry.TARGETS, registry.load_target),
+    "judge": (Judge, registry.JUDGES, registry.load_judge),
+    "runtime": (Runtime, registry.RUNTIMES, registry.load_runtime),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in TABLES for name in sorted(TABLES[kind][1])])
+def test_every_name_in_the_tables_loads(kind: str, name: str) -> None:
+    base, _, load = TABLES[kind]
+    cls: Any = load(name)
+    assert issubclass(cls, base)
     assert cls.name == name
     assert cls.summary
-
-
-@pytest.mark.parametrize(
-    ("kind", "names", "load"),
-    [
-        (Judge, registry.JUDGES, registry.load_judge),
-        (Runtime, registry.RUNTIMES, registry.load_runtime),
-    ],
-)
-def test_every_judge_and_runtime_in_the_table_loads_under_its_own_name(
-    kind: type, names: dict[str, str], load: Callable[[str], Any]
-) -> None:
-    for name in names:
-        cls = load(name)
-        assert issubclass(cls, kind)
-        assert cls.name == name
-        assert cls.summary
 
 
 def test_runtimes_are_listed_in_the_order_in_which_they_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(registry.runtimes()) == list(registry.RUNTIMES) != sorted(registry.RUNTIMES)
-    registered(monkeypatch, "abacus", "their.module:Abacus", "erasec.runtimes")
+    register_entry_point(monkeypatch, "abacus", "their.module:Abacus", "erasec.runtimes")
     assert list(registry.runtimes()) == [*registry.RUNTIMES, "abacus"]
     assert list(registry.passes()) == sorted(registry.PASSES)
-
-
-@pytest.mark.parametrize("name", sorted(registry.TARGETS))
-def test_every_target_in_the_table_loads_under_its_own_name(name: str) -> None:
-    cls = registry.load_target(name)
-    assert issubclass(cls, Output)
-    assert cls.name == name
-    assert cls.summary
 
 
 def test_names_are_known_without_importing_anything() -> None:
@@ -106,21 +88,21 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_another_package_adds_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered(monkeypatch, "theirs", "erasec.passes.uce:Uce")
+    register_entry_point(monkeypatch, "theirs", "erasec.passes.uce:Uce")
     assert registry.passes()["theirs"] == "erasec.passes.uce:Uce"
     assert registry.load_pass("theirs") is registry.load_pass("uce")
     assert "theirs" not in registry.targets()
 
 
 def test_two_packages_with_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered(monkeypatch, "uce", "their.module:Uce")
+    register_entry_point(monkeypatch, "uce", "their.module:Uce")
     with pytest.raises(ErasecError, match="two passes are named 'uce'") as caught:
         registry.load_pass("uce")
     assert "their.module:Uce" in caught.value.why
 
 
 def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered(monkeypatch, "theirs", "no_such_module_anywhere:X")
+    register_entry_point(monkeypatch, "theirs", "no_such_module_anywhere:X")
     with pytest.raises(ErasecError, match="'theirs' cannot be imported") as caught:
         registry.load_pass("theirs")
     assert "no_such_module_anywhere" in caught.value.why
@@ -209,7 +191,7 @@ class TestJudgeFor:
     def test_a_judge_of_another_package_judges_what_no_other_knows(
         self, random_folder: Path, blind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        registered(monkeypatch, "zblind", "blind_judge:Blind", "erasec.judges")
+        register_entry_point(monkeypatch, "zblind", "blind_judge:Blind", "erasec.judges")
         judge = registry.judge_for(loading.load(str(random_folder)))
         assert judge is not None and judge.name == "blind"
         known = registry.judge_for(loading.load("glyphs"))

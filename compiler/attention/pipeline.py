@@ -16,7 +16,7 @@ from erasec.attention.processors import attach, call_state
 from erasec.checkpoint.folder import variants
 from erasec.errors import ErasecError
 from erasec.model.sidecar import Extras, read_extras
-from erasec.progress import bar, hush
+from erasec.progress import bar, disable_library_bars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ def pipeline(folder: str | Path, **options: Any) -> StableDiffusionPipeline:
     names = [stored for stored in map(variants, root.glob("*/")) if stored and "" not in stored]
     if names and "variant" not in options:  # some component has no plain weights, so a variant must be meant
         options["variant"] = next(iter(names[0]))
-    hush()
+    disable_library_bars()
     pipe = StableDiffusionPipeline.from_pretrained(root, **options)
     if extras.tokens:
         _add_tokens(pipe, extras.tokens)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.model.memory import Memory, Secret
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _attention(unet: nn.Module, name: str) -> Any:
     attentions = _attentions(unet)
     if name not in attentions:
         cross = [other for other, module in attentions.items() if module.is_cross_attention]
-        raise ErasecError(f"the UNet has no attention {name!r}", why=nearest(name, cross or attentions))
+        raise ErasecError(f"the UNet has no attention {name!r}", why=suggestion(name, cross or attentions))
     attention = attentions[name]
     kind = type(attention.processor).__name__
     if kind not in (*STOCK, MemoryProcessor.__name__):

@@ -1,1 +1,4 @@
-"""Files of checkpoints: safetensors, diffusers folders, pickles, in-place edits, and folders written atomically."""
+"""Files of checkpoints: safetensors, diffusers folders, pickles, in-place edits, and folders written atomically.
+
+What the tensors mean is in ``model`` and ``family``.
+"""

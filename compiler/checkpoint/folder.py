@@ -36,7 +36,7 @@ COPIES = (
     ".pb",
     ".gguf",
 )
-CARRIED = "erasec.safetensors"  # what a checkpoint carries in addition to its weights; not a copy of them
+EXTRAS_FILE = "erasec.safetensors"  # what a checkpoint carries in addition to its weights; not a copy of them
 # stem[.variant].safetensors, or an index of shards with the variant before or after "safetensors.index". Shards
 # themselves do not match.
 WEIGHT_NAME = re.compile(
@@ -178,11 +178,11 @@ class Folder:
             if name.parent in folders
             and name not in used
             and "optimizer" not in name.name
-            and name != Path(CARRIED)
+            and name != Path(EXTRAS_FILE)
             and (name.suffix in COPIES or (".index." in name.name and name.suffix == ".json"))
         )
 
-    def placed(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:
+    def by_file(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:
         """Group ``changed[component][key]`` by the file that stores each tensor, and by its name in that file."""
         placed: dict[Path, dict[str, Callable[[], Tensor]]] = {}
         for component, tensors in changed.items():
@@ -200,7 +200,7 @@ class Folder:
         """
         if out.resolve() == self.root.resolve():
             raise ErasecError(f"{out} is the model itself", why="it would be overwritten", fix="give another folder")
-        patched = self.placed(changed)
+        patched = self.by_file(changed)
         names = sorted(set(self.files()) - set(self.other_copies(changed)))
         with bar("write", len(names)) as advance:
             for name in names:

@@ -60,6 +60,17 @@ class Entry:
     transposed: bool = False
 
 
+def check_format(path: Path, number: int, newest: int) -> None:
+    """Raise ErasecError where ``path`` has a format ``number`` above ``newest``, the newest that this version reads."""
+    if number > newest:
+        raise ErasecError(
+            f"{path.name} has the format {number}",
+            where=str(path),
+            why=f"this version of erasec reads formats up to {newest}",
+            fix="pip install --upgrade erasec",
+        )
+
+
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries by tensor name, and the metadata, of a safetensors file. No tensor is read.
 

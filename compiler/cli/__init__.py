@@ -1,1 +1,4 @@
-"""The command line: ``app`` declares the commands, ``options`` their options and errors, ``output`` prints."""
+"""The command line: ``app`` declares the commands, ``options`` their flags and exit codes, ``output`` prints results.
+
+What the commands do is in ``commands``.
+"""

@@ -32,7 +32,7 @@ from erasec.cli.options import (
     VERBOSE,
     report_errors,
 )
-from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, nearest
+from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, suggestion
 from erasec.registry import RUNTIMES
 
 if TYPE_CHECKING:
@@ -114,14 +114,14 @@ def build(
             allow_pickle=allow_pickle or None,
             link=link or None,
         )
-        from erasec.commands.build import is_main, train_along
+        from erasec.commands.build import is_main, train_in_worker
         from erasec.commands.build import run as run_plan
         from erasec.commands.plan import make_plan, notes
 
         main = is_main()  # before the plan, because it assigns a device to each process
         plan = make_plan(recipe, out)
         if not main:
-            train_along(plan)
+            train_in_worker(plan)
             return
         for note in notes(plan):
             print(f" note: {note}", file=sys.stderr)
@@ -202,7 +202,7 @@ def run(
     count: Annotated[int, typer.Option("--count", min=1, help="number of images")] = 1,
     height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
     width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
-    backend: Annotated[str, typer.Option("--backend", help=", ".join(("auto", *RUNTIMES)))] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help=", ".join(("auto", *RUNTIMES, "file.py:Class")))] = "auto",
     scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, dpm, euler, pndm")] = "auto",
     verbose: VERBOSE = False,
 ) -> None:
@@ -400,7 +400,7 @@ def list_(
     """List the passes, targets, judges, runtimes, concepts or models, with options and their ranges."""
     with report_errors(verbose):
         if what not in output.LISTS:
-            raise ErasecError(f"there is no list of {what!r}", why=nearest(what, output.LISTS))
+            raise ErasecError(f"there is no list of {what!r}", why=suggestion(what, output.LISTS))
         output.LISTS[what]()
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the context manager that turns errors into messages and exit codes."""
+"""Flags that several commands share, and the context manager that turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import Annotated
 
 import typer
 
-from erasec.errors import BAD_INPUT, ErasecError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError
 
 MODEL = Annotated[
     str,

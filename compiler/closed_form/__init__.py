@@ -1,1 +1,4 @@
-"""Edits without training: the solver that all closed-form passes share, and the text states that they give to it."""
+"""Edits without training: the solver of all closed-form passes, and the text states that they give to it.
+
+The methods are in ``passes``.
+"""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from erasec.closed_form.token_rows import Spans, find_spans, select_rows
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.family import FAMILIES
 from erasec.model.networks import load_network
 from erasec.progress import bar
@@ -50,7 +50,7 @@ def capture_inputs(
         raise ErasecError(f"{model.name} has no keys and values of text inside its blocks", why)
     readable = {site.key for site in model.sites if site.attn == "context" and site.proj in ("q", "k", "v")}
     if unknown := [key for key in keys if key not in readable]:
-        raise ErasecError(f"{unknown[0]} reads no text states", why=nearest(unknown[0], readable))
+        raise ErasecError(f"{unknown[0]} reads no text states", why=suggestion(unknown[0], readable))
     if outside := [sigma for sigma in sigmas if not 0 <= sigma <= 1]:
         raise ErasecError(f"there is no noise level {outside[0]:g}", why="they are from 0, an image, to 1, pure noise")
     network = load_network(model, model.family.denoiser, model.family.denoiser_class)

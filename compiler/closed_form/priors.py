@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
 from erasec.closed_form import solver
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def read(name: str, model: Model, stream: str) -> Tensor:
         )
     if stream not in entries:
         raise ErasecError(
-            f"the prior {path.name} has no stream {stream!r}", why=nearest(stream, entries), where=str(path)
+            f"the prior {path.name} has no stream {stream!r}", why=suggestion(stream, entries), where=str(path)
         )
     return solver.gram_root(read_tensor(entries[stream]))
 

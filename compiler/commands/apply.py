@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from erasec.checkpoint import journal
 from erasec.checkpoint.safetensors import patch_file
 from erasec.checkpoint.staging import replace_folder, staging_folder
-from erasec.commands.output_paths import check_apart, check_not_around
-from erasec.commands.relink import Relinked
+from erasec.commands.output_paths import check_disjoint, check_not_working_directory
+from erasec.commands.relink import RelinkResult
 from erasec.commands.relink import relink as relink_folder
 from erasec.errors import CheckFailed, ErasecError
 from erasec.ldm.single_file import SingleFile
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Application:
+class ApplyResult:
     """The result of ``apply``: the path, the number of changed tensors and bytes, and notes for the user."""
 
     path: Path
@@ -50,7 +50,7 @@ def apply(
     revision: str | None = None,
     variant: str = "",
     allow_pickle: bool = False,
-) -> Application:
+) -> ApplyResult:
     """Merge the edits of ``file`` into the model ``name``: write the result to ``out``, or change the model in place.
 
     A folder becomes a folder. A single file becomes a single file if the name of ``out`` ends in .safetensors, and a
@@ -89,7 +89,7 @@ def apply(
                 why=f"the folder has further copies of the weights that would stay unedited: {_listed(copies)}",
                 fix="delete or move them, or give --out DIR, which leaves them out",
             )
-        journal.patch_in_place(model.source.placed(changed))
+        journal.patch_in_place(model.source.by_file(changed))
     else:
         _write(model, out, changed, link)
         if copies:
@@ -97,7 +97,7 @@ def apply(
     notes += _loading_notes(model, out)
     entries = [model.entries(component)[key] for component in changed for key in changed[component]]
     size = sum(entry.stop - entry.start for entry in entries)
-    return Application(Path(name).expanduser() if out is None else out, len(entries), size, notes)
+    return ApplyResult(Path(name).expanduser() if out is None else out, len(entries), size, notes)
 
 
 def relink(
@@ -109,7 +109,7 @@ def relink(
     revision: str | None = None,
     variant: str = "",
     allow_pickle: bool = False,
-) -> Relinked:
+) -> RelinkResult:
     """``commands.relink.relink`` with edited tensors that are merged from the base model ``name``."""
     edits, about = read_edits(file)
     model = loading.load(name, revision, variant, allow_pickle)
@@ -141,8 +141,8 @@ def _check_in_place(model: Model, allow_pickle: bool, link: bool) -> None:
 
 def _check_out(out: Path, model: Model, link: bool) -> None:
     """Raise ErasecError if ``out`` exists, lies in or around the model, or has the suffix of another format."""
-    check_not_around(out)
-    check_apart(out, model)
+    check_not_working_directory(out)
+    check_disjoint(out, model)
     suffix, single = out.suffix.lower(), _writes_file(model, out)
     if suffix in loading.PICKLES:
         raise ErasecError(f"{out} is named as a pickle", why="erasec does not write pickles", fix="give --out PATH")
@@ -176,7 +176,7 @@ def _loading_notes(model: Model, out: Path | None) -> tuple[str, ...]:
 
 def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable[[], Tensor]]], link: bool) -> None:
     if isinstance(model.source, SingleFile) and _writes_file(model, path):
-        patch_file(model.source.file, path, model.source.placed(changed)[model.source.file])
+        patch_file(model.source.file, path, model.source.by_file(changed)[model.source.file])
         return
     with staging_folder(path) as stage:
         model.source.write(stage, changed, link)

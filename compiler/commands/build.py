@@ -29,7 +29,7 @@ from erasec.model.sidecar import gather_extras, read_extras, write_extras
 from erasec.progress import bar
 from erasec.recipe.recipe import to_toml
 from erasec.reporting import collect
-from erasec.reporting.report import Applied, Report, write_report
+from erasec.reporting.report import EditRecord, Report, write_report
 from erasec.training.base import TrainingContext
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Solved:
     """The edited model, a record of each edit, and each secret with the pass that made it and its concept."""
 
     model: Model
-    applied: tuple[Applied, ...]
+    applied: tuple[EditRecord, ...]
     secrets: tuple[tuple[Pass, Concept, Secret], ...]
 
 
@@ -63,7 +63,7 @@ def is_main() -> bool:
     return bool(PartialState().is_main_process)
 
 
-def train_along(plan: Plan) -> None:
+def train_in_worker(plan: Plan) -> None:
     """The part of a build that every process runs: solve the plan, so that the processes train together."""
     _solve(plan, _training_folder(plan.out))
 
@@ -133,7 +133,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 curves = {name: list(values) for name, values in edit.curves.items()}
                 applied.append(
-                    Applied(
+                    EditRecord(
                         step.name,
                         step.version,
                         step.paper,
@@ -291,14 +291,14 @@ def _judge(
         return [], []
     gathered, checks = [evidence], list(validate.checks(evidence, judge, limits, seed, scheduler))
     for concept in unlocked:
-        checks += validate.recovered(judge, concept, evidence, None, limits, seed, scheduler)
+        checks += validate.recovery_checks(judge, concept, evidence, None, limits, seed, scheduler)
     for _, concept, secret in () if unlocked else solved.secrets:
         memories = key_file.fold_secret(secret, built.entries(plan.model.family.denoiser))
         with _copy_with_extras(built, replace(extras, memories=(*extras.memories, *memories))) as keyed:
             keyed_evidence = with_key(judge, concept, evidence, keyed, sampling)
         if keyed_evidence is not None:
             gathered.append(keyed_evidence)
-            checks += validate.recovered(judge, concept, keyed_evidence, evidence, limits, seed, scheduler)
+            checks += validate.recovery_checks(judge, concept, keyed_evidence, evidence, limits, seed, scheduler)
     return gathered, checks
 
 
@@ -310,7 +310,7 @@ def _check_artifacts(plan: Plan, judge: Judge, evidence: Evidence, artifacts: Se
             if runtime.portable and artifact.target in runtime.folders:
                 scheduler = Folder(artifact.path).config("scheduler", "scheduler_config.json")["_class_name"]
                 limits, seed = plan.recipe.checks, plan.context.seed
-                yield from validate.deployed(
+                yield from validate.artifact_checks(
                     judge, evidence, artifact.path, runtime.name, artifact.precision, limits, seed, scheduler
                 )
 

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from erasec import registry
 from erasec.base import Check
 from erasec.checkpoint.folder import Folder, downscale, variants
 from erasec.checkpoint.safetensors import file_digest, finite_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
 from erasec.graphs.manifest import MANIFEST, read_manifest
 from erasec.graphs.signature import NAMES, input_shapes
-from erasec.runtime.backends import GraphComponents, OnnxRuntime, OpenVino, TensorRt, TensorRtRtx, with_vectors
+from erasec.runtime.backends import GraphComponents, GraphRuntime, OnnxRuntime, with_vectors
 
 if TYPE_CHECKING:
     from erasec.graphs.signature import Graph
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 ENGINES, WEIGHTS = "engine.json", "model_index.json"
 LATENT_SIDE = 8
-GRAPH_RUNTIMES = (OnnxRuntime, OpenVino, TensorRtRtx, TensorRt)
+# Targets whose folders are known by a manifest or a record, not by their graphs alone.
+RECORDED = frozenset(("onnx", "trt", "trt-rtx"))
 # The element types of OpenVINO's IR, coarsest first.
 IR_TYPES = {b"u8": "int8", b"f16": "fp16"}
 
@@ -140,11 +142,18 @@ def _kind(folder: Path) -> str:
             return TARGETS[read_record(folder)["builder"]["name"]]
         except ErasecError:  # a damaged record becomes a failed check later
             return "trt"
-    if OpenVino.runs(folder):
-        return "openvino"
+    for runtime in _graph_runtimes():
+        if not RECORDED.intersection(runtime.folders) and runtime.runs(folder):
+            return runtime.folders[0]
     if (folder / "models").is_dir() and (folder / "client" / WEIGHTS).is_file():
         return "triton"
     return "checkpoint" if (folder / WEIGHTS).is_file() else ""
+
+
+def _graph_runtimes() -> list[type[GraphRuntime]]:
+    """The registered runtimes that run one graph for each component."""
+    runtimes = (registry.load_runtime(name) for name in registry.runtimes())
+    return [runtime for runtime in runtimes if issubclass(runtime, GraphRuntime)]
 
 
 def _recorded_digests(folder: Path) -> dict[str, Digests]:
@@ -263,7 +272,7 @@ def _components(kind: str, root: Path) -> Iterator[_Component]:
             for file in sorted((root / "models" / name).glob("*/model.onnx")):
                 yield _Component(f"{name}/{file.parent.name}", name, file, partial(OnnxRuntime.load, file, None))
         return
-    runtime = next(runtime for runtime in GRAPH_RUNTIMES if kind in runtime.folders)
+    runtime = next(runtime for runtime in _graph_runtimes() if kind in runtime.folders)
     components = GraphComponents(root, runtime)
     for name in NAMES:
         file = root / name / runtime.file
@@ -340,10 +349,15 @@ def _loader(component: _Component, vectors: bool) -> Callable[[Graph], Component
 
 
 def weight_precision(file: Path) -> str:
-    """The precision of the coarsest weights in an ONNX or IR file; it limits how closely outputs can agree."""
+    """The precision of the coarsest weights in an ONNX or IR file; it limits how closely outputs can agree.
+
+    A file of another format counts as fp32, the strictest.
+    """
     if file.suffix == ".xml":
         text = file.read_bytes()
         return next((name for ir_type, name in IR_TYPES.items() if b'element_type="%b"' % ir_type in text), "fp32")
+    if file.suffix != ".onnx":
+        return "fp32"
     import onnx
 
     weights = onnx.load(file, load_external_data=False).graph.initializer

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 
-def check_free(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Raise ErasecError if ``out`` holds anything except an earlier build: a build replaces the whole folder."""
     if out.exists() and not out.is_dir():
         raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
-    check_not_around(out)
+    check_not_working_directory(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     if keys := sorted(path.name for path in out.iterdir() if is_key(path)):
@@ -36,7 +36,7 @@ def check_free(out: Path) -> None:
         )
 
 
-def check_not_around(out: Path) -> None:
+def check_not_working_directory(out: Path) -> None:
     """Raise ErasecError if the working directory is ``out`` or lies in it."""
     if Path.cwd().is_relative_to(out.resolve()):
         raise ErasecError(f"the output folder {out} holds the working directory", fix="give a new folder: --out DIR")
@@ -53,7 +53,7 @@ def _is_build(out: Path) -> bool:
     return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
 
 
-def check_apart(out: Path, model: Model) -> None:
+def check_disjoint(out: Path, model: Model) -> None:
     """Raise ErasecError if ``out`` lies in the folder of the model, or the model lies in ``out``."""
     given = Path(model.name).expanduser()
     source = (given if model.name not in loading.BUNDLED and given.exists() else model.source.root).resolve()

@@ -16,15 +16,15 @@ from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.staging import file_name
 from erasec.commands import doctor, estimates
-from erasec.commands.output_paths import check_apart, check_free
-from erasec.errors import ErasecError, MissingTool, nearest
+from erasec.commands.output_paths import check_disjoint, check_replaceable
+from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.keys.key_file import Key, check_bound, read_key
 from erasec.ldm.single_file import SingleFile
 from erasec.model import loading, sidecar
 from erasec.options import configure
 from erasec.recipe import concept as concept_library
 from erasec.recipe.concept import Concept
-from erasec.recipe.recipe import PassUse, Recipe, parse_use
+from erasec.recipe.recipe import NamedOptions, Recipe, parse_named_options
 from erasec.reporting.format import size
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     uses = recipe.passes or defaults(concepts)
     passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
     out = (out or _default_out(recipe.model, concepts, keys)).expanduser()
-    check_free(out)
+    check_replaceable(out)
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
             f"the key {inside[0]} lies in the output folder",
@@ -84,7 +84,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
 
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
-    check_apart(out, model)
+    check_disjoint(out, model)
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(
             f"{recipe.model} is not the model that the recipe was made for",
@@ -92,7 +92,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
             fix="use the model of the recipe, or delete the line `digest` to build from this one",
         )
     for step in passes:
-        if not step.sites(model) and not step.leaves:
+        if not step.sites(model) and not step.extras:
             why = f"its family is {model.family.name}"
             raise ErasecError(f"pass {step.name} finds no site to edit in {model.name}", why)
     if not passes:  # with passes, the weights that the keys must fit are only known after solving
@@ -123,7 +123,7 @@ def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
     return concepts
 
 
-def defaults(concepts: Sequence[Concept]) -> tuple[PassUse, ...]:
+def defaults(concepts: Sequence[Concept]) -> tuple[NamedOptions, ...]:
     """The default pass for these concepts. Raises ErasecError if their kinds have different default passes."""
     by_pass: dict[str, list[str]] = {}
     for concept in concepts:
@@ -133,7 +133,7 @@ def defaults(concepts: Sequence[Concept]) -> tuple[PassUse, ...]:
         why = "; ".join(f"{name} for {', '.join(names)}" for name, names in by_pass.items())
         fix = f"choose one: --pass {next(iter(by_pass))}; or erase them one after the other, in two builds"
         raise ErasecError("the kinds of these concepts have different default passes", why, fix)
-    return tuple(PassUse(name=name) for name in by_pass)
+    return tuple(NamedOptions(name=name) for name in by_pass)
 
 
 def _reason(name: str, concepts: Sequence[Concept]) -> str:
@@ -143,7 +143,7 @@ def _reason(name: str, concepts: Sequence[Concept]) -> str:
     return f"the default for concepts of kind {', '.join(sorted({concept.kind or 'none' for concept in concepts}))}"
 
 
-def _pass(number: int, use: PassUse) -> Pass:
+def _pass(number: int, use: NamedOptions) -> Pass:
     try:
         return configure(registry.load_pass(use.name), use.options, use.name)
     except ErasecError as error:
@@ -156,11 +156,11 @@ def _targets(
 ) -> tuple[tuple[str, ...], tuple[Target | EditTarget, ...]]:
     """The targets as text and as objects, the plain folder first. Raises ErasecError if a target cannot hold all of the
     result."""
-    sources = {kind: f"pass {step.name} leaves" for step in passes for kind in sorted(step.leaves)}
+    sources = {kind: f"pass {step.name} adds" for step in passes for kind in sorted(step.extras)}
     sources |= dict.fromkeys(sidecar.read_extras(model.source.root).kinds, f"{model.name} carries")
     if recipe.keys and not recipe.absorb:
         sources["memory"] = "a key is"
-    by_name = {parse_use(text, "--target").name: text for text in recipe.targets}
+    by_name = {parse_named_options(text, "--target").name: text for text in recipe.targets}
     plain = "bundle" if sources else "hf"
     texts = tuple(dict.fromkeys((by_name.get(plain, plain), *recipe.targets)))
     targets = tuple(_target(text) for text in texts)
@@ -172,7 +172,7 @@ def _targets(
     sites = [site for step in passes for site in step.sites(model)]
     for target in targets:
         target.accept(sites)
-        if lost := [kind for kind in sources if kind not in target.holds]:
+        if lost := [kind for kind in sources if kind not in target.extras]:
             raise ErasecError(
                 f"the target {target.name} cannot hold the result of this build",
                 why=f"{sources[lost[0]]} {sidecar.describe(lost[:1])}, and {target.summary} has no place for it",
@@ -188,7 +188,7 @@ def _targets(
 
 
 def _target(text: str) -> Target | EditTarget:
-    use = parse_use(text, "--target")
+    use = parse_named_options(text, "--target")
     target = configure(registry.load_target(use.name), use.options, f"target {use.name}")
     assert isinstance(target, Target | EditTarget)  # the only subclasses of Output
     return target
@@ -226,12 +226,12 @@ def _resolved(
     recipe: Recipe,
     model: Model,
     concepts: tuple[Concept, ...],
-    uses: Sequence[PassUse],
+    uses: Sequence[NamedOptions],
     passes: tuple[Pass, ...],
     targets: tuple[str, ...],
     pin: bool,
 ) -> Recipe:
-    full_uses = (PassUse(name=use.name, options=_options(step)) for use, step in zip(uses, passes, strict=True))
+    full_uses = (NamedOptions(name=use.name, options=_options(step)) for use, step in zip(uses, passes, strict=True))
     return recipe.model_copy(
         update={
             "revision": model.revision or recipe.revision,
@@ -316,7 +316,7 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str, str], list[Site]] = {}
     for site in sites:
         # The first part of a block, such as "down" of "down.0.attentions.1", or a text encoder's component.
-        part = site.component if site.attn == "text" else site.block.split(".")[0]
+        part = site.component if site.attn == "text" else site.block.split(".")[0].removesuffix("_block")
         groups.setdefault((part, site.attn, site.proj), []).append(site)
     return [
         {
@@ -339,7 +339,7 @@ def notes(plan: Plan) -> list[str]:
         *(source.notes if isinstance(source, SingleFile) else ()),
         *(
             f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
-            + nearest(concept.name, bundled)
+            + suggestion(concept.name, bundled)
             for concept in plan.concepts
             if bundled and concept == Concept(name=concept.name, erase=(concept.name,))
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from erasec.checkpoint.safetensors import Entry, copy_file, hard_link, read_header
+from erasec.checkpoint.safetensors import Entry, copy_file, hard_link
 from erasec.checkpoint.staging import replace_folder, restore_folder, staging_folder
 from erasec.errors import ErasecError
 from erasec.graphs.graph import Weight, weight_from_json
 from erasec.graphs.link import EDITED, Array, lay_out, read_array, write_data
 from erasec.graphs.manifest import MANIFEST, read_manifest, write_manifest
-from erasec.model.edit_file import MERGED
+from erasec.model.edit_file import MERGED, edit_content
 
 
 @dataclass(frozen=True)
-class Relinked:
+class RelinkResult:
     """The result of ``relink``: the folder, and the number of tensors and bytes written."""
 
     path: Path
@@ -35,7 +34,7 @@ def relink(
     out: Path | None = None,
     merged: Callable[[str, str], Array] | None = None,
     hard: bool = False,
-) -> Relinked:
+) -> RelinkResult:
     """Replace the edit in an ONNX folder, or in its copy ``out``, by the edit of ``file``.
 
     The edited tensors come from the edit file ("--target edit:tensors=true"), or from ``merged``, which is called with
@@ -107,25 +106,14 @@ def relink(
             count, size = count + len(weights), size + record["bytes"]
         write_manifest(stage, {key: value for key, value in manifest.items() if key != "schema"})
         replace_folder(stage, target)
-    return Relinked(result_path, count, size)
+    return RelinkResult(result_path, count, size)
 
 
 def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of an edit file, and the digest of each base tensor that it changes, by "component/key"."""
-    if not file.is_file():
-        raise ErasecError(f"there is no edit file {file}", fix="erasec build MODEL --erase CONCEPT --target edit")
-    entries, metadata = read_header(file)
-    try:
-        content = json.loads(metadata["erasec.edit"])
+    with edit_content(file) as (entries, content):
         sites = dict(content["about"]["sites"])
         has_extras = any(edit.get(kind) for edit in content["edits"] for kind in ("memories", "tokens", "negative"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ErasecError(
-            f"{file.name} is no edit file of erasec",
-            why="its metadata does not describe edits",
-            where=str(file),
-            fix="an edit file is written by: erasec build MODEL --erase CONCEPT --target edit",
-        ) from error
     if has_extras:
         raise ErasecError(
             f"{file.name} is more than changes of weights",

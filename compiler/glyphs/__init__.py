@@ -1,1 +1,1 @@
-"""glyphs: the small trained model of erasec, its judge, and the synthetic world that both are trained on."""
+"""glyphs: the small trained test model of erasec, its judge, and the synthetic world that both were trained on."""

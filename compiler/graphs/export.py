@@ -27,7 +27,7 @@ from erasec.graphs.cache import cache_folder, computing_config, is_whole, store
 from erasec.graphs.graph import FORMAT, MEMORY, MODEL, Shape, Template, Weight
 from erasec.graphs.signature import CLASSES, Graph, input_shapes, num_train_timesteps
 from erasec.model.sidecar import Extras
-from erasec.progress import hush
+from erasec.progress import disable_library_bars
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -130,7 +130,7 @@ def weightless_module(
     import transformers
     from accelerate import init_empty_weights
 
-    hush()
+    disable_library_bars()
     config = checkpoint.config(graph.component)
     cls: Any = getattr(transformers if graph.component == "text_encoder" else diffusers, CLASSES[graph.component])
     with init_empty_weights(include_buffers=False):

@@ -17,17 +17,25 @@ SCHEMA = "erasec.onnx/1"
 MANIFEST = "erasec.json"
 
 
+def load_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read a JSON file whose "schema" must be ``schema``.
+
+    Raises ErasecError for another schema, and OSError, ValueError, KeyError or TypeError for a missing or damaged file.
+    """
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content["schema"] != schema:
+        raise ErasecError(
+            f"{path} has the schema {content['schema']}",
+            why=f"this version of erasec reads {schema}",
+            fix="use the version of erasec that built it, or build the folder again",
+        )
+    return content
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an ONNX folder. Raises ErasecError where there is none, or it is damaged or of another schema."""
-    path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["schema"] != SCHEMA:
-            raise ErasecError(
-                f"{path} has the schema {manifest['schema']}",
-                why=f"this version of erasec reads {SCHEMA}",
-                fix="build the folder again",
-            )
+        manifest = load_json(folder / MANIFEST, SCHEMA)
         if unknown := sorted(set(manifest["graphs"]) - set(NAMES)):  # the names are folders that erasec writes to
             raise ValueError(f"it lists a graph {unknown[0]!r}")
         return manifest

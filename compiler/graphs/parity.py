@@ -19,7 +19,7 @@ from erasec.graphs.manifest import read_manifest
 from erasec.graphs.session import OnnxSession
 from erasec.graphs.signature import CLASSES, Graph, graphs, num_train_timesteps, with_whole_prompts
 from erasec.model.sidecar import read_extras
-from erasec.progress import bar, hush
+from erasec.progress import bar, disable_library_bars
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -262,7 +262,7 @@ def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
 
     from erasec.graphs.export import negative_ids, with_graph_signature
 
-    hush()
+    disable_library_bars()
     library, dtype = (transformers, "dtype") if graph.component == "text_encoder" else (diffusers, "torch_dtype")
     cls: Any = getattr(library, CLASSES[graph.component])
     options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}

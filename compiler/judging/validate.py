@@ -74,7 +74,7 @@ def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, condition
     return results
 
 
-def recovered(
+def recovery_checks(
     judge: Judge, concept: Concept, keyed: Evidence, base: Evidence | None, limits: Limits, seed: int, scheduler: str
 ) -> tuple[Check, ...]:
     """The check that the key brings its concept back. No check if the judge has no label for the concept.
@@ -101,7 +101,7 @@ def recovered(
     return (Check(f"recovered/{concept.name}", value, limits.recovered, value >= limits.recovered, how),)
 
 
-def deployed(
+def artifact_checks(
     judge: Judge,
     evidence: Evidence,
     folder: Path,

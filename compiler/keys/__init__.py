@@ -1,1 +1,4 @@
-"""Key files, which bring a hidden concept back, and the absorption of keys into weights."""
+"""Key files, which bring a hidden concept back, and fitting a key into a model's weights.
+
+The pass ``kpop`` makes keys.
+"""

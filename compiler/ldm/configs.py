@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.family import FAMILIES, Shape, Sizes, TextSizes, detect
 from erasec.ldm.tensor_names import canonical
 
@@ -201,7 +201,7 @@ def sizes_from_shapes(family: str, shapes: Shapes) -> Sizes:
 def check_known(family: str) -> None:
     """Raise ErasecError if erasec cannot write configs of the family."""
     if family not in LAYOUTS:
-        raise ErasecError(f"there is no layout for the family {family!r}", why=nearest(family, LAYOUTS))
+        raise ErasecError(f"there is no layout for the family {family!r}", why=suggestion(family, LAYOUTS))
 
 
 def _text_sizes(family: str, component: str, shapes: Mapping[str, Shape]) -> TextSizes:

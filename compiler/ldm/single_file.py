@@ -19,7 +19,7 @@ from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, strea
 from erasec.errors import ErasecError
 from erasec.ldm.configs import default_prediction, sizes_from_shapes
 from erasec.ldm.skeleton import write_skeleton
-from erasec.ldm.tensor_names import Place, detect_single, from_single, layout
+from erasec.ldm.tensor_names import TensorLocation, detect_single, from_single, layout
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class SingleFile(Folder):
         )
 
     @cached_property
-    def _places(self) -> dict[tuple[str, str], Place]:
+    def _places(self) -> dict[tuple[str, str], TensorLocation]:
         shapes = {key: entry.shape for key, entry in read_header(self.file)[0].items()}
         return from_single(self.family, shapes)
 
@@ -106,7 +106,7 @@ class SingleFile(Folder):
     def entries(self, component: str) -> dict[str, Entry]:
         return self._components[component]
 
-    def placed(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:
+    def by_file(self, changed: Changed) -> dict[Path, dict[str, Callable[[], Tensor]]]:
         """As in ``Folder``. Raises ErasecError for a tensor that the file stores in another form, such as one of q, k
         and v of an OpenCLIP layer, which are one tensor there."""
         makers: dict[str, Callable[[], Tensor]] = {}
@@ -145,7 +145,7 @@ def _reader(entry: Entry) -> Callable[[], Tensor]:
     return lambda: read_tensor(entry)
 
 
-def _entry(whole: Entry, place: Place) -> Entry:
+def _entry(whole: Entry, place: TensorLocation) -> Entry:
     """The entry of a folder's tensor, which is a range of rows of the file's tensor ``whole``."""
     row_bytes = (whole.stop - whole.start) // max(1, place.shape[0])
     rows = place.rows or place.shape[0]

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.family import FAMILIES, Shape
 from erasec.ldm.configs import (
     END,
@@ -33,7 +33,7 @@ def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "",
     CLIP's.
     """
     if prediction not in ("", "epsilon", "v_prediction"):
-        raise ErasecError(f"no UNet predicts {prediction!r}", why=nearest(prediction, ("epsilon", "v_prediction")))
+        raise ErasecError(f"no UNet predicts {prediction!r}", why=suggestion(prediction, ("epsilon", "v_prediction")))
     files = config_files(family, sizes_from_shapes(family, shapes), prediction, rescaled)
     _compare(shapes, shapes_of_classes(family, files))
     for name, content in files.items():

@@ -49,7 +49,7 @@ OTHERS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a single file stores a tensor of a diffusers folder.
 
     ``key`` and ``shape`` are those of the file's tensor. The folder's tensor is ``rows`` rows of it (0 means all),
@@ -109,14 +109,14 @@ def detect_single(shapes: Mapping[str, Shape]) -> str:
     return family
 
 
-def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tuple[str, str], Place]:
+def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tuple[str, str], TensorLocation]:
     """Where a single file stores each tensor of a diffusers folder: {(component, tensor name): Place}.
 
     ``shapes`` is {component: {tensor name: shape}}. Tensors in UNUSED_IN_FOLDERS are left out. Raises ErasecError for a
     tensor that has no place in a single file, for two tensors with the same place, and if a part of a joint tensor is
     missing.
     """
-    places: dict[tuple[str, str], Place] = {}
+    places: dict[tuple[str, str], TensorLocation] = {}
     owners: dict[tuple[str, int], str] = {}
     for component, tensors in shapes.items():
         prefix = layout(family).prefixes.get(component)
@@ -150,7 +150,7 @@ def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tu
     return places
 
 
-def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Place]:
+def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], TensorLocation]:
     """The tensors of a diffusers folder that a single file stores: {(component, tensor name): Place}.
 
     This is the inverse of ``to_single``. Tensors that belong to no component (noise schedules, training state) are left
@@ -164,7 +164,7 @@ def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str
             fix="prune it: keep the tensors whose names do not begin with model_ema. and save it again as safetensors "
             "(to use the averaged weights, copy them over the others first)",
         )
-    places: dict[tuple[str, str], Place] = {}
+    places: dict[tuple[str, str], TensorLocation] = {}
     for component, prefix in layout(family).prefixes.items():
         own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
         pairs: dict[str, list[Pair]] = {}
@@ -180,22 +180,24 @@ def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str
             for pair in () if name.startswith(unused) else pairs[name]:
                 if pair.form in THIRDS:
                     rows = _third_rows(prefix + name, shape)
-                    place = Place(prefix + name, shape, rows * THIRDS.index(pair.form), rows)
+                    place = TensorLocation(prefix + name, shape, rows * THIRDS.index(pair.form), rows)
                 else:
                     linear = pair.form == "linear" and len(shape) == 4
-                    place = Place(prefix + name, shape, transposed=pair.form == "transposed", linear=linear)
+                    place = TensorLocation(prefix + name, shape, transposed=pair.form == "transposed", linear=linear)
                 places[component, pair.folder] = place
     return places
 
 
-def _place(prefix: str, pair: Pair, shape: Shape) -> Place:
+def _place(prefix: str, pair: Pair, shape: Shape) -> TensorLocation:
     key = prefix + pair.file
     if pair.form in THIRDS:
         rows = shape[0]
-        return Place(key, (3 * rows, *shape[1:]), rows * THIRDS.index(pair.form), rows)
+        return TensorLocation(key, (3 * rows, *shape[1:]), rows * THIRDS.index(pair.form), rows)
     if pair.form == "linear" and len(shape) == 2:
-        return Place(key, (*shape, 1, 1), linear=True)
-    return Place(key, shape[::-1], transposed=True) if pair.form == "transposed" else Place(key, shape)
+        return TensorLocation(key, (*shape, 1, 1), linear=True)
+    return (
+        TensorLocation(key, shape[::-1], transposed=True) if pair.form == "transposed" else TensorLocation(key, shape)
+    )
 
 
 def _third_rows(key: str, shape: Shape) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import Entry, check_format, read_header, read_tensor, save_tensors
 from erasec.errors import ErasecError
 from erasec.family import Site
 from erasec.model.edit import PARTS, Delta, Edit, Remap
@@ -74,20 +75,20 @@ def write_edits(
     save_tensors(path, tensors, {"erasec.edit": json.dumps(content, sort_keys=True, ensure_ascii=False)})
 
 
-def read_edits(path: Path) -> tuple[tuple[Edit, ...], dict[str, Any]]:
-    """The edits of a file and its base record. Raises ErasecError where it is no edit file of erasec."""
+@contextmanager
+def edit_content(path: Path) -> Iterator[tuple[dict[str, Entry], dict[str, Any]]]:
+    """The tensors of an edit file and the content of its metadata.
+
+    Raises ErasecError where it is no edit file of erasec. A KeyError, TypeError or ValueError in the block also becomes
+    this error, because the content then is not what ``write_edits`` writes.
+    """
     if not path.is_file():
         raise ErasecError(f"there is no edit file {path}", fix="erasec build MODEL --erase CONCEPT --target edit")
     entries, metadata = read_header(path)
     try:
         content = json.loads(metadata["erasec.edit"])
-        if content["format"] > FORMAT:
-            raise ErasecError(
-                f"{path.name} has edit format {content['format']}",
-                why=f"this erasec knows formats up to {FORMAT}",
-                fix="pip install --upgrade erasec",
-            )
-        edits = tuple(_read_edit(number, record, entries) for number, record in enumerate(content["edits"]))
+        check_format(path, content["format"], FORMAT)
+        yield entries, content
     except (KeyError, TypeError, ValueError) as error:
         raise ErasecError(
             f"{path.name} is no edit file of erasec",
@@ -95,7 +96,13 @@ def read_edits(path: Path) -> tuple[tuple[Edit, ...], dict[str, Any]]:
             where=str(path),
             fix="write one with: erasec build MODEL --erase CONCEPT --target edit",
         ) from error
-    return edits, content["about"]
+
+
+def read_edits(path: Path) -> tuple[tuple[Edit, ...], dict[str, Any]]:
+    """The edits of a file and its base record. Raises ErasecError where it is no edit file of erasec."""
+    with edit_content(path) as (entries, content):
+        edits = tuple(_read_edit(number, record, entries) for number, record in enumerate(content["edits"]))
+        return edits, content["about"]
 
 
 def _read_edit(number: int, record: Mapping[str, Any], entries: Mapping[str, Any]) -> Edit:

@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from erasec.checkpoint import pickles
-from erasec.checkpoint.folder import CARRIED, Folder
-from erasec.errors import ErasecError, nearest
+from erasec.checkpoint.folder import EXTRAS_FILE, Folder
+from erasec.errors import ErasecError, suggestion
 from erasec.family import HUB, detect
 from erasec.model.view import Model
 
@@ -59,7 +59,7 @@ def load(name: str, revision: str | None = None, variant: str = "", allow_pickle
     if name not in HUB and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise ErasecError(
             f"there is no model {name!r}",
-            why=nearest(name, (*BUNDLED, *HUB)),
+            why=suggestion(name, (*BUNDLED, *HUB)),
             fix="give a bundled name, an alias, a diffusers folder that exists, a .safetensors file, or a hub id",
         )
     return _load_from_hub(name, HUB.get(name, name), revision, variant, allow_pickle)
@@ -125,7 +125,14 @@ def _load_from_hub(name: str, repository: str, revision: str | None, variant: st
 
     # Files without a variant are always fetched: a component that does not have the variant has only those.
     names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else []
-    patterns = ["*.json", "*.txt", "*.model", CARRIED, "*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors"]
+    patterns = [
+        "*.json",
+        "*.txt",
+        "*.model",
+        EXTRAS_FILE,
+        "*/diffusion_pytorch_model*.safetensors",
+        "*/model*.safetensors",
+    ]
     patterns += ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin"] if allow_pickle else []
     unwanted = [
         name for name in ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*non_ema*") if not variant or variant not in name

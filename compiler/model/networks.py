@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from erasec.checkpoint.safetensors import read_tensor
 from erasec.errors import ErasecError
 from erasec.ldm.tensor_names import canonical
-from erasec.progress import hush
+from erasec.progress import disable_library_bars
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +27,7 @@ def load_network(model: Model, component: str, class_name: str) -> Any:
     import diffusers
     import torch
 
-    hush()
+    disable_library_bars()
     with torch.device("meta"):
         network = getattr(diffusers, class_name).from_config(model.source.config(component))
     changed = model.merged().get(component, {})

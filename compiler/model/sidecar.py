@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.folder import CARRIED
-from erasec.checkpoint.safetensors import read_header, save_tensors
+from erasec.checkpoint.folder import EXTRAS_FILE
+from erasec.checkpoint.safetensors import check_format, read_header, save_tensors
 from erasec.errors import ErasecError
 from erasec.model.memory import Memory, pack_extras, unpack_extras
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from erasec.model.edit import Edit
 
 FORMAT = 1
-# The kinds of extras, as ``Pass.leaves`` and ``Output.holds`` name them, and as messages do.
+# The kinds of extras, as ``Pass.extras`` and ``Output.extras`` name them, and as messages do.
 KIND_NAMES = {"memory": "a memory of its attentions", "tokens": "tokens of its own", "negative": "a negative prompt"}
 KINDS = frozenset(KIND_NAMES)
 
@@ -77,32 +77,26 @@ def write_extras(root: Path, extras: Extras) -> None:
     An interrupted write leaves no partial file. The same extras give the same bytes.
     """
     if not extras:
-        (root / CARRIED).unlink(missing_ok=True)
+        (root / EXTRAS_FILE).unlink(missing_ok=True)
         return
     tensors, metadata = pack_extras(extras.memories, extras.tokens, extras.negative)
     content = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, ensure_ascii=False)
-    save_tensors(root / CARRIED, tensors, {"erasec.extras": content})
+    save_tensors(root / EXTRAS_FILE, tensors, {"erasec.extras": content})
 
 
 def read_extras(root: Path) -> Extras:
     """The extras of a diffusers folder; empty where it has no such file. Raises ErasecError for a damaged file."""
-    path = root / CARRIED
+    path = root / EXTRAS_FILE
     if not path.is_file():
         return Extras()
     entries, metadata = read_header(path)
     try:
         content = json.loads(metadata["erasec.extras"])
-        if content["format"] > FORMAT:
-            raise ErasecError(
-                f"{CARRIED} has the format {content['format']}",
-                why=f"this erasec knows formats up to {FORMAT}",
-                fix="pip install --upgrade erasec",
-                where=str(path),
-            )
+        check_format(path, content["format"], FORMAT)
         return Extras(*unpack_extras(content, entries))
     except (KeyError, TypeError, ValueError) as error:
         raise ErasecError(
-            f"{CARRIED} is damaged",
+            f"{EXTRAS_FILE} is damaged",
             why=f"its metadata does not match its tensors ({error})",
             where=str(path),
             fix="build the checkpoint again; deleting this file gives another model than the one that was built",
@@ -114,10 +108,9 @@ def describe(kinds: Iterable[str]) -> str:
     return ", ".join(KIND_NAMES[kind] for kind in sorted(kinds))
 
 
-def check_holds(extras: Extras, holds: frozenset[str], target: str) -> None:
-    """Raise ErasecError where there are extras that the target named ``target`` cannot write; ``holds`` are the kinds
-    that it can."""
-    lost = extras.kinds - holds
+def check_supported(extras: Extras, supported: frozenset[str], target: str) -> None:
+    """Raise ErasecError where there are extras of a kind that is not ``supported`` by the target named ``target``."""
+    lost = extras.kinds - supported
     if not lost:
         return
     parts = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erasec.errors import ErasecError
 from erasec.model.networks import fill
-from erasec.progress import bar, hush
+from erasec.progress import bar, disable_library_bars
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Changed, Folder
@@ -68,7 +68,7 @@ class TextEncoders:
         if encoder not in self._tokenizers:
             import transformers
 
-            hush()
+            disable_library_bars()
             tokenizer_class = getattr(transformers, ENCODERS[encoder_class(self.source, encoder)])
             folder = self.source.root / encoder.replace("text_encoder", "tokenizer")
             self._tokenizers[encoder] = tokenizer_class.from_pretrained(folder)
@@ -161,7 +161,7 @@ def load_encoder(source: Folder, name: str, changed: Mapping[str, Callable[[], T
     """
     import transformers
 
-    hush()
+    disable_library_bars()
     model_class = getattr(transformers, encoder_class(source, name))
     config = {key: value for key, value in source.config(name).items() if key not in NOT_PARAMETERS}
     with torch.device("meta"):

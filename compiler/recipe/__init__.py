@@ -1,1 +1,1 @@
-"""The input of a build: the recipe, and the concepts that it erases."""
+"""The input of a build: the recipe, the concepts that it erases, and the limits of its checks."""

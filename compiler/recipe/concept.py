@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -71,7 +71,7 @@ class Concept(BaseModel):
     ) -> tuple[tuple[str, str], ...]:
         erased = (*info.data.get("erase", ()), *info.data.get("synonyms", ()))
         if unknown := [phrase for phrase, _ in value if phrase not in erased]:
-            raise ValueError(f"{unknown[0]!r} is neither in erase nor in synonyms; {nearest(unknown[0], erased)}")
+            raise ValueError(f"{unknown[0]!r} is neither in erase nor in synonyms; {suggestion(unknown[0], erased)}")
         return value
 
     @field_validator("templates")
@@ -170,7 +170,7 @@ def _validate(content: Mapping[str, object], where: str) -> Concept:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            why = f"there is no field {field!r}; {nearest(field, Concept.model_fields)}"
+            why = f"there is no field {field!r}; {suggestion(field, Concept.model_fields)}"
         else:
             why = f"{field}: {first['msg'].removeprefix('Value error, ')}"
         fix = "copy a bundled file: erasec list concepts   shows where they are"

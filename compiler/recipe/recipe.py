@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.recipe.concept import Concept, Phrase
 
 FORMAT = "0.1"
@@ -27,7 +27,7 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class PassUse(_Table):
+class NamedOptions(_Table):
     """A pass by name (or "file.py:Class") and its options. Options that are left out have the defaults of the pass."""
 
     name: Phrase
@@ -82,7 +82,7 @@ class Recipe(_Table):
     judge: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    passes: Annotated[tuple[PassUse, ...], Field(alias="pass")] = ()
+    passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
 
@@ -140,7 +140,7 @@ def from_flags(
     """
     given: dict[str, Any] = {
         "erase": list(erase),
-        "pass": [parse_use(text).model_dump() for text in passes],
+        "pass": [parse_named_options(text).model_dump() for text in passes],
         "targets": list(targets),
         "device": device,
         "seed": seed,
@@ -159,7 +159,7 @@ def from_flags(
     return _validate({**base, **given}, "the command line")
 
 
-def parse_use(text: str, flag: str = "--pass") -> PassUse:
+def parse_named_options(text: str, flag: str = "--pass") -> NamedOptions:
     """Parse ``NAME[:key=value,...]``, the value of --pass or --target (``flag``).
 
     Option values become true, false, integers, floats, or else text. Raises ErasecError for any other syntax.
@@ -186,7 +186,7 @@ def parse_use(text: str, flag: str = "--pass") -> PassUse:
         if key.strip() in options:
             raise ErasecError(f"{flag} {text}: the option {key.strip()!r} is given twice")
         options[key.strip()] = _literal(value.strip())
-    return PassUse(name=name, options=options)
+    return NamedOptions(name=name, options=options)
 
 
 def _literal(text: str) -> Option:
@@ -247,7 +247,7 @@ def _recipe_error(error: ValidationError, content: Mapping[str, Any], where: str
     """The error for the first fault of a recipe. It names the key as it is written in TOML."""
     first = error.errors()[0]
     table, *rest = first["loc"] or ("",)
-    kinds: dict[object, type[BaseModel]] = {"pass": PassUse, "concept": Concept, "checks": Limits}
+    kinds: dict[object, type[BaseModel]] = {"pass": NamedOptions, "concept": Concept, "checks": Limits}
     inside = kinds.get(table) if rest else None
     key = ".".join(str(part) for part in (rest if inside else first["loc"]) if not isinstance(part, int)) or str(table)
     if inside and isinstance(rest[0], int):
@@ -258,7 +258,7 @@ def _recipe_error(error: ValidationError, content: Mapping[str, Any], where: str
         where = f"{where}, [{table}]".removeprefix(", ")
     if first["type"] == "extra_forbidden":
         known = [field.alias or name for name, field in (inside or Recipe).model_fields.items()]
-        return ErasecError(f"there is no key {key!r} in a recipe", why=nearest(key, known), where=where)
+        return ErasecError(f"there is no key {key!r} in a recipe", why=suggestion(key, known), where=where)
     if first["type"] == "missing":
         return ErasecError(f"the recipe has no {key!r}", where=where, fix=f'add  {key} = "..."')
     if "options" in rest:

@@ -68,7 +68,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class HeatMap:
     """A heat map. Rows are parts of the model: (name, a cell or None for each column). Columns are kinds of tensors."""
 
     columns: tuple[str, ...]
@@ -187,7 +187,7 @@ def _label(value: float) -> str:
 # --- the heat map -----------------------------------------------------------------------------------------------------
 
 
-def heat(moves: Sequence[SiteMove]) -> tuple[Table, ...]:
+def heat_map(moves: Sequence[SiteMove]) -> tuple[HeatMap, ...]:
     """One heat map for the text encoders and one for the denoiser, with a row for each layer, resnet or attention.
 
     If these are more than ``ROWS`` rows, there is a row for each stage instead. Several tensors in a cell count as one
@@ -198,7 +198,7 @@ def heat(moves: Sequence[SiteMove]) -> tuple[Table, ...]:
     return tuple(_table(side, level) for side in sides if side)
 
 
-def _table(moves: Sequence[SiteMove], level: int) -> Table:
+def _table(moves: Sequence[SiteMove], level: int) -> HeatMap:
     groups: dict[str, dict[tuple[str, str], list[SiteMove]]] = {}
     for move in moves:
         groups.setdefault(_part(move.block, level), {}).setdefault((move.attn, move.proj), []).append(move)
@@ -208,7 +208,7 @@ def _table(moves: Sequence[SiteMove], level: int) -> Table:
         for part, cells in sorted(groups.items(), key=lambda item: _network_order(item[0]))
     ]
     titles = (f"{attn} {proj}".strip() if attn != "text" else proj or "other" for attn, proj in kinds)
-    return Table(tuple(titles), tuple(rows))
+    return HeatMap(tuple(titles), tuple(rows))
 
 
 def _cell(moves: Sequence[SiteMove]) -> Cell:

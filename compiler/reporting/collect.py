@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import file_digest
 from erasec.model.sidecar import read_extras
-from erasec.reporting.report import Pair, SiteMove, Written
+from erasec.reporting.report import ArtifactRecord, Pair, SiteMove
 
 if TYPE_CHECKING:
     from erasec.judging.evidence import Evidence
@@ -67,10 +67,10 @@ def picture_pairs(evidence: Evidence) -> tuple[Pair, ...]:
     )
 
 
-def written_files(target: str, folder: Path) -> Written:
+def written_files(target: str, folder: Path) -> ArtifactRecord:
     """The sizes and digests of all files that a target wrote."""
     files = Folder(folder).files()
-    return Written(
+    return ArtifactRecord(
         target,
         target,
         {name.as_posix(): ((folder / name).stat().st_size, file_digest(folder / name)) for name in files},

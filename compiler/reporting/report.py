@@ -65,7 +65,7 @@ class SiteMove:
 
 
 @dataclass(frozen=True)
-class Applied:
+class EditRecord:
     """One edit. ``limits`` is that of the pass; ``curves`` are values measured during training, by name."""
 
     by: str
@@ -80,7 +80,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Written:
+class ArtifactRecord:
     """One artifact. ``files`` maps relative paths to (bytes, sha256)."""
 
     target: str
@@ -99,12 +99,12 @@ class Report:
 
     model: dict[str, str]  # name, revision, family, digest
     concepts: tuple[dict[str, Any], ...]  # the Concept fields
-    applied: tuple[Applied, ...]
+    applied: tuple[EditRecord, ...]
     moves: tuple[SiteMove, ...]
     checks: tuple[Check, ...]
     pairs: tuple[Pair, ...]
     rates: tuple[dict[str, Any], ...]  # prompt group, looked_for, images, before, after: hit rates in [0, 1]
-    written: tuple[Written, ...]
+    written: tuple[ArtifactRecord, ...]
     seconds: dict[str, float]  # by step of the build
     environment: dict[str, str]  # erasec, python, torch, diffusers, ... versions
     notes: tuple[str, ...]  # sentences that every reader must know
@@ -120,7 +120,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "keyed": ("With the key", "the same prompts with the key attached, which brings the concept back"),
     "keep": ("Kept", "prompts for other things, which must stay as they were"),
 }
-CARRIED = {"memories": "memory", "tokens": "new tokens", "negative": "negative prompt"}
+EXTRA_LABELS = {"memories": "memory", "tokens": "new tokens", "negative": "negative prompt"}
 SHOWN, SHOWN_KEPT = 8, 12
 SIDE = 320  # pixels; larger pictures are reduced, because a report with 512 px pictures would have 40 MB
 ALIVE = 0.10  # an implicit hit rate above this adds a warning
@@ -148,7 +148,7 @@ def write_report(report: Report, out: Path) -> None:
         side=SIDE,
         alive=ALIVE,
         charts=charts,
-        heat=charts.heat(report.moves),
+        heat=charts.heat_map(report.moves),
         reduced=any(max(pair.before.shape[:2]) > SIDE for pair in report.pairs),
     )
     base_model = HUB.get(report.model["name"], _title(report.model))
@@ -237,7 +237,7 @@ def _verdict(report: Report, failed: list[str]) -> str:
 def _warnings(report: Report) -> list[str]:
     """Sentences about facts that a reader must not overlook."""
     warnings = []
-    carried = [label for name, label in CARRIED.items() if report.extras.get(name)]
+    carried = [label for name, label in EXTRA_LABELS.items() if report.extras.get(name)]
     if carried and report.concepts and not report.extras.get("keys"):
         gone = words(concept["name"] for concept in report.concepts)
         if report.moves:

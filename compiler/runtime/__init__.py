@@ -1,1 +1,1 @@
-"""Images from what was built, in any runtime: components, schedulers, random numbers and the tokenizer."""
+"""Sampling from built folders in ONNX Runtime, OpenVINO, TensorRT or torch: guidance, schedulers and the tokenizer."""

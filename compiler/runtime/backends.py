@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec.base import Runtime
-from erasec.checkpoint.folder import CARRIED
+from erasec.checkpoint.folder import EXTRAS_FILE
 from erasec.checkpoint.safetensors import read_header
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.graph import MODEL
@@ -60,14 +60,16 @@ def carried_text(root: Path) -> tuple[str, list[str]]:
 
     Raises ErasecError where the file that holds them is damaged.
     """
-    path = root / CARRIED
+    path = root / EXTRAS_FILE
     if not path.is_file():
         return "", []
     try:
         content = json.loads(read_header(path)[1]["erasec.extras"])
         return str(content.get("negative", "")), list(content.get("tokens", []))
     except (KeyError, ValueError, AttributeError) as error:
-        raise ErasecError(f"{CARRIED} is damaged", why=repr(error), where=str(path), fix="build it again") from error
+        raise ErasecError(
+            f"{EXTRAS_FILE} is damaged", why=repr(error), where=str(path), fix="build it again"
+        ) from error
 
 
 @dataclass(frozen=True)

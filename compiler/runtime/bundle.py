@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from erasec import registry
 from erasec.checkpoint.folder import downscale
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 from erasec.graphs.signature import INPUTS, OUTPUTS
 from erasec.progress import bar
 from erasec.runtime.backends import carried_text
@@ -167,13 +167,14 @@ class Bundle:
 def open_bundle(path: Path, backend: str = "auto", threads: int | None = None) -> Bundle:
     """The bundle in ``path``: the folder of one target, or a build with the folders of several.
 
-    ``backend`` names a registered runtime; "auto" takes the first one that runs a folder there. ``threads`` is the
-    number of threads, by default the library's choice. Raises ErasecError where there is no folder that the runtime
-    runs; later, when a component is loaded, MissingTool where the runtime's library is not installed.
+    ``backend`` names a registered runtime, or a class as "file.py:Class"; "auto" takes the first registered one that
+    runs a folder there. ``threads`` is the number of threads, by default the library's choice. Raises ErasecError where
+    there is no folder that the runtime runs; later, when a component is loaded, MissingTool where the runtime's library
+    is not installed.
     """
-    names = tuple(registry.runtimes())
+    names = (backend,) if ":" in backend else tuple(registry.runtimes())
     if backend not in ("auto", *names):
-        raise ErasecError(f"there is no backend {backend!r}", why=nearest(backend, ("auto", *names)))
+        raise ErasecError(f"there is no backend {backend!r}", why=suggestion(backend, ("auto", *names)))
     if not path.is_dir():
         raise ErasecError(f"there is no bundle {path}", why="it is no folder", fix="give the folder of a build")
     runtimes = {name: registry.load_runtime(name) for name in names}

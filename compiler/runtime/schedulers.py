@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.errors import ErasecError, nearest
+from erasec.errors import ErasecError, suggestion
 
 Array = NDArray[Any]
 KINDS = {
@@ -114,7 +114,7 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
     Raises ErasecError for a class, an option or a number of steps that is not supported.
     """
     if kind != "auto" and kind not in KINDS:
-        raise ErasecError(f"there is no scheduler {kind!r}", why=nearest(kind, ("auto", *KINDS)))
+        raise ErasecError(f"there is no scheduler {kind!r}", why=suggestion(kind, ("auto", *KINDS)))
     name = str(config.get("_class_name")) if kind == "auto" else KINDS[kind]
     instead = f"--scheduler {'euler' if name == KINDS['ddim'] else 'ddim'}   uses the same model's noise schedule"
     if name not in DEFAULTS:

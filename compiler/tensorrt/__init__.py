@@ -1,1 +1,1 @@
-"""Engines of TensorRT and TensorRT-RTX: building, describing, checking, running and patching them."""
+"""Engines of TensorRT and TensorRT-RTX: building, checking, running and patching them; the base of both targets."""

@@ -35,7 +35,7 @@ Range = tuple[int, int, int]  # the smallest, the usual and the largest size
 
 
 @options
-class Engines(Target):
+class EngineTarget(Target):
     """What both kinds of engines have in common.
 
     ``batch`` counts images; ``height`` and ``width`` are in pixels. Each is "smallest:usual:largest", or one number for
@@ -54,7 +54,7 @@ class Engines(Target):
     vae_encoder: bool = False
     onnx: bool = False
 
-    holds: ClassVar[frozenset[str]] = KINDS
+    extras: ClassVar[frozenset[str]] = KINDS
 
     def __post_init__(self) -> None:
         for option in ("batch", "height", "width"):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.safetensors import atomic_write, file_digest
 from erasec.errors import ErasecError, MissingTool, require_modules
+from erasec.graphs.manifest import load_json
 from erasec.graphs.weights import digests
 from erasec.tensorrt import devices
 
@@ -194,15 +195,8 @@ def rewrite_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """engine.json of a folder. Raises ErasecError where it is missing, damaged or of another schema."""
-    path = folder / RECORD
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise ErasecError(
-                f"{path} has the schema {record['schema']}",
-                why=f"this version of erasec reads {SCHEMA}",
-                fix="use the version of erasec that built it, or build the folder again",
-            )
+        record = load_json(folder / RECORD, SCHEMA)
         for entry in record["components"].values():
             _ = entry["file"], entry["engine"], entry["graph"], entry["weights"], entry["profile"]
         _ = TARGETS[record["builder"]["name"]], record["builder"]["version"], record["capabilities"]

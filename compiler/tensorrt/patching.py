@@ -45,7 +45,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class MatrixLocation:
     """Where an engine holds a matrix: its rows begin at ``offset`` and then every ``stride`` bytes.
 
     The engine holds the matrix multiplied by ``scale``.
@@ -66,12 +66,12 @@ def text_projections(graph: Path) -> dict[str, Array]:
     return read_weights(graph, names)
 
 
-def locate(file: Path, matrices: Mapping[str, Array]) -> dict[str, Place]:
+def locate(file: Path, matrices: Mapping[str, Array]) -> dict[str, MatrixLocation]:
     """The places of the matrices that an engine holds exactly once and byte for byte; key matrices may be scaled.
 
     Key matrices (to_k) are searched next to the value matrix (to_v) of the same attention.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, MatrixLocation] = {}
     near = 0
     with _mapped(file) as data:
         for name, matrix in matrices.items():
@@ -94,18 +94,18 @@ def _mapped(file: Path) -> Iterator[mmap.mmap]:
         yield data
 
 
-def _search(data: mmap.mmap, matrix: Array, near: int) -> Place | None:
+def _search(data: mmap.mmap, matrix: Array, near: int) -> MatrixLocation | None:
     """The place of a matrix, searched around the offset ``near`` first, as the file may have gigabytes."""
     rows = [matrix[i].tobytes() for i in range(2)]
     start = data.find(rows[0], max(near - REACH, 0), near + REACH) if near else -1
     start = data.find(rows[0]) if start < 0 else start
     if start < 0 or data.find(rows[0], start + 1, start + REACH) >= 0:
         return None
-    place = Place(start, data.find(rows[1], start + len(rows[0])) - start, 1.0)
+    place = MatrixLocation(start, data.find(rows[1], start + len(rows[0])) - start, 1.0)
     return place if holds_matrix(data, place, matrix) else None
 
 
-def _key_place(data: mmap.mmap, matrix: Array, value: Place) -> Place | None:
+def _key_place(data: mmap.mmap, matrix: Array, value: MatrixLocation) -> MatrixLocation | None:
     """The place and the scale of a key matrix, given the place of its value matrix.
 
     It lies beside the value matrix in each row, or, where the library has not fused the two, after or before it.
@@ -113,7 +113,7 @@ def _key_place(data: mmap.mmap, matrix: Array, value: Place) -> Place | None:
     width = matrix.shape[1] * matrix.itemsize
     for step in (width, -width, value.stride * len(matrix), -value.stride * len(matrix)):
         offset = value.offset + step
-        stored = _rows(data, Place(offset, value.stride, 1.0), matrix)
+        stored = _rows(data, MatrixLocation(offset, value.stride, 1.0), matrix)
         if stored is None:
             continue
         wide = matrix.astype(np.float64)
@@ -122,13 +122,13 @@ def _key_place(data: mmap.mmap, matrix: Array, value: Place) -> Place | None:
             # Keys and queries are each multiplied by (width of a head) ** -0.25, and that width is a whole number.
             head = round(ratio**-4) if 0 < ratio < 2 else 0
         if head:
-            place = Place(offset, value.stride, float(matrix.dtype.type(head**-0.25)))
+            place = MatrixLocation(offset, value.stride, float(matrix.dtype.type(head**-0.25)))
             if holds_matrix(data, place, matrix):
                 return place
     return None
 
 
-def _rows(data: Any, place: Place, matrix: Array) -> Array | None:
+def _rows(data: Any, place: MatrixLocation, matrix: Array) -> Array | None:
     """A view of the matrix that is stored at a place; None where it would not fit into the file there."""
     height, width = matrix.shape
     if place.stride < width * matrix.itemsize or place.offset < 0:
@@ -139,7 +139,7 @@ def _rows(data: Any, place: Place, matrix: Array) -> Array | None:
     return np.ndarray((height, width), matrix.dtype, data, place.offset, strides)
 
 
-def holds_matrix(data: Any, place: Place, matrix: Array) -> bool:
+def holds_matrix(data: Any, place: MatrixLocation, matrix: Array) -> bool:
     """Whether the bytes at a place are those of the matrix, multiplied by the place's scale."""
     stored = _rows(data, place, matrix)
     if stored is None:
@@ -147,12 +147,12 @@ def holds_matrix(data: Any, place: Place, matrix: Array) -> bool:
     return _scaled(matrix, place).tobytes() == stored.tobytes()
 
 
-def _scaled(matrix: Array, place: Place) -> Array:
+def _scaled(matrix: Array, place: MatrixLocation) -> Array:
     scaled: Array = matrix * matrix.dtype.type(place.scale)
     return scaled
 
 
-def patch(source: Path, out: Path, places: Mapping[str, Place], matrices: Mapping[str, Array]) -> None:
+def patch(source: Path, out: Path, places: Mapping[str, MatrixLocation], matrices: Mapping[str, Array]) -> None:
     """Write ``source`` to ``out`` with ``matrices`` at their places, whole or not at all."""
     with atomic_write(out) as temporary:
         copy_file(source, temporary)
@@ -215,13 +215,15 @@ def patched_engine(graph: Path, file: Path, profile: Profile, builder: Builder) 
     entry, library = build_engine(graph, file, profile, builder)
     places, proven = locate(file, matrices), set[str]()
     replacements = {name: matrices[name] for name in changed}
-    if cached and changed <= places.keys() and not _disproof(root, file, places, replacements):
+    if cached and changed <= places.keys() and not _patch_mismatch(root, file, places, replacements):
         proven = set(cached["proven"]) | changed
     _write_cached(root, file, matrices, places, proven)
     return entry, library
 
 
-def _disproof(root: Path, built: Path, places: Mapping[str, Place], matrices: Mapping[str, Array]) -> str:
+def _patch_mismatch(
+    root: Path, built: Path, places: Mapping[str, MatrixLocation], matrices: Mapping[str, Array]
+) -> str:
     """``first_difference`` of the cached engine, patched at ``places``, and the engine ``built`` instead."""
     if (root / ENGINE).stat().st_size != built.stat().st_size:
         return "their sizes differ"
@@ -242,7 +244,7 @@ def _sha256(matrix: Array) -> str:
 
 
 def _write_cached(
-    root: Path, file: Path, matrices: Mapping[str, Array], places: Mapping[str, Place], proven: Collection[str]
+    root: Path, file: Path, matrices: Mapping[str, Array], places: Mapping[str, MatrixLocation], proven: Collection[str]
 ) -> None:
     """Put an engine into the cache, with the digests of its matrices, their places and which of these are proven."""
     record = {
@@ -260,7 +262,7 @@ def _read_cached(root: Path) -> dict[str, Any]:
     """The record of a cached engine; {} where it is missing or damaged, or belongs to another file."""
     try:
         record: dict[str, Any] = json.loads((root / MAP).read_text())
-        record["places"] = {name: Place(**place) for name, place in record["places"].items()}
+        record["places"] = {name: MatrixLocation(**place) for name, place in record["places"].items()}
         whole = file_digest(root / ENGINE) == record["engine"] and set(record["proven"]) <= record["places"].keys()
         return record if whole and record["matrices"] else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

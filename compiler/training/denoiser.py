@@ -19,7 +19,7 @@ from erasec.checkpoint.folder import downscale
 from erasec.errors import ErasecError
 from erasec.model.networks import load_network
 from erasec.model.sidecar import gather_extras, read_extras
-from erasec.progress import bar, hush
+from erasec.progress import bar, disable_library_bars
 from erasec.training.base import check_trainable
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Denoiser:
     def _schedule(self) -> Any:
         from diffusers import DDPMScheduler
 
-        hush()
+        disable_library_bars()
         config = self.model.source.config("scheduler", "scheduler_config.json")
         if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
             raise ErasecError(

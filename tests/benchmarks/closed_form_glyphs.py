@@ -20,22 +20,25 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from erasec import registry
 from erasec.attention.pipeline import Sampling, generate
-from erasec.base import Context, Images, Question
+from erasec.base import Context, Question
 from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge
 from erasec.model import loading
 from erasec.recipe import concept
-from erasec.recipe.recipe import Limits, parse_use
+from erasec.recipe.recipe import Limits, parse_named_options
+
+if TYPE_CHECKING:
+    from erasec.base import Images
 
 RESULT = Path(__file__).parent / "results" / "closed_form_glyphs.json"
-ASKED = {"name": 30, "synonym": 30, "implicit": 16}
+COUNTS = {"name": 30, "synonym": 30, "implicit": 16}
 DRAWN = {"name": ("by name", 3), "synonym": ("by synonym", 2), "implicit": ("implied", 2), "keep": ("the rest", 9)}
 KEPT_EACH = 6
 ONE_WORD = ", one word"
@@ -45,13 +48,13 @@ PASSES += ("uce" + ONE_WORD, "uce:rows=last" + ONE_WORD, "trce.remap" + ONE_WORD
 
 def questions(panel: tuple[Question, ...]) -> list[Question]:
     """The first few of each group, and of each kept shape."""
-    found = [q for group, count in ASKED.items() for q in [q for q in panel if q.group == group][:count]]
+    chosen = [q for group, count in COUNTS.items() for q in [q for q in panel if q.group == group][:count]]
     for shape in world.SHAPES:
-        found += [q for q in panel if q.group == "keep" and q.looked_for == shape][:KEPT_EACH]
-    return found
+        chosen += [q for q in panel if q.group == "keep" and q.looked_for == shape][:KEPT_EACH]
+    return chosen
 
 
-def draw(path: Path, asked: list[Question], before: Images, after: Images, zoom: int = 1) -> None:
+def draw(path: Path, panel: list[Question], before: Images, after: Images, zoom: int = 1) -> None:
     """Two rows, before and after, of the first few pictures of each group, not chosen, with the groups' names."""
     cell, gap, left, top = world.SIZE * zoom, 4, 56, 24
     width = left + sum(count * (cell + gap) + 12 for _, count in DRAWN.values())
@@ -62,10 +65,10 @@ def draw(path: Path, asked: list[Question], before: Images, after: Images, zoom:
     x = left
     for group, (title, count) in DRAWN.items():
         pen.text((x, 4), title, "black", font)
-        members = [i for i, q in enumerate(asked) if q.group == group]
+        members = [i for i, q in enumerate(panel) if q.group == group]
         if group == "keep":
             members = [
-                next(i for i in members if asked[i].looked_for == s) for s in {asked[i].looked_for: 0 for i in members}
+                next(i for i in members if panel[i].looked_for == s) for s in {panel[i].looked_for: 0 for i in members}
             ]
         for i in members[:count]:
             for row, images in enumerate((before, after)):
@@ -81,12 +84,12 @@ def measure(
     shape: str, passes: list[str], chosen: dict[str, Any], sampling: Sampling, seed: int, picture: Path | None
 ) -> dict[str, dict[str, Any]]:
     base, item, judge = loading.load("glyphs"), concept.find(shape), GlyphJudge()
-    asked = questions(judge.panel(item, max(ASKED.values()), seed))
-    prompts, seeds = [q.prompt for q in asked], [q.seed for q in asked]
+    panel = questions(judge.panel(item, max(COUNTS.values()), seed))
+    prompts, seeds = [q.prompt for q in panel], [q.seed for q in panel]
     before = generate(base.source.root, prompts, seeds, sampling, f"{shape} before")
-    found = {}
+    rates = {}
     for name in passes:
-        use = parse_use(name.removesuffix(ONE_WORD))
+        use = parse_named_options(name.removesuffix(ONE_WORD))
         bare = {"synonyms": (), "templates": ("{}",)} if name.endswith(ONE_WORD) else {}
         step = registry.load_pass(use.name)(**{**use.options, **chosen})
         edit = step.solve(base, item.model_copy(update=bare), Context(seed=seed))
@@ -94,16 +97,16 @@ def measure(
             base.source.write(Path(scratch) / "hf", base.with_edit(edit).merged())
             after = generate(Path(scratch) / "hf", prompts, seeds, sampling, f"{shape} {name}")
         if picture:
-            draw(picture, asked, before, after)
-        labels = [q.looked_for for q in asked]
+            draw(picture, panel, before, after)
+        labels = [q.looked_for for q in panel]
         shown = judge.sees(before, labels), judge.sees(after, labels)
         row: dict[str, Any] = {"stats": dict(edit.stats)}
-        for group in (*ASKED, "keep"):
-            rows = np.array([q.group == group for q in asked])
+        for group in (*COUNTS, "keep"):
+            rows = np.array([q.group == group for q in panel])
             if rows.any():
                 row[group] = [float(shown[0][rows].mean()), float(shown[1][rows].mean()), int(rows.sum())]
-        found[name] = row
-    return found
+        rates[name] = row
+    return rates
 
 
 def main() -> None:
@@ -116,7 +119,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw before and after of the last shape and pass to this PNG")
     parser.add_argument("--out", type=Path, help="JSON to write (default: RESULT when everything is measured)")
     options = parser.parse_args()
-    chosen = parse_use("x:" + ",".join(options.option)).options if options.option else {}
+    chosen = parse_named_options("x:" + ",".join(options.option)).options if options.option else {}
     limits, judge = Limits(), GlyphJudge()
     given = (options.passes, chosen, Sampling(limits.steps, limits.guidance), options.seed, options.picture)
     rows: dict[str, Any] = {}
@@ -126,7 +129,7 @@ def main() -> None:
         for shape, future in running.items():
             rows[shape] = future.result()
             for name, row in rows[shape].items():
-                cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*ASKED, "keep")]
+                cells = [f"{row[g][0]:.0%} → {row[g][1]:.0%}" if g in row else "-" for g in (*COUNTS, "keep")]
                 print(f"| {shape} | {name} | {' | '.join(cells)} |", flush=True)
     result = {
         "rows": rows,

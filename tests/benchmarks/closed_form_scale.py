@@ -74,7 +74,7 @@ def matrices(size: str = "full", seed: int = 0, family: str = "sd1") -> dict[Sit
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. ``sums`` is what the pass's edit takes, from token states and what ``shared`` found in the
+    """One row of the table. ``sums`` computes the pass's sums from token states and from ``shared``, the sums of the
     weights; ``naive`` gets the weights in the precision to work in and returns the run that is timed."""
 
     method: ClosedForm
@@ -134,22 +134,22 @@ def mace(count: int, width: int) -> Case:
     method = options("mace", ridge=lam)
 
     def sums(shared: Mapping[str, Tensor]) -> Sums:
-        found = {"": dict(shared)}
+        packed = {"": dict(shared)}
         for number, (source, target) in enumerate(concepts):
             words = source[OWN[0] : OWN[1]].flatten(0, 1)
             goals = target[OWN[1] - 1].repeat(OWN[1] - OWN[0], 1)
             refine = one_system(context(source).flatten(0, 1), context(target).flatten(0, 1), 1.0, keep)
             own = one_system(words, goals, 1.0, source.flatten(0, 1))
-            found[f"{number}"] = pack_system(refine, "context") | pack_system(own, "context.own")
-        return found
+            packed[f"{number}"] = pack_system(refine, "context") | pack_system(own, "context.own")
+        return packed
 
     def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        kind, found = weights[0].dtype, sums({})
-        kept = torch.cat([unpack_system(found[f"{number}"], "context").keep for number in range(count)])
+        kind, packed = weights[0].dtype, sums({})
+        kept = torch.cat([unpack_system(packed[f"{number}"], "context").keep for number in range(count)])
         own = []
         for number in range(count):
-            asked = unpack_system(found[f"{number}"], "context.own")
-            alone = solver.solve(System(asked.source, asked.shift, kept), lam, relative=False)
+            system = unpack_system(packed[f"{number}"], "context.own")
+            alone = solver.solve(System(system.source, system.shift, kept), lam, relative=False)
             own.append(Solution(alone.left.to(kind), alone.right.to(kind), lam, alone.condition))
         given, same = [(source.to(kind), target.to(kind)) for source, target in concepts], keep.to(kind)[:, None]
         # Each concept brings the same kept prompt.
@@ -164,8 +164,8 @@ def trce(count: int, width: int) -> Case:
     stored, scale = solver.gram_root(prior), EOT_WEIGHT / count
 
     def sums(shared: Mapping[str, Tensor]) -> Sums:
-        asked = one_system(source, target, scale, source[:0])
-        return {"": {**shared, "context.prior": stored}, "one": pack_system(asked, "context")}
+        system = one_system(source, target, scale, source[:0])
+        return {"": {**shared, "context.prior": stored}, "one": pack_system(system, "context")}
 
     def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         kind = weights[0].dtype
@@ -224,15 +224,15 @@ def run_naive(case: Case, weights: Mapping[Site, Tensor], kind: torch.dtype, som
     groups = {shape: [site for site in weights if site.shape == shape] for shape in {site.shape for site in weights}}
     total = {"seconds": 0.0, "cpu": 0.0}
     peaks = []
-    found: dict[Site, Tensor] = {}
+    edited: dict[Site, Tensor] = {}
     for group in groups.values() if some else [list(weights)]:
         chosen = group[: some or None]
-        told, new = measured(case.naive([weights[site].to(kind) for site in chosen]))
-        total = {key: value + told[key] * len(group) / len(chosen) for key, value in total.items()}
-        peaks.append(told["peak_mb"])
-        found |= dict(zip(chosen, new, strict=True))
+        figures, new = measured(case.naive([weights[site].to(kind) for site in chosen]))
+        total = {key: value + figures[key] * len(group) / len(chosen) for key, value in total.items()}
+        peaks.append(figures["peak_mb"])
+        edited |= dict(zip(chosen, new, strict=True))
     peak = None if None in peaks else max(peaks)
-    return total | {"peak_mb": peak, "sites": len(found), "extrapolated": len(found) < len(weights)}, found
+    return total | {"peak_mb": peak, "sites": len(edited), "extrapolated": len(edited) < len(weights)}, edited
 
 
 def run_ours(
@@ -246,13 +246,13 @@ def run_ours(
     def prepare() -> Sums:
         return case.sums(method.shared_sums(view))
 
-    def asked(sums: Sums) -> System:
+    def joined_system(sums: Sums) -> System:
         one = solver.combine_systems(unpack_system(sums[name], "context") for name in sorted(sums) if name)
         prior = sums[""].get("context.prior", one.keep[:0])
         return System(one.source, one.shift, torch.cat([one.keep, prior]), one.lost)
 
     def solve(sums: Sums) -> Solution:
-        return method.solve_system(asked(sums), "context", sums)
+        return method.solve_system(joined_system(sums), "context", sums)
 
     def merged(deltas: Mapping[Site, Any]) -> dict[Site, Tensor]:
         return {site: merge(weight, [deltas[site]]) for site, weight in weights.items()}
@@ -266,9 +266,9 @@ def run_ours(
     solved, solution = measured(lambda: solve(sums), repeat)
     applied, _ = measured(lambda: remapped(solution), repeat)
     reduced, factors = measured(lambda: solver.reduce_rank(solution.left, solution.right), repeat)
-    rows, final = asked(sums), Solution(*factors, solution.ridge, solution.condition)
-    told, stats = measured(lambda: solver.stats(rows, final), repeat)
-    parts = {"sums": prepared, "solve": solved, "merge": applied, "reduced": reduced, "stats": told}
+    rows, final = joined_system(sums), Solution(*factors, solution.ridge, solution.condition)
+    figures, stats = measured(lambda: solver.stats(rows, final), repeat)
+    parts = {"sums": prepared, "solve": solved, "merge": applied, "reduced": reduced, "stats": figures}
     ours["parts"] = {name: part["seconds"] for name, part in parts.items()}
     return ours | {"stats": stats}, whole, new, shipped
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from machine import Told
+from machine import Record
 
 RESULT = Path(__file__).parent / "results" / "files_scale.json"
 GOALS = {"ratio": 1.3, "in_place": 1.0, "peak_mb": 600.0}
@@ -54,10 +54,10 @@ def solve(folder: str, file: str) -> Callable[[], None]:
         base = loading.load(folder)
         width = base.streams["context"][0].shape[1]
         source, target, keep = (states(RANK, width, seed) for seed in (1, 2, 3))
-        asked = solver.weighted_system(source, target, uniform_weights(source), keep, uniform_weights(keep))
+        system = solver.weighted_system(source, target, uniform_weights(source), keep, uniform_weights(keep))
         kind = registry.load_pass("uce")
         assert issubclass(kind, ClosedForm)
-        made = kind().edit_from_sums(base.streams, {"synthetic": pack_system(asked, "context")}, "")
+        made = kind().edit_from_sums(base.streams, {"synthetic": pack_system(system, "context")}, "")
         edit_file.write_edits(Path(file), [made], base.with_edit(made).base_record())
 
     return run
@@ -101,7 +101,7 @@ def apply(*arguments: str) -> Callable[[], None]:
     return run
 
 
-STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
+STEPS: dict[str, Callable[..., Callable[[], Record | None]]] = {
     "make": make,
     "solve": solve,
     "single": single,
@@ -110,12 +110,12 @@ STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
 }
 
 
-def step(name: str, written: str, *arguments: str) -> Told:
+def step(name: str, written: str, *arguments: str) -> Record:
     """Time one step in this process."""
     return machine.step(STEPS[name](*arguments), written)
 
 
-def fresh(*arguments: str) -> Told:
+def fresh(*arguments: str) -> Record:
     """``step`` in a fresh process."""
     return machine.fresh(__file__, *arguments)
 
@@ -127,34 +127,34 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def one_round(place: Path, run: Callable[..., Told]) -> tuple[dict[str, Told], dict[str, str]]:
+def one_round(place: Path, run: Callable[..., Record]) -> tuple[dict[str, Record], dict[str, str]]:
     """Every step once, and the digests of what the steps of erasec wrote."""
     from erasec.checkpoint.safetensors import file_digest
 
     model, edit, file = place / "model", str(place / "synthetic.edit.safetensors"), place / "single/model.safetensors"
     out, copied, out_file = place / "out", place / "copy", place / "out.safetensors"
-    told: dict[str, Told] = {}
+    rows: dict[str, Record] = {}
     digests: dict[str, str] = {}
     os.sync()
-    told["copy"] = run("copy", str(copied), str(model), str(copied))
-    told["in_place"] = run("apply", str(copied / UNET), edit, str(copied), "--in-place")
+    rows["copy"] = run("copy", str(copied), str(model), str(copied))
+    rows["in_place"] = run("apply", str(copied / UNET), edit, str(copied), "--in-place")
     digests["in_place"] = file_digest(copied / UNET)
     remove(copied)
     for name, more in (("apply", ()), ("link", ("--link",))):
-        told[name] = run("apply", str(out), edit, str(model), "--out", str(out), *more)
+        rows[name] = run("apply", str(out), edit, str(model), "--out", str(out), *more)
         digests[name] = file_digest(out / UNET)
         remove(out)
-    told["copy_unet"] = run("copy", str(out_file), str(model / UNET), str(out_file))
+    rows["copy_unet"] = run("copy", str(out_file), str(model / UNET), str(out_file))
     remove(out_file)
-    told["copy_single"] = run("copy", str(out_file), str(file), str(out_file))
-    told["in_place_single"] = run("apply", str(out_file), edit, str(out_file), "--in-place")
+    rows["copy_single"] = run("copy", str(out_file), str(file), str(out_file))
+    rows["in_place_single"] = run("apply", str(out_file), edit, str(out_file), "--in-place")
     digests["in_place_single"] = file_digest(out_file)
     remove(out_file)
-    told["apply_single"] = run("apply", str(out_file), edit, str(file), "--out", str(out_file))
+    rows["apply_single"] = run("apply", str(out_file), edit, str(file), "--out", str(out_file))
     digests["apply_single"] = file_digest(out_file)
     remove(out_file)
     digests |= {"base": file_digest(model / UNET), "base_single": file_digest(file)}
-    return told, digests
+    return rows, digests
 
 
 def agree(digests: Mapping[str, str]) -> bool:
@@ -164,18 +164,18 @@ def agree(digests: Mapping[str, str]) -> bool:
     return len(folder) == len(file) == 1 and digests["base"] not in folder and digests["base_single"] not in file
 
 
-def summary(runs: Sequence[Mapping[str, Told]]) -> dict[str, Told]:
+def summary(runs: Sequence[Mapping[str, Record]]) -> dict[str, Record]:
     """Medians of the times and the highest of the peaks, by step."""
-    found: dict[str, Told] = {}
+    medians: dict[str, Record] = {}
     for name in runs[0]:
         own = [run[name] for run in runs]
-        found[name] = {key: statistics.median(one[key] for one in own) for key in own[0] if key != "peak_mb"}
-        found[name]["peak_mb"] = max(one["peak_mb"] for one in own)
-        found[name]["runs"] = [one["seconds"] for one in own]
-    return found
+        medians[name] = {key: statistics.median(one[key] for one in own) for key in own[0] if key != "peak_mb"}
+        medians[name]["peak_mb"] = max(one["peak_mb"] for one in own)
+        medians[name]["runs"] = [one["seconds"] for one in own]
+    return medians
 
 
-def verdict(rows: Mapping[str, Told]) -> Told:
+def verdict(rows: Mapping[str, Record]) -> Record:
     """The figures that have goals, and those that miss them."""
     pairs = {"apply": "copy", "apply_single": "copy_single"}
     ratios = {
@@ -190,7 +190,7 @@ def verdict(rows: Mapping[str, Told]) -> Told:
     return {"ratios": ratios, "goals": GOALS, "over": over}
 
 
-def main(arguments: Sequence[str] | None = None, run: Callable[..., Told] = fresh) -> None:
+def main(arguments: Sequence[str] | None = None, run: Callable[..., Record] = fresh) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="where the models lie, and stay (default: a temporary folder)")
     parser.add_argument("--rounds", type=int, default=3)
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None, run: Callable[..., Told] = fres
         rounds = [one_round(place, run) for _ in range(chosen.rounds)]
         sizes = {"model": sum(file.stat().st_size for file in model.rglob("*") if file.is_file())}
         sizes |= {"unet": (model / UNET).stat().st_size, "edit": edit.stat().st_size}
-    rows = summary([told for told, _ in rounds])
+    rows = summary([row for row, _ in rounds])
     result = {
         "rows": rows,
         "made": made,

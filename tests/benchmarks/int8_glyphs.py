@@ -18,22 +18,26 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import machine
 import numpy as np
 
-from erasec.base import Context, Images, Question
+from erasec.base import Context, Question
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.glyphs.judge import GlyphJudge
-from erasec.graphs import link as linker
+from erasec.graphs.link import write_onnx
 from erasec.graphs.parity import compare_graph
+from erasec.graphs.signature import NAMES
 from erasec.model import loading
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 from erasec.registry import load_pass, load_target
-from erasec.runtime import bundle as runner
+from erasec.runtime.bundle import open_bundle
+
+if TYPE_CHECKING:
+    from erasec.base import Images
 
 RESULT = Path(__file__).parent / "results" / "int8.json"
 GROUPS = ("name", "synonym", "implicit", "keep")
@@ -41,7 +45,7 @@ ROWS = ("openvino fp32", "openvino fp16", "openvino int8", "onnx fp32", "onnx in
 SEED = 31
 
 
-def asked(images: int) -> list[Question]:
+def panel(images: int) -> list[Question]:
     """``images`` questions of each group, spread over all that the judge asks."""
     every = GlyphJudge().panel(concepts.find("star"), 32, SEED)
     grouped = [[question for question in every if question.group == group] for group in GROUPS]
@@ -70,7 +74,7 @@ def built(checkpoint: Path, row: str, out: Path) -> dict[str, float]:
         out.mkdir()
         artifact = load_target("openvino")(weights=kind).export(Folder(checkpoint), out, Context())
         return {check.name.split("/")[1]: check.value for check in artifact.checks if check.name.startswith("parity/")}
-    every = linker.write_onnx(Folder(checkpoint), out)
+    every = write_onnx(Folder(checkpoint), out)
     quantize: dict[str, Callable[[Path, Path], None]] = {"int8": dynamic, "int4": blocks}
     if kind in quantize:
         for graph in every:
@@ -85,9 +89,9 @@ def built(checkpoint: Path, row: str, out: Path) -> dict[str, float]:
 def measure(checkpoint: Path, row: str, questions: list[Question], out: Path) -> tuple[dict[str, Any], Images]:
     judge, limits = GlyphJudge(), recipe.Limits()
     parity = built(checkpoint, row, out)
-    names = linker.NAMES
+    names = NAMES
     size = {name: sum(f.stat().st_size for f in (out / name).iterdir() if f.suffix != ".json") for name in names}
-    bundle = runner.open_bundle(out, threads=1)
+    bundle = open_bundle(out, threads=1)
     bundle.generate(["a star"], [0], 2, limits.guidance)
     began = time.process_time()
     texts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
@@ -96,8 +100,8 @@ def measure(checkpoint: Path, row: str, questions: list[Question], out: Path) ->
     seen = judge.sees(images, [question.looked_for for question in questions])
     groups = np.array([question.group for question in questions])
     rates = {group: float(seen[groups == group].mean()) for group in GROUPS}
-    told = {"parity": parity, "bytes": size, "cpu_seconds": round(seconds, 3), "rates": rates}
-    return told | {"seen": [bool(each) for each in seen]}, images
+    measured = {"parity": parity, "bytes": size, "cpu_seconds": round(seconds, 3), "rates": rates}
+    return measured | {"seen": [bool(each) for each in seen]}, images
 
 
 def psnr(images: Images, reference: Images) -> float:
@@ -112,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
-    base, questions = loading.load("glyphs"), asked(given.images)
-    found: dict[str, Any] = {
+    base, questions = loading.load("glyphs"), panel(given.images)
+    result: dict[str, Any] = {
         "machine": machine.about(),
         "judge": GlyphJudge().name,
         "pictures": len(questions),
@@ -127,15 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exact: dict[str, tuple[Images, list[bool]]] = {}
             for row in ROWS:
                 out = Path(scratch) / "out"
-                told, images = measure(checkpoint, row, questions, out)
+                measured, images = measure(checkpoint, row, questions, out)
                 shutil.rmtree(out)
-                reference, before = exact.setdefault(row.split()[0], (images, told["seen"]))
-                told["psnr"] = round(psnr(images, reference), 1)
-                told["agreement"] = float(np.mean([a == b for a, b in zip(told.pop("seen"), before, strict=True)]))
-                found["rows"][f"{name}, {row}"] = told
-                print(f"{name}, {row}", told["rates"], told["psnr"], told["cpu_seconds"], flush=True)
+                reference, before = exact.setdefault(row.split()[0], (images, measured["seen"]))
+                measured["psnr"] = round(psnr(images, reference), 1)
+                measured["agreement"] = float(
+                    np.mean([a == b for a, b in zip(measured.pop("seen"), before, strict=True)])
+                )
+                result["rows"][f"{name}, {row}"] = measured
+                print(f"{name}, {row}", measured["rates"], measured["psnr"], measured["cpu_seconds"], flush=True)
                 with atomic_write(given.out) as temporary:
-                    temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 
 import machine
 import numpy as np
-from machine import Told
+from machine import Record
 
 RESULT = Path(__file__).parent / "results" / "latency.json"
 BACKENDS = (
@@ -98,7 +98,7 @@ def by_openvino(place: Path, kind: str) -> Run:
 LOADERS: dict[str, Callable[[Path, str], Run]] = {"torch": by_torch, "ort": by_ort, "openvino": by_openvino}
 
 
-def step(place: Path, backend: str) -> Told:
+def step(place: Path, backend: str) -> Record:
     """Load, run and time one backend in this process; its output goes to a file."""
     name, kind = backend.split()
     given, start = feed(place / "model"), time.perf_counter()
@@ -162,13 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.prepare:
         prepare(Path(options.prepare[0]), options.prepare[1], options.prepare[2:])
         return
-    rows: dict[str, Told] = json.loads(options.out.read_text())["rows"] if options.only and options.out.exists() else {}
+    rows: dict[str, Record] = (
+        json.loads(options.out.read_text())["rows"] if options.only and options.out.exists() else {}
+    )
     with ExitStack() as stack:
         place = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
-        asked = list(options.only or BACKENDS)
-        subprocess.run([sys.executable, __file__, "--prepare", str(place), options.size, *asked], check=True)
-        for backend in asked:
+        chosen = list(options.only or BACKENDS)
+        subprocess.run([sys.executable, __file__, "--prepare", str(place), options.size, *chosen], check=True)
+        for backend in chosen:
             command = [sys.executable, __file__, "--step", str(place), backend]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
             if done.returncode:
@@ -177,8 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows[backend] = json.loads(done.stdout.splitlines()[-1])
             reference = place / "outputs/torch fp32.npy"
             if reference.is_file():
-                wanted, found = np.load(reference), np.load(place / f"outputs/{backend}.npy")
-                rows[backend]["off"] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+                expected, outputs = np.load(reference), np.load(place / f"outputs/{backend}.npy")
+                rows[backend]["off"] = float(np.abs(outputs - expected).max() / np.abs(expected).max())
             print(backend, {k: round(v, 6) for k, v in rows[backend].items() if k != "runs"}, file=sys.stderr)
     result = {"size": options.size, "machine": machine.about(), "rows": rows}
     options.out.write_text(json.dumps(result, indent=2) + "\n")

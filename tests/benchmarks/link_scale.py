@@ -31,7 +31,7 @@ from typing import Any
 
 import machine
 from files_scale import copy, make
-from machine import Told
+from machine import Record
 
 RESULT = Path(__file__).parent / "results" / "link_scale.json"
 GOALS = {"cold": 150.0, "cold_peak_mb": 5000.0, "warm": 60.0, "relink": 1.0, "relink_peak_mb": 300.0, "check": 30.0}
@@ -54,10 +54,10 @@ def edited(folder: str, out: str, seed: str) -> Callable[[], None]:
         base, number = loading.load(folder), int(seed)
         width = base.streams["context"][0].shape[1]
         source, target, keep = (states(RANK, width, 10 * number + each) for each in (1, 2, 3))
-        asked = solver.weighted_system(source, target, uniform_weights(source), keep, uniform_weights(keep))
+        system = solver.weighted_system(source, target, uniform_weights(source), keep, uniform_weights(keep))
         kind = registry.load_pass("uce")
         assert issubclass(kind, ClosedForm)
-        made = kind().edit_from_sums(base.streams, {f"edit{seed}": pack_system(asked, "context")}, base.digest)
+        made = kind().edit_from_sums(base.streams, {f"edit{seed}": pack_system(system, "context")}, base.digest)
         view = base.with_edit(made)
         EditFile(sums=False, tensors=True).export(view, Path(out), Context())
         base.source.write(Path(out) / "merged", view.merged(), link=True)
@@ -127,7 +127,7 @@ def torch_unet(folder: str, out: str, dynamo: str = "") -> Callable[[], None]:
     return run
 
 
-def check(folder: str, out: str, what: str) -> Callable[[], Told]:
+def check(folder: str, out: str, what: str) -> Callable[[], Record]:
     """The checks of the target onnx: bytes of all tensors, or outputs of all graphs; "loading" is part of "seconds"."""
     import diffusers  # noqa: F401
     import onnxruntime  # noqa: F401
@@ -147,18 +147,18 @@ def check(folder: str, out: str, what: str) -> Callable[[], Told]:
 
         return call
 
-    def run() -> Told:
+    def run() -> Record:
         parity.load_module, parity._open_session = timed(parity.load_module), timed(parity._open_session)
         compare = {"tensors": parity.compare_weights, "outputs": parity.compare_outputs}[what]
-        found = compare(Folder(Path(folder)), Path(out))
-        if failed := [item.name for item in found if not item.passed]:
+        checks = compare(Folder(Path(folder)), Path(out))
+        if failed := [item.name for item in checks if not item.passed]:
             raise SystemExit(f"failed: {', '.join(failed)}")
         return {"loading": loading}
 
     return run
 
 
-STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
+STEPS: dict[str, Callable[..., Callable[[], Record | None]]] = {
     "make": make,
     "edited": edited,
     "copy": copy,
@@ -169,28 +169,28 @@ STEPS: dict[str, Callable[..., Callable[[], Told | None]]] = {
 }
 
 
-def step(name: str, written: str, *arguments: str) -> Told:
+def step(name: str, written: str, *arguments: str) -> Record:
     """Time one step in this process."""
     return machine.step(STEPS[name](*arguments), written)
 
 
-def fresh(cache: Path, name: str, written: str, *arguments: str) -> Told:
+def fresh(cache: Path, name: str, written: str, *arguments: str) -> Record:
     """``step`` in a fresh process."""
-    found = machine.fresh(__file__, name, written, *arguments, environment={"ERASEC_CACHE": str(cache)})
-    print(f"{name} {Path(written).name}: {found['seconds']:.1f} s, {found['peak_mb']:.0f} MB", file=sys.stderr)
-    return found
+    record = machine.fresh(__file__, name, written, *arguments, environment={"ERASEC_CACHE": str(cache)})
+    print(f"{name} {Path(written).name}: {record['seconds']:.1f} s, {record['peak_mb']:.0f} MB", file=sys.stderr)
+    return record
 
 
 def size(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def measure(place: Path, options: argparse.Namespace) -> Told:
+def measure(place: Path, options: argparse.Namespace) -> Record:
     """Every step once, in turn."""
     model, cache = place / "model", place / "cache"
     if not model.is_dir():
         fresh(cache, "make", "", str(model), options.size)
-    told: dict[str, Told] = {}
+    rows: dict[str, Record] = {}
     for number in ("1", "2"):
         shutil.rmtree(place / f"edit{number}", ignore_errors=True)
         fresh(cache, "edited", "", str(model), str(place / f"edit{number}"), number)
@@ -203,41 +203,41 @@ def measure(place: Path, options: argparse.Namespace) -> Told:
         shutil.rmtree(folder, ignore_errors=True)
 
     def linked(name: str, folder: Path, edit: str, *more: str) -> None:
-        told[name] = fresh(cache, "link", str(out[name]), str(folder), digest, edit, str(out[name]), *more)
-        told[name]["mb"] = size(out[name])
+        rows[name] = fresh(cache, "link", str(out[name]), str(folder), digest, edit, str(out[name]), *more)
+        rows[name]["mb"] = size(out[name])
 
-    told["copy"] = fresh(cache, "copy", str(out["copy"]), str(merged), str(out["copy"]))
-    told["copy"]["mb"] = size(out["copy"])
+    rows["copy"] = fresh(cache, "copy", str(out["copy"]), str(merged), str(out["copy"]))
+    rows["copy"]["mb"] = size(out["copy"])
     shutil.rmtree(out["copy"])
     linked("cold", merged, edits[0])
     shutil.rmtree(out["cold"])
     linked("warm", merged, edits[0])
     linked("shared", second, edits[1], "fp32", str(out["warm"]))
     for number, name in ((1, "relink"), (0, "relink back"), (1, "relink again")):
-        told[name] = fresh(cache, "relink", str(out["warm"] / "unet"), str(out["warm"]), edits[number])
+        rows[name] = fresh(cache, "relink", str(out["warm"] / "unet"), str(out["warm"]), edits[number])
     same = [
         (out["shared"] / "unet" / name).read_bytes() == (out["warm"] / "unet" / name).read_bytes()
         for name in ("model.onnx", "model.edited.onnx_data")
     ]
-    told["relink"]["same as linked"] = all(same)
-    told["check tensors"] = fresh(cache, "check", "", str(second), str(out["warm"]), "tensors")
-    told["check outputs"] = fresh(cache, "check", "", str(second), str(out["warm"]), "outputs")
+    rows["relink"]["same as linked"] = all(same)
+    rows["check tensors"] = fresh(cache, "check", "", str(second), str(out["warm"]), "tensors")
+    rows["check outputs"] = fresh(cache, "check", "", str(second), str(out["warm"]), "outputs")
     for name in ("warm", "shared"):
         shutil.rmtree(out[name])
     linked("fp16", merged, edits[0], "fp16")
     shutil.rmtree(out["fp16"])
-    told["torch"] = fresh(cache, "torch", str(out["torch"]), str(merged), str(out["torch"]))
+    rows["torch"] = fresh(cache, "torch", str(out["torch"]), str(merged), str(out["torch"]))
     shutil.rmtree(out["torch"])
     if options.dynamo:
-        told["dynamo"] = fresh(cache, "torch", str(out["dynamo"]), str(merged), str(out["dynamo"]), "dynamo")
+        rows["dynamo"] = fresh(cache, "torch", str(out["dynamo"]), str(merged), str(out["dynamo"]), "dynamo")
         shutil.rmtree(out["dynamo"])
     if options.optimum:
-        told["optimum"] = optimum(options.optimum, merged, out["optimum"])
+        rows["optimum"] = optimum(options.optimum, merged, out["optimum"])
         shutil.rmtree(out["optimum"], ignore_errors=True)
-    return told
+    return rows
 
 
-def optimum(python: str, folder: Path, out: Path) -> Told:
+def optimum(python: str, folder: Path, out: Path) -> Record:
     """``optimum-cli export onnx``, its own validation included, in its own environment; the peak is of its process."""
     start = time.perf_counter()
     command = [
@@ -260,9 +260,9 @@ def optimum(python: str, folder: Path, out: Path) -> Told:
     return {"process": time.perf_counter() - start, "peak_mb": used.ru_maxrss / 1024, "mb": size(out)}
 
 
-def verdict(rows: dict[str, Told]) -> Told:
+def verdict(rows: dict[str, Record]) -> Record:
     """What has a goal, beside it; and ratios in this run."""
-    found = {
+    measured = {
         "cold": rows["cold"]["seconds"],
         "cold_peak_mb": rows["cold"]["peak_mb"],
         "warm": rows["warm"]["seconds"],
@@ -278,7 +278,12 @@ def verdict(rows: dict[str, Told]) -> Told:
     if "optimum" in rows:
         ratios["optimum / cold, whole processes"] = rows["optimum"]["process"] / rows["cold"]["process"]
         ratios["optimum / relink, whole processes"] = rows["optimum"]["process"] / rows["relink"]["process"]
-    return {"found": found, "goals": GOALS, "missed": sorted(k for k in GOALS if found[k] > GOALS[k]), "ratios": ratios}
+    return {
+        "measured": measured,
+        "goals": GOALS,
+        "missed": sorted(k for k in GOALS if measured[k] > GOALS[k]),
+        "ratios": ratios,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -298,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         place.mkdir(parents=True, exist_ok=True)
         rows = measure(place, options)
     result = {"size": options.size, "machine": machine.about(), "rows": rows, **verdict(rows)}
-    print(json.dumps({key: result[key] for key in ("found", "missed", "ratios")}, indent=2))
+    print(json.dumps({key: result[key] for key in ("measured", "missed", "ratios")}, indent=2))
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

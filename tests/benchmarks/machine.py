@@ -16,7 +16,7 @@ from typing import Any
 # Benchmarks run as scripts, and random_models lies beside the tests.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-Told = dict[str, Any]
+Record = dict[str, Any]
 
 
 def status(name: str) -> float:
@@ -25,7 +25,7 @@ def status(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def about() -> Told:
+def about() -> Record:
     """What the figures were measured on."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
@@ -42,14 +42,14 @@ def about() -> Told:
     }
 
 
-def step(run: Callable[[], Told | None], written: str) -> Told:
+def step(run: Callable[[], Record | None], written: str) -> Record:
     """Time ``run`` in this process, and add what it tells; ``written`` is the file or folder that it writes, or ""."""
     start = time.perf_counter()
-    told = run() or {}
+    extra = run() or {}
     seconds = time.perf_counter() - start
     if written:
         flush(Path(written))
-    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": status("VmHWM"), **told}
+    return {"seconds": seconds, "durable": time.perf_counter() - start, "peak_mb": status("VmHWM"), **extra}
 
 
 def flush(path: Path) -> None:
@@ -62,7 +62,7 @@ def flush(path: Path) -> None:
             os.close(handle)
 
 
-def fresh(benchmark: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Told:
+def fresh(benchmark: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Record:
     """What a step of ``benchmark``, a file, tells of itself in a fresh process, and how long that took as a whole."""
     start = time.perf_counter()
     command = [sys.executable, benchmark, "--step", *arguments]
@@ -71,5 +71,5 @@ def fresh(benchmark: str, *arguments: str, environment: Mapping[str, str] | None
     )
     if done.returncode:
         raise SystemExit(f"step {' '.join(arguments)} failed with exit code {done.returncode}")
-    found: Told = json.loads(done.stdout.splitlines()[-1])
-    return found | {"process": time.perf_counter() - start}
+    record: Record = json.loads(done.stdout.splitlines()[-1])
+    return record | {"process": time.perf_counter() - start}

@@ -33,9 +33,9 @@ def _shape(width: int) -> tuple[Tensor, Tensor]:
 def states(rows: int, width: int, seed: int) -> Tensor:
     """Synthetic token states (rows, width) in float32."""
     mean, spread = _shape(width)
-    found = mean + torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) @ spread
-    found *= NORM / found.norm(dim=1, keepdim=True)
-    return found
+    drawn = mean + torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) @ spread
+    drawn *= NORM / drawn.norm(dim=1, keepdim=True)
+    return drawn
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
@@ -83,15 +83,15 @@ def mace_edited(
     ``concepts`` are prompts (77, n, d) and their goals, so that an outer product is of one place in all n prompts.
     """
     around = [(context(source), context(target), 1.0) for source, target in concepts]
-    found = []
+    solved = []
     for weight in weights:
         refined = edited(weight, [*around, kept], lam)
         rows = [(kept[0], kept[0] @ refined.T, kept[2])]
         for (source, _), solution in zip(concepts, own, strict=True):
             alone = refined + (refined @ solution.left) @ solution.right
             rows.append((source, source @ alone.T, 1.0))
-        found.append(normal_equation(refined, rows, lam))
-    return found
+        solved.append(normal_equation(refined, rows, lam))
+    return solved
 
 
 def context(prompts: Tensor) -> Tensor:

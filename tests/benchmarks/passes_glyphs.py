@@ -59,18 +59,18 @@ def shown(concept: str, scratch: Path, after: Path) -> Evidence:
     """What judge B sees before and after; the pictures before are made once for each concept."""
     base, item, judge, limits = loading.load("glyphs"), concepts.find(concept), GlyphJudge(), recipe.Limits()
     sampling = Sampling(limits.steps, limits.guidance)
-    asked = judge.panel(item, IMAGES, SEED)
-    prompts, seeds = [question.prompt for question in asked], [question.seed for question in asked]
+    panel = judge.panel(item, IMAGES, SEED)
+    prompts, seeds = [question.prompt for question in panel], [question.seed for question in panel]
     kept = scratch / f"{concept}.npy"
     if not kept.exists():
         with atomic_write(kept) as temporary:
             temporary.write_bytes(generate(base.source.root, prompts, seeds, sampling, "before").tobytes())
-    before = np.fromfile(kept, np.uint8).reshape(len(asked), world.SIZE, world.SIZE, 3)
+    before = np.fromfile(kept, np.uint8).reshape(len(panel), world.SIZE, world.SIZE, 3)
     pictures = before if after == base.source.root else generate(after, prompts, seeds, sampling, "after")
-    labels = [question.looked_for for question in asked]
-    colours = [question.colour or question.looked_for for question in asked]
+    labels = [question.looked_for for question in panel]
+    colours = [question.colour or question.looked_for for question in panel]
     return Evidence(
-        asked,
+        panel,
         before,
         pictures,
         judge.sees(before, labels),
@@ -88,7 +88,7 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
     if setup == WORDS:
         view = base.with_edit(Edit({}, "hand", (concept,), "", negative=", ".join(item.phrases)))
     elif setup not in (BASE, NEVER):
-        for use in map(recipe.parse_use, setup.split("+")):
+        for use in map(recipe.parse_named_options, setup.split("+")):
             step = configure(registry.load_pass(use.name), use.options, use.name)
             for edit in step.solve_all(view, [item], Context(seed=SEED)):
                 view = view.with_edit(edit)
@@ -103,19 +103,19 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
         if setup not in (BASE, NEVER):
             base.source.write(root, view.merged(), link=True)
             extras.write_extras(root, extras.gather_extras(view.edits))
-        found = shown(concept, scratch, root)
+        record = shown(concept, scratch, root)
     for group in (*GROUPS, "keep"):
-        rows = found.rows(group)
+        rows = record.rows(group)
         if rows.any():
-            seen = found.shown_before[rows].mean(), found.shown_after[rows].mean()
+            seen = record.shown_before[rows].mean(), record.shown_after[rows].mean()
             row[group] = [float(seen[0]), float(seen[1]), int(rows.sum())]
-    keep = found.rows("keep")
-    worst = max(evidence.rates(found, "keep"), key=lambda rate: rate["before"] - rate["after"])
-    coloured = keep & np.array([bool(question.colour) for question in found.questions])
+    keep = record.rows("keep")
+    worst = max(evidence.rates(record, "keep"), key=lambda rate: rate["before"] - rate["after"])
+    coloured = keep & np.array([bool(question.colour) for question in record.questions])
     row["worst"] = [worst["looked_for"], worst["before"], worst["after"], worst["images"]]
-    row["colours"] = [float(found.colour_before[coloured].mean()), float(found.colour_after[coloured].mean())]
-    row["agreement"] = [float(found.agreement_before[keep].mean()), float(found.agreement_after[keep].mean())]
-    row["drift"] = float(np.abs(found.after[keep].astype(np.float64) - found.before[keep]).mean() / 255)
+    row["colours"] = [float(record.colour_before[coloured].mean()), float(record.colour_after[coloured].mean())]
+    row["agreement"] = [float(record.agreement_before[keep].mean()), float(record.agreement_after[keep].mean())]
+    row["drift"] = float(np.abs(record.after[keep].astype(np.float64) - record.before[keep]).mean() / 255)
     return row
 
 
@@ -138,9 +138,9 @@ def main() -> None:
     result: dict[str, Any] = {"rows": {}}
     if options.out.exists():
         result = json.loads(options.out.read_text())
-    asked = wanted(options)
+    pending = wanted(options)
     if options.missing:
-        asked = [(concept, setup) for concept, setup in asked if setup not in result["rows"].get(concept, {})]
+        pending = [(concept, setup) for concept, setup in pending if setup not in result["rows"].get(concept, {})]
 
     def save(concept: str, setup: str, future: Future[dict[str, Any]]) -> None:
         row = result["rows"].setdefault(concept, {})[setup] = future.result()
@@ -157,7 +157,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool,
     ):
-        running = [(concept, setup, pool.submit(measure, concept, setup, Path(scratch))) for concept, setup in asked]
+        running = [(concept, setup, pool.submit(measure, concept, setup, Path(scratch))) for concept, setup in pending]
         for concept, setup, future in running:
             save(concept, setup, future)
 

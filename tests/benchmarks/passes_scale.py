@@ -51,17 +51,17 @@ def measure(name: str, root: str, steps: int, device: str) -> dict[str, Any]:
     base, began = loading.load(root), time.perf_counter()
     if name == PLAIN:
         pace = plain(root, steps, device)
-        found: dict[str, Any] = {}
+        record: dict[str, Any] = {}
     else:
         step = configure(registry.load_pass(name), {**options(name, steps), **extra(name, root)}, name)
         edit = step.solve(base, CONCEPT, Context(device=device))
         pace = edit.stats.get("steps", 0.0) / max(time.perf_counter() - began, 1e-9)
-        found = {"stats": dict(edit.stats)}
-    found["seconds"] = time.perf_counter() - began
-    found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        record = {"stats": dict(edit.stats)}
+    record["seconds"] = time.perf_counter() - began
+    record["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if device != "cpu":
-        found |= {"steps_per_second": pace, "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
-    return found
+        record |= {"steps_per_second": pace, "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return record
 
 
 def extra(name: str, root: str) -> dict[str, Any]:
@@ -105,8 +105,14 @@ def plain(root: str, steps: int, device: str) -> float:
 
     def step() -> None:
         with torch.no_grad():
-            said, free = (teacher(latents, 500, encoder_hidden_states=text[i : i + 1]).sample for i in range(2))
-        loss = (student(latents, 500, encoder_hidden_states=text[:1]).sample - (2 * free - said)).square().mean()
+            conditional, unconditional = (
+                teacher(latents, 500, encoder_hidden_states=text[i : i + 1]).sample for i in range(2)
+            )
+        loss = (
+            (student(latents, 500, encoder_hidden_states=text[:1]).sample - (2 * unconditional - conditional))
+            .square()
+            .mean()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -59,6 +59,22 @@ def test_help_and_doctor_load_no_library_either() -> None:
     assert not HEAVY & set(loaded)
 
 
+def test_a_plan_loads_neither_torch_nor_diffusers(tmp_path: Path) -> None:
+    """A plan reads headers and configs, and never a tensor, whatever the pass."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from erasec.cli.app import app; from erasec import registry\n"
+        "for name in registry.PASSES:\n"
+        "    words = ['plan', 'glyphs', '--erase', 'star', '--pass', name, '--target', 'edit', '--target', 'onnx']\n"
+        "    result = CliRunner().invoke(app, words); assert result.exit_code == 0, result.output\n"
+        "print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.split()
+    assert {"erasec.commands.plan", "erasec.passes.kpop", "erasec.targets.ort"} <= set(loaded)
+    assert not {"torch", "diffusers", "transformers", "onnx", "onnxruntime"} & set(loaded)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_build_from_flags_prints_where_and_whether(run: Any, random_folder: Path) -> None:
     result = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu", "--seed", 5)
     assert result.exit_code == 0, result.output
@@ -86,7 +102,7 @@ def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
     rows = [line.split() for line in text.stdout.splitlines()]
     groups = rows[rows.index(["part", "attention", "projection", "tensors", "parameters"]) + 1 :]
     assert {tuple(row[:3]) for row in groups} == {
-        (part, "cross", projection) for part in ("down", "mid_block", "up") for projection in "kv"
+        (part, "cross", projection) for part in ("down", "mid", "up") for projection in "kv"
     }
     assert sum(int(row[3]) for row in groups) == 14
     assert "down.0.attentions.0.0" not in text.stdout
@@ -315,7 +331,7 @@ def test_a_process_other_than_the_main_one_solves_but_writes_and_prints_nothing(
 ) -> None:
     solved = []
     monkeypatch.setattr(build, "is_main", lambda: False)
-    monkeypatch.setattr(build, "train_along", solved.append)
+    monkeypatch.setattr(build, "train_in_worker", solved.append)
     result = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert [plan.out for plan in solved] == [Path("out")]

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
+from concepts import STAR
 
 from erasec.base import Context
 from erasec.closed_form.token_rows import row_pairs
-from erasec.model import loading
 from erasec.model.view import Model
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
-
-STAR = Concept(
-    name="star",
-    erase=("star", "five-pointed spark"),
-    anchor="circle",
-    keep=("square", "ring"),
-    counterparts=(("five-pointed spark", "round dot"),),
-    templates=("{}", "a {} on navy"),
-)
-
-
-@pytest.fixture(scope="module")
-def model(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 def test_keep_phrases_that_another_concept_erases_are_dropped(model: Model) -> None:

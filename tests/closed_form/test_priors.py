@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from concepts import STAR
 
 from erasec.base import Context
 from erasec.closed_form import priors, solver
@@ -15,21 +16,6 @@ from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.model.view import Model
 from erasec.passes.uce import Uce
-from erasec.recipe.concept import Concept
-
-STAR = Concept(
-    name="star",
-    erase=("star", "five-pointed spark"),
-    anchor="circle",
-    keep=("square", "ring"),
-    counterparts=(("five-pointed spark", "round dot"),),
-    templates=("{}", "a {} on navy"),
-)
-
-
-@pytest.fixture(scope="module")
-def model(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 @pytest.fixture(scope="module")

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
+from concepts import STAR
 
 from erasec.closed_form.token_rows import EMPTY, SELECTORS, find_spans, goal_prompts, row_pairs
-from erasec.model import loading
 from erasec.model.view import Model
-from erasec.recipe.concept import Concept
-
-STAR = Concept(
-    name="star",
-    erase=("star", "five-pointed spark"),
-    anchor="circle",
-    keep=("square", "ring"),
-    counterparts=(("five-pointed spark", "round dot"),),
-    templates=("{}", "a {} on navy"),
-)
-
-
-@pytest.fixture(scope="module")
-def model(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 def words(model: Model, text: str) -> list[str]:

@@ -16,7 +16,7 @@ from random_models import random_pipeline
 from erasec.base import Context, Pass
 from erasec.checkpoint import journal
 from erasec.checkpoint import safetensors as checkpoint
-from erasec.checkpoint.folder import CARRIED, Folder
+from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import file_digest
 from erasec.commands.apply import apply
 from erasec.commands.combine import combine
@@ -34,11 +34,6 @@ STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 HEART = Concept(name="heart", erase=("heart",), anchor="ring", keep=("square", "box"))
 RING = Concept(name="ring", erase=("ring",), anchor="box", keep=("arrow",))
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +197,7 @@ def test_the_extras_of_a_folder_stay_with_it(base: Model, star: Path, tmp_path: 
     write_extras(bundle, Extras(negative="a ring"))
     done = apply(star, str(bundle), tmp_path / "out")
     assert read_extras(tmp_path / "out").negative == "a ring" and done.notes == ()
-    assert (tmp_path / "out" / CARRIED).read_bytes() == (bundle / CARRIED).read_bytes()
+    assert (tmp_path / "out" / EXTRAS_FILE).read_bytes() == (bundle / EXTRAS_FILE).read_bytes()
 
 
 def test_unedited_copies_are_named_and_stop_an_edit_in_place(base: Model, star: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from erasec.base import Context, Pass
 from erasec.commands.apply import apply
 from erasec.commands.combine import combine
 from erasec.errors import ErasecError
-from erasec.model import loading
 from erasec.model.edit_file import read_edits, write_edits
 from erasec.model.view import Model
 from erasec.passes.mace import Mace
@@ -24,11 +23,6 @@ from erasec.recipe.concept import Concept
 STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 HEART = Concept(name="heart", erase=("heart",), anchor="ring", keep=("square", "box"))
 RING = Concept(name="ring", erase=("ring",), anchor="box", keep=("arrow",))
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 @pytest.fixture(scope="module")

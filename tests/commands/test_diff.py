@@ -42,7 +42,7 @@ def test_the_rank_of_a_merged_update_is_found_under_the_rounding(dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_alone_fills_the_naive_rank_and_a_dense_change_is_told_as_one(dtype: torch.dtype) -> None:
+def test_rounding_alone_fills_the_naive_rank_and_a_dense_change_is_reported_as_dense(dtype: torch.dtype) -> None:
     base = tensors(dtype)["a.weight"]
     merged = (base.double() + update((64, 48), 2)).to(dtype)
     assert int(torch.linalg.matrix_rank(merged.double() - base.double())) == 48
@@ -50,7 +50,7 @@ def test_rounding_alone_fills_the_naive_rank_and_a_dense_change_is_told_as_one(d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_moved_tensor_is_the_only_one_told(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_only_the_moved_tensor_is_reported(tmp_path: Path, dtype: torch.dtype) -> None:
     base = tensors(dtype)
     merged = {**base, "a.weight": (base["a.weight"].double() + update((64, 48), 2)).to(dtype)}
     differences = compare(folder(tmp_path / "a", base), folder(tmp_path / "b", merged))
@@ -83,7 +83,7 @@ def test_the_same_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
     assert compare(a, b) == []
 
 
-def test_everything_that_is_no_move_is_told_apart(tmp_path: Path) -> None:
+def test_differences_that_are_no_move_are_reported_separately(tmp_path: Path) -> None:
     base = tensors(torch.float32)
     other = {
         "a.weight": base["a.weight"].half(),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from erasec.commands.plan import describe, make_plan
-from erasec.recipe.recipe import PassUse, Recipe, from_flags
+from erasec.recipe.recipe import NamedOptions, Recipe, from_flags
 
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
 
@@ -43,7 +43,7 @@ def test_memory_counts_matrices_merged_tensors_pictures_and_training(here: Path,
     text = 4 * counts["text_encoder"]
     assert described[0]["solve"] == text + 5 * 8 * 128**2
     assert described[0]["merge"] == 8 * max(math.prod(site.shape) for site in resolved.model.select("cross", "kv"))
-    learned = make_plan(recipe(random_folder, passes=(PassUse(name="esd"),)), pin=False)
+    learned = make_plan(recipe(random_folder, passes=(NamedOptions(name="esd"),)), pin=False)
     trained = sum(math.prod(site.shape) for site in learned.passes[0].sites(learned.model))
     assert describe(learned)["memory"]["steps"]["train"] == text + 4 * (counts["unet"] + 4 * trained)
 

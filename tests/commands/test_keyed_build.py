@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from erasec.base import Question
-from erasec.checkpoint.folder import CARRIED, Folder
+from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import content_digest, read_tensor
 from erasec.commands import build, plan
 from erasec.errors import CheckFailed, ErasecError
@@ -20,7 +20,7 @@ from erasec.glyphs.judge import GlyphJudge
 from erasec.keys.key_file import read_key
 from erasec.model.sidecar import read_extras
 from erasec.recipe.concept import Concept
-from erasec.recipe.recipe import Limits, PassUse, Recipe
+from erasec.recipe.recipe import Limits, NamedOptions, Recipe
 from erasec.reporting.report import Report
 
 QUICK = Limits(images=2, steps=2, erased=99.0, kept=1.0, agreement=2.0)
@@ -52,7 +52,7 @@ class Hide(Uce):
 
 class Steer(Uce):
     name = "steer"
-    leaves = frozenset({"memory", "negative"})
+    extras = frozenset({"memory", "negative"})
     def solve_all(self, model, concepts, context):
         for edit in super().solve_all(model, concepts, context):
             width = next(site.shape[0] for site in model.sites if site.key.startswith(MID + ".to_k"))
@@ -74,7 +74,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def using(file: Path, name: str) -> dict[str, object]:
-    return {"pass": (PassUse(name=f"{file}:{name}"),)}
+    return {"pass": (NamedOptions(name=f"{file}:{name}"),)}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_keyed_build_is_the_public_model_with_the_memory(
     report = make(tmp_path / "opened", model=str(out / "hf"), erase=(), **fields)
     again = make(tmp_path / "again", model=str(random_folder), **using(passes, "Hide"), **fields)
     opened, public = contents(tmp_path / "opened" / "bundle"), contents(out / "hf")
-    assert opened.keys() - public.keys() == {CARRIED}
+    assert opened.keys() - public.keys() == {EXTRAS_FILE}
     assert all(opened[name] == data for name, data in public.items())
     assert contents(tmp_path / "again" / "bundle") == opened
     (memory,) = read_extras(tmp_path / "opened" / "bundle").memories
@@ -146,7 +146,7 @@ def test_a_keyed_build_is_the_public_model_with_the_memory(
 def test_a_key_opens_no_other_weights(hidden: tuple[Path, Report], random_folder: Path, tmp_path: Path) -> None:
     out, _ = hidden
     keys = (str(out / "star.key"),)
-    other = {"pass": (PassUse(name="uce", options={"ridge": 1.0}),)}
+    other = {"pass": (NamedOptions(name="uce", options={"ridge": 1.0}),)}
     for fields in ({"erase": ()}, other):  # found by the plan, or after the weights are solved
         with pytest.raises(ErasecError, match="belongs to another model"):
             make(tmp_path / "out", model=str(random_folder), keys=keys, **fields)
@@ -170,7 +170,7 @@ def test_an_edit_with_extras_becomes_a_bundle(
 
 def test_a_pass_that_leaves_undeclared_extras_is_refused(passes: Path, random_folder: Path, tmp_path: Path) -> None:
     sly = tmp_path / "sly.py"
-    sly.write_text(PASSES.replace('leaves = frozenset({"memory", "negative"})', ""))
+    sly.write_text(PASSES.replace('extras = frozenset({"memory", "negative"})', ""))
     with pytest.raises(ErasecError, match="hf cannot hold"):
         make(tmp_path / "out", model=str(random_folder), **using(sly, "Steer"))
     assert os.listdir(tmp_path) == ["sly.py"]

@@ -23,7 +23,7 @@ from erasec.model.memory import Secret
 from erasec.model.sidecar import Extras, write_extras
 from erasec.recipe import concept
 from erasec.recipe.concept import Concept, find
-from erasec.recipe.recipe import PassUse, Recipe, from_flags, from_toml, to_toml
+from erasec.recipe.recipe import NamedOptions, Recipe, from_flags, from_toml, to_toml
 
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
 
@@ -152,7 +152,7 @@ LEAVES = """
 from erasec.passes.uce import Uce
 class Mine(Uce):
     name = "mine"
-    leaves = frozenset({"negative"})
+    extras = frozenset({"negative"})
 """
 
 
@@ -216,7 +216,7 @@ def test_a_target_that_cannot_hold_the_extras_is_refused(here: Path, random_fold
     mine = from_flags("x", passes=["mine.py:Mine"]).passes
     with pytest.raises(ErasecError, match=f"the target {target} cannot hold") as caught:
         plan.make_plan(recipe(random_folder, targets=(target,), passes=mine))
-    assert "pass mine leaves a negative prompt" in caught.value.why and "bundle" in caught.value.fix
+    assert "pass mine adds a negative prompt" in caught.value.why and "bundle" in caught.value.fix
     assert [path.name for path in here.iterdir()] == ["mine.py"]
 
 
@@ -339,8 +339,8 @@ def test_the_kind_of_a_concept_chooses_the_pass(here: Path, random_folder: Path)
         ("nudity", "trce"),
         ("watermark", "geom_erasing"),
     ):
-        assert plan.defaults([concept.find(name)]) == (PassUse(name=chosen),)
-    assert plan.defaults([concept.find("church"), concept.find("van-gogh")]) == (PassUse(name="uce"),)
+        assert plan.defaults([concept.find(name)]) == (NamedOptions(name=chosen),)
+    assert plan.defaults([concept.find("church"), concept.find("van-gogh")]) == (NamedOptions(name="uce"),)
     assert plan.defaults([]) == ()
     described = plan.describe(plan.make_plan(recipe(random_folder, erase=("church", "van-gogh")), pin=False))["passes"]
     assert [(step["name"], step["reason"]) for step in described] == [
@@ -354,7 +354,7 @@ def test_kinds_with_different_default_passes_are_an_error(here: Path, random_fol
         plan.make_plan(mixed)
     assert "uce for church (kind object), a thing (kind none); trce for nudity (kind safety)" in caught.value.why
     assert "--pass" in caught.value.fix
-    chosen = mixed.model_copy(update={"passes": (PassUse(name="rece"),)})
+    chosen = mixed.model_copy(update={"passes": (NamedOptions(name="rece"),)})
     assert [step["reason"] for step in plan.describe(plan.make_plan(chosen, pin=False))["passes"]] == [""]
 
 
@@ -421,5 +421,5 @@ def test_sites_are_grouped_by_part_attention_and_projection(here: Path, random_f
     assert sum(group["tensors"] for group in step["groups"]) == len(step["sites"]) == 14
     sizes = [site["shape"][0] * site["shape"][1] for site in step["sites"]]
     assert sum(group["parameters"] for group in step["groups"]) == sum(sizes)
-    mid = next(group for group in step["groups"] if (group["part"], group["proj"]) == ("mid_block", "k"))
+    mid = next(group for group in step["groups"] if (group["part"], group["proj"]) == ("mid", "k"))
     assert (mid["attn"], mid["tensors"]) == ("cross", 1)

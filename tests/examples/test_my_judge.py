@@ -15,7 +15,7 @@ from erasec.errors import CheckFailed
 from erasec.glyphs import world
 from erasec.model import loading
 from erasec.recipe.concept import Concept
-from erasec.recipe.recipe import Limits, PassUse, Recipe, from_file, from_flags
+from erasec.recipe.recipe import Limits, NamedOptions, Recipe, from_file, from_flags
 
 COLOURS = ("red", "green", "blue", "yellow")
 
@@ -69,7 +69,7 @@ def test_no_pass_consults_the_judge_that_decides(name: str) -> None:
 def red(root: Path, monkeypatch: pytest.MonkeyPatch, **options: float) -> Recipe:
     """The example recipe with few pictures and steps, and options for its pass. Its paths are relative to the root."""
     monkeypatch.chdir(root)
-    update = {"checks": Limits(images=2, steps=6), "passes": (PassUse(name="uce", options=options),)}
+    update = {"checks": Limits(images=2, steps=6), "passes": (NamedOptions(name="uce", options=options),)}
     return from_file(root / "examples/red.toml").model_copy(update=update)
 
 

@@ -25,7 +25,7 @@ onnx = pytest.importorskip("onnx")
 PLACE = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
-def named(folder: Path, name: str) -> Graph:
+def graph_named(folder: Path, name: str) -> Graph:
     return next(graph for graph in graphs(Folder(folder)) if graph.name == name)
 
 
@@ -46,7 +46,7 @@ def key(bare: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     monkeypatch.setattr(export, "is_whole", lambda _: True)
 
     def key(name: str = "unet", precision: str = "fp32", opset: int = 18, folder: Path = bare, **more: Any) -> str:
-        return graph_template(Folder(folder), named(folder, name), precision, opset, **more).key
+        return graph_template(Folder(folder), graph_named(folder, name), precision, opset, **more).key
 
     return key
 
@@ -113,7 +113,7 @@ def test_no_weight_is_read_and_every_parameter_has_its_initializer(bare: Path, r
     entries = Folder(random_folder).entries("vae")
     listed = set[str]()
     for name in ("vae_decoder", "vae_encoder"):
-        template = graph_template(Folder(bare), named(bare, name), "fp32", 18)
+        template = graph_template(Folder(bare), graph_named(bare, name), "fp32", 18)
         body = template.load().graph
         assert [tensor.name for tensor in body.initializer] == [weight.name for weight in template.weights]
         assert not any(tensor.raw_data or tensor.float_data or tensor.external_data for tensor in body.initializer)
@@ -133,7 +133,7 @@ def test_without_marks_equal_parameters_would_be_merged(bare: Path, monkeypatch:
             parameter.data.zero_()
 
     monkeypatch.setattr(export, "_mark", blank)
-    graph = named(bare, "vae_encoder")
+    graph = graph_named(bare, "vae_encoder")
     module = export.weightless_module(Folder(bare), graph, "fp32", (), Extras())
     _, weights = export.trace(module, Folder(bare), graph, 18)
     with_marks = graph_template(Folder(bare), graph, "fp32", 18).weights
@@ -141,21 +141,25 @@ def test_without_marks_equal_parameters_would_be_merged(bare: Path, monkeypatch:
 
 
 def test_a_damaged_graph_is_traced_anew(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    template = graph_template(Folder(bare), named(bare, "vae_encoder"), "fp32", 18)
+    template = graph_template(Folder(bare), graph_named(bare, "vae_encoder"), "fp32", 18)
     before = (template.root / "model.onnx").read_bytes()
     (template.root / "model.onnx").write_bytes(before[:-1])
-    again = graph_template(Folder(bare), named(bare, "vae_encoder"), "fp32", 18)
+    again = graph_template(Folder(bare), graph_named(bare, "vae_encoder"), "fp32", 18)
     assert (again.root / "model.onnx").read_bytes() == before
 
     def no(*_: Any) -> Any:
         raise AssertionError("traced again")
 
     monkeypatch.setattr(export, "trace", no)
-    assert graph_template(Folder(bare), named(bare, "vae_encoder"), "fp32", 18) == Template(template.root, template.key)
+    assert graph_template(Folder(bare), graph_named(bare, "vae_encoder"), "fp32", 18) == Template(
+        template.root, template.key
+    )
 
 
 def test_in_fp16_only_the_named_modules_are_float32(bare: Path) -> None:
-    template = graph_template(Folder(bare), named(bare, "vae_encoder"), "fp16", 18, ("*norm*", "of.another.component"))
+    template = graph_template(
+        Folder(bare), graph_named(bare, "vae_encoder"), "fp16", 18, ("*norm*", "of.another.component")
+    )
     whole = {weight.key for weight in template.weights if weight.dtype == "float32"}
     assert whole == {weight.key for weight in template.weights if "norm" in weight.key}
     assert 0 < len(whole) < len(template.weights)
@@ -182,6 +186,6 @@ def test_inputs_are_seeded_and_of_the_requested_size(bare: Path) -> None:
         assert all(one[name].equal(same[name]) for name in one)
         assert not all(one[name].equal(other[name]) for name in one)
         assert {len(value) for value in one.values() if value.dim()} == {3}
-    unet = export.sample_inputs(Folder(bare), named(bare, "unet"), (1, 2, 4), 7, torch.Generator().manual_seed(0))
+    unet = export.sample_inputs(Folder(bare), graph_named(bare, "unet"), (1, 2, 4), 7, torch.Generator().manual_seed(0))
     assert unet["sample"].shape == (1, 4, 8, 16)
     assert unet["timestep"].item() == 7.0

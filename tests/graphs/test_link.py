@@ -65,12 +65,6 @@ def resaved(folder: Path, component: str, change: Callable[[dict[str, torch.Tens
     save_tensors(file, change(tensors))
 
 
-@pytest.fixture
-def base(random_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint for a test to change."""
-    return Path(shutil.copytree(random_folder, tmp_path / "base"))
-
-
 @pytest.fixture(scope="module")
 def linked(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("linked") / "onnx"

@@ -41,30 +41,24 @@ Array = np.ndarray[Any, Any]
 
 
 @pytest.fixture
-def made(variant: Callable[[str], Any]) -> Any:
+def variant_a(variant: Callable[[str], Any]) -> Any:
     return variant("a")
 
 
 @pytest.fixture
-def damaged(made: Any, tmp_path: Path) -> Path:
+def damaged(variant_a: Any, tmp_path: Path) -> Path:
     """A copy of the ONNX folder for a test to damage."""
-    return Path(shutil.copytree(made.onnx, tmp_path / "damaged"))
+    return Path(shutil.copytree(variant_a.onnx, tmp_path / "damaged"))
 
 
-@pytest.fixture
-def base(random_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint for a test to change."""
-    return Path(shutil.copytree(random_folder, tmp_path / "base"))
-
-
-def named(folder: Path, name: str) -> Graph:
+def graph_named(folder: Path, name: str) -> Graph:
     return next(graph for graph in graphs(Folder(folder)) if graph.name == name)
 
 
-def of(checkpoint: Path, exported: Path, name: str, **options: Any) -> Check:
+def compare_one(checkpoint: Path, exported: Path, name: str, **options: Any) -> Check:
     """``compare_outputs`` of one graph."""
     return compare_graph(
-        Folder(checkpoint), named(checkpoint, name), exported, "fp32", 0, TOLERANCES["fp32"], **options
+        Folder(checkpoint), graph_named(checkpoint, name), exported, "fp32", 0, TOLERANCES["fp32"], **options
     )
 
 
@@ -82,13 +76,13 @@ def change(exported: Path, name: str, key: str, by: Callable[[Array], Array]) ->
     return str(place["location"])
 
 
-def test_what_was_linked_is_the_checkpoint(made: Any) -> None:
-    checks = compare_weights(Folder(made.folder), made.onnx)
+def test_what_was_linked_is_the_checkpoint(variant_a: Any) -> None:
+    checks = compare_weights(Folder(variant_a.folder), variant_a.onnx)
     assert [(check.name, check.passed, check.value) for check in checks] == [
         (f"weights/{name}", True, 0.0) for name in NAMES
     ]
     assert "of 326 (14 of them edited)" in checks[1].how
-    check = of(made.folder, made.onnx, "unet")
+    check = compare_one(variant_a.folder, variant_a.onnx, "unet")
     assert check.passed and 0 < check.value < 2e-5
     assert "cases of seed 0: sample 2x4x8x8, 1x4x8x12, 3x4x16x8; timestep 0, 500, 981" in check.how
 
@@ -103,24 +97,24 @@ def turned(weight: Array) -> Array:
 
 
 @pytest.mark.parametrize("by", [negated, turned])
-def test_a_changed_key_matrix_fails_and_is_named(made: Any, damaged: Path, by: Callable[[Array], Array]) -> None:
+def test_a_changed_key_matrix_fails_and_is_named(variant_a: Any, damaged: Path, by: Callable[[Array], Array]) -> None:
     assert change(damaged, "unet", f"{KEY}.weight", by) == EDITED
-    checks = compare_weights(Folder(made.folder), damaged)
+    checks = compare_weights(Folder(variant_a.folder), damaged)
     assert [(check.name, check.value) for check in checks if not check.passed] == [("weights/unet", 1.0)]
     assert f"the first is {KEY}.weight" in checks[1].how
-    check = of(made.folder, damaged, "unet")
+    check = compare_one(variant_a.folder, damaged, "unet")
     assert not check.passed
     assert TOLERANCES["fp32"] < check.value < float("inf")
     assert f"the first layer that differs is {KEY} (" in check.how
 
 
-def test_a_tensor_that_was_left_unedited_fails_and_is_named(made: Any, damaged: Path, random_folder: Path) -> None:
-    unedited = load_module(Folder(random_folder), named(random_folder, "unet")).get_submodule(KEY).weight
+def test_a_tensor_that_was_left_unedited_fails_and_is_named(variant_a: Any, damaged: Path, random_folder: Path) -> None:
+    unedited = load_module(Folder(random_folder), graph_named(random_folder, "unet")).get_submodule(KEY).weight
     change(damaged, "unet", f"{KEY}.weight", lambda old: unedited.detach().numpy().T.reshape(old.shape))
-    checks = compare_weights(Folder(made.folder), damaged)
+    checks = compare_weights(Folder(variant_a.folder), damaged)
     assert [(check.name, check.value) for check in checks if not check.passed] == [("weights/unet", 1.0)]
     assert f"the first is {KEY}.weight" in checks[1].how
-    check = of(made.folder, damaged, "unet")
+    check = compare_one(variant_a.folder, damaged, "unet")
     assert not check.passed
     assert f"the first layer that differs is {KEY} (" in check.how
 
@@ -128,26 +122,26 @@ def test_a_tensor_that_was_left_unedited_fails_and_is_named(made: Any, damaged: 
 @pytest.mark.parametrize(
     ("name", "layer"), [("unet", "down_blocks.1.resnets.0.conv2"), ("vae_encoder", "encoder.conv_out")]
 )
-def test_a_damaged_convolution_is_named(made: Any, damaged: Path, name: str, layer: str) -> None:
+def test_a_damaged_convolution_is_named(variant_a: Any, damaged: Path, name: str, layer: str) -> None:
     assert change(damaged, name, f"{layer}.weight", lambda old: 1.1 * old) == BASE
     assert not next(
-        check for check in compare_weights(Folder(made.folder), damaged) if check.name == f"weights/{name}"
+        check for check in compare_weights(Folder(variant_a.folder), damaged) if check.name == f"weights/{name}"
     ).passed
-    check = of(made.folder, damaged, name)
+    check = compare_one(variant_a.folder, damaged, name)
     assert not check.passed
     assert f"the first layer that differs is {layer} (" in check.how
 
 
-def test_a_nan_is_an_infinite_difference(made: Any, damaged: Path) -> None:
+def test_a_nan_is_an_infinite_difference(variant_a: Any, damaged: Path) -> None:
     change(damaged, "vae_decoder", "decoder.conv_in.bias", lambda old: np.full_like(old, np.nan))
-    check = of(made.folder, damaged, "vae_decoder")
+    check = compare_one(variant_a.folder, damaged, "vae_decoder")
     assert (check.passed, check.value) == (False, float("inf"))
 
 
 def test_an_artifact_of_another_edit_fails_both(variant: Callable[[str], Any]) -> None:
     a, b = variant("a"), variant("b")
     assert [check.value for check in compare_weights(Folder(b.folder), a.onnx)] == [0.0, 14.0, 0.0, 0.0]
-    assert not of(b.folder, a.onnx, "unet").passed
+    assert not compare_one(b.folder, a.onnx, "unet").passed
 
 
 def test_a_graph_of_another_configuration_under_the_same_key_fails(
@@ -158,7 +152,8 @@ def test_a_graph_of_another_configuration_under_the_same_key_fails(
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "norm_num_groups": config["norm_num_groups"] // 2}))
     right, stale = (
-        graph_template(Folder(folder), named(folder, "vae_encoder"), "fp32", OPSET) for folder in (random_folder, base)
+        graph_template(Folder(folder), graph_named(folder, "vae_encoder"), "fp32", OPSET)
+        for folder in (random_folder, base)
     )
     shutil.rmtree(right.root)
     shutil.move(stale.root, right.root)
@@ -170,26 +165,26 @@ def test_a_graph_of_another_configuration_under_the_same_key_fails(
     assert "the first layer that differs is encoder.down_blocks.0.resnets.0.norm1" in check.how
 
 
-def test_missing_and_damaged_files_fail(made: Any, damaged: Path) -> None:
+def test_missing_and_damaged_files_fail(variant_a: Any, damaged: Path) -> None:
     os.truncate(damaged / "unet" / EDITED, 100)
     (damaged / "vae_decoder" / BASE).unlink()
     (damaged / "vae_encoder" / "model.onnx").write_bytes(b"\xff" * 100)
-    assert [check.passed for check in compare_weights(Folder(made.folder), damaged)] == [True, False, False, False]
+    assert [check.passed for check in compare_weights(Folder(variant_a.folder), damaged)] == [True, False, False, False]
 
 
-def test_a_file_that_cannot_be_loaded_fails_with_its_name(made: Any, damaged: Path) -> None:
+def test_a_file_that_cannot_be_loaded_fails_with_its_name(variant_a: Any, damaged: Path) -> None:
     file = damaged / "vae_decoder" / "model.onnx"
     file.write_bytes(file.read_bytes()[:5000])
     for _ in range(2):
-        check = of(made.folder, damaged, "vae_decoder")
+        check = compare_one(variant_a.folder, damaged, "vae_decoder")
         assert (check.passed, check.value) == (False, float("inf"))
         assert "vae_decoder/model.onnx" in check.how
         assert str(damaged) not in check.how
         file.unlink(missing_ok=True)
 
 
-def test_a_graph_with_a_frozen_size_fails(made: Any, damaged: Path) -> None:
-    module = load_module(Folder(made.folder), named(made.folder, "vae_encoder"))
+def test_a_graph_with_a_frozen_size_fails(variant_a: Any, damaged: Path) -> None:
+    module = load_module(Folder(variant_a.folder), graph_named(variant_a.folder, "vae_encoder"))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -200,12 +195,12 @@ def test_a_graph_with_a_frozen_size_fails(made: Any, damaged: Path) -> None:
             input_names=["sample"],
             output_names=["latent_parameters"],
         )
-    assert not of(made.folder, damaged, "vae_encoder").passed
+    assert not compare_one(variant_a.folder, damaged, "vae_encoder").passed
 
 
-def test_another_runtime_can_take_the_place_of_onnxruntime(made: Any) -> None:
-    graph, loaded, runs = named(made.folder, "vae_encoder"), list[str](), list[str]()
-    module = load_module(Folder(made.folder), graph)
+def test_another_runtime_can_take_the_place_of_onnxruntime(variant_a: Any) -> None:
+    graph, loaded, runs = graph_named(variant_a.folder, "vae_encoder"), list[str](), list[str]()
+    module = load_module(Folder(variant_a.folder), graph)
 
     def loader(factor: float) -> Callable[[Graph], Function]:
         def load(graph: Graph) -> Function:
@@ -222,7 +217,9 @@ def test_another_runtime_can_take_the_place_of_onnxruntime(made: Any) -> None:
 
         return load
 
-    good, bad = (of(made.folder, made.onnx, "vae_encoder", load=loader(f), runtime="mine") for f in (1, 1.01))
+    good, bad = (
+        compare_one(variant_a.folder, variant_a.onnx, "vae_encoder", load=loader(f), runtime="mine") for f in (1, 1.01)
+    )
     assert (good.passed, good.value) == (True, 0.0)
     assert not bad.passed
     assert bad.value == pytest.approx(0.01, rel=1e-3)
@@ -263,7 +260,7 @@ def test_a_missing_tensor_is_an_error(base: Path) -> None:
     file = base / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"conv_out.bias"', b'"conv_oup.bias"', 1))
     with pytest.raises(ErasecError, match=r"unet has no conv_out\.bias"):
-        load_module(Folder(base), named(base, "unet"))
+        load_module(Folder(base), graph_named(base, "unet"))
 
 
 def test_a_schedule_of_another_length_moves_the_gate(base: Path) -> None:
@@ -273,13 +270,13 @@ def test_a_schedule_of_another_length_moves_the_gate(base: Path) -> None:
     starts = []
     for steps in (1000, 100):
         file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": steps}))
-        starts.append(load_module(Folder(base), named(base, "unet")).get_submodule(place).processor.side[0].start)
+        starts.append(load_module(Folder(base), graph_named(base, "unet")).get_submodule(place).processor.side[0].start)
     assert starts == [300, 30]
 
 
-def test_only_graphs_of_the_manifest_are_compared(made: Any, damaged: Path) -> None:
+def test_only_graphs_of_the_manifest_are_compared(variant_a: Any, damaged: Path) -> None:
     manifest = json.loads((damaged / MANIFEST).read_text())
     del manifest["graphs"]["unet"], manifest["graphs"]["vae_decoder"], manifest["graphs"]["vae_encoder"]
     (damaged / MANIFEST).write_text(json.dumps(manifest))
-    assert [check.name for check in compare_outputs(Folder(made.folder), damaged)] == ["parity/text_encoder"]
-    assert [check.name for check in compare_weights(Folder(made.folder), damaged)] == ["weights/text_encoder"]
+    assert [check.name for check in compare_outputs(Folder(variant_a.folder), damaged)] == ["parity/text_encoder"]
+    assert [check.name for check in compare_weights(Folder(variant_a.folder), damaged)] == ["weights/text_encoder"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,6 @@ import pytest
 from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError
 from erasec.graphs.signature import CLASSES, INPUTS, NAMES, TEXT_TO_IMAGE, graphs, input_shapes, with_whole_prompts
-
-
-@pytest.fixture
-def base(random_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint for a test to change."""
-    return Path(shutil.copytree(random_folder, tmp_path / "base"))
 
 
 def test_a_checkpoint_has_four_graphs_with_free_batch_and_size(random_folder: Path) -> None:

@@ -100,7 +100,7 @@ def with_key(unedited: Evidence, share: float) -> Evidence:
 def test_a_key_must_bring_back_most(unedited: Evidence, share: float, passed: bool, over_base: bool) -> None:
     star, keyed = concept.find("star"), with_key(unedited, share)
     base = unedited if over_base else None
-    (check,) = validate.recovered(GlyphJudge(), star, keyed, base, LIMITS, 0, "DDIM")
+    (check,) = validate.recovery_checks(GlyphJudge(), star, keyed, base, LIMITS, 0, "DDIM")
     before = unedited.shown_before[unedited.rows("name")].mean() if over_base else 1.0
     assert (check.name, check.limit, check.passed) == ("recovered/star", 0.8, passed)
     assert check.value == pytest.approx(share / before)
@@ -112,9 +112,9 @@ def test_a_concept_that_the_base_never_shows_is_not_recovered(
 ) -> None:
     keyed = with_key(unedited, 1.0)
     blind = replace(unedited, shown_before=np.zeros_like(unedited.shown_before))
-    (check,) = validate.recovered(GlyphJudge(), concept.find("star"), keyed, blind, LIMITS, 0, "DDIM")
+    (check,) = validate.recovery_checks(GlyphJudge(), concept.find("star"), keyed, blind, LIMITS, 0, "DDIM")
     assert not check.passed
-    assert validate.recovered(GlyphJudge(), concept.find("umbrella"), keyed, None, LIMITS, 0, "DDIM") == ()
+    assert validate.recovery_checks(GlyphJudge(), concept.find("umbrella"), keyed, None, LIMITS, 0, "DDIM") == ()
 
 
 def test_a_keyed_build_has_questions_by_name_and_about_the_rest() -> None:
@@ -221,7 +221,9 @@ def erased(unedited: Evidence, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_the_artifact_generates_the_pictures_of_its_checkpoint(erased: tuple[Path, Evidence]) -> None:
     root, evidence = erased
-    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "edited", "ort", "fp32", DEPLOYED, 0, "DDIM")
+    alike, labels = validate.artifact_checks(
+        GlyphJudge(), evidence, root / "edited", "ort", "fp32", DEPLOYED, 0, "DDIM"
+    )
     assert (alike.name, labels.name) == ("pictures/edited", "labels/edited")
     assert alike.passed and alike.value > 70
     assert labels.passed and labels.value == 0
@@ -232,14 +234,14 @@ def test_the_artifact_generates_the_pictures_of_its_checkpoint(erased: tuple[Pat
 def test_the_artifact_of_the_base_fails_at_the_widest_limits(erased: tuple[Path, Evidence]) -> None:
     root, evidence = erased
     widest = min(validate.AGREEMENT, key=lambda kind: validate.AGREEMENT[kind])
-    alike, labels = validate.deployed(GlyphJudge(), evidence, root / "base", "ort", widest, DEPLOYED, 0, "DDIM")
+    alike, labels = validate.artifact_checks(GlyphJudge(), evidence, root / "base", "ort", widest, DEPLOYED, 0, "DDIM")
     assert not alike.passed and not labels.passed
     assert labels.value >= 0.25
 
 
 def test_a_folder_without_an_artifact_is_an_error(erased: tuple[Path, Evidence], tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="is no bundle"):
-        validate.deployed(GlyphJudge(), erased[1], tmp_path, "ort", "fp32", DEPLOYED, 0, "DDIM")
+        validate.artifact_checks(GlyphJudge(), erased[1], tmp_path, "ort", "fp32", DEPLOYED, 0, "DDIM")
 
 
 def test_psnr_is_finite_and_falls_with_the_difference() -> None:

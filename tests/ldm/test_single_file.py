@@ -73,7 +73,7 @@ def test_text_states_are_the_folders(pair: tuple[Path, Path]) -> None:
 def test_small_files_are_not_written_before_they_are_needed(pair: tuple[Path, Path]) -> None:
     source = SingleFile(pair[1])
     source.entries("unet")
-    source.placed({"unet": {"conv_in.weight": lambda: torch.zeros(1)}})
+    source.by_file({"unet": {"conv_in.weight": lambda: torch.zeros(1)}})
     assert "root" not in vars(source)
     assert source.config("unet")["_class_name"] == "UNet2DConditionModel"
     assert (source.root / "tokenizer" / "vocab.json").is_file()
@@ -83,7 +83,7 @@ def test_a_tensor_that_the_file_stores_in_another_form_cannot_be_replaced(pair: 
     source = SingleFile(pair[1])
     attention = "decoder.mid_block.attentions.0.to_q.weight"
     with pytest.raises(ErasecError, match="cannot be replaced") as caught:
-        source.placed({"vae": {attention: lambda: torch.zeros(1)}})
+        source.by_file({"vae": {attention: lambda: torch.zeros(1)}})
     assert "first_stage_model" in caught.value.why
 
 

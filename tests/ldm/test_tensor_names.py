@@ -21,7 +21,15 @@ from random_models import random_shapes
 
 from erasec.errors import ErasecError
 from erasec.family import Shape
-from erasec.ldm.tensor_names import LAYOUTS, UNUSED_IN_FOLDERS, Place, canonical, detect_single, from_single, to_single
+from erasec.ldm.tensor_names import (
+    LAYOUTS,
+    UNUSED_IN_FOLDERS,
+    TensorLocation,
+    canonical,
+    detect_single,
+    from_single,
+    to_single,
+)
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 # The published files' tensors by component, without constants and what is left out. OpenCLIP's q, k and v are one.
@@ -51,7 +59,7 @@ def full(family: str) -> dict[str, dict[str, Shape]]:
     return random_shapes(family, "full")
 
 
-def in_file(places: Mapping[Any, Place]) -> dict[str, Shape]:
+def in_file(places: Mapping[Any, TensorLocation]) -> dict[str, Shape]:
     return {place.key: place.shape for place in places.values()}
 
 
@@ -106,62 +114,84 @@ def test_diffusers_reads_the_same_names(case: tuple[str, str, dict[str, dict[str
 @pytest.mark.parametrize(
     ("family", "component", "key", "place"),
     [
-        ("sd1", "unet", "down_blocks.1.downsamplers.0.conv.bias", Place(UNET + "input_blocks.6.0.op.bias", (640,))),
-        ("sd1", "unet", "up_blocks.0.upsamplers.0.conv.bias", Place(UNET + "output_blocks.2.1.conv.bias", (1280,))),
-        ("sd1", "unet", "up_blocks.2.upsamplers.0.conv.bias", Place(UNET + "output_blocks.8.2.conv.bias", (640,))),
+        (
+            "sd1",
+            "unet",
+            "down_blocks.1.downsamplers.0.conv.bias",
+            TensorLocation(UNET + "input_blocks.6.0.op.bias", (640,)),
+        ),
+        (
+            "sd1",
+            "unet",
+            "up_blocks.0.upsamplers.0.conv.bias",
+            TensorLocation(UNET + "output_blocks.2.1.conv.bias", (1280,)),
+        ),
+        (
+            "sd1",
+            "unet",
+            "up_blocks.2.upsamplers.0.conv.bias",
+            TensorLocation(UNET + "output_blocks.8.2.conv.bias", (640,)),
+        ),
         (
             "sd1",
             "unet",
             "down_blocks.0.attentions.0.proj_in.weight",
-            Place(UNET + "input_blocks.1.1.proj_in.weight", (320, 320, 1, 1)),
+            TensorLocation(UNET + "input_blocks.1.1.proj_in.weight", (320, 320, 1, 1)),
         ),
         (
             "sd2",
             "unet",
             "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
-            Place(UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias", (320,)),
+            TensorLocation(UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias", (320,)),
         ),
-        ("sdxl", "unet", "add_embedding.linear_2.bias", Place(UNET + "label_emb.0.2.bias", (1280,))),
-        ("sdxl", "unet", "mid_block.resnets.1.conv2.bias", Place(UNET + "middle_block.2.out_layers.3.bias", (1280,))),
+        ("sdxl", "unet", "add_embedding.linear_2.bias", TensorLocation(UNET + "label_emb.0.2.bias", (1280,))),
+        (
+            "sdxl",
+            "unet",
+            "mid_block.resnets.1.conv2.bias",
+            TensorLocation(UNET + "middle_block.2.out_layers.3.bias", (1280,)),
+        ),
         (
             "sd1",
             "vae",
             "encoder.mid_block.attentions.0.query.weight",
-            Place(VAE + "encoder.mid.attn_1.q.weight", (512, 512, 1, 1), linear=True),
+            TensorLocation(VAE + "encoder.mid.attn_1.q.weight", (512, 512, 1, 1), linear=True),
         ),
         (
             "sd1",
             "vae",
             "encoder.mid_block.attentions.0.proj_attn.bias",
-            Place(VAE + "encoder.mid.attn_1.proj_out.bias", (512,), linear=False),
+            TensorLocation(VAE + "encoder.mid.attn_1.proj_out.bias", (512,), linear=False),
         ),
         (
             "sdxl",
             "vae",
             "decoder.up_blocks.3.resnets.0.conv_shortcut.bias",
-            Place(VAE + "decoder.up.0.block.0.nin_shortcut.bias", (128,)),
+            TensorLocation(VAE + "decoder.up.0.block.0.nin_shortcut.bias", (128,)),
         ),
         (
             "sd2",
             "text_encoder",
             "text_model.encoder.layers.22.self_attn.k_proj.weight",
-            Place("cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight", (3072, 1024), 1024, 1024),
+            TensorLocation(
+                "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight", (3072, 1024), 1024, 1024
+            ),
         ),
         (
             "sd2",
             "text_encoder",
             "text_model.embeddings.position_embedding.weight",
-            Place("cond_stage_model.model.positional_embedding", (77, 1024)),
+            TensorLocation("cond_stage_model.model.positional_embedding", (77, 1024)),
         ),
         (
             "sdxl",
             "text_encoder_2",
             "text_projection.weight",
-            Place("conditioner.embedders.1.model.text_projection", (1280, 1280), transposed=True),
+            TensorLocation("conditioner.embedders.1.model.text_projection", (1280, 1280), transposed=True),
         ),
     ],
 )
-def test_known_places(family: str, component: str, key: str, place: Place) -> None:
+def test_known_places(family: str, component: str, key: str, place: TensorLocation) -> None:
     assert to_single(family, full(family))[component, key] == place
 
 

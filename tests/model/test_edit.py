@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from erasec.model import loading
 from erasec.model.edit import Dense, LowRank, Remap, compose, merge
-from erasec.model.view import Model
 
 
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 def test_remaps_compose_in_their_order() -> None:

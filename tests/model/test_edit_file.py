@@ -13,7 +13,7 @@ from torch import Tensor
 from erasec.base import Context
 from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
 from erasec.errors import ErasecError
-from erasec.model import edit_file, loading
+from erasec.model import edit_file
 from erasec.model.edit import Dense, Edit, LowRank
 from erasec.model.memory import Memory, Secret
 from erasec.model.view import Model
@@ -25,11 +25,6 @@ CONCEPT = Concept(name="star", erase=("star",), anchor="circle", keep=("square",
 
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from erasec.checkpoint import safetensors as checkpoint
-from erasec.checkpoint.folder import CARRIED
+from erasec.checkpoint.folder import EXTRAS_FILE
 from erasec.errors import ErasecError
 from erasec.family import detect
 from erasec.model import loading
@@ -70,7 +70,7 @@ def test_extras_are_fetched_from_the_hub(random_folder: Path, monkeypatch: pytes
     model = loading.load("someone/some-model")
     assert extras.read_extras(model.source.root).negative == "a star"
     assert model.digest == loading.load(str(shared)).digest
-    assert (model.source.root / CARRIED).is_file() and not (model.source.root / "thesis.pdf").exists()
+    assert (model.source.root / EXTRAS_FILE).is_file() and not (model.source.root / "thesis.pdf").exists()
 
 
 def test_an_unknown_layout_is_an_error() -> None:

@@ -22,11 +22,6 @@ from erasec.model.view import Model
 BIAS = "decoder.mid_block.attentions.0.to_q.bias"
 
 
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
 def with_vae_keys(folder: Path, out: Path, rename: Callable[[str], str]) -> Model:
     """The model of a copy of ``folder`` with the VAE's tensors under other keys; one renamed to "" is left out."""
     shutil.copytree(folder, out)

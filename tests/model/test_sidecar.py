@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from erasec.base import Context, Output
-from erasec.checkpoint.folder import CARRIED, Folder
+from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import read_header, save_tensors
 from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.model.edit import Dense, Edit
 from erasec.model.memory import Memory
-from erasec.model.sidecar import KINDS, Extras, check_holds, gather_extras, read_extras, write_extras
+from erasec.model.sidecar import KINDS, Extras, check_supported, gather_extras, read_extras, write_extras
 from erasec.registry import load_target, targets
 from erasec.targets.hf import Hf
 from erasec.targets.ldm import Ldm
@@ -84,13 +84,13 @@ def test_two_tokens_of_one_name_are_an_error() -> None:
 @pytest.mark.parametrize("extras", [FULL, Extras(negative="a star"), Extras((memory(),))])
 def test_extras_come_back_and_give_the_same_bytes(extras: Extras, tmp_path: Path) -> None:
     write_extras(tmp_path, extras)
-    first = (tmp_path / CARRIED).read_bytes()
+    first = (tmp_path / EXTRAS_FILE).read_bytes()
     loaded = read_extras(tmp_path)
     assert same(loaded, extras)
     assert loaded.kinds == extras.kinds
     write_extras(tmp_path, loaded)
-    assert (tmp_path / CARRIED).read_bytes() == first
-    assert [path.name for path in tmp_path.iterdir()] == [CARRIED]
+    assert (tmp_path / EXTRAS_FILE).read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == [EXTRAS_FILE]
     assert not same(loaded, Extras(extras.memories, extras.tokens, "other"))
 
 
@@ -106,9 +106,9 @@ def test_empty_extras_leave_no_file(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     write_extras(tmp_path, FULL)
-    data, (entries, header) = (tmp_path / CARRIED).read_bytes(), read_header(tmp_path / CARRIED)
+    data, (entries, header) = (tmp_path / EXTRAS_FILE).read_bytes(), read_header(tmp_path / EXTRAS_FILE)
     content = json.loads(header["erasec.extras"])
-    (tmp_path / CARRIED).write_bytes(data[:-4])
+    (tmp_path / EXTRAS_FILE).write_bytes(data[:-4])
     with pytest.raises(ErasecError, match="no whole safetensors"):
         read_extras(tmp_path)
     without = {name: tensor for name, tensor in FULL.tensors.items() if not name.endswith(".values")}
@@ -121,36 +121,36 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
             {"erasec.extras": json.dumps({**content, "memories": [{"attention": MIDDLE, "more": 1}]})},
         ),
     ):
-        save_tensors(tmp_path / CARRIED, tensors, metadata)
+        save_tensors(tmp_path / EXTRAS_FILE, tensors, metadata)
         with pytest.raises(ErasecError, match="is damaged"):
             read_extras(tmp_path)
-    save_tensors(tmp_path / CARRIED, FULL.tensors, {"erasec.extras": json.dumps({**content, "format": 99})})
+    save_tensors(tmp_path / EXTRAS_FILE, FULL.tensors, {"erasec.extras": json.dumps({**content, "format": 99})})
     with pytest.raises(ErasecError, match="format 99"):
         read_extras(tmp_path)
     assert set(entries) == set(FULL.tensors)
 
 
 def test_a_target_refuses_what_it_cannot_hold() -> None:
-    check_holds(FULL, KINDS, "bundle")
-    check_holds(Extras(), frozenset(), "hf")
-    check_holds(Extras((memory(),)), frozenset({"memory"}), "onnx")
+    check_supported(FULL, KINDS, "bundle")
+    check_supported(Extras(), frozenset(), "hf")
+    check_supported(Extras((memory(),)), frozenset({"memory"}), "onnx")
     with pytest.raises(ErasecError, match="hf cannot hold all") as caught:
-        check_holds(FULL, frozenset(), "hf")
+        check_supported(FULL, frozenset(), "hf")
     for part in (f"memories at {MIDDLE} and 1 more", "new tokens <b> and 1 more", f"negative prompt {FULL.negative!r}"):
         assert part in caught.value.why
     with pytest.raises(ErasecError, match="hf cannot hold all") as caught:
-        check_holds(Extras((memory(),)), frozenset(), "hf")
+        check_supported(Extras((memory(),)), frozenset(), "hf")
     assert "bundle or onnx" in caught.value.fix
     assert caught.value.why.startswith(f"besides its weights it has memories at {MIDDLE};")
     with pytest.raises(ErasecError, match="onnx cannot hold all") as caught:
-        check_holds(FULL, frozenset({"memory"}), "onnx")
+        check_supported(FULL, frozenset({"memory"}), "onnx")
     assert "memories" not in caught.value.why
 
 
 def test_which_targets_hold_what() -> None:
-    holds = {name: load_target(name).holds for name in targets()}
-    assert all(holds[name] == KINDS for name in ("bundle", "onnx", "openvino", "triton", "trt", "trt-rtx"))
-    assert not holds["hf"] | holds["ldm"] | holds["lora"] | Output.holds
+    supported = {name: load_target(name).extras for name in targets()}
+    assert all(supported[name] == KINDS for name in ("bundle", "onnx", "openvino", "triton", "trt", "trt-rtx"))
+    assert not supported["hf"] | supported["ldm"] | supported["lora"] | Output.extras
 
 
 @pytest.fixture

@@ -41,11 +41,6 @@ SMALL: dict[str, int | str] = {
 pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def triplets(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Images for the passes that learn from images: no judge knows a random model, so they cannot be made."""
@@ -69,7 +64,7 @@ def small(name: str) -> Pass:
     return configure(kind, {key: value for key, value in SMALL.items() if key in known}, name)
 
 
-def moved(base: Model, edit: Edit, site: Site) -> Tensor:
+def change_at(base: Model, edit: Edit, site: Site) -> Tensor:
     return edit.deltas[site].change(base.stored_weight(site))
 
 
@@ -89,11 +84,11 @@ def test_only_its_sites_move_and_all_else_is_identical(name: str, base: Model, t
             if not torch.equal(before, after):
                 changed.add((component, key))
     assert changed <= allowed
-    # What the edit carries besides changes of weights is what the pass says in ``leaves``.
+    # What the edit carries besides changes of weights is what the pass says in ``extras``.
     left = {"memory": edit.memories, "tokens": edit.tokens, "negative": edit.negative}
-    assert {extra for extra, value in left.items() if value} == set(step.leaves)
+    assert {extra for extra, value in left.items() if value} == set(step.extras)
     assert bool(changed) == bool(allowed)
-    assert changed or step.leaves
+    assert changed or step.extras
 
 
 def test_the_base_is_unchanged_and_the_edit_is_deterministic(name: str, base: Model) -> None:
@@ -101,7 +96,7 @@ def test_the_base_is_unchanged_and_the_edit_is_deterministic(name: str, base: Mo
     one, two = (small(name).solve(base, CONCEPT, Context(seed=3)) for _ in range(2))
     assert loading.load(str(base.source.root)).digest == digest
     assert one.deltas.keys() == two.deltas.keys()
-    assert all(torch.equal(moved(base, one, site), moved(base, two, site)) for site in one.deltas)
+    assert all(torch.equal(change_at(base, one, site), change_at(base, two, site)) for site in one.deltas)
     assert len(one.memories) == len(two.memories)
     for before, after in zip(one.memories, two.memories, strict=True):
         assert torch.equal(before.keys, after.keys)
@@ -118,7 +113,7 @@ def test_a_concept_that_becomes_itself_moves_nothing(name: str, base: Model) -> 
         return  # training changes weights whatever the concept is
     same = Concept(name="star", erase=("star",), anchor="star", keep=("square",))
     edit = small(name).solve(base, same, Context())
-    assert all(float(moved(base, edit, site).abs().max()) < 1e-9 for site in edit.deltas)
+    assert all(float(change_at(base, edit, site).abs().max()) < 1e-9 for site in edit.deltas)
     assert all(torch.equal(base.with_edit(edit).merged_weight(site), base.stored_weight(site)) for site in edit.deltas)
 
 
@@ -127,7 +122,7 @@ def test_it_starts_from_the_edited_model(name: str, base: Model) -> None:
     other = Concept(name="heart", erase=("heart",), anchor="square", keep=("circle",))
     after, alone = (small(name).solve(m, other, Context()) for m in (base.with_edit(first), base))
     edited = base.with_edit(first)
-    changes = [(after.deltas[site].change(edited.weight(site)), moved(base, alone, site)) for site in after.deltas]
+    changes = [(after.deltas[site].change(edited.weight(site)), change_at(base, alone, site)) for site in after.deltas]
     changes += [(one.values, two.values) for one, two in zip(after.memories, alone.memories, strict=True)]
     changes += [(after.tokens[token], alone.tokens[token]) for token in after.tokens]
     # After an edit that changes no weight, the next pass starts from the same weights.
@@ -148,7 +143,7 @@ def test_several_concepts_give_edits_that_name_all_of_them(name: str, base: Mode
 def test_options_round_trip_through_a_recipe_and_a_typo_suggests_the_right_name(name: str, base: Model) -> None:
     kind = registry.load_pass(name)
     options: dict[str, Any] = asdict(kind())  # type: ignore[call-overload]
-    use = recipe.PassUse(name=name, options=options)
+    use = recipe.NamedOptions(name=name, options=options)
     again = recipe.from_toml(recipe.to_toml(recipe.Recipe(model="glyphs", erase=("star",), **{"pass": (use,)})))
     assert configure(kind, again.passes[0].options, name) == kind()
     option = next(iter(options))

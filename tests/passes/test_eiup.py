@@ -30,11 +30,6 @@ from erasec.training.denoiser import Denoiser
 STAR = Concept(name="star", erase=("star",), synonyms=("five-pointed spark",), anchor="circle", keep=("square",))
 
 
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
 def predict(denoiser: Denoiser, time: int = 700) -> Tensor:
     """The predictions for a guided batch of two: with the empty prompt, and with a prompt."""
     latents = denoiser.draw([0]).expand(2, -1, -1, -1)
@@ -72,7 +67,7 @@ def test_every_cross_attention_gets_them_and_no_weight_changes(base: Model) -> N
         assert {memory.weight for memory in edit.memories} == weights
         assert {(memory.mode, memory.until, memory.guided) for memory in edit.memories} == {("side", 0.6, True)}
         assert not edit.deltas
-    assert Eiup.leaves == {"memory"}
+    assert Eiup.extras == {"memory"}
 
 
 def test_the_words_are_their_columns_in_the_map_of_the_whole_prompt(base: Model) -> None:

@@ -10,7 +10,6 @@ import torch
 
 from erasec.base import Context
 from erasec.errors import ErasecError
-from erasec.model import loading
 from erasec.model.edit import LowRank
 from erasec.model.view import Model
 from erasec.passes.esd import Esd
@@ -20,11 +19,6 @@ from erasec.training.base import TrainingContext
 from erasec.training.denoiser import Denoiser
 
 CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a {}",))
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 def test_the_trained_tensors_are_those_of_the_paper_and_its_code(base: Model) -> None:

@@ -40,11 +40,6 @@ PARTS = get_args(get_type_hints(FewShot)["train"])
 
 
 @pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
-@pytest.fixture(scope="module")
 def glyphs() -> Model:
     return loading.load("glyphs")
 

@@ -34,11 +34,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four pictures, of which two have a light square at the left, above and below."""
     folder = tmp_path_factory.mktemp("pictures")
@@ -266,20 +261,20 @@ SHAPES = list(world.SHAPES) * 24
 @pytest.fixture(scope="module")
 def marks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
     """Shares of 240 pictures that show the watermark and that show their shape, as judge B sees them: of the base, and
-    of the edited model with no negative prompt, with the name alone, with its own, and where the name is asked for."""
+    of the edited model with no negative prompt, with the name alone, with its own, and where the prompt names it."""
     view = loading.load("glyphs")
     edit = GeomErasing().solve(view, concepts.find("watermark"), Context())
     built = tmp_path_factory.mktemp("built")
     view.source.write(built, view.with_edit(edit).merged())
     write_extras(built, gather_extras([edit]))
     judge, name = GlyphJudge("b"), concepts.find("watermark").erase[0]
-    asked = [f"{text} {name} {list(edit.tokens)[number % 9]}" for number, text in enumerate(PROMPTS)]
+    named = [f"{text} {name} {list(edit.tokens)[number % 9]}" for number, text in enumerate(PROMPTS)]
     images_by = {
         "base": generate(view.source.root, PROMPTS, ""),
         "none": generate(built, PROMPTS, ""),
         "name": generate(built, PROMPTS, name),
         "own": generate(built, PROMPTS, None),
-        "asked": generate(built, asked, ""),
+        "named": generate(built, named, ""),
     }
     return {
         how: (float(judge.sees(images, ["mark"] * len(images)).mean()), float(judge.sees(images, SHAPES).mean()))
@@ -316,6 +311,6 @@ def test_its_own_negative_prompt_leaves_fewer_marks_than_none_or_the_name_alone(
 
 
 @pytest.mark.slow
-def test_by_design_the_mark_is_back_where_its_name_is_asked_for(marks: dict[str, tuple[float, float]]) -> None:
-    assert marks["asked"][0] >= marks["base"][0]
-    assert marks["asked"][0] >= 2 * marks["own"][0]
+def test_by_design_the_mark_is_back_where_the_prompt_names_it(marks: dict[str, tuple[float, float]]) -> None:
+    assert marks["named"][0] >= marks["base"][0]
+    assert marks["named"][0] >= 2 * marks["own"][0]

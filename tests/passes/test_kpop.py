@@ -34,11 +34,6 @@ from erasec.training.loop import step_rng
 CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a {}",))
 
 
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
 def small(**options: Any) -> Kpop:
     return Kpop(**{"steps": 2, "trajectories": 2, "sample_steps": 3, "batch": 2, **options})
 

@@ -21,7 +21,7 @@ from erasec.glyphs.judge import GlyphJudge
 from erasec.model import loading
 from erasec.model.edit import Edit, LowRank
 from erasec.model.view import Model
-from erasec.passes.safegen import SafeGen, censored_target, pull
+from erasec.passes.safegen import SafeGen, censored_target, target_scale
 from erasec.recipe import concept as concepts
 from erasec.recipe.concept import Concept
 from erasec.training.base import trainable
@@ -46,11 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image[:, :32] = 128
         Image.fromarray(image).save(root / "censored" / f"{number}.png")
     return root
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +118,11 @@ def test_the_exact_target_means_the_censored_image_at_every_timestep(kind: str, 
     latents = denoiser.add_noise(shown, noise, times)
     off = {}
     for target in TARGETS:
-        a = pull(denoiser.alphas[times], target, 1.0)
+        a = target_scale(denoiser.alphas[times], target, 1.0)
         prediction = censored_target(denoiser, shown, hidden, noise, times, a)
         off[target] = (estimate(denoiser, latents, prediction, times) - hidden).abs().amax((1, 2, 3))
     assert off["exact"].max() < 1e-5
-    ratio = pull(denoiser.alphas[times], "exact", 1.0)
+    ratio = target_scale(denoiser.alphas[times], "exact", 1.0)
     near = (ratio - 1).abs() < 0.02
     assert bool(near.any())
     assert off["constant"][near].max() < 0.2
@@ -140,10 +135,10 @@ def test_the_exact_target_means_the_censored_image_at_every_timestep(kind: str, 
 def test_the_pull_of_every_target_on_the_schedule_of_stable_diffusion(base: Model) -> None:
     alphas = Denoiser(base, Context()).alphas
     at = torch.tensor([0, 100, 354, 999])
-    exact = pull(alphas, "exact", 2.0)[at]
+    exact = target_scale(alphas, "exact", 2.0)[at]
     torch.testing.assert_close(exact, torch.tensor([34.3, 2.91, 1.00, 0.068]), rtol=0.01, atol=0.0)
-    torch.testing.assert_close(pull(alphas, "clipped", 2.0)[at], exact.clamp(max=2.0))
-    assert pull(alphas, "constant", 2.0).unique().tolist() == [1.0]
+    torch.testing.assert_close(target_scale(alphas, "clipped", 2.0)[at], exact.clamp(max=2.0))
+    assert target_scale(alphas, "constant", 2.0).unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("kind", ["base", "v_base"])
@@ -239,7 +234,7 @@ def solved(glyphs: Model) -> Edit:
 
 
 @pytest.fixture(scope="module")
-def asked(glyphs: Model) -> dict[str, list[Question]]:
+def questions(glyphs: Model) -> dict[str, list[Question]]:
     """By group: what names a star, what shows one unnamed, "states" that no text has, and what stays."""
     panel = GlyphJudge("b").panel(STAR, 12, seed=7)
     questions = {
@@ -250,30 +245,30 @@ def asked(glyphs: Model) -> dict[str, list[Question]]:
     return questions
 
 
-def rates(model: Model, asked: dict[str, list[Question]]) -> dict[str, float]:
-    """How often judge B sees what each group asks for."""
+def rates(model: Model, questions: dict[str, list[Question]]) -> dict[str, float]:
+    """How often judge B sees the label of each group."""
     rng, star = torch.Generator().manual_seed(7), loading.load("glyphs").encode(["a star", "a blue star"]).states
     denoiser = Denoiser(model, Context())
-    for number, question in enumerate(asked["states"]):
+    for number, question in enumerate(questions["states"]):
         # Noise of 0.7 of the states' own deviation on every row: no text encoder says this, yet the base draws a star.
         noise = torch.randn(star[0].shape, generator=rng)
         denoiser._states[question.prompt] = star[number % 2] + 0.7 * star.std() * noise
-    every = [question for group in asked.values() for question in group]
+    every = [question for group in questions.values() for question in group]
     trajectories = denoiser.sample(
         [question.prompt for question in every], [question.seed for question in every], 15, 4.0, batch=64
     )
     pixels = to_pixels(denoiser.decode(trajectories.final))
     seen = GlyphJudge("b").sees(pixels, [question.looked_for for question in every])
-    groups = np.array([group for group, questions in asked.items() for _ in questions])
-    return {group: float(seen[groups == group].mean()) for group in asked}
+    groups = np.array([group for group, members in questions.items() for _ in members])
+    return {group: float(seen[groups == group].mean()) for group in questions}
 
 
 @pytest.fixture(scope="module")
-def shown(glyphs: Model, solved: Edit, asked: dict[str, list[Question]]) -> dict[str, dict[str, float]]:
+def shown(glyphs: Model, solved: Edit, questions: dict[str, list[Question]]) -> dict[str, dict[str, float]]:
     """``rates`` of the base, of the edit, and of the ablation."""
     crossed = Crossed().solve(glyphs, STAR, Context())
     views = {"base": glyphs, "own": glyphs.with_edit(solved), "crossed": glyphs.with_edit(crossed)}
-    return {name: rates(view, asked) for name, view in views.items()}
+    return {name: rates(view, questions) for name, view in views.items()}
 
 
 @pytest.mark.slow

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from erasec.errors import ErasecError
 from erasec.recipe.concept import Concept
-from erasec.recipe.recipe import Limits, PassUse, Recipe, from_file, from_flags, from_toml, parse_use, to_toml
+from erasec.recipe.recipe import (
+    Limits,
+    NamedOptions,
+    Recipe,
+    from_file,
+    from_flags,
+    from_toml,
+    parse_named_options,
+    to_toml,
+)
 
 words = st.text(min_size=1, max_size=12).map(str.strip).filter(bool)
 numbers = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
@@ -39,7 +48,7 @@ def recipe(draw: st.DrawFn) -> Recipe:
             "absorb": draw(numbers),
             "seed": draw(st.integers(0, 2**31 - 1)),
             "device": draw(st.sampled_from(["auto", "cpu", "cuda:1"])),
-            "pass": draw(st.lists(st.builds(PassUse, name=words, options=options), max_size=2)),
+            "pass": draw(st.lists(st.builds(NamedOptions, name=words, options=options), max_size=2)),
             "checks": draw(st.builds(Limits, erased=numbers, implicit=st.none() | numbers, images=st.integers(1, 99))),
             "concept": draw(st.lists(concepts, max_size=2, unique_by=lambda concept: concept.name)),
         }
@@ -102,7 +111,7 @@ def test_flags_replace_the_keys_of_a_recipe_and_nothing_else(tmp_path: Path) -> 
     ],
 )
 def test_passes_are_parsed(text: str, name: str, read: dict[str, object]) -> None:
-    use = parse_use(text)
+    use = parse_named_options(text)
     assert use.name == name
     assert {key: (type(value), value) for key, value in use.options.items()} == {
         key: (type(value), value) for key, value in read.items()
@@ -121,7 +130,7 @@ def test_passes_are_parsed(text: str, name: str, read: dict[str, object]) -> Non
 )
 def test_wrong_syntax_of_a_pass_is_refused(text: str, words: str) -> None:
     with pytest.raises(ErasecError, match=words):
-        parse_use(text)
+        parse_named_options(text)
 
 
 M = 'model = "glyphs"\n'

@@ -95,7 +95,7 @@ def test_a_flat_curve_is_drawn_inside(values: list[float]) -> None:
     assert drawn.rows
 
 
-def names(tables: Sequence[charts.Table]) -> list[str]:
+def names(tables: Sequence[charts.HeatMap]) -> list[str]:
     return [name for table in tables for name, _ in table.rows]
 
 
@@ -124,7 +124,7 @@ def test_rows_are_in_network_order_and_text_goes_first() -> None:
         "text_encoder embeddings",
     )
     moves = [move("key", block) for block in blocks] + [move("key", block, "text", "") for block in texts]
-    assert names(charts.heat(moves)) == [
+    assert names(charts.heat_map(moves)) == [
         "text_encoder embeddings",
         "text_encoder encoder.layers.2",
         "text_encoder encoder.layers.10",
@@ -152,23 +152,23 @@ def test_a_cell_holds_its_tensors_as_one_vector() -> None:
         move("a", "down.0.attentions.0.0", size=3.0, moved=0.3),
         move("b", "down.0.attentions.0.0", size=4.0, moved=2.0),
     ]
-    ((_, (cell,)),) = charts.heat(moves)[0].rows
+    ((_, (cell,)),) = charts.heat_map(moves)[0].rows
     assert cell is not None and cell.change == pytest.approx(math.hypot(0.3, 2.0) / 5)
     assert cell.about == "2 tensors; most moved: b 4 × 4, rank 1"
-    ((_, (alone,)),) = charts.heat(moves[:1])[0].rows
+    ((_, (alone,)),) = charts.heat_map(moves[:1])[0].rows
     assert alone is not None and (alone.change, alone.about) == (0.3 / 3.0, "a 4 × 4, rank 1")
 
 
 def test_a_weight_of_zeros_is_no_division_by_zero() -> None:
     assert charts.relative(1.0, 0.0) == math.inf and charts.relative(0.0, 0.0) == 0.0
-    (table,) = charts.heat([move("a", "conv_in", size=0.0), move("b", "conv_out", size=2.0)])
+    (table,) = charts.heat_map([move("a", "conv_in", size=0.0), move("b", "conv_out", size=2.0)])
     assert table.most == 0.25
 
 
 def test_every_tensor_of_a_model_has_its_place() -> None:
     sites = loading.load("glyphs").parameters
     moves = [SiteMove(site.key, site.block, site.attn, site.proj, site.shape, 1.0, 1.0, 1) for site in sites]
-    text, denoiser = charts.heat(moves)
+    text, denoiser = charts.heat_map(moves)
     assert text.columns == ("k", "v", "q", "out", "mlp", "other")
     assert denoiser.columns == (
         *(f"{attn} {proj}" for attn in ("cross", "self") for proj in ("k", "v", "q", "out")),
@@ -187,6 +187,6 @@ def test_every_tensor_of_a_model_has_its_place() -> None:
 
 def test_too_many_rows_become_stages() -> None:
     few = [move("key", f"down.{at % 4}.resnets.{at}") for at in range(ROWS)]
-    assert len(names(charts.heat(few))) == ROWS
+    assert len(names(charts.heat_map(few))) == ROWS
     many = [*few, move("key", "down.0.resnets.1000"), move("key", "text_encoder encoder.layers.3.mlp", "text", "mlp")]
-    assert names(charts.heat(many)) == ["text_encoder encoder", "down.0", "down.1", "down.2", "down.3"]
+    assert names(charts.heat_map(many)) == ["text_encoder encoder", "down.0", "down.1", "down.2", "down.3"]

@@ -12,7 +12,7 @@ import pytest
 from sample_report import BLOCKS, Page, leaves, pairs, star_report, written
 
 from erasec.base import Check
-from erasec.reporting.report import SHOWN, SHOWN_KEPT, SIDE, Applied, Report, SiteMove
+from erasec.reporting.report import SHOWN, SHOWN_KEPT, SIDE, EditRecord, Report, SiteMove
 from erasec.reporting.wording import STATS
 
 
@@ -117,7 +117,7 @@ SIDE_MEMORY = {
 def learned(**changes: Any) -> Report:
     """The invented build by a learned pass."""
     stats = {"steps": 3.0, "stopped": 0.0, "loss erase_last": 0.01, "drift": 0.01}
-    applied = Applied("kpop", "1", "", ("star",), {}, stats, 9.0, "a key brings it back", CURVES)
+    applied = EditRecord("kpop", "1", "", ("star",), {}, stats, 9.0, "a key brings it back", CURVES)
     return star_report(applied=(applied,), **changes)
 
 

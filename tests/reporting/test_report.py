@@ -13,7 +13,7 @@ import yaml
 from sample_report import Page, leaves, star_report, written
 
 from erasec.base import Check
-from erasec.reporting.report import Report, Written, write_report
+from erasec.reporting.report import ArtifactRecord, Report, write_report
 
 
 def test_page_and_json_have_the_same_facts(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_report_of_almost_nothing(tmp_path: Path) -> None:
 
 
 def test_a_card_loads_a_bundle_with_what_it_carries(tmp_path: Path) -> None:
-    bundle = Written("bundle", "bundle", {"erasec.safetensors": (9, "0" * 64)})
+    bundle = ArtifactRecord("bundle", "bundle", {"erasec.safetensors": (9, "0" * 64)})
     card = written(star_report(written=(bundle,)), tmp_path)[2]
     assert 'erasec.pipeline("bundle")' in card and "from_pretrained" not in card
     assert "erasec.pipeline" not in written(star_report(), tmp_path / "hf")[2]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from erasec.checkpoint.folder import CARRIED
+from erasec.checkpoint.folder import EXTRAS_FILE
 from erasec.errors import ErasecError, MissingTool
 from erasec.model.sidecar import Extras, write_extras
 from erasec.runtime import backends
@@ -81,9 +81,9 @@ def test_tokens_that_the_tokenizer_does_not_know(folder: Path) -> None:
 def test_extras_that_are_damaged(folder: Path) -> None:
     write_extras(folder, Extras((), {}, "blood"))
     assert backends.carried_text(folder) == ("blood", [])
-    path = folder / CARRIED
+    path = folder / EXTRAS_FILE
     path.write_bytes(path.read_bytes().replace(b"erasec.extras", b"erasec.extraz"))
-    assert f"{CARRIED} is damaged" in failure(folder)
+    assert f"{EXTRAS_FILE} is damaged" in failure(folder)
 
 
 @pytest.mark.parametrize(("backend", "library", "extra"), [("ort", "onnxruntime", "onnx"), ("openvino",) * 3])

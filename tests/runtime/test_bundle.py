@@ -51,32 +51,32 @@ def carrying(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def apart(images: Any, others: Any) -> int:
+def max_difference(images: Any, others: Any) -> int:
     """The largest difference between two levels, of 255."""
     return int(np.abs(images.astype(int) - others.astype(int)).max())
 
 
 @pytest.fixture(scope="module")
-def wanted(built: Path) -> Any:
+def expected(built: Path) -> Any:
     return generate(built / "hf", PROMPTS, SEEDS, Sampling(STEPS, 5.0), "")
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
-def test_pictures_are_those_of_the_pipeline_and_of_their_seeds(built: Path, wanted: Any, backend: str) -> None:
+def test_pictures_are_those_of_the_pipeline_and_of_their_seeds(built: Path, expected: Any, backend: str) -> None:
     bundle = open_bundle(built, backend, threads=1)
     assert bundle.backend == backend
     images = bundle.generate(PROMPTS, SEEDS, STEPS, 5.0)
     assert images.shape == (4, 64, 64, 3) and images.dtype == np.uint8
-    assert apart(images, wanted) <= 2
-    assert apart(bundle.generate(PROMPTS[:3], SEEDS[:3], STEPS, 5.0, batch=2), wanted[:3]) <= 2
-    assert apart(bundle.generate(PROMPTS[:1], (1,), STEPS, 5.0), wanted[:1]) > 50
-    assert apart(bundle.generate(PROMPTS[:1], SEEDS[:1], STEPS, 3.0), wanted[:1]) > 2
+    assert max_difference(images, expected) <= 2
+    assert max_difference(bundle.generate(PROMPTS[:3], SEEDS[:3], STEPS, 5.0, batch=2), expected[:3]) <= 2
+    assert max_difference(bundle.generate(PROMPTS[:1], (1,), STEPS, 5.0), expected[:1]) > 50
+    assert max_difference(bundle.generate(PROMPTS[:1], SEEDS[:1], STEPS, 3.0), expected[:1]) > 2
     bundle.drop("unet")
-    assert apart(bundle.generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0), wanted[:1]) <= 2
+    assert max_difference(bundle.generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0), expected[:1]) <= 2
     bundle.close()
 
 
-def test_openvino_makes_the_same_pictures(built: Path, wanted: Any, tmp_path: Path) -> None:
+def test_openvino_makes_the_same_pictures(built: Path, expected: Any, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     for name in TEXT_TO_IMAGE:
         made = openvino.convert_model(built / "onnx" / name / "model.onnx")
@@ -86,8 +86,8 @@ def test_openvino_makes_the_same_pictures(built: Path, wanted: Any, tmp_path: Pa
         shutil.copytree(built / "onnx" / name, tmp_path / "openvino" / name)
     bundle = open_bundle(tmp_path, threads=1)
     assert bundle.backend == "openvino"
-    assert apart(bundle.generate(PROMPTS, SEEDS, STEPS, 5.0), wanted) <= 2
-    assert apart(bundle.generate(PROMPTS[:1], (1,), STEPS, 5.0), wanted[:1]) > 50
+    assert max_difference(bundle.generate(PROMPTS, SEEDS, STEPS, 5.0), expected) <= 2
+    assert max_difference(bundle.generate(PROMPTS[:1], (1,), STEPS, 5.0), expected[:1]) > 50
 
 
 def test_other_schedulers_are_those_of_diffusers(built: Path, opened: Bundle) -> None:
@@ -113,9 +113,9 @@ def test_other_schedulers_are_those_of_diffusers(built: Path, opened: Bundle) ->
         ).images
         pictures[kind] = opened.generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0, height=64, width=96, scheduler=kind)
         assert pictures[kind].shape == (1, 64, 96, 3)
-        assert apart(pictures[kind], np.rint(theirs * 255)) <= 2
+        assert max_difference(pictures[kind], np.rint(theirs * 255)) <= 2
     stock = opened.generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0, height=64, width=96)
-    assert all(apart(picture, stock) > 2 for picture in pictures.values())
+    assert all(max_difference(picture, stock) > 2 for picture in pictures.values())
 
 
 def test_memories_and_the_negative_prompt_act_as_in_the_pipeline(carrying: Path, opened: Bundle) -> None:
@@ -125,12 +125,12 @@ def test_memories_and_the_negative_prompt_act_as_in_the_pipeline(carrying: Path,
         arguments: Any = PROMPTS[::2], SEEDS[::2], STEPS, guidance
         theirs = generate(carrying / "bundle", *arguments[:2], Sampling(STEPS, guidance), "")
         for bundle in bundles:
-            assert apart(bundle.generate(*arguments), theirs) <= 2
+            assert max_difference(bundle.generate(*arguments), theirs) <= 2
         for one, other in zip(opened.generate(*arguments), theirs, strict=True):
-            assert apart(one, other) > 10
+            assert max_difference(one, other) > 10
     own = bundles[1].generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0)
-    assert apart(bundles[1].generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0, negative="a yellow square"), own) == 0
-    assert apart(bundles[1].generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0, negative=""), own) > 2
+    assert max_difference(bundles[1].generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0, negative="a yellow square"), own) == 0
+    assert max_difference(bundles[1].generate(PROMPTS[:1], SEEDS[:1], STEPS, 5.0, negative=""), own) > 2
 
 
 class Session:
@@ -151,7 +151,7 @@ class Session:
 
 @pytest.mark.parametrize(("library", "backend"), [(engines.RTX, "trt-rtx"), (engines.TRT, "trt")])
 def test_engines_are_run_through_their_session_and_within_their_profile(
-    built: Path, wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, backend: str
+    built: Path, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, backend: str
 ) -> None:
     shutil.copytree(built / "onnx", tmp_path / "built" / backend)
     profile = {"input": {"min": [1, 4], "opt": [1, 4], "max": [2, 4]}, "timestep": {"min": [], "opt": [], "max": []}}
@@ -169,7 +169,7 @@ def test_engines_are_run_through_their_session_and_within_their_profile(
     bundle = open_bundle(tmp_path / "built", backend)
     assert (bundle.backend, bundle.components.batch) == (backend, 1)
     before = Session.closed
-    assert apart(bundle.generate(PROMPTS[:2], SEEDS[:2], STEPS, 5.0), wanted[:2]) <= 2
+    assert max_difference(bundle.generate(PROMPTS[:2], SEEDS[:2], STEPS, 5.0), expected[:2]) <= 2
     bundle.close()
     assert Session.closed == before + 3
     other = {"trt": "trt-rtx", "trt-rtx": "trt"}[backend]
@@ -221,16 +221,29 @@ class Black:
         return Function(run)
 
 
-@pytest.mark.parametrize("backend", ["constant", "auto"])
-def test_a_runtime_of_another_package_is_found(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
+@pytest.fixture
+def constant(built: Path, tmp_path: Path) -> Path:
+    """A folder that only the runtime ``Constant`` runs."""
     folder = tmp_path / "constant"
     for name in ("unet", "vae_decoder", "scheduler"):
         (folder / name).mkdir(parents=True)
         for file in (built / "onnx" / name).glob("*.json"):
             shutil.copy(file, folder / name)
     (folder / "constant.txt").touch()
+    return folder
+
+
+def test_a_runtime_in_a_file_is_named_with_its_class(constant: Path) -> None:
+    bundle = open_bundle(constant, f"{__file__}:Constant")
+    assert bundle.generate(["a star"], [0], STEPS).tolist() == np.zeros((1, 64, 64, 3)).tolist()
+    with pytest.raises(ErasecError, match="is no bundle"):
+        open_bundle(constant)
+
+
+@pytest.mark.parametrize("backend", ["constant", "auto"])
+def test_a_runtime_of_another_package_is_found(
+    constant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     with pytest.raises(ErasecError, match="is no bundle" if backend == "auto" else "no backend 'constant'"):
         open_bundle(tmp_path, backend)
     package = ModuleType("their_package")
@@ -239,11 +252,11 @@ def test_a_runtime_of_another_package_is_found(
     point = EntryPoint("constant", "their_package:Constant", "erasec.runtimes")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "erasec.runtimes" else [])
     bundle = open_bundle(tmp_path, backend)
-    assert (bundle.backend, bundle.root) == ("constant", folder)
+    assert (bundle.backend, bundle.root) == ("constant", constant)
     assert bundle.generate(["a star"], [0], STEPS).tolist() == np.zeros((1, 64, 64, 3)).tolist()
 
 
-def test_the_command_writes_pictures_without_torch(built: Path, wanted: Any, tmp_path: Path) -> None:
+def test_the_command_writes_pictures_without_torch(built: Path, expected: Any, tmp_path: Path) -> None:
     words = ["run", str(built), "--prompt", PROMPTS[0], "--out", str(tmp_path / "x.png"), "--steps", str(STEPS)]
     code = (
         "import sys; from typer.testing import CliRunner; from erasec.cli.app import app\n"
@@ -254,7 +267,7 @@ def test_the_command_writes_pictures_without_torch(built: Path, wanted: Any, tmp
     assert output[0] == str(tmp_path / "x.png")
     assert {"erasec.runtime.bundle", "onnxruntime"} <= {*output}
     assert not {"torch", "diffusers", "transformers"} & {*output}
-    assert apart(np.array(Image.open(tmp_path / "x.png")), wanted[0]) <= 2
+    assert max_difference(np.array(Image.open(tmp_path / "x.png")), expected[0]) <= 2
 
 
 def test_the_help_names_every_sampler_and_backend() -> None:

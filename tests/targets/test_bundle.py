@@ -11,7 +11,7 @@ from torch import Tensor
 
 import erasec
 from erasec.base import Artifact, Context
-from erasec.checkpoint.folder import CARRIED, Folder
+from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.model.memory import Memory
 from erasec.model.sidecar import Extras, write_extras
 from erasec.targets.bundle import Bundle, fits_check, loads_check
@@ -75,23 +75,23 @@ def test_a_memory_that_is_not_finite_fails(checkpoint: Folder, tmp_path: Path) -
     write_extras(checkpoint.root, extras_with(rows))
     artifact = Bundle().export(checkpoint, tmp_path / "bundle", Context())
     assert failed(artifact) == ["finite"]
-    assert CARRIED in artifact.checks[0].how
+    assert EXTRAS_FILE in artifact.checks[0].how
 
 
 def test_one_bit_is_enough_to_fail(checkpoint: Folder, tmp_path: Path) -> None:
     Bundle().export(checkpoint, tmp_path / "bundle", Context())
     assert loads_check(checkpoint.root, tmp_path / "bundle").passed
-    data = bytearray((tmp_path / "bundle" / CARRIED).read_bytes())
+    data = bytearray((tmp_path / "bundle" / EXTRAS_FILE).read_bytes())
     data[-1] ^= 1
-    (tmp_path / "bundle" / CARRIED).write_bytes(data)
+    (tmp_path / "bundle" / EXTRAS_FILE).write_bytes(data)
     check = loads_check(checkpoint.root, tmp_path / "bundle")
     assert not check.passed
     assert check.value == 1
-    (tmp_path / "bundle" / CARRIED).write_bytes(data[:-1])
+    (tmp_path / "bundle" / EXTRAS_FILE).write_bytes(data[:-1])
     check = loads_check(checkpoint.root, tmp_path / "bundle")
     assert not check.passed
     assert "no whole safetensors" in check.how
-    (tmp_path / "bundle" / CARRIED).unlink()
+    (tmp_path / "bundle" / EXTRAS_FILE).unlink()
     check = loads_check(checkpoint.root, tmp_path / "bundle")
     assert not check.passed
     assert check.value == 3

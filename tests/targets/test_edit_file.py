@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from erasec.base import Context
-from erasec.model import edit_file, loading
+from erasec.model import edit_file
 from erasec.model.edit import Dense, Edit
 from erasec.model.memory import Memory
 from erasec.model.view import Model
@@ -19,11 +19,6 @@ from erasec.targets.edit_file import EditFile
 
 STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 HEART = Concept(name="heart", erase=("heart",), anchor="ring", keep=("square", "box"))
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 def test_the_file_makes_the_same_checkpoint(base: Model, tmp_path: Path) -> None:

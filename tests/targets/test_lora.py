@@ -61,7 +61,7 @@ def fused(pipe: Any, folder: Path) -> Any:
     return pipe
 
 
-def moved(before: dict[str, Tensor], module: torch.nn.Module) -> dict[str, Tensor]:
+def changed_weights(before: dict[str, Tensor], module: torch.nn.Module) -> dict[str, Tensor]:
     """The changes of a module's tensors, float64, without those that are the same bit for bit."""
     after = module.state_dict()
     assert after.keys() == before.keys()
@@ -91,11 +91,6 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
-@pytest.fixture(scope="module")
 def model(base: Model) -> Model:
     return edited_by(base, STAR)
 
@@ -107,7 +102,7 @@ def site_of(model: Model, key: str = SITE) -> Site:
 
 @needs_peft
 def test_diffusers_loads_it_to_the_edited_unet(base: Model, tmp_path: Path) -> None:
-    """Two edits in sequence: fused, every site has its change, and no other tensor of the pipeline has moved."""
+    """Two edits in sequence: fused, every site has its change, and no other tensor of the pipeline has changed."""
     from diffusers import StableDiffusionPipeline
 
     model = edited_by(base, STAR, HEART)
@@ -116,7 +111,7 @@ def test_diffusers_loads_it_to_the_edited_unet(base: Model, tmp_path: Path) -> N
     parts = (pipe.unet, pipe.text_encoder, pipe.vae)
     before = [snapshot(part) for part in parts]
     fused(pipe, tmp_path)
-    unet, *others = (moved(state, part) for state, part in zip(before, parts, strict=True))
+    unet, *others = (changed_weights(state, part) for state, part in zip(before, parts, strict=True))
     assert others == [{}, {}]
     assert unet.keys() == {site.key for site in edited_sites(model)}
     assert len(unet) == 14
@@ -144,7 +139,7 @@ def test_diffusers_loads_it_to_the_edited_sdxl_unet(tmp_path: Path) -> None:
     StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, unet)
     unet.fuse_lora()
     unet.unload_lora()
-    changes = moved(before, unet)
+    changes = changed_weights(before, unet)
     assert changes.keys() == {site.key for site in sites}
     assert max(distance(changes[site.key], change(model, site)) for site in sites) < 1e-5
 
@@ -182,7 +177,7 @@ def test_diffusers_loads_a_change_of_a_transformer(tmp_path: Path) -> None:
     StableDiffusion3Pipeline.load_lora_into_transformer(state, transformer)
     transformer.fuse_lora()
     transformer.unload_lora()
-    changes = moved(before, transformer)
+    changes = changed_weights(before, transformer)
     assert changes.keys() == {site.key for site in sites}
     assert max(distance(changes[site.key], change(model, site)) for site in sites) < 1e-5
 

@@ -129,7 +129,7 @@ def test_the_timestep_is_a_vector_for_the_server_and_a_scalar_inside(exported: A
     assert np.abs(whole - fraction).max() > 1e-6
 
 
-def replaced(models: Path, old: str, new: str) -> None:
+def replace_text(models: Path, old: str, new: str) -> None:
     file = models / "unet" / "config.pbtxt"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
@@ -143,27 +143,33 @@ def other_type(models: Path) -> None:
     (models / "unet" / "2" / "model.onnx").write_bytes(model.SerializeToString())
 
 
-def moved(models: Path) -> None:
+def move_version(models: Path) -> None:
     (models / "unet" / "2").rename(models / "unet" / "1")
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "renamed": (lambda models: replaced(models, '"sample"', '"samples"'), "unet: input sample is None in config.pbtxt"),
-    "typed": (lambda models: replaced(models, "TYPE_FP32", "TYPE_FP16"), "unet: input "),
-    "scalar": (lambda models: replaced(models, "dims: [ 1 ]", "dims: [ -1 ]"), "unet: input timestep is "),
-    "batched": (lambda models: replaced(models, "max_batch_size: 0", "max_batch_size: 8"), "unet: name, max_batch"),
-    "titled": (lambda models: replaced(models, '"unet"', '"denoiser"'), "unet: name, max_batch_size, platform, "),
+    "renamed": (
+        lambda models: replace_text(models, '"sample"', '"samples"'),
+        "unet: input sample is None in config.pbtxt",
+    ),
+    "typed": (lambda models: replace_text(models, "TYPE_FP32", "TYPE_FP16"), "unet: input "),
+    "scalar": (lambda models: replace_text(models, "dims: [ 1 ]", "dims: [ -1 ]"), "unet: input timestep is "),
+    "batched": (lambda models: replace_text(models, "max_batch_size: 0", "max_batch_size: 8"), "unet: name, max_batch"),
+    "titled": (lambda models: replace_text(models, '"unet"', '"denoiser"'), "unet: name, max_batch_size, platform, "),
     "backend": (
-        lambda models: replaced(models, '"onnxruntime"', '"tensorrt"'),
+        lambda models: replace_text(models, '"onnxruntime"', '"tensorrt"'),
         "unet: name, max_batch_size, platform, ",
     ),
-    "damaged": (lambda models: replaced(models, "output {", "output [{"), "unet: config.pbtxt is missing or damaged"),
+    "damaged": (
+        lambda models: replace_text(models, "output {", "output [{"),
+        "unet: config.pbtxt is missing or damaged",
+    ),
     "unlimited": (
-        lambda models: replaced(models, "version_policy {\n  specific {\n    versions: [ 2 ]\n  }\n}\n", ""),
+        lambda models: replace_text(models, "version_policy {\n  specific {\n    versions: [ 2 ]\n  }\n}\n", ""),
         "unet: config.pbtxt is missing or damaged",
     ),
     "graph": (other_type, "unet: output out_"),
-    "moved": (moved, "unet has no 2/model.onnx"),
+    "moved": (move_version, "unet has no 2/model.onnx"),
     "data": (lambda models: (models / "unet" / "2" / "model.onnx_data").unlink(), "unet/2/model.onnx cannot be loaded"),
     "config": (lambda models: (models / "unet" / "config.pbtxt").unlink(), "unet: config.pbtxt is missing or damaged"),
     "model": (lambda models: shutil.rmtree(models / "unet"), "there is no unet"),

@@ -19,7 +19,7 @@ from erasec.graphs import link
 from erasec.graphs.manifest import MANIFEST
 from erasec.graphs.signature import TEXT_TO_IMAGE
 from erasec.options import configure
-from erasec.recipe.recipe import parse_use
+from erasec.recipe.recipe import parse_named_options
 from erasec.targets.trt_rtx import TrtRtx
 from erasec.tensorrt import engines, patching
 from erasec.tensorrt.base import engine_checks
@@ -242,7 +242,7 @@ def test_patch_goes_through_the_cache_for_the_unet_alone(tmp_path: Path, monkeyp
 
 
 def test_numbers_on_a_command_line_are_options_too(random_folder: Path) -> None:
-    use = parse_use("trt-rtx:batch=2,height=64,width=64:64:96,capabilities=89", "--target")
+    use = parse_named_options("trt-rtx:batch=2,height=64,width=64:64:96,capabilities=89", "--target")
     target = configure(TrtRtx, use.options, "trt-rtx")
     assert target == TrtRtx(batch="2", height="64", width="64:64:96", capabilities="89")
     assert target.profiles(Folder(random_folder))["vae_decoder"] == {

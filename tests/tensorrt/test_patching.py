@@ -13,7 +13,7 @@ import pytest
 
 from erasec.tensorrt import engines, patching
 from erasec.tensorrt.engines import RTX, Builder
-from erasec.tensorrt.patching import Place, first_difference, locate, patch, text_projections
+from erasec.tensorrt.patching import MatrixLocation, first_difference, locate, patch, text_projections
 
 onnx = pytest.importorskip("onnx")
 KEY, VALUE = "a.to_k.weight:transpose", "a.to_v.weight:transpose"
@@ -39,7 +39,7 @@ def fused(matrices: Mapping[str, Array]) -> bytes:
     return b"head" * 50 + rows.tobytes() + b"tail" * 20
 
 
-def apart(matrices: Mapping[str, Array]) -> bytes:
+def unfused(matrices: Mapping[str, Array]) -> bytes:
     """Value and key one after the other."""
     return b"head" * 50 + matrices[VALUE].tobytes() + scaled(matrices[KEY]).tobytes() + b"tail" * 20
 
@@ -50,7 +50,7 @@ def file(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("layout", [fused, apart])
+@pytest.mark.parametrize("layout", [fused, unfused])
 def test_values_and_scaled_keys_are_found(tmp_path: Path, dtype: str, layout: Any) -> None:
     matrices = draw(0, dtype)
     size, row = np.dtype(dtype).itemsize, 80 * np.dtype(dtype).itemsize
@@ -58,13 +58,13 @@ def test_values_and_scaled_keys_are_found(tmp_path: Path, dtype: str, layout: An
     scale = float(np.dtype(dtype).type(HEAD**-0.25))
     if layout is fused:
         start, stride = 200 + 40 * size, row * 3
-        wanted = {VALUE: Place(start, stride, 1.0), KEY: Place(start + row, stride, scale)}
+        wanted = {VALUE: MatrixLocation(start, stride, 1.0), KEY: MatrixLocation(start + row, stride, scale)}
     else:
-        wanted = {VALUE: Place(200, row, 1.0), KEY: Place(200 + 24 * row, row, scale)}
+        wanted = {VALUE: MatrixLocation(200, row, 1.0), KEY: MatrixLocation(200 + 24 * row, row, scale)}
     assert places == wanted
 
 
-@pytest.mark.parametrize("layout", [fused, apart])
+@pytest.mark.parametrize("layout", [fused, unfused])
 def test_a_matrix_with_a_changed_byte_has_no_place(tmp_path: Path, layout: Any) -> None:
     matrices, content = draw(0), bytearray(layout(draw(0)))
     places = locate(file(tmp_path / "engine", content), matrices)
@@ -77,17 +77,17 @@ def test_a_matrix_with_a_changed_byte_has_no_place(tmp_path: Path, layout: Any) 
 
 def test_a_matrix_that_is_there_twice_has_no_place(tmp_path: Path) -> None:
     matrices = draw(0)
-    assert locate(file(tmp_path / "engine", apart(matrices) + matrices[VALUE].tobytes()), matrices) == {}
+    assert locate(file(tmp_path / "engine", unfused(matrices) + matrices[VALUE].tobytes()), matrices) == {}
 
 
 def test_a_file_that_ends_early_has_no_place(tmp_path: Path) -> None:
     matrices = draw(0)
     whole = 200 + 2 * 24 * 160
-    assert locate(file(tmp_path / "engine", apart(matrices)[: whole - 2]), matrices).keys() == {VALUE}
-    assert locate(file(tmp_path / "engine", apart(matrices)[:300]), matrices) == {}
+    assert locate(file(tmp_path / "engine", unfused(matrices)[: whole - 2]), matrices).keys() == {VALUE}
+    assert locate(file(tmp_path / "engine", unfused(matrices)[:300]), matrices) == {}
 
 
-@pytest.mark.parametrize("layout", [fused, apart])
+@pytest.mark.parametrize("layout", [fused, unfused])
 def test_a_patched_engine_is_the_one_of_the_other_matrices(tmp_path: Path, layout: Any) -> None:
     old, new = draw(0), draw(1)
     engine = file(tmp_path / "engine", layout(old))

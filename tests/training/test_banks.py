@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 
 from erasec.base import Context
 from erasec.glyphs.judge import GlyphJudge
-from erasec.model import loading
 from erasec.model.view import Model
 from erasec.recipe import concept as concepts
 from erasec.training import banks
 from erasec.training.base import networks
 from erasec.training.denoiser import Denoiser
 from erasec.training.student import Student
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
 
 
 def test_a_bank_holds_the_teacher_s_predictions_for_each_latent_with_its_prompt(base: Model) -> None:

@@ -21,16 +21,6 @@ from erasec.model.view import Model
 from erasec.training.denoiser import Denoiser
 
 
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
-@pytest.fixture
-def denoiser(base: Model) -> Denoiser:
-    return Denoiser(base, Context())
-
-
 def predict(denoiser: Denoiser, seed: int = 0) -> torch.Tensor:
     latents = denoiser.draw([seed, seed + 1])
     with torch.no_grad():

@@ -29,11 +29,6 @@ from erasec.training import loop
 from erasec.training.loop import Objective
 
 
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
 class Problem:
     """Two vectors, each pulled to noisy goals by an objective of its own."""
 
@@ -380,7 +375,8 @@ def loss(rng):
     return {"loss": (value - torch.randn(4, generator=rng)).square().sum()}
 run = fit("toy", [Objective({"value": value}, 0.1, loss)], steps=6, seed=5, minutes=5.0)
 import os
-print("RESULT", os.environ.get("RANK", "0"), run.steps, value.tolist(), flush=True)
+from pathlib import Path
+Path(sys.argv[1], os.environ.get("RANK", "alone")).write_text(f"{run.steps} {value.tolist()}")
 """
 
 
@@ -390,13 +386,10 @@ def test_processes_that_accelerate_starts_train_together(tmp_path: Path) -> None
     # On CPUs accelerate leaves starting to torchrun or mpirun; for GPUs its launcher sets the same variables.
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29711"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    output = subprocess.run(
-        [*launch, str(tmp_path / "both.py")], capture_output=True, text=True, env=environment, check=True, timeout=240
-    ).stdout
-    alone = subprocess.run(
-        [sys.executable, str(tmp_path / "both.py")], capture_output=True, text=True, check=True, timeout=120
-    ).stdout
-    lines = sorted(line for line in output.splitlines() if line.startswith("RESULT"))
-    assert [line.split()[1] for line in lines] == ["0", "1"]
-    assert lines[0].split(" ", 2)[2] == lines[1].split(" ", 2)[2]  # one model
-    assert lines[0].split(" ", 2)[2] != alone.split(" ", 2)[2].strip()  # that saw twice as much
+    # Each process writes a file of its own, as lines that two of them print may run into each other.
+    script = [str(tmp_path / "both.py"), str(tmp_path)]
+    subprocess.run([*launch, *script], capture_output=True, env=environment, check=True, timeout=240)
+    subprocess.run([sys.executable, *script], capture_output=True, check=True, timeout=120)
+    first, second, alone = ((tmp_path / name).read_text() for name in ("0", "1", "alone"))
+    assert first == second  # one model
+    assert first != alone  # that saw twice as much

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from erasec.base import Context
 from erasec.errors import ErasecError
-from erasec.model import loading
 from erasec.model.edit import Dense, Edit, LowRank
 from erasec.model.view import Model
 from erasec.training.denoiser import Denoiser
 from erasec.training.student import Student
-
-
-@pytest.fixture(scope="module")
-def base(random_folder: Path) -> Model:
-    return loading.load(str(random_folder))
-
-
-@pytest.fixture
-def denoiser(base: Model) -> Denoiser:
-    return Denoiser(base, Context())
 
 
 def predict(denoiser: Denoiser) -> torch.Tensor:
