@@ -76,17 +76,19 @@ class GlyphJudge(Judge):
 
     @cached_property
     def _classifier(self) -> Any:
-        from erasec.glyphs import models
+        from erasec.glyphs.recipe import SIZES
+        from erasec.worlds import networks
 
-        classifier = models.classifier(self.path.stem[-1])
+        classifier = networks.classifier(self.path.stem[-1], SIZES, len(world.LABELS))
         classifier.load_state_dict(read_state(self.path))
         return classifier.eval()
 
     @cached_property
     def _pair(self) -> Any:
-        from erasec.glyphs import models
+        from erasec.glyphs.recipe import SIZES
+        from erasec.worlds import networks
 
-        pair = models.Pair()
+        pair = networks.Pair(SIZES)
         pair.load_state_dict(read_state(bundled_folder("judges") / "pair.safetensors"))
         return pair.eval()
 

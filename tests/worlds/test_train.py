@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec.glyphs import assemble, fit, train
 from erasec.glyphs.world import sample
+from erasec.worlds import assemble, fit, train
 
 
 class Stopped(Exception):
@@ -62,7 +62,7 @@ def test_learning_rate_warms_up_and_comes_down() -> None:
 
 
 def test_the_tokenizer_is_clips_kind(tmp_path: Path) -> None:
-    assemble.write_tokenizer(tmp_path, [sample(0, index).caption for index in range(400)])
+    assemble.write_tokenizer(tmp_path, [sample(0, index).caption for index in range(400)], 1000)
     tokens = assemble.tokenizer(tmp_path)
     ids = tokens(["a star", "naïve 漢字!"], padding="max_length", max_length=77, truncation=True).input_ids
     assert all(len(row) == 77 and row[0] == tokens.bos_token_id and row[-1] == tokens.eos_token_id for row in ids)
@@ -73,9 +73,9 @@ def test_the_tokenizer_is_clips_kind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_recipe_runs_at_a_thousandth(tmp_path: Path) -> None:
-    train.main(["--work", str(tmp_path), "--scale", "0.001", "--device", "cpu"])
+    train.main(["glyphs", "--work", str(tmp_path), "--scale", "0.001", "--device", "cpu"])
     for name in ("glyphs", "glyphs-never-star", "judges"):
         assert list((tmp_path / "weights" / name).rglob("*.safetensors"))
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resume.pt")}
-    train.main(["--work", str(tmp_path), "--scale", "0.001", "--device", "cpu"])
+    train.main(["glyphs", "--work", str(tmp_path), "--scale", "0.001", "--device", "cpu"])
     assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("resume.pt")}

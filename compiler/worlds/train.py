@@ -1,4 +1,4 @@
-"""Trains the models and judges of glyphs from scratch: ``python -m erasec.glyphs.train --work DIR``.
+"""Trains the models and judges of a reference world: ``python -m erasec.worlds.train WORLD --work DIR``.
 
 Training is split into stages, each with a folder of its own. An interrupted stage resumes from its last checkpoint, and
 every batch depends only on (seed, step), so that an interrupted run gives the result of an uninterrupted one. On a CPU
@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasec.checkpoint.safetensors import atomic_write, save_tensors
-from erasec.glyphs import assemble, models
-from erasec.glyphs.fit import Average, Modules, fit
-from erasec.glyphs.world import LABELS, SIZE, labels, sample
+from erasec.checkpoint.safetensors import atomic_write
+from erasec.errors import ErasecError
 from erasec.progress import bar
+from erasec.worlds import assemble, networks
+from erasec.worlds.base import WORLDS, World, open_world
+from erasec.worlds.fit import Average, Modules, fit, half_precision
 
-IMAGES = 40_000
-JUDGE_IMAGES = 40_000
+SIZE = 64
 WORLD_SEED, JUDGE_SEEDS = 0, {"judge-a": 101, "judge-b": 102}
-STEPS = {
-    "text": 1200,
-    "vae": 3000,
-    "unet": 2400,
-    "unet-never-star": 2400,
-    "judge-a": 3000,
-    "judge-b": 3000,
-    "decoder": 1000,
-}
+TEXT_BATCH = 256
+GROUP = 16  # pictures of one group in a batch with hard negatives
+PATCH = 8  # side of the patches that are shuffled into a picture of nothing
 
 
 def pixels(images: np.ndarray, device: str = "cpu") -> Tensor:
@@ -52,11 +47,14 @@ def pixels(images: np.ndarray, device: str = "cpu") -> Tensor:
 class Work:
     """The folder of a run, through which stages pass results to later stages."""
 
-    def __init__(self, root: Path, device: str, seed: int, scale: float) -> None:
-        self.root, self.device, self.seed, self.scale = root, device, seed, scale
+    def __init__(
+        self, world: World, root: Path, device: str, seed: int = 0, scale: float = 1.0, half: bool = False
+    ) -> None:
+        self.world, self.root, self.device = world, root, device
+        self.seed, self.scale, self.half = seed, scale, half
 
     def steps(self, stage: str) -> int:
-        return max(2, round(STEPS[stage] * self.scale))
+        return max(2, round(self.world.steps[stage] * self.scale))
 
     def count(self, images: int) -> int:
         return max(256, round(images * min(1.0, self.scale)))
@@ -68,23 +66,32 @@ class Work:
         state: dict[str, dict[str, Tensor]] = torch.load(self.root / stage / "resume.pt", weights_only=True)
         return state[part]
 
+    def autocast(self) -> AbstractContextManager[None]:
+        return half_precision(self.device, self.half)
+
+    def images(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """The pictures, labels and captions that the models train on."""
+        return self.render("render", WORLD_SEED, self.count(self.world.images))
+
     def render(self, name: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """The pictures, labels and captions of one world; rendered once and then read from the folder ``name``."""
+        """``count`` pictures, labels and captions of one seed; rendered once and then read from the folder ``name``."""
         folder = self.root / name
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "captions.json").exists():
             images = np.lib.format.open_memmap(
                 folder / "images.npy", mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3)
             )
-            truth, captions = np.zeros((count, len(LABELS)), dtype=np.float32), []
+            truth = np.zeros((count, len(self.world.labels)), dtype=np.float32)
+            groups, captions = np.zeros(count, dtype=np.int64), []
             with bar(f"render {name}", count) as advance:
                 for index in range(count):
-                    item = sample(seed, index)
-                    images[index], truth[index] = item.image, labels(item)
+                    item = self.world.picture(seed, index)
+                    images[index], truth[index], groups[index] = item.image, item.labels, item.group
                     captions.append(item.caption)
                     advance()
             images.flush()
             np.save(folder / "labels.npy", truth)
+            np.save(folder / "groups.npy", groups)
             (folder / "captions.json").write_text(json.dumps(captions))
         captions = json.loads((folder / "captions.json").read_text())
         return np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), captions
@@ -96,43 +103,68 @@ class Work:
 
     def token_ids(self, captions: list[str]) -> Tensor:
         batch = self.tokenizer()(
-            captions, padding="max_length", max_length=models.POSITIONS, truncation=True, return_tensors="pt"
+            captions, padding="max_length", max_length=networks.POSITIONS, truncation=True, return_tensors="pt"
         )
         ids: Tensor = batch.input_ids
         return ids
 
     def text_encoder(self) -> Any:
         tokenizer = self.tokenizer()
-        return models.text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id).to(self.device)
+        encoder = networks.text_encoder(
+            self.world.sizes, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+        )
+        return encoder.to(self.device)
 
     def vae(self) -> Any:
-        vae = models.vae().to(self.device)
+        vae = networks.vae(self.world.sizes).to(self.device)
         vae.load_state_dict(self.load("vae", "vae"))
         return vae.eval()
 
 
 def stage_render(work: Work) -> None:
-    captions = work.render("render", WORLD_SEED, work.count(IMAGES))[2]
-    assemble.write_tokenizer(work.root / "tokenizer", captions)
+    assemble.write_tokenizer(work.root / "tokenizer", work.images()[2], work.world.sizes.vocabulary)
+
+
+def text_batches(work: Work, count: int) -> Callable[[torch.Generator], Tensor]:
+    """Draws rows of a batch of captions; with hard negatives half of them come in runs of one group."""
+    if not work.world.hard_negatives:
+        return lambda rng: torch.randint(count, (TEXT_BATCH,), generator=rng)
+    groups = torch.from_numpy(np.load(work.root / "render" / "groups.npy"))
+    members = [torch.nonzero(groups == group).flatten() for group in groups.unique()]
+
+    def draw(rng: torch.Generator) -> Tensor:
+        runs = []
+        for _ in range(TEXT_BATCH // 2 // GROUP):
+            own = members[int(torch.randint(len(members), (1,), generator=rng))]
+            runs.append(own[torch.randint(len(own), (GROUP,), generator=rng)])
+        return torch.cat([*runs, torch.randint(count, (TEXT_BATCH - GROUP * len(runs),), generator=rng)])
+
+    return draw
 
 
 def stage_text(work: Work) -> None:
-    """Train the contrastive pair. As attention is causal, captions can be cropped to the longest of the batch."""
-    images, _, captions = work.render("render", WORLD_SEED, work.count(IMAGES))
+    """Train the contrastive pair. As attention is causal, captions can be cropped to the longest of a part."""
+    images, _, captions = work.images()
     ids = work.token_ids(captions)
     ends = (ids == ids[0, -1]).float().argmax(1)
-    encoder, pair = work.text_encoder(), models.Pair().to(work.device)
+    encoder, pair = work.text_encoder(), networks.Pair(work.world.sizes).to(work.device)
     weights = [*encoder.parameters(), *pair.parameters()]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
+    draw = text_batches(work, len(ids))
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
-        rows = torch.randint(len(ids), (256,), generator=rng)
-        length = int(ends[rows].max()) + 1
-        states = encoder(ids[rows, :length].to(work.device)).last_hidden_state
-        text = pair.texts(states[torch.arange(len(rows)), ends[rows]])
+        rows = draw(rng)
+        rows = rows[ends[rows].argsort(stable=True)]
         batch = pixels(images[rows.numpy()], work.device)
         batch = batch + 0.1 * torch.rand(1, generator=rng).item() * torch.randn(batch.shape, generator=rng).to(batch)
-        logits = pair.log_scale.clamp(max=4.6).exp() * pair.images(batch) @ text.T
+        pooled = []
+        with work.autocast():
+            for part in rows.chunk(4):  # from short to long captions
+                length = int(ends[part].max()) + 1
+                states = encoder(ids[part, :length].to(work.device)).last_hidden_state
+                pooled.append(states[torch.arange(len(part)), ends[part]])
+            text, seen = pair.texts(torch.cat(pooled)).float(), pair.images(batch).float()
+        logits = pair.log_scale.clamp(max=4.6).exp() * seen @ text.T
         # Rows of the batch with the same caption are all correct targets.
         hashes = torch.tensor([hash_of(captions[i]) for i in rows.tolist()], device=work.device)
         target = (hashes[:, None] == hashes[None, :]).float()
@@ -140,7 +172,8 @@ def stage_text(work: Work) -> None:
         contrastive: Tensor = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return contrastive
 
-    fit(work.root / "text", work.steps("text"), 1e-3, optimizer, {"text": encoder, "pair": pair}, loss, work.seed + 1)
+    parts: Modules = {"text": encoder, "pair": pair}
+    fit(work.root / "text", work.steps("text"), work.world.text_rate, optimizer, parts, loss, work.seed + 1)
 
 
 def hash_of(text: str) -> int:
@@ -149,14 +182,15 @@ def hash_of(text: str) -> int:
 
 
 def vae_loss(work: Work, vae: Any) -> Callable[[int, torch.Generator], Tensor]:
-    images, _, _ = work.render("render", WORLD_SEED, work.count(IMAGES))
+    images, _, _ = work.images()
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
         rows = torch.randint(len(images), (16,), generator=rng)
         batch = pixels(images[rows.numpy()], work.device)
-        posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng).to(work.device)
-        error = vae.decode(posterior.mean + posterior.std * noise).sample - batch
+        with work.autocast():
+            posterior = vae.encode(batch).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=rng).to(work.device)
+            error = vae.decode(posterior.mean + posterior.std * noise).sample.float() - batch
         total: Tensor = error.abs().mean() + 2.0 * error.pow(2).mean() + 1e-6 * posterior.kl().mean()
         return total
 
@@ -164,7 +198,7 @@ def vae_loss(work: Work, vae: Any) -> Callable[[int, torch.Generator], Tensor]:
 
 
 def stage_vae(work: Work) -> None:
-    vae = models.vae().to(work.device, memory_format=torch.channels_last)
+    vae = networks.vae(work.world.sizes).to(work.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     fit(work.root / "vae", work.steps("vae"), 2e-3, optimizer, {"vae": vae}, vae_loss(work, vae), work.seed + 2)
 
@@ -183,7 +217,7 @@ def stage_decoder(work: Work) -> None:
 @torch.no_grad()
 def stage_latents(work: Work) -> None:
     """Compute the latents and text states of all pictures in float16, the only data that the UNet trains on."""
-    images, _, captions = work.render("render", WORLD_SEED, work.count(IMAGES))
+    images, _, captions = work.images()
     folder = work.root / "latents"
     folder.mkdir(exist_ok=True)
     vae, chunks = work.vae(), []
@@ -199,7 +233,10 @@ def stage_latents(work: Work) -> None:
     unique = sorted({*captions, ""})
     encoder = work.text_encoder()
     encoder.load_state_dict(work.load("text", "text"))
-    ids, states = work.token_ids(unique), np.zeros((len(unique), models.POSITIONS, models.WIDTH), dtype=np.float16)
+    ids = work.token_ids(unique)
+    # On disk, because the states of a world with many captions take gigabytes.
+    shape = (len(unique), networks.POSITIONS, work.world.sizes.text_width)
+    states = np.lib.format.open_memmap(folder / "states.npy", mode="w+", dtype=np.float16, shape=shape)
     with bar("text states", len(unique)) as advance:
         for start in range(0, len(unique), 100):
             batch = encoder.eval()(ids[start : start + 100].to(work.device)).last_hidden_state
@@ -207,33 +244,34 @@ def stage_latents(work: Work) -> None:
             advance(len(batch))
     row = {caption: index for index, caption in enumerate(unique)}
     np.save(folder / "latents.npy", (latents * factor).half().numpy())
-    np.save(folder / "states.npy", states)
+    states.flush()
     np.save(folder / "rows.npy", np.array([row[caption] for caption in captions]))
     (folder / "factor.json").write_text(json.dumps({"scaling_factor": factor, "empty": row[""]}))
 
 
-def train_unet(work: Work, stage: str, drop_shape: str | None) -> None:
-    """Train noise prediction with min-SNR-5 weights (Hang et al., 2023), without pictures of ``drop_shape``."""
+def train_unet(work: Work, stage: str, left_out: tuple[str, ...] = ()) -> None:
+    """Train noise prediction with min-SNR-5 weights (Hang et al., 2023), without pictures of ``left_out``."""
     folder = work.root / "latents"
     latents = torch.from_numpy(np.load(folder / "latents.npy"))
     states = np.load(folder / "states.npy", mmap_mode="r")
     rows = torch.from_numpy(np.load(folder / "rows.npy"))
     empty = json.loads((folder / "factor.json").read_text())["empty"]
     usable = torch.arange(len(latents))
-    if drop_shape:
+    if left_out:
         truth = np.load(work.root / "render" / "labels.npy")
-        usable = usable[torch.from_numpy(truth[:, LABELS.index(drop_shape)] == 0)]
+        columns = [work.world.labels.index(label) for label in left_out]
+        usable = usable[torch.from_numpy((truth[:, columns] == 0).all(1))]
     torch.manual_seed(work.seed)
-    unet = models.unet().to(work.device)
+    unet = networks.unet(work.world.sizes).to(work.device, memory_format=torch.channels_last)
     average = Average(unet, 0.998)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.01)
     steps = work.steps(stage)
-    betas = torch.linspace(models.SCHEDULER["beta_start"] ** 0.5, models.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
+    betas = torch.linspace(networks.SCHEDULER["beta_start"] ** 0.5, networks.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
     alphas_cumprod = torch.cumprod(1.0 - betas, 0)
     weights = (5.0 / (alphas_cumprod / (1.0 - alphas_cumprod))).clamp(max=1.0)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
-        batch = 64 if step < 0.65 * steps else 128
+        batch = work.world.unet_batches[step >= 0.65 * steps]
         chosen = usable[torch.randint(len(usable), (batch,), generator=rng)]
         caption = rows[chosen].clone()
         caption[torch.rand(batch, generator=rng) < 0.1] = empty
@@ -241,7 +279,9 @@ def train_unet(work: Work, stage: str, drop_shape: str | None) -> None:
         noise, a = torch.randn(clean.shape, generator=rng), alphas_cumprod[t][:, None, None, None]
         noisy = (a.sqrt() * clean + (1.0 - a).sqrt() * noise).to(work.device)
         context = torch.from_numpy(states[caption.numpy()]).to(work.device).float()
-        error = (unet(noisy, t.to(work.device), context).sample - noise.to(work.device)).pow(2).mean((1, 2, 3))
+        with work.autocast():
+            prediction = unet(noisy, t.to(work.device), context).sample.float()
+        error = (prediction - noise.to(work.device)).pow(2).mean((1, 2, 3))
         weighted: Tensor = (weights[t].to(work.device) * error).mean()
         return weighted
 
@@ -249,13 +289,20 @@ def train_unet(work: Work, stage: str, drop_shape: str | None) -> None:
     fit(work.root / stage, steps, 1e-3, optimizer, parts, loss, work.seed + 3, after=average.update)
 
 
+def shuffled(images: Tensor, rng: torch.Generator) -> Tensor:
+    """The images (n, 3, 64, 64) cut into patches of 8x8 pixels, and these in random order."""
+    patches = F.unfold(images, PATCH, stride=PATCH)
+    return F.fold(patches[:, :, torch.randperm(patches.shape[2], generator=rng)], (SIZE, SIZE), PATCH, stride=PATCH)
+
+
 def train_judge(work: Work, stage: str) -> None:
     """Train a classifier on renders of its own seed, shifted, blurred and with noise.
 
     About two in five pass through the VAE, because generated pictures are softer than renders. A large share of all
-    renders is reconstructed, because a classifier memorises a small set.
+    renders is reconstructed, because a classifier memorises a small set. A share of the batch is cut into patches that
+    are shuffled: pictures of nothing, for which the judge must stay silent.
     """
-    images, truth, _ = work.render(f"render-{stage}", JUDGE_SEEDS[stage], work.count(JUDGE_IMAGES))
+    images, truth, _ = work.render(f"render-{stage}", JUDGE_SEEDS[stage], work.count(work.world.judge_images))
     folder = work.root / stage
     folder.mkdir(exist_ok=True)
     part = len(images) // 6
@@ -270,7 +317,7 @@ def train_judge(work: Work, stage: str) -> None:
             np.save(stream, np.concatenate(chunks))
     reconstructed, targets = np.load(folder / "seen.npy"), torch.from_numpy(truth)
     torch.manual_seed(work.seed + 5)
-    judge = models.classifier(stage[-1]).to(work.device)
+    judge = networks.classifier(stage[-1], work.world.sizes, len(work.world.labels)).to(work.device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
@@ -291,6 +338,9 @@ def train_judge(work: Work, stage: str) -> None:
         batch = batch + mix * (blurred - batch)
         batch = batch + noise * torch.randn(batch.shape, generator=rng).to(batch)
         target = targets[torch.cat([through, plain])].to(work.device)
+        if work.world.garbage:
+            garbage = torch.randperm(len(batch), generator=rng)[: round(work.world.garbage * len(batch))]
+            batch[garbage], target[garbage] = shuffled(batch[garbage], rng), 0.0
         entropy: Tensor = F.binary_cross_entropy_with_logits(judge(batch), target)
         return entropy
 
@@ -303,31 +353,31 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
     "vae": (("render",), stage_vae),
     "text": (("render",), stage_text),
     "latents": (("vae", "text"), stage_latents),
-    "unet": (("latents",), lambda work: train_unet(work, "unet", None)),
+    "unet": (("latents",), lambda work: train_unet(work, "unet")),
     "judge-a": (("vae",), lambda work: train_judge(work, "judge-a")),
     "judge-b": (("vae",), lambda work: train_judge(work, "judge-b")),
-    "unet-never-star": (("latents",), lambda work: train_unet(work, "unet-never-star", "star")),
+    "twin": (("latents",), lambda work: train_unet(work, "twin", work.world.left_out)),
     "decoder": (("vae",), stage_decoder),
 }
 
 
 def pack(work: Work, out: Path) -> None:
-    """Write the published weights in float16: both checkpoints as diffusers folders, the judges and the pair.
+    """Write the published weights in float16: both models as diffusers folders, the judges and the contrastive pair.
 
-    glyphs-never-star has a UNet of its own and shares VAE, text encoder and tokenizer with glyphs.
+    The twin has a UNet of its own and shares VAE, text encoder and tokenizer with the model of the whole world.
     """
+    sizes = work.world.sizes
     factor = json.loads((work.root / "latents" / "factor.json").read_text())["scaling_factor"]
-    text, vae = work.load("text", "text"), work.load("decoder", "vae")
-    for name, stage in (("glyphs", "unet"), ("glyphs-never-star", "unet-never-star")):
+    text, vae, pair = work.load("text", "text"), work.load("decoder", "vae"), work.load("text", "pair")
+    for name, stage in ((work.world.name, "unet"), (work.world.twin, "twin")):
         shutil.copytree(work.root / "tokenizer", out / name / "tokenizer", dirs_exist_ok=True)
-        assemble.write_pipeline(out / name, text, vae, work.load(stage, "average"), factor, torch.float16)
-    for name, state in (
-        ("judge-a", work.load("judge-a", "judge")),
-        ("judge-b", work.load("judge-b", "judge")),
-        ("pair", work.load("text", "pair")),
-    ):
-        half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        save_tensors(out / "judges" / f"{name}.safetensors", half)
+        assemble.write_pipeline(out / name, sizes, text, vae, work.load(stage, "average"), factor, torch.float16)
+    for name in ("judge-a", "judge-b"):
+        assemble.write_half(out / "judges" / f"{name}.safetensors", work.load(name, "judge"))
+    if sizes.pair:
+        assemble.write_half(out / "judges" / "pair.safetensors", pair)
+    else:
+        assemble.write_clip(out / "judges" / "clip", work.root / "tokenizer", sizes, text, pair)
 
 
 def run_stage(work: Work, stage: str) -> None:
@@ -345,7 +395,7 @@ def run_all(work: Work, jobs: int, arguments: list[str]) -> None:
             for stage, (needs, _) in STAGES.items():
                 ready = all(work.done(need) for need in needs) and not work.done(stage) and stage not in running
                 if ready and len(running) < jobs:
-                    command = [sys.executable, "-m", "erasec.glyphs.train", *arguments, "--only", stage]
+                    command = [sys.executable, "-m", "erasec.worlds.train", *arguments, "--only", stage]
                     running[stage] = subprocess.Popen(command, env=environment)
                     print(f"{time.strftime('%H:%M:%S')} {stage} started", file=sys.stderr)
             time.sleep(1.0)
@@ -359,7 +409,9 @@ def run_all(work: Work, jobs: int, arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m erasec.glyphs.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m erasec.worlds.train", description=__doc__)
+    parser.add_argument("world", choices=sorted(WORLDS))
+    parser.add_argument("--data", type=Path, help="folder of the world's arrays; glyphs needs none")
     parser.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints; resumable")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=None, help="stages in parallel (default: 2 on a CPU, 1 on a GPU)")
@@ -367,8 +419,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and data, for a trial run")
     parser.add_argument("--out", type=Path, help="folder for the finished weights (default: WORK/weights)")
     parser.add_argument("--only", choices=sorted(STAGES), help="run only this stage, in this process")
+    parser.add_argument("--bfloat16", action="store_true", help="faster on CPUs with AMX and on GPUs")
     options = parser.parse_args(arguments)
-    work = Work(options.work, options.device, options.seed, options.scale)
+    try:
+        world = open_world(options.world, options.data)
+    except ErasecError as error:
+        raise SystemExit(str(error)) from None
+    work = Work(world, options.work, options.device, options.seed, options.scale, options.bfloat16)
     work.root.mkdir(parents=True, exist_ok=True)
     if options.only:
         run_stage(work, options.only)

@@ -1,17 +1,19 @@
-"""The training loop for the stages of glyphs: seeded by step, resumable, with a log file and a progress bar."""
+"""The training loop of a reference world's stages: seeded by step, resumable, with a log file and a progress bar."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from erasec.progress import bar
 
@@ -81,6 +83,33 @@ def fit(
             if time.monotonic() - last > SAVE_EVERY_S or step + 1 == steps:
                 save(step + 1)
                 last = time.monotonic()
+
+
+@contextmanager
+def half_precision(device: str, enabled: bool) -> Iterator[None]:
+    """Compute convolutions and matrix products in bfloat16, and attention and group norm in float32.
+
+    On CPUs with AMX this halves the time of a step. PyTorch's bfloat16 kernels for attention and group norm are several
+    times slower than those for float32 there, so both are called with float32 inputs.
+    """
+    if not enabled:
+        yield
+        return
+    attend, normalise = F.scaled_dot_product_attention, F.group_norm
+
+    def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            with torch.autocast(device, enabled=False):
+                return function(*(a.float() if isinstance(a, Tensor) else a for a in arguments), **options)
+
+        return call
+
+    F.scaled_dot_product_attention, F.group_norm = in_float32(attend), in_float32(normalise)
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            yield
+    finally:
+        F.scaled_dot_product_attention, F.group_norm = attend, normalise
 
 
 class Average:
