@@ -15,9 +15,10 @@ from torch import Tensor
 from erasec.checkpoint.safetensors import read_header, stream_tensors
 from erasec.errors import ErasecError, suggestion
 from erasec.family import FAMILIES, Shape
-from erasec.glyphs import assemble, models
+from erasec.glyphs.recipe import SIZES
 from erasec.glyphs.world import sample
 from erasec.ldm import configs, skeleton, tensor_names
+from erasec.worlds import assemble, networks
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # A constant tensor that the published folders of Stable Diffusion 1 and 2 contain.
@@ -104,10 +105,10 @@ def _random(key: str, shape: Shape, seed: list[int], dtype: str) -> Tensor:
 
 def random_pipeline(out: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
     """Write a diffusers folder with random weights in the shapes of glyphs, for tests of formats."""
-    assemble.write_tokenizer(out / "tokenizer", [sample(0, index).caption for index in range(300)])
+    assemble.write_tokenizer(out / "tokenizer", [sample(0, index).caption for index in range(300)], SIZES.vocabulary)
     tokens = assemble.tokenizer(out / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text = models.text_encoder(len(tokens), tokens.bos_token_id, tokens.eos_token_id).state_dict()
-        vae, unet = models.vae().state_dict(), models.unet().state_dict()
-    assemble.write_pipeline(out, text, vae, unet, 0.18215, dtype)
+        text = networks.text_encoder(SIZES, len(tokens), tokens.bos_token_id, tokens.eos_token_id).state_dict()
+        vae, unet = networks.vae(SIZES).state_dict(), networks.unet(SIZES).state_dict()
+    assemble.write_pipeline(out, SIZES, text, vae, unet, 0.18215, dtype)
