@@ -12,10 +12,11 @@ import numpy as np
 from erasec.attention.pipeline import Sampling, generate
 from erasec.checkpoint.safetensors import atomic_write, file_digest
 from erasec.glyphs import world
-from erasec.glyphs.judge import THRESHOLD, GlyphJudge, colour_of, prompt
+from erasec.glyphs.judge import GlyphJudge, colour_of, prompt
 from erasec.model.loading import bundled_folder
 from erasec.progress import bar
 from erasec.worlds.assemble import SCHEDULER
+from erasec.worlds.judge import THRESHOLD
 
 if TYPE_CHECKING:
     from erasec.base import Images

@@ -14,8 +14,8 @@ from erasec.model.view import Model
 
 # Suffixes of files with pickled weights.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-# The models that are part of the package.
-BUNDLED = ("glyphs", "glyphs-never-star")
+# The models that are part of the package, each with the reference world that it belongs to.
+BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs"}
 # The folder of a scheduler or tokenizer must have one of these files.
 REQUIRED_FILES = {
     "scheduler": ("scheduler_config.json",),
@@ -23,9 +23,14 @@ REQUIRED_FILES = {
 }
 
 
+def world_weights(world: str) -> Path:
+    """The folder of everything that is bundled with a reference world: its models, judges and figures."""
+    return Path(str(resources.files("erasec"))) / world / "weights"
+
+
 def bundled_folder(name: str) -> Path:
-    """The path of something that is bundled with glyphs: a model in ``BUNDLED``, or another file or folder."""
-    return Path(str(resources.files("erasec"))) / "glyphs" / "weights" / name
+    """The folder of a model in ``BUNDLED``."""
+    return world_weights(BUNDLED[name]) / name
 
 
 def load(name: str, revision: str | None = None, variant: str = "", allow_pickle: bool = False) -> Model:

@@ -14,19 +14,19 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_header
 from erasec.glyphs import evaluate, world
 from erasec.glyphs.judge import GlyphJudge, prompt
-from erasec.model.loading import bundled_folder, load
+from erasec.model.loading import bundled_folder, load, world_weights
 
 SAMPLING = Sampling(steps=12, guidance=4.0)
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, object]:
-    content: dict[str, object] = json.loads(bundled_folder("quality.json").read_text())
+    content: dict[str, object] = json.loads((world_weights("glyphs") / "quality.json").read_text())
     return content
 
 
 def test_all_weights_are_half_precision_and_small() -> None:
-    files = [path for path in bundled_folder("").rglob("*") if path.is_file()]
+    files = [path for path in world_weights("glyphs").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
     for path in files:
         if path.suffix == ".safetensors":
@@ -139,4 +139,4 @@ def test_panel_asks_by_name_synonym_and_implication_and_for_all_the_rest() -> No
 
 def test_files_are_where_the_package_says(root: Path) -> None:
     inside = Path("glyphs", "model_index.json")
-    assert (bundled_folder("") / inside).resolve() == root / "compiler" / "glyphs" / "weights" / inside
+    assert (world_weights("glyphs") / inside).resolve() == root / "compiler" / "glyphs" / "weights" / inside
