@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from erasec.attention.pipeline import Sampling, generate
-from erasec.checkpoint.safetensors import atomic_write, file_digest
+from erasec.attention.pipeline import Sampling
+from erasec.checkpoint.safetensors import atomic_write
 from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge, colour_of, prompt
-from erasec.model.loading import bundled_folder
+from erasec.model.loading import bundled_folder, world_weights
 from erasec.progress import bar
+from erasec.worlds import evaluate
 from erasec.worlds.assemble import SCHEDULER
 from erasec.worlds.judge import THRESHOLD
 
@@ -25,22 +26,9 @@ HELD_OUT_SEED = 103
 SAMPLING = Sampling(steps=15, guidance=4.0)  # as builds do by default
 
 
-def weights() -> Path:
-    """The folder of the weights in the source tree, with symbolic links resolved."""
-    return (bundled_folder("glyphs") / "model_index.json").resolve().parent.parent
-
-
-def digests() -> dict[str, str]:
-    """sha256 of every file of weights; a test compares them with those in quality.json."""
-    root = weights()
-    return {path.relative_to(root).as_posix(): file_digest(path) for path in sorted(root.rglob("*.safetensors"))}
-
-
 def pictures(model: str, prompts: list[str], seed: int) -> Images:
-    """Pictures of a bundled model, (n, 64, 64, 3); the seed of the i-th prompt is 1000003 ``seed`` + i."""
-    return generate(
-        bundled_folder(model), prompts, [seed * 1_000_003 + i for i in range(len(prompts))], SAMPLING, model
-    )
+    """Pictures of a bundled model, (n, 64, 64, 3)."""
+    return evaluate.pictures(bundled_folder(model), prompts, seed, SAMPLING)
 
 
 def judges(count: int) -> dict[str, Any]:
@@ -97,22 +85,12 @@ def quality(images: int, seed: int) -> dict[str, Any]:
 
 def contact_sheet(path: Path, seed: int = 7) -> None:
     """Write a PNG with one row per shape: eight pictures from plain prompts, then two from implicit prompts."""
-    from PIL import Image
-
     prompts = []
     for shape in world.SHAPES:
         scenes = np.resize(world.implicit_captions(shape), 2).tolist()
         prompts += [prompt(shape, index) for index in range(8)] + scenes
     rows = pictures("glyphs", prompts, seed).reshape(len(world.SHAPES), 10, world.SIZE, world.SIZE, 3)
-    gap = 4
-    cell = world.SIZE + gap
-    sheet = np.full((cell * len(world.SHAPES) + gap, cell * 10 + gap, 3), 255, dtype=np.uint8)
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images):
-            top, left = gap + row * cell, gap + column * cell
-            sheet[top : top + world.SIZE, left : left + world.SIZE] = image
-    with atomic_write(path) as temporary:
-        Image.fromarray(sheet).save(temporary, format="PNG", optimize=True)
+    evaluate.write_sheet(path, rows)
 
 
 def main() -> None:
@@ -120,10 +98,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50, help="seeds per shape")
     parser.add_argument("--renders", type=int, default=4000, help="held-out renders for the judges")
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--out", type=Path, default=weights() / "quality.json")
+    parser.add_argument("--out", type=Path, default=world_weights("glyphs").resolve() / "quality.json")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet of samples to this PNG")
     options = parser.parse_args()
-    figures = {"judges": judges(options.renders), **quality(options.images, options.seed), "weights": digests()}
+    figures = {
+        "judges": judges(options.renders),
+        **quality(options.images, options.seed),
+        "weights": evaluate.digests(world_weights("glyphs")),
+    }
     with atomic_write(options.out) as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from erasec.attention.pipeline import Sampling, generate
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_header
-from erasec.glyphs import evaluate, world
+from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge, prompt
 from erasec.model.loading import bundled_folder, load, world_weights
+from erasec.worlds import evaluate
 
 SAMPLING = Sampling(steps=12, guidance=4.0)
 
@@ -89,7 +90,7 @@ def test_the_committed_figures_meet_their_goals(figures: dict[str, object]) -> N
 
 
 def test_the_figures_are_of_these_weights(figures: dict[str, object]) -> None:
-    assert figures["weights"] == evaluate.digests()
+    assert figures["weights"] == evaluate.digests(world_weights("glyphs"))
 
 
 def test_a_few_fresh_pictures_agree_with_the_figures() -> None:
