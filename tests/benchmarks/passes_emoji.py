@@ -1,0 +1,214 @@
+"""Every pass on the emoji world: one object, one artist, ten objects and fifty, beside the base and the twin.
+
+    python tests/benchmarks/passes_emoji.py                writes tests/benchmarks/results/passes_emoji.json
+    ... --tasks owl Noto --setups uce esd                  measures these rows again, and keeps the others
+    ... --table                                            prints the tables of docs/emoji.md
+
+Every row runs in a process of its own with one thread; seconds are the processor's for solving alone. Judge B, the same
+prompts and seeds before and after. The columns are shares of pictures that show what the prompt asks for, with Wilson's
+95 % interval: for "name", "synonym" and "implicit" what is erased, for the others what should stay. "kept neighbours"
+are in the concept files' "keep", "other neighbours" are not. Drift is the mean absolute change of a pixel in pictures
+of far objects, full scale 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, cycle, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+
+from erasec import registry
+from erasec.attention.pipeline import Sampling, generate
+from erasec.base import Context, Question
+from erasec.emoji.evaluate import TWIN
+from erasec.emoji.judge import EmojiJudge, far_objects, label_of, prompt
+from erasec.emoji.words import ARTISTS, CLUSTERS, OBJECTS, neighbours
+from erasec.model import loading, sidecar
+from erasec.options import configure
+from erasec.recipe import concept as concepts
+from erasec.recipe import recipe
+
+RESULT = Path(__file__).parent / "results" / "passes_emoji.json"
+BASE = "base"
+ONE = ("uce", "rece", "mace", "trce.remap", "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup")
+MANY = ("uce", "rece", "mace", "trce.remap", "esd", "kpop")
+BARE = "10 bare names"  # what people type: no synonyms, nothing kept
+# One object of each of ten clusters, and every third object; the others are neighbours that should stay.
+TEN = tuple([name for name in OBJECTS if OBJECTS[name].cluster == cluster][1] for cluster in list(CLUSTERS)[:20:2])
+FIFTY = tuple(OBJECTS)[1::3][:50]
+TASKS: dict[str, tuple[str, ...]] = {
+    "owl": ("owl",),
+    "Noto": ("the style of Noto",),
+    "10 objects": TEN,
+    BARE: TEN,
+    "50 objects": FIFTY,
+}
+SETUPS = {
+    "owl": (BASE, "twin", *ONE),
+    "Noto": (BASE, "twin", *ONE),
+    "10 objects": (BASE, *MANY),
+    BARE: (BASE, "uce", "uce:rows=last"),
+    "50 objects": (BASE, *MANY),
+}
+GROUPS = ("name", "synonym", "implicit", "kept neighbours", "other neighbours", "far objects", "other artists")
+IMAGES, SEED = 60, 31
+SAMPLING = Sampling(20, 4.0)
+
+
+def erased(task: str) -> list[concepts.Concept]:
+    if task == BARE:
+        return [concepts.Concept(name=name, erase=(name,)) for name in TASKS[task]]
+    return [concepts.find(name) for name in TASKS[task]]
+
+
+def spread(rows: list[tuple[str, str]], count: int = IMAGES) -> list[tuple[str, str]]:
+    """``count`` of the rows, from the first on and over again."""
+    return list(islice(cycle(rows), count)) if rows else []
+
+
+def questions(task: str) -> list[Question]:
+    """The questions of a task: IMAGES of each group, spread over what is erased or kept."""
+    items = [concepts.find(name) for name in TASKS[task]]
+    labels = {label_of(item) for item in items}
+    rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+    for item in items:
+        label = label_of(item)
+        if label in ARTISTS:
+            objects, others = far_objects("", 24), [artist for artist in ARTISTS if artist != label]
+            rows["name"] += [(prompt(name, i, label), label) for i, name in enumerate(objects)]
+            rows["other artists"] += [
+                (prompt(name, i, others[i % len(others)]), others[i % len(others)]) for i, name in enumerate(objects)
+            ]
+            rows["far objects"] += [(prompt(name, i), name) for i, name in enumerate(objects)]
+            continue
+        close = [name for name in neighbours(label) if name not in labels]
+        for i in range(math.ceil(IMAGES / len(items))):
+            rows["name"].append((prompt(label, i), label))
+            rows["synonym"].append((prompt(item.synonyms[i % len(item.synonyms)], i), label))
+            if item.implicit:
+                rows["implicit"].append((item.implicit[i % len(item.implicit)], label))
+            for name in close:
+                group = "kept neighbours" if name in item.keep else "other neighbours"
+                rows[group].append((prompt(name, i), name))
+    if not rows["far objects"]:
+        clusters = {OBJECTS[label].cluster for label in labels}
+        far = [name for name in OBJECTS if OBJECTS[name].cluster not in clusters] or [
+            n for n in OBJECTS if n not in labels
+        ]
+        rows["far objects"] = [(prompt(name, i), name) for i, name in enumerate(far)]
+        rows["other artists"] = [
+            (prompt(name, i, artist), artist) for i, (name, artist) in enumerate(zip(far, cycle(ARTISTS), strict=False))
+        ]
+    chosen = chain.from_iterable(
+        [(group, *row) for row in spread(sorted(set(rows[group]), key=rows[group].index))] for group in GROUPS
+    )
+    return [Question(group, text, SEED * 1_000_003 + i, label) for i, (group, text, label) in enumerate(chosen)]
+
+
+def paint(root: Path, asked: list[Question]) -> np.ndarray:
+    return generate(root, [q.prompt for q in asked], [q.seed for q in asked], SAMPLING, root.name)
+
+
+def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
+    base, items, asked, row = loading.load("emoji"), erased(task), questions(task), dict[str, Any]()
+    kept = scratch / f"{task}.npy"
+    if not kept.exists():
+        np.save(kept, paint(base.source.root, asked))
+    before = np.load(kept)
+    if setup == BASE:
+        after = before
+    elif setup == "twin":
+        after = paint(loading.bundled_folder(TWIN), asked)
+    else:
+        use = recipe.parse_named_options(setup)
+        step = configure(registry.load_pass(use.name), use.options, use.name)
+        view, began, walled = base, time.process_time(), time.perf_counter()
+        for edit in step.solve_all(view, items, Context(seed=SEED)):
+            view = view.with_edit(edit)
+        row["seconds"], row["wall"] = time.process_time() - began, time.perf_counter() - walled
+        row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            root = Path(folder) / "bundle"
+            base.source.write(root, view.merged(), link=True)
+            sidecar.write_extras(root, sidecar.gather_extras(view.edits))
+            after = paint(root, asked)
+    judge, groups = EmojiJudge(), np.array([question.group for question in asked])
+    seen = judge.sees(after, [question.looked_for for question in asked])
+    row["shows"] = {group: [int(seen[groups == group].sum()), int((groups == group).sum())] for group in GROUPS}
+    far = groups == "far objects"
+    row["drift"] = float(np.abs(after[far].astype(np.float64) - before[far]).mean() / 255)
+    return row
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share (Wilson, 1927)."""
+    share, extra = hits / count, z * z / count
+    middle, half = share + extra / 2, z * math.sqrt(share * (1 - share) / count + extra / count / 4)
+    return (middle - half) / (1 + extra), (middle + half) / (1 + extra)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown, one table for each task."""
+    parts = []
+    for task, rows in result["rows"].items():
+        parts += [
+            f"**{task}**",
+            "",
+            f"| pass | {' | '.join(GROUPS)} | drift | seconds |",
+            "|---" * (len(GROUPS) + 3) + "|",
+        ]
+        for setup, row in rows.items():
+            cells = []
+            for group in GROUPS:
+                hits, count = row["shows"][group]
+                low, high = wilson(hits, count) if count else (0.0, 0.0)
+                cells.append(f"{hits / count:.0%} ({low:.0%}–{high:.0%})".replace("%–", "–") if count else "–")
+            seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
+            parts.append(f"| `{setup}` | {' | '.join(cells)} | {row['drift']:.3f} | {seconds} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=[*TASKS])
+    parser.add_argument("--setups", nargs="*", default=[])
+    parser.add_argument("--missing", action="store_true", help="measure only rows that the file does not have")
+    parser.add_argument("--table", action="store_true", help="print the tables of the file, and measure nothing")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
+    if options.table:
+        print(table(result))
+        return
+    pending = [(task, setup) for task in options.tasks for setup in options.setups or SETUPS[task]]
+    if options.missing:
+        pending = [(task, setup) for task, setup in pending if setup not in result["rows"].get(task, {})]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        for task, setup in pending:
+            row = pool.submit(measure, task, setup, Path(scratch)).result()
+            result["rows"].setdefault(task, {})[setup] = row
+            result.update(images=IMAGES, seed=SEED, threads=1, machine=machine.about())
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+            print(task, setup, {group: f"{a}/{b}" for group, (a, b) in row["shows"].items()}, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that measure
+    main()
