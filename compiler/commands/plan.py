@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,10 +41,10 @@ class Plan:
     """A build that is ready to run.
 
     ``recipe`` is resolved: it contains the concepts, every option of the passes, and the digest of the model. The goals
-    of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were erased
-    from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than weights.
-    ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are sentences
-    about how names, goals and long phrases were understood.
+    of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
+    erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
+    weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are
+    sentences about how names, goals and long phrases were understood.
     """
 
     recipe: Recipe
@@ -57,7 +57,7 @@ class Plan:
     keys: tuple[Key, ...] = ()
     judge: Judge | None = None
     earlier: tuple[Concept, ...] = ()
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
 
 def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
@@ -160,8 +160,8 @@ def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tupl
         else:
             result.append(concept_library.from_phrase(name))
             remarks.append(
-                f"{name!r} is taken as a phrase, with no synonyms and no anchor: the bundled concept {path.stem} is for "
-                f"models of {path.parent.name} only."
+                f"{name!r} is taken as a phrase, with no synonyms and no anchor: the bundled concept {path.stem} is "
+                f"only for models of {path.parent.name}."
             )
     return tuple(result), tuple(remarks)
 
@@ -177,7 +177,7 @@ def _again(concepts: Sequence[Concept], earlier: Sequence[Concept], model: Model
     """A sentence for each concept that was erased from the model before."""
     erased = {phrase.casefold(): concept.name for concept in earlier for phrase in concept.phrases}
     return [
-        f"{concept.name}: {model.name} is a build from which it was erased before, so there may be nothing left to erase."
+        f"{concept.name}: it was erased from {model.name} before, so there may be nothing left to erase."
         for concept in concepts
         if any(phrase.casefold() in erased for phrase in concept.erase)
     ]
@@ -393,8 +393,8 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Sentences about likely mistakes: settings that a single file does not contain, how names and goals were understood,
-    and phrases that are no bundled concept."""
+    """Sentences about likely mistakes: settings that a single file does not contain, how names and goals were
+    understood, and phrases that are no bundled concept."""
     source, foreign = plan.model.source, _foreign_groups(plan.model)
     bundled = [name for name, path in concept_library.library().items() if path.parent.name not in foreign]
     return [

@@ -36,11 +36,11 @@ class Concept(BaseModel):
 
     ``erase`` are the concept's names and ``synonyms`` its other names; all of them are erased. ``anchor`` is the phrase
     that they become. ``counterparts`` (a table in TOML) maps some of them to another safe phrase that fits better than
-    the anchor. ``fallback`` are phrases that take the anchor's place, the first that stays, where the anchor is erased as
-    well. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept
-    without its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the
-    concept's weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's
-    label for the concept. ``sources`` are the papers, data sets and policies behind the file.
+    the anchor. ``fallback`` are phrases that take the anchor's place, the first that stays, where the anchor is erased
+    as well. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept without
+    its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the concept's
+    weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's label for
+    the concept. ``sources`` are the papers, data sets and policies behind the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -101,6 +101,11 @@ class Concept(BaseModel):
     def goal(self, phrase: str) -> str:
         """The phrase that replaces ``phrase``: its counterpart, else the anchor. "" means the empty prompt."""
         return dict(self.counterparts).get(phrase, self.anchor)
+
+    @property
+    def record(self) -> dict[str, list[str]]:
+        """What edits store of the concept: its phrases to "erase" and to "keep", and the "goals" that they become."""
+        return {"erase": list(self.phrases), "keep": list(self.keep), "goals": list(self.goals)}
 
     @property
     def goals(self) -> tuple[str, ...]:

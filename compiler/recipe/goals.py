@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from erasec.errors import ErasecError
 from erasec.recipe.concept import Concept
@@ -12,6 +12,11 @@ from erasec.recipe.concept import Concept
 def names_phrase(text: str, phrase: str) -> bool:
     """Whether the words of ``phrase`` occur in ``text`` one after another, in any case: "star" in "a red Star"."""
     return _words(phrase) in _words(text)
+
+
+def first_disputed(goals: Iterable[str], erased: Collection[str]) -> str:
+    """The first of the goals that names an erased phrase; "" if none does."""
+    return next((goal for goal in goals if any(names_phrase(goal, phrase) for phrase in erased)), "")
 
 
 def _words(text: str) -> str:
@@ -24,9 +29,9 @@ def resolve_goals(
     """The concepts with anchors and counterparts that stay, and one sentence for each that is replaced.
 
     ``earlier`` are concepts that were erased from the model before. A goal that names an erased phrase is replaced by
-    the goal of that phrase, and so on, until one stays. If the goals lead back to each other, a counterpart gives way to
-    its concept's anchor, and an anchor to the first ``fallback`` that stays, or to the empty prompt, at which every pass
-    can aim. Resolved concepts stay as they are. Raises ErasecError for a concept whose own goal names it: no other
+    the goal of that phrase, and so on, until one stays. If the goals lead back to each other, a counterpart gives way
+    to its concept's anchor, and an anchor to the first ``fallback`` that stays, or to the empty prompt, at which every
+    pass can aim. Resolved concepts stay as they are. Raises ErasecError for a concept whose own goal names it: no other
     concept is the cause, so its file is wrong.
     """
     erased = (*concepts, *earlier)
@@ -37,7 +42,10 @@ def resolve_goals(
             anchor = next((phrase for phrase in concept.fallback if not _erased_phrase(phrase, erased)), "")
         counterparts = {phrase: _goal_that_stays(concept, goal, erased) for phrase, goal in concept.counterparts}
         replaced = [("the anchor", concept.anchor, anchor)]
-        replaced += [(f"the counterpart of {phrase!r}", goal, counterparts[phrase] or anchor) for phrase, goal in concept.counterparts]
+        replaced += [
+            (f"the counterpart of {phrase!r}", goal, counterparts[phrase] or anchor)
+            for phrase, goal in concept.counterparts
+        ]
         notes += [_note(concept, what, old, new, earlier) for what, old, new in replaced if new != old]
         kept = tuple((phrase, goal) for phrase, goal in counterparts.items() if goal)
         resolved.append(concept.model_copy(update={"anchor": anchor, "counterparts": kept}))

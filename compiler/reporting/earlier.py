@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def erased_before(model: Model) -> tuple[Concept, ...]:
     """The concepts that builds before this one erased from ``model``, if it is a folder or file of a build.
 
-    They are in the report above the folder; a folder that was moved away from its report says nothing. Raises ErasecError
-    for a damaged report.
+    They are in the report above the folder; a folder that was moved away from its report says nothing. Raises
+    ErasecError for a damaged report.
     """
     source = model.source
     folder = (source.file.parent if isinstance(source, SingleFile) else source.root).resolve()
