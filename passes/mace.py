@@ -23,6 +23,7 @@ from erasec.errors import ErasecError
 from erasec.model.edit import Edit, LowRank
 from erasec.model.edit_file import read_edits
 from erasec.options import options
+from erasec.recipe.goals import first_disputed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,14 @@ class Mace(ClosedForm):
                 raise ErasecError(
                     f"mace: {path.name} changes {others[0].key}",
                     why="this tensor does not read text states, and only edits of those that do can be fused",
+                )
+        for name, edit in by_concept.items():
+            erased = [phrase for concept in concepts if concept.name != name for phrase in concept.phrases]
+            if goal := first_disputed(edit.phrases.get(name, {}).get("goals", ()), erased):
+                raise ErasecError(
+                    f"mace: the given edit of {name} makes it {goal!r}, which is erased too",
+                    why=f"prompts for {name} would draw what another of the concepts should not show",
+                    fix="make that edit again with a concept file whose anchor stays",
                 )
         return by_concept
 

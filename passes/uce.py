@@ -84,7 +84,8 @@ class Uce(ClosedForm):
             deltas |= dict.fromkeys(block.sites, Remap(*solver.reduce_rank(solution.left, solution.right)))
             stats = solver.stats(system, solution)
             largest = {name: max(value, largest.get(name, value)) for name, value in stats.items()}
-        return Edit(deltas, self.name, (concept.name,), model.digest, asdict(self), stats=largest)
+        phrases = {concept.name: concept.record}
+        return Edit(deltas, self.name, (concept.name,), model.digest, asdict(self), stats=largest, phrases=phrases)
 
     def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
         return erased_rows(model, concept, self.rows, stream)

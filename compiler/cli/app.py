@@ -123,7 +123,8 @@ def build(
         if not main:
             train_in_worker(plan)
             return
-        for note in notes(plan):
+        said = notes(plan)
+        for note in said:
             print(f" note: {note}", file=sys.stderr)
         try:
             report = run_plan(plan)
@@ -138,7 +139,8 @@ def build(
         print(f"{plan.out}\n{plan.out / 'report.html'}")
         print(output.verdict(sum(check.limit is not None for check in report.checks), report.rates))
         for note in report.notes:
-            print(f" note: {note}", file=sys.stderr)
+            if note not in said:
+                print(f" note: {note}", file=sys.stderr)
 
 
 @app.command()
@@ -208,7 +210,7 @@ def run(
 ) -> None:
     """Generate images with a built folder. ONNX and OpenVINO folders need no torch."""
     with report_errors(verbose):
-        from erasec.commands.run import picture_paths, save_pictures
+        from erasec.commands.run import cut_notes, picture_paths, save_pictures
         from erasec.runtime.bundle import open_bundle
 
         if cfg is not None:
@@ -219,6 +221,8 @@ def run(
         paths = picture_paths(out, count)
         seeds = range(seed, seed + count)
         with closing(open_bundle(bundle, backend)) as opened:
+            for note in cut_notes(opened, prompt, negative):
+                print(f" note: {note}", file=sys.stderr)
             images = opened.generate([prompt] * count, seeds, steps, guidance, negative, height, width, scheduler)
         save_pictures(images, paths)
         for path in paths:

@@ -41,7 +41,9 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     lines = [("model", f"{model['name']} ({model['family']}){revision}")]
     for concept in plan["concepts"]:
         phrases = ", ".join((*concept["erase"], *concept["synonyms"]))
-        lines.append(("erase", f"{concept['name']}: {phrases} -> {concept['anchor'] or 'nothing'}"))
+        lines.append(("erase", f"{concept['name']}: {phrases} -> {concept['anchor'] or 'the empty prompt'}"))
+        if concept["counterparts"]:
+            lines.append(("", f"but {', '.join(f'{phrase} -> {goal}' for phrase, goal in concept['counterparts'])}"))
         lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
     for step in plan["passes"]:
         options = ", ".join(f"{key}={value}" for key, value in step["options"].items())

@@ -67,7 +67,7 @@ class ClosedForm(Pass):
         phrases = {}
         for concept in without_conflicts(concepts):
             sums[concept.name] = self.concept_sums(model, concept)
-            phrases[concept.name] = {"erase": list(concept.phrases), "keep": list(concept.keep)}
+            phrases[concept.name] = concept.record
         yield replace(self.edit_from_sums(model.streams, sums, model.digest), phrases=phrases)
 
     def concept_sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:

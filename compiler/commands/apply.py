@@ -22,6 +22,8 @@ from erasec.model import loading
 from erasec.model.edit import Remap
 from erasec.model.edit_file import read_edits
 from erasec.model.sidecar import describe, gather_extras
+from erasec.recipe.goals import first_disputed
+from erasec.reporting.earlier import erased_before
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +75,7 @@ def apply(
     else:
         out = out.expanduser()
         _check_out(out, model, link)
-    notes = _check_fits(model, edits, about, file.name, transfer)
+    notes = _check_fits(model, edits, about, file.name, transfer) + _goal_notes(model, edits)
     for edit in edits:
         model = model.with_edit(replace(edit, base=""))
     changed = {
@@ -122,6 +124,17 @@ def relink(
         return np.asarray(_check_finite(key, tensors[component][key])().float())
 
     return relink_folder(folder, file, out, merged, link)
+
+
+def _goal_notes(model: Model, edits: Sequence[Edit]) -> tuple[str, ...]:
+    """A sentence for each concept of the edits that becomes what was erased from the model before."""
+    erased = [phrase for concept in erased_before(model) for phrase in concept.phrases]
+    goals = {name: record.get("goals", ()) for edit in edits for name, record in edit.phrases.items()}
+    return tuple(
+        f"{name} becomes {goal!r}, which was erased from {model.name} before: the result may show it again."
+        for name, own in goals.items()
+        if (goal := first_disputed(own, erased))
+    )
 
 
 def _check_in_place(model: Model, allow_pickle: bool, link: bool) -> None:

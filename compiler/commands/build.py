@@ -16,7 +16,7 @@ from erasec import registry
 from erasec.attention.pipeline import Sampling
 from erasec.base import Check, EditTarget
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import content_digest
+from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import file_name, replace_folder, staging_folder
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from erasec.base import Artifact, Judge, Pass
     from erasec.commands.plan import Plan
     from erasec.judging.evidence import Evidence
+    from erasec.model.edit import Edit
     from erasec.model.memory import Secret
     from erasec.model.sidecar import Extras
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
 REJECTED = ".rejected"
+BROKEN_FIX = "fetch the model again, or give another checkpoint: this one is damaged"
 PUBLIC = ".public"  # the checkpoint without the keys, while a keyed build runs
 
 
@@ -80,19 +82,49 @@ def run(plan: Plan) -> Report:
             rejected = plan.out / REJECTED
             plan.out.mkdir(parents=True, exist_ok=True)
             replace_folder(stage, rejected)
-            failed = [check for check in report.checks if not check.passed]
-            values = "; ".join(f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" for check in failed)
-            raise CheckFailed(
-                f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(check.name for check in failed)}",
-                why=values,
-                where=str(rejected),
-                fix="look at report.html there; then change the pass options, the concept's keep phrases, or a limit"
-                + (
-                    f"; the trained state stays in {work} for a build with another limit" if any(work.iterdir()) else ""
-                ),
-            )
+            raise _rejection(plan, report, rejected, work)
         replace_folder(stage, plan.out)
         return report
+
+
+def _rejection(plan: Plan, report: Report, rejected: Path, work: Path) -> CheckFailed:
+    """The error for a build whose checks failed: it blames the base where the base is the cause."""
+    failed = [check for check in report.checks if not check.passed]
+    what = f"{len(failed)} of {len(report.checks)} checks failed: {', '.join(check.name for check in failed)}"
+    where = str(rejected)
+    if broken := _broken_tensor(plan.model):
+        return CheckFailed(what, f"{broken} of {plan.model.name} has a NaN or an infinity", BROKEN_FIX, where)
+    names = {check.name for check in failed}
+    never = [row for row in report.rates if not row["before"] and f"erased/{row['group']}" in names]
+    if never:
+        before = {label for concept in plan.earlier for label in (concept.name, concept.label)}
+        label, images, group = never[0]["looked_for"], never[0]["images"], never[0]["group"]
+        erased = "it was erased from this model before" if label in before else "without the edit"
+        return CheckFailed(
+            what,
+            why=f"{plan.model.name} shows {label} in none of {images} pictures ({group} prompts), {erased}: there is "
+            "nothing to erase, or nothing that the judge can measure",
+            fix="check that this is the model you mean; leave out a concept that was erased before, or a phrase that "
+            "the model does not know",
+            where=where,
+        )
+    values = "; ".join(f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" for check in failed)
+    fix = "look at report.html there; then change the pass options, the concept's keep phrases, or a limit"
+    if any(work.iterdir()):
+        fix += f"; the trained state stays in {work} for a build with another limit"
+    return CheckFailed(what, values, fix, where)
+
+
+def _broken_tensor(model: Model) -> str:
+    """The first tensor of the base with a NaN or an infinity, as "component/key"; "" if there is none.
+
+    All weights are read for this, so it is for builds that failed.
+    """
+    for component in model.family.components:
+        for key, entry in model.entries(component).items():
+            if entry.dtype in FLOATS and not bool(read_tensor(entry).isfinite().all()):
+                return f"{component}/{key}"
+    return ""
 
 
 def _training_folder(out: Path) -> Path:
@@ -129,7 +161,15 @@ def _solve(plan: Plan, work: Path) -> _Solved:
         for step in plan.passes:
             start = time.perf_counter()
             for edit in step.solve_all(model, plan.concepts, context):
-                model = model.with_edit(edit)
+                edited = model.with_edit(edit)
+                if not _changes(model, edited, edit):
+                    raise ErasecError(
+                        f"pass {step.name} changes nothing for {', '.join(edit.concepts)}",
+                        why="every tensor that it edits stays as it was, to the last bit",
+                        fix="name a concept to erase, and an anchor that is not the concept itself; or give the pass "
+                        "stronger options",
+                    )
+                model = edited
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 curves = {name: list(values) for name, values in edit.curves.items()}
                 applied.append(
@@ -156,9 +196,25 @@ def _solve(plan: Plan, work: Path) -> _Solved:
     return _Solved(model, tuple(applied), tuple(secrets))
 
 
+def _changes(before: Model, after: Model, edit: Edit) -> bool:
+    """Whether an edit moves a tensor or carries more than changes of weights. As a rule only one tensor is merged."""
+    import torch
+
+    if edit.memories or edit.tokens or edit.negative or edit.secret:
+        return True
+    return any(not torch.equal(before.merged_weight(site), after.merged_weight(site)) for site in edit.deltas)
+
+
 def _build(plan: Plan, stage: Path, work: Path) -> Report:
     seconds: dict[str, float] = {}
-    solved = _solve(plan, work)
+    try:
+        solved = _solve(plan, work)
+    except (ErasecError, RuntimeError) as error:  # torch raises RuntimeError where a matrix has a NaN
+        if broken := _broken_tensor(plan.model):
+            raise ErasecError(
+                f"{plan.model.name} cannot be edited", f"{broken} has a NaN or an infinity", BROKEN_FIX
+            ) from error
+        raise
     model = solved.model
     seconds["solve"] = sum(item.seconds for item in solved.applied)
 
@@ -220,6 +276,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         notes=tuple(_notes(plan, solved, built, bool(evidence))),
         passed=all(check.passed for check in checks),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
+        earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
     )
     write_report(report, stage)
     return report
@@ -286,6 +343,7 @@ def _judge(
         seed,
         sampling,
         keyed=bool(unlocked),
+        earlier=plan.earlier,
     )
     if evidence is None:
         return [], []
@@ -330,6 +388,9 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, measured: bool) -> Iterat
     source, name = plan.model.source, built.root.name
     if isinstance(source, SingleFile):
         yield from source.notes
+    yield from plan.remarks
+    if plan.earlier:
+        yield f"Erased from the base before this build: {', '.join(concept.name for concept in plan.earlier)}."
     concepts = [key.concept for key in plan.keys] or plan.concepts
     if unseen := [c.name for c in concepts if plan.judge is None or not labels(plan.judge, c)]:
         what = "the key brings it back" if plan.keys else "it is gone"

@@ -14,6 +14,7 @@ from erasec.family import FAMILIES
 from erasec.model.edit_file import read_edits, write_edits
 from erasec.model.sidecar import describe, gather_extras
 from erasec.options import configure
+from erasec.recipe.goals import first_disputed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,12 +89,20 @@ def _check_same(first: Edit, second: Edit, first_name: str, second_name: str) ->
 
 
 def _check_disputed(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-    """Raise ErasecError if one concept keeps a phrase that another one erases. ``phrases`` are by concept."""
+    """Raise ErasecError if one concept keeps a phrase that another one erases, or becomes it. ``phrases`` are by
+    concept; files of older versions do not hold the goals."""
     for name, own in phrases.items():
-        erased = {phrase.casefold() for other in phrases if other != name for phrase in phrases[other]["erase"]}
-        if both := [phrase for phrase in own["keep"] if phrase.casefold() in erased]:
-            raise ErasecError(
-                f"{name} keeps {both[0]!r}, which another of the concepts erases",
-                why="the solution would be a compromise between keeping and erasing it",
-                fix="build them together: --erase A --erase B",
-            )
+        erased = [phrase for other in phrases if other != name for phrase in phrases[other]["erase"]]
+        folded = {phrase.casefold() for phrase in erased}
+        for verb, disputed in (
+            ("keeps", next((phrase for phrase in own["keep"] if phrase.casefold() in folded), "")),
+            ("becomes", first_disputed(own.get("goals", ()), erased)),
+        ):
+            if disputed:
+                raise ErasecError(
+                    f"{name} {verb} {disputed!r}, which another of the concepts erases",
+                    why="the solution would be a compromise between keeping and erasing it"
+                    if verb == "keeps"
+                    else f"prompts for {name} would draw what the other concept should not show",
+                    fix="build them together: --erase A --erase B",
+                )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.staging import file_name
 from erasec.commands import doctor, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
+from erasec.commands.prompt_lengths import check_lengths
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.keys.key_file import Key, check_bound, read_key
 from erasec.ldm.single_file import SingleFile
@@ -24,7 +25,9 @@ from erasec.model import loading, sidecar
 from erasec.options import configure
 from erasec.recipe import concept as concept_library
 from erasec.recipe.concept import Concept
+from erasec.recipe.goals import resolve_goals
 from erasec.recipe.recipe import NamedOptions, Recipe, parse_named_options
+from erasec.reporting.earlier import erased_before
 from erasec.reporting.format import size
 
 if TYPE_CHECKING:
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
 class Plan:
     """A build that is ready to run.
 
-    ``recipe`` is resolved: it contains the concepts, every option of the passes, and the digest of the model. The first
-    target is the plain folder: "hf", or "bundle" if the result is more than weights. ``keys`` are attached to the
-    edited model. ``judge`` is None if no judge knows the model.
+    ``recipe`` is resolved: it contains the concepts, every option of the passes, and the digest of the model. The goals
+    of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
+    erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
+    weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are
+    sentences about how names, goals and long phrases were understood.
     """
 
     recipe: Recipe
@@ -51,6 +56,8 @@ class Plan:
     context: Context
     keys: tuple[Key, ...] = ()
     judge: Judge | None = None
+    earlier: tuple[Concept, ...] = ()
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
 
 def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
@@ -106,10 +113,16 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
             why="such a build is compared with the same build without the key, which shows nothing of other concepts",
             fix="erase it first, then add the key to the result: erasec build OUT/hf --key FILE",
         )
+    concepts, remarks = _of_model(recipe, concepts, model)
+    opened = {key.concept.name for key in keys}
+    earlier = tuple(concept for concept in erased_before(model) if concept.name not in opened)
+    if passes:
+        concepts, goals = resolve_goals(concepts, earlier)
+        remarks += (*goals, *check_lengths(concepts, model), *_again(concepts, earlier, model))
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)
-    plan = Plan(resolved, model, concepts, passes, targets, out, context, keys, judge)
+    plan = Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
     _check_disk(plan)
     return plan
 
@@ -121,6 +134,53 @@ def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ErasecError(f"the concept {twice[0]!r} is named twice", fix="name it once")
     return concepts
+
+
+def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
+    """The concepts as they apply to the model, and a sentence for each name that is a bundled concept and a phrase.
+
+    For a model that the bundled concept is not for, the name is a phrase.
+    """
+    own = {concept.name for concept in recipe.concepts}
+    worlds, foreign = set(registry.judges()), _foreign_groups(model)
+    result, remarks = [], []
+    for name, concept in zip(recipe.erase, concepts, strict=True):
+        path = None if name in own else concept_library.bundled_file(name)
+        if path is None:
+            result.append(concept)
+        elif path.parent.name not in worlds:
+            result.append(concept)
+            what = f"{len(concept.phrases)} phrases, anchor {concept.anchor!r}"
+            remarks.append(
+                f"{name!r} is taken as the bundled concept {path.stem} ({what}); for the phrase alone, write a concept "
+                "file with that phrase."
+            )
+        elif path.parent.name not in foreign:
+            result.append(concept)
+        else:
+            result.append(concept_library.from_phrase(name))
+            remarks.append(
+                f"{name!r} is taken as a phrase, with no synonyms and no anchor: the bundled concept {path.stem} is "
+                f"only for models of {path.parent.name}."
+            )
+    return tuple(result), tuple(remarks)
+
+
+def _foreign_groups(model: Model) -> set[str]:
+    """The groups of bundled concepts that are not for ``model``: a group with the name of a judge holds the words of a
+    small world, and is only for models that this judge knows."""
+    groups = {path.parent.name for path in concept_library.library().values()} & set(registry.judges())
+    return {group for group in groups if registry.load_judge(group).for_model(model) is None}
+
+
+def _again(concepts: Sequence[Concept], earlier: Sequence[Concept], model: Model) -> list[str]:
+    """A sentence for each concept that was erased from the model before."""
+    erased = {phrase.casefold(): concept.name for concept in earlier for phrase in concept.phrases}
+    return [
+        f"{concept.name}: it was erased from {model.name} before, so there may be nothing left to erase."
+        for concept in concepts
+        if any(phrase.casefold() in erased for phrase in concept.erase)
+    ]
 
 
 def defaults(concepts: Sequence[Concept]) -> tuple[NamedOptions, ...]:
@@ -276,7 +336,9 @@ def describe(plan: Plan) -> dict[str, Any]:
     return {
         "model": {"name": model.name, "revision": model.revision, "family": model.family.name},
         "concepts": [
-            concept.model_dump(mode="json", include={"name", "erase", "synonyms", "anchor", "keep", "implicit"})
+            concept.model_dump(
+                mode="json", include={"name", "erase", "synonyms", "anchor", "counterparts", "keep", "implicit"}
+            )
             for concept in plan.concepts
         ],
         "passes": [
@@ -331,16 +393,18 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Sentences about likely mistakes: settings that a single file does not contain, and phrases that are no bundled
-    concept."""
-    bundled = concept_library.library()
-    source = plan.model.source
+    """Sentences about likely mistakes: settings that a single file does not contain, how names and goals were
+    understood, and phrases that are no bundled concept."""
+    source, foreign = plan.model.source, _foreign_groups(plan.model)
+    bundled = [name for name, path in concept_library.library().items() if path.parent.name not in foreign]
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),
+        *plan.remarks,
         *(
             f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
             + suggestion(concept.name, bundled)
             for concept in plan.concepts
-            if bundled and concept == Concept(name=concept.name, erase=(concept.name,))
+            if bundled and concept == concept_library.from_phrase(concept.name)
+            if concept_library.bundled_file(concept.name) is None
         ),
     ]

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.safetensors import atomic_write
+from erasec.commands.prompt_lengths import where_cut
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
     from erasec.base import Images
+    from erasec.runtime.bundle import Bundle
 
 
 def picture_paths(out: Path, count: int) -> list[Path]:
@@ -28,6 +30,15 @@ def picture_paths(out: Path, count: int) -> list[Path]:
             fix="give a name that ends in .png, .jpg or .webp",
         )
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
+
+
+def cut_notes(bundle: Bundle, prompt: str, negative: str | None) -> list[str]:
+    """A sentence for each of the two prompts of which the text encoder reads only the beginning."""
+    notes = []
+    for what, text in (("prompt", prompt), ("negative prompt", negative or "")):
+        if cut := where_cut({"the text encoder": bundle.components.text_read(text)}, text):
+            notes.append(f"the {what} is cut: {cut}.")
+    return notes
 
 
 def save_pictures(images: Images, paths: Sequence[Path]) -> None:

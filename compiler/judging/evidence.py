@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ class Evidence:
 
     ``shown_*`` says whether a picture shows the label of the question, ``colour_*`` whether it shows the colour in the
     prompt (the label, if the prompt has no colour). ``agreement_*`` is the cosine similarity of picture and prompt.
+    ``erased_after`` has a row for each label that was erased, whichever question asks for it: whether the picture after
+    the edit shows it. It is empty where only one label was erased.
     """
 
     questions: tuple[Question, ...]
@@ -34,6 +36,7 @@ class Evidence:
     colour_after: NDArray[np.bool_]
     agreement_before: NDArray[np.float64]
     agreement_after: NDArray[np.float64]
+    erased_after: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
@@ -75,15 +78,18 @@ def gather_evidence(
     seed: int,
     sampling: Sampling,
     keyed: bool = False,
+    earlier: Sequence[Concept] = (),
 ) -> Evidence | None:
     """Evidence from the questions about all concepts, with the same prompts and seeds for both checkpoints.
 
-    With ``keyed``, ``built`` is ``base`` with the keys of the concepts. The questions are then those of the group
-    "name", as the group "keyed", and those of the group "keep". None if there are no questions.
+    ``earlier`` are concepts that were erased from ``base`` before: nothing is asked about them, and the pictures must
+    not show them either. With ``keyed``, ``built`` is ``base`` with the keys of the concepts. The questions are then
+    those of the group "name", as the group "keyed", and those of the group "keep". None if there are no questions.
     """
     panel = dict.fromkeys(question for concept in concepts for question in judge.panel(concept, images, seed))
     erased = {question.looked_for for question in panel if question.group != "keep"}
-    # A label that another concept of the same build erases must not be kept.
+    erased |= {label for concept in earlier for label in labels(judge, concept)}
+    # A label that another concept of the same build, or an earlier build, erases must not be kept.
     questions = [question for question in panel if question.group != "keep" or question.looked_for not in erased]
     if keyed:
         regrouped = (replace(item, group="keyed") if item.group == "name" else item for item in questions)
@@ -93,7 +99,15 @@ def gather_evidence(
     prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
     before = generate(base, prompts, seeds, sampling, "pictures before")
     after = generate(built, prompts, seeds, sampling, "pictures after")
-    return judge_pictures(judge, questions, before, after)
+    evidence = judge_pictures(judge, questions, before, after)
+    if keyed:
+        return evidence
+    # A mark is in pictures whatever the prompt, and has questions of its own about all prompts.
+    named = [concept for concept in (*concepts, *earlier) if concept.kind != "mark"]
+    looked_for = sorted({label for concept in named for label in labels(judge, concept)})
+    if len(looked_for) < 2:
+        return evidence
+    return replace(evidence, erased_after={label: judge.sees(after, [label] * len(after)) for label in looked_for})
 
 
 def with_key(judge: Judge, concept: Concept, evidence: Evidence, keyed: Path, sampling: Sampling) -> Evidence | None:

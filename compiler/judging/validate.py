@@ -32,23 +32,34 @@ AGREEMENT = {"int8": (35.0, 1 / PICTURES), "fp16": (45.0, 1 / PICTURES), "fp32":
 def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
     """The checks "erased" and "kept", one for each group of prompts; of several concepts the worst counts.
 
-    A concept that the base never shows fails its check, because its erasure cannot be measured.
+    A picture by a prompt of one erased concept must not show another one either. A concept that the base never shows
+    fails its check, because its erasure cannot be measured.
     """
     conditions = _conditions(evidence, judge, limits, seed, scheduler)
     results = []
     for group in ERASED_GROUPS:
         if not evidence.rows(group).any():
             continue
-        rows = rates(evidence, group)
-        ratio = max(row["after"] / row["before"] if row["before"] else float("inf") for row in rows)
-        by_label = ", ".join(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}" for row in rows)
-        how = f"hit rate after over before, {by_label}, {evidence.rows(group).sum()} prompts; {conditions}"
+        worst, parts = 0.0, []
+        for row in rates(evidence, group):
+            others = _other_rates(evidence, group, row["looked_for"])
+            shown = max((row["after"], *others.values()))
+            worst = max(worst, shown / row["before"] if row["before"] else float("inf"))
+            parts.append(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}")
+            parts += [f"{row['looked_for']} shown as {other} {rate:.0%}" for other, rate in others.items() if rate]
+        how = f"hit rate after over before, {', '.join(parts)}, {evidence.rows(group).sum()} prompts; {conditions}"
         limit = limits.implicit if group == "implicit" else limits.erased
-        results.append(Check.at_most(f"erased/{group}", ratio, limit, how))
+        results.append(Check.at_most(f"erased/{group}", worst, limit, how))
     keep = evidence.rows("keep")
     if keep.any():
         results += _kept(evidence, keep, limits, conditions)
     return tuple(results)
+
+
+def _other_rates(evidence: Evidence, group: str, label: str) -> dict[str, float]:
+    """For each other erased label, the share of pictures that show it after the edit, of those for ``label``."""
+    rows = np.array([item.group == group and item.looked_for == label for item in evidence.questions])
+    return {other: float(seen[rows].mean()) for other, seen in evidence.erased_after.items() if other != label}
 
 
 def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, conditions: str) -> list[Check]:

@@ -103,9 +103,8 @@ class Edit:
     "" where the edit fits any model with its sites. ``stats`` are measurements, and ``curves`` measurements for each
     step.
 
-    ``phrases`` and ``sums`` let a closed-form pass solve again without the model. ``phrases`` holds, by concept, the
-    phrases to "erase" and to "keep"; ``sums`` holds, by concept, tensors by name, and under "" those that belong to no
-    single concept.
+    ``phrases`` is ``Concept.record`` by concept; with ``sums``, a closed-form pass can solve again without the model.
+    ``sums`` holds, by concept, tensors by name, and under "" those that belong to no single concept.
 
     An edit may also carry ``memories``; new ``tokens``, by name the row (d) of the token embedding; and a ``negative``
     prompt, used where the user gives none. Only some targets can hold these. Edit files leave out ``curves`` and

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from erasec.errors import ErasecError
 from erasec.model.networks import fill
 from erasec.progress import bar, disable_library_bars
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from erasec.checkpoint.folder import Changed, Folder
     from erasec.family import Part, Stream
 
@@ -27,6 +27,9 @@ ENCODERS = {
 }
 # The two names of T5's token embedding.
 TIED = ("shared.weight", "encoder.embed_tokens.weight")
+
+# The positions of CLIP's text encoders, where the config does not say.
+POSITIONS = 77
 
 # Entries of a config.json that are not parameters of the config's class here.
 NOT_PARAMETERS = ("architectures", "dtype", "torch_dtype")
@@ -43,6 +46,8 @@ class Tokens:
     @property
     def states(self) -> Tensor:
         """The states of all parts, one after another as the denoiser gets them, (n, t, d)."""
+        import torch
+
         return torch.cat(self.parts, 1) if len(self.parts) > 1 else self.parts[0]
 
     @property
@@ -62,6 +67,7 @@ class TextEncoders:
     changed: Changed = field(default_factory=dict)
     _tokenizers: dict[str, Any] = field(default_factory=dict)
     _encoders: dict[str, Any] = field(default_factory=dict)
+    _rooms: dict[str, int] = field(default_factory=dict)
 
     def tokenizer(self, encoder: str) -> Any:
         """The tokenizer of a text encoder; that of text_encoder_2 is in tokenizer_2."""
@@ -92,6 +98,26 @@ class TextEncoders:
         ids: Tensor = batch.input_ids
         return ids
 
+    def room(self, encoder: str) -> int:
+        """The tokens that an encoder reads of a prompt, start and end token included. The tokenizer is not loaded."""
+        if encoder not in self._rooms:
+            path = self.source.root / encoder.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            positions = int(self.source.config(encoder).get("max_position_embeddings", POSITIONS))
+            self._rooms[encoder] = min(positions, int(config.get("model_max_length") or positions))
+        return self._rooms[encoder]
+
+    def text_read(self, text: str, encoder: str, length: int = 0) -> str:
+        """The part of ``text`` that an encoder reads: all of it, or the beginning for which it has room.
+
+        A ``length`` above 0 is that of a part of a stream, in tokens; otherwise the encoder's own room counts.
+        """
+        room = length or self.room(encoder)
+        # Each ASCII character is at most one token; two more mark the ends.
+        if text.isascii() and len(text) + 2 <= room:
+            return text
+        return fitting_part(self.tokenizer(encoder), text, room)
+
     def last_tokens(self, prompts: Sequence[str], part: Part) -> Tensor:
         """Index of each prompt's last token before its first end token, (n,).
 
@@ -115,6 +141,8 @@ class TextEncoders:
 
     def _part_states(self, prompts: Sequence[str], part: Part, width: int) -> Tensor:
         """The states (n, t, width) of one part: those of its encoders side by side, padded with zeros."""
+        import torch
+
         states = torch.cat([self._encoder_states(prompts, name, part) for name in part.encoders], 2)
         padding = width - states.shape[2]
         if padding < 0 or (padding and not part.padded):
@@ -128,6 +156,8 @@ class TextEncoders:
 
     def _encoder_states(self, prompts: Sequence[str], name: str, part: Part) -> Tensor:
         """The states (n, t, d) of one encoder, of the kind that the part names; t is 1 for pooled states."""
+        import torch
+
         model, ids = self.encoder(name), self.ids(prompts, name, part.length)
         batches = []
         with torch.no_grad(), bar("encode", len(prompts)) as advance:
@@ -142,6 +172,12 @@ class TextEncoders:
                 batches.append(states.float())
                 advance(len(batch))
         return torch.cat(batches)
+
+
+def fitting_part(tokenizer: Any, text: str, room: int) -> str:
+    """The part of ``text`` that ``room`` tokens of one of transformers' tokenizers hold, the end token included."""
+    offsets = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return text if len(offsets) <= room else text[: offsets[room - 2][1]]
 
 
 def encoder_class(source: Folder, name: str) -> str:
@@ -159,6 +195,7 @@ def load_encoder(source: Folder, name: str, changed: Mapping[str, Callable[[], T
     ``changed`` are edited tensors by key; they replace those of the files. Raises ErasecError where the files lack a
     tensor.
     """
+    import torch
     import transformers
 
     disable_library_bars()

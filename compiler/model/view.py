@@ -186,6 +186,15 @@ class Model:
     def _stream(self, name: str) -> Stream:
         return next(stream for stream in self.family.streams if stream.name == name)
 
+    def text_read(self, text: str) -> dict[str, str]:
+        """The part of ``text`` that each text encoder reads: all of it, or the beginning for which it has room.
+
+        Tokenizers are loaded for long texts only, and torch never.
+        """
+        parts = [part for stream in self.family.streams for part in stream.parts]
+        lengths = {encoder: part.length for part in parts for encoder in part.encoders}
+        return {encoder: self._text_encoders.text_read(text, encoder, length) for encoder, length in lengths.items()}
+
     def last_tokens(self, prompts: Sequence[str], stream: str = "context", part: int = 0) -> Tensor:
         """Index of each prompt's last token before its first end token, (n,), in one part of a stream.
 

@@ -36,10 +36,11 @@ class Concept(BaseModel):
 
     ``erase`` are the concept's names and ``synonyms`` its other names; all of them are erased. ``anchor`` is the phrase
     that they become. ``counterparts`` (a table in TOML) maps some of them to another safe phrase that fits better than
-    the anchor. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept
-    without its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the
-    concept's weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's
-    label for the concept. ``sources`` are the papers, data sets and policies behind the file.
+    the anchor. ``fallback`` are phrases that take the anchor's place, the first that stays, where the anchor is erased
+    as well. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept without
+    its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the concept's
+    weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's label for
+    the concept. ``sources`` are the papers, data sets and policies behind the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +50,7 @@ class Concept(BaseModel):
     synonyms: tuple[Phrase, ...] = ()
     anchor: Annotated[str, StringConstraints(strip_whitespace=True)] = ""
     counterparts: tuple[tuple[Phrase, Phrase], ...] = ()
+    fallback: tuple[Phrase, ...] = ()
     keep: tuple[Phrase, ...] = ()
     implicit: tuple[Phrase, ...] = ()
     templates: Annotated[tuple[Phrase, ...], Field(min_length=1)] = TEMPLATES
@@ -100,6 +102,16 @@ class Concept(BaseModel):
         """The phrase that replaces ``phrase``: its counterpart, else the anchor. "" means the empty prompt."""
         return dict(self.counterparts).get(phrase, self.anchor)
 
+    @property
+    def record(self) -> dict[str, list[str]]:
+        """What edits store of the concept: its phrases to "erase" and to "keep", and the "goals" that they become."""
+        return {"erase": list(self.phrases), "keep": list(self.keep), "goals": list(self.goals)}
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """Everything that its phrases become, without the empty prompt, in the order of the phrases."""
+        return tuple(dict.fromkeys(goal for phrase in self.phrases if (goal := self.goal(phrase))))
+
 
 def library() -> dict[str, Path]:
     """The bundled concept files by name. Their paths are ``concepts/GROUP/NAME.toml``."""
@@ -117,6 +129,16 @@ def from_file(path: Path) -> Concept:
         raise ErasecError("the concept file cannot be read", why=str(error), where=str(path)) from error
 
 
+def bundled_file(name: str) -> Path | None:
+    """The bundled concept file that ``find`` reads for this name; None if the name is a path or a phrase."""
+    return None if name.endswith(".toml") else library().get(name.partition(":")[0].strip().lower().replace(" ", "-"))
+
+
+def from_phrase(phrase: str) -> Concept:
+    """The concept of a bare phrase, without synonyms, anchor and phrases to keep."""
+    return Concept(name=phrase, erase=(phrase,))
+
+
 def find(name: str) -> Concept:
     """Find a concept by file path or bundled name, or make one from any other phrase, with the standard templates.
 
@@ -130,12 +152,12 @@ def find(name: str) -> Concept:
         path: Path | None = Path(word)
     else:
         word, _, value = name.partition(":")
-        path = library().get(word.strip().lower().replace(" ", "-"))
+        path = bundled_file(name)
     if path is not None:
         return _fill(from_file(path), word.strip(), value.strip(), str(path))
     if not name:
         raise ErasecError("the concept has no name", why="the value of --erase is empty", fix="name what to erase")
-    return Concept(name=name, erase=(name,))
+    return from_phrase(name)
 
 
 def _fill(concept: Concept, word: str, value: str, where: str) -> Concept:

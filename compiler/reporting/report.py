@@ -94,7 +94,8 @@ class Report:
 
     ``extras`` is what the build carries in addition to weights: "memories", each a dict of attention, mode, rows,
     weight and until; "tokens", the names of new tokens; "negative", a prompt; and "keys", the concepts whose keys are
-    in the build. Entries that are empty may be left out.
+    in the build. Entries that are empty may be left out. ``earlier`` are concepts that were erased from the model
+    before.
     """
 
     model: dict[str, str]  # name, revision, family, digest
@@ -110,6 +111,7 @@ class Report:
     notes: tuple[str, ...]  # sentences that every reader must know
     passed: bool
     extras: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[dict[str, Any], ...] = ()  # the Concept fields
 
 
 SCHEMA = "erasec.report/1"
@@ -178,6 +180,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "warnings": _warnings(report),
         "model": {**report.model, "title": _title(report.model)},
         "concepts": [dict(concept) for concept in report.concepts],
+        "earlier": [dict(concept) for concept in report.earlier],
         "summary": {group: mean for group in GROUPS if (mean := mean_rates(report.rates, group))},
         "rates": [dict(rate) for rate in report.rates],
         "checks": [{**asdict(check), "state": check.outcome, "bound": _bound(check)} for check in report.checks],

@@ -54,6 +54,9 @@ class Components(Protocol):
     def ids(self, texts: Sequence[str]) -> Array:
         """Token ids (n, t) in int64."""
 
+    def text_read(self, text: str) -> str:
+        """The part of ``text`` that the text encoder reads: all of it, or the beginning for which it has room."""
+
 
 def carried_text(root: Path) -> tuple[str, list[str]]:
     """The negative prompt and the names of new tokens that a folder carries besides its weights. Reads no tensor.
@@ -234,6 +237,9 @@ class GraphComponents:
     def ids(self, texts: Sequence[str]) -> Array:
         return self.tokenizer.ids(texts)
 
+    def text_read(self, text: str) -> str:
+        return self.tokenizer.text_read(text)
+
     def open(self, name: str) -> Component:
         path = self.root / name / self.runtime.file
         if not path.is_file():
@@ -300,6 +306,11 @@ class TorchComponents:
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
         ids: Array = self.pipeline.tokenizer(list(texts), **options).input_ids
         return ids
+
+    def text_read(self, text: str) -> str:
+        from erasec.model.text_encoders import fitting_part
+
+        return fitting_part(self.pipeline.tokenizer, text, self.pipeline.tokenizer.model_max_length)
 
     def open(self, name: str) -> Component:
         import torch

@@ -30,6 +30,11 @@ class ClipTokenizer:
         """Token ids (n, length)."""
         return np.array([row.ids for row in self.tokenizer.encode_batch(list(texts))], np.int64)
 
+    def text_read(self, text: str) -> str:
+        """The part of ``text`` that fits into ``length`` tokens."""
+        encoded = self.tokenizer.encode(text)
+        return text[: encoded.offsets[self.length - 2][1]] if encoded.overflowing else text
+
     def knows(self, token: str) -> bool:
         """Whether the vocabulary has ``token`` as one token."""
         return self.tokenizer.token_to_id(token) is not None

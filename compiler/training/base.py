@@ -83,8 +83,8 @@ class Learned(Pass):
         """The student's changes as an edit, with the measurements of the run. ``more`` are further fields of Edit."""
         stats = {**run.stats(), "parameters": float(sum(value.numel() for value in student.parameters.values()))}
         options, concepts = asdict(self), (concept.name,)
-        deltas = student.deltas()
-        return Edit(deltas, self.name, concepts, model.digest, options, stats=stats, curves=run.curves, **more)
+        more |= {"stats": stats, "curves": run.curves, "phrases": {concept.name: concept.record}}
+        return Edit(student.deltas(), self.name, concepts, model.digest, options, **more)
 
 
 def trainable(model: Model, selects: Callable[[Site], bool], rank: int = 0) -> tuple[Site, ...]:
