@@ -174,7 +174,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> No
     command = [sys.executable, "-m", "erasec", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not any(tmp_path.glob(".out.*/hf/unet/*.safetensors")) and time.monotonic() < deadline:
+    while not any(tmp_path.glob(".out.erasec/stage/hf/unet/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None, process.stderr.read() if process.stderr else ""
     process.send_signal(stop)

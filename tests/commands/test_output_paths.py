@@ -13,7 +13,7 @@ from erasec.commands.plan import make_plan
 from erasec.errors import ErasecError
 from erasec.recipe.recipe import Recipe, from_flags
 
-EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
+EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {"unet/x": {}}}]}
 
 
 def recipe(model: Path, **changed: Any) -> Recipe:
@@ -33,8 +33,12 @@ class TestOutputFolder:
         if earlier == "report.json":
             (out / earlier).write_text(json.dumps(EARLIER))
             (out / "hf").mkdir()
+            (out / "hf" / "unet").mkdir()
+            (out / "hf" / "unet" / "x").write_text("")
+            (out / "hf" / ".cache").write_text("of another program")
         if earlier == ".rejected":
             (out / earlier).mkdir()
+            (out / earlier / "report.json").write_text(json.dumps(EARLIER))
         assert make_plan(recipe(random_folder), out, pin=False).out == out
 
     def test_a_folder_with_other_files_is_refused(self, here: Path, random_folder: Path) -> None:
@@ -46,16 +50,20 @@ class TestOutputFolder:
         with pytest.raises(ErasecError, match=r"me\.jpg is a file"):
             make_plan(recipe(random_folder), Path("photos/me.jpg"))
 
-    @pytest.mark.parametrize(("report", "beside"), [({}, "hf"), ({"schema": "other"}, "hf"), (None, "thesis.tex")])
+    @pytest.mark.parametrize(
+        ("report", "beside"),
+        [({}, "hf"), ({"schema": "other"}, "hf"), (None, "thesis.tex"), (None, "hf/notes"), (None, ".rejected/notes")],
+    )
     def test_a_folder_that_only_looks_like_a_build_is_refused(
         self, here: Path, random_folder: Path, report: dict[str, str] | None, beside: str
     ) -> None:
         out = here / "out"
         (out / beside).mkdir(parents=True)
+        (out / beside / "mine").write_text("")
         (out / "report.json").write_text(json.dumps(EARLIER if report is None else report))
         with pytest.raises(ErasecError, match="out is not empty"):
             make_plan(recipe(random_folder), out, pin=False)
-        assert (out / beside).is_dir()
+        assert (out / beside / "mine").is_file()
 
     @pytest.mark.parametrize("out", [".", "..", "/"])
     def test_a_folder_around_the_working_directory_is_refused(self, here: Path, random_folder: Path, out: str) -> None:
