@@ -86,9 +86,10 @@ def check_links(root: Path) -> None:
     if snapshots.name == "snapshots" and (snapshots.parent / "blobs").is_dir():
         inside = snapshots.parent
     for path in sorted(root.rglob("*")):
-        if not path.is_symlink():
+        name = path.relative_to(root)
+        if not path.is_symlink() or any(part.startswith(".") for part in name.parts):
             continue
-        name, target = path.relative_to(root), path.resolve()
+        target = Path(os.path.realpath(path))  # which, unlike resolve, accepts a loop of links
         if path.is_dir():
             why = f"it points to the folder {target}, and folders behind links are not copied"
         elif not target.is_relative_to(inside):

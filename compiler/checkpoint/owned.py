@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LOCK = "lock"
 OWNER = "owner.json"
 NEW_OWNER = "owner.json.new"
+BARE = {LOCK, OWNER, NEW_OWNER}  # all that is in a folder in which no work has begun
 WAIT_S = 1.0  # longer than a command needs to look at what another one left behind
 SCRATCH = "erasec-"
 
@@ -41,7 +42,7 @@ def is_ours(folder: Path) -> bool:
         if folder.is_symlink() or not folder.is_dir():
             return False
         names = set(os.listdir(folder))
-        return names <= {LOCK, OWNER, NEW_OWNER} or (LOCK in names and OWNER in names and _is_record(folder / OWNER))
+        return names <= BARE or (LOCK in names and OWNER in names and _is_record(folder / OWNER))
     except OSError:
         return False
 
@@ -83,6 +84,8 @@ def acquire(folder: Path) -> FileLock:
         try:
             _write_owner(folder)
         except BaseException:
+            if set(os.listdir(folder)) <= BARE:
+                remove_folder(folder)
             lock.release()
             raise
         return lock

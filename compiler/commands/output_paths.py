@@ -20,10 +20,10 @@ BESIDE = ("report.json", "report.html", "README.md", "recipe.toml")  # what a bu
 
 def check_replaceable(out: Path) -> None:
     """Raise ErasecError if ``out`` holds anything except an earlier build: a build replaces the whole folder."""
+    check_place(out)
     if out.exists() and not out.is_dir():
         raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
     check_not_working_directory(out)
-    check_place(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     if keys := sorted(path.name for path in out.iterdir() if is_key(path)):
