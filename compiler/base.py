@@ -143,6 +143,10 @@ class Output(ABC):
         components = (model.source.entries(component) for component in model.family.components)
         return 4 * sum(prod(entry.shape) for entries in components for entry in entries.values())
 
+    def cached(self, model: Model) -> int:
+        """An estimate of the bytes that the target puts into the cache, after it has written them to TMPDIR."""
+        return 0
+
 
 class Target(Output):
     """Writes a merged checkpoint in one format. A target does not know which concepts were erased."""

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from erasec.base import Artifact, Context, Target
 from erasec.errors import ErasecError, require_modules
+from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.link import KEEP_IN_FP32, OPSET, write_onnx
 from erasec.graphs.manifest import origin_of, read_manifest
 from erasec.graphs.parity import TOLERANCES, compare_outputs, compare_weights
@@ -72,6 +73,9 @@ class Onnx(Target):
         graphs(model.source)
         width = {name: BYTES[self.vae if name == "vae" else self.precision] for name in model.family.components}
         return sum(width[name] * prod(entry.shape) for name in width for entry in model.source.entries(name).values())
+
+    def cached(self, model: Model) -> int:
+        return GRAPHS_BYTES
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link all graphs, then compare each with the checkpoint and with torch.

@@ -18,6 +18,7 @@ from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import Folder
 from erasec.errors import require_modules
 from erasec.graphs import parity
+from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.link import tensor_reader, write_onnx
 from erasec.graphs.manifest import MANIFEST, read_manifest
@@ -66,6 +67,9 @@ class OpenVino(Target):
         """
         graphs(model.source)
         return int(super().size(model) * (1 + BYTES[self.weights] / 4))
+
+    def cached(self, model: Model) -> int:
+        return GRAPHS_BYTES
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, convert each, and compare each with the graph, the checkpoint and torch.

@@ -23,6 +23,7 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import copy_file
 from erasec.errors import ErasecError, require_modules
 from erasec.graphs import parity
+from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.link import write_onnx
 from erasec.graphs.manifest import MANIFEST
@@ -102,6 +103,9 @@ class Triton(Target):
         """
         graphs(model.source)
         return int(super().size(model) * (0.5 if self.precision == "fp16" else 1) * (2 if self.engines == "trt" else 1))
+
+    def cached(self, model: Model) -> int:
+        return GRAPHS_BYTES
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, write the repository and the client's folder, then check the files that the server loads.

@@ -8,13 +8,16 @@ outputs of engines are checked on a machine with a GPU, by ``erasec check``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.tensorrt import engines, patching
 from erasec.tensorrt.base import EngineTarget
 from erasec.tensorrt.engines import RTX, Builder, Profile
+
+if TYPE_CHECKING:
+    from erasec.model.view import Model
 
 
 @options
@@ -39,6 +42,9 @@ class TrtRtx(EngineTarget):
 
     def builder(self) -> Builder:
         return Builder(RTX, tuple(self.capabilities.split("+")) if self.capabilities else (), self.workspace)
+
+    def cached(self, model: Model) -> int:
+        return super().cached(model) + (self.size(model) if self.patch else 0)
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         if self.patch and graph.parent.name == "unet":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ COPIES = (
     ".pb",
     ".gguf",
 )
+CONTENT = ("st_dev", "st_ino", "st_size", "st_mtime_ns")  # what changes when a file is written or replaced
 EXTRAS_FILE = "erasec.safetensors"  # what a checkpoint carries in addition to its weights; not a copy of them
 # stem[.variant].safetensors, or an index of shards with the variant before or after "safetensors.index". Shards
 # themselves do not match.
@@ -74,6 +76,31 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
+def check_links(root: Path) -> None:
+    """Raise ErasecError for a link in a folder to a file outside of it, or to a folder: copying would publish it.
+
+    The files of a model in the hub's cache are links to the blobs of the same repository, and are allowed.
+    """
+    inside = root.resolve()
+    snapshots = inside.parent
+    if snapshots.name == "snapshots" and (snapshots.parent / "blobs").is_dir():
+        inside = snapshots.parent
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if not path.is_symlink() or any(part.startswith(".") for part in name.parts):
+            continue
+        target = Path(os.path.realpath(path))  # which, unlike resolve, accepts a loop of links
+        if path.is_dir():
+            why = f"it points to the folder {target}, and folders behind links are not copied"
+        elif not target.is_relative_to(inside):
+            why = f"it points to {target}, outside of the folder, and would become a part of what is written"
+        else:
+            continue
+        raise ErasecError(
+            f"{name} is a link", why=why, where=str(root), fix="put what it points to in its place, or remove the link"
+        )
+
+
 def downscale(config: Mapping[str, Any]) -> int:
     """The factor between the resolutions of the first and the lowest level of a UNet or VAE; 8 in Stable Diffusion."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
@@ -99,6 +126,30 @@ class Folder:
         """The relative paths of all files, sorted, except for hidden ones (caches, locks)."""
         paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
         return tuple(sorted(path for path in paths if not any(part.startswith(".") for part in path.parts)))
+
+    def read_files(self) -> tuple[Path, ...]:
+        """The files from which the result of a command is made."""
+        return tuple(self.root / name for name in self.files())
+
+    def watch(self) -> None:
+        """Remember the state of all files, for ``changes``."""
+        self._states  # noqa: B018
+
+    @cached_property
+    def _states(self) -> dict[Path, os.stat_result]:
+        return {path: path.stat() for path in self.read_files()}
+
+    def changes(self) -> tuple[set[Path], set[Path]]:
+        """The files that were written or replaced since ``watch``; and those of which only the status has changed, as
+        by chmod, or by a program that sets the time of a file back."""
+        written, touched = set[Path](), set[Path]()
+        for path, old in self._states.items():
+            new = path.stat() if path.is_file() else None
+            if new is None or any(getattr(new, name) != getattr(old, name) for name in CONTENT):
+                written.add(path)
+            elif new.st_ctime_ns != old.st_ctime_ns and new.st_nlink == old.st_nlink:
+                touched.add(path)
+        return written, touched
 
     def prepare(self) -> None:
         """Write the files that a build needs and that are missing. A folder has all of them."""

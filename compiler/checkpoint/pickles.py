@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import re
-import shutil
 import tempfile
 import zipfile
-from functools import cache
 from pathlib import Path
 
+from erasec.checkpoint.disk import DiskFull, free_bytes
 from erasec.checkpoint.folder import Folder, variants
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, save_tensors
 from erasec.errors import ErasecError
 
@@ -56,21 +55,15 @@ def from_pickle(path: Path, out: Path) -> None:
     save_tensors(out, tensors)
 
 
-@cache
-def _scratch_folder() -> Path:
-    """A temporary folder that is removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="erasec-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def as_safetensors(path: Path) -> Path:
     """Convert a pickled checkpoint to a safetensors file, named by its digest. It is deleted when the process ends.
 
     The file is in the system's temporary folder, which TMPDIR sets, and is about as large as the pickle.
     """
-    out = _scratch_folder() / f"{file_digest(path)[:32]}.safetensors"
+    out = process_scratch() / f"{file_digest(path)[:32]}.safetensors"
     if not out.exists():
+        if (needed := path.stat().st_size) > free_bytes(out.parent):
+            raise DiskFull(out, needed)
         from_pickle(path, out)
     return out
 
@@ -108,7 +101,7 @@ def folder_as_safetensors(root: Path, variant: str = "") -> Path:
     variants keep their names, with another suffix. The folder is deleted when the process ends.
     """
     root = root.resolve()
-    out = Path(tempfile.mkdtemp(dir=_scratch_folder()))
+    out = Path(tempfile.mkdtemp(dir=process_scratch()))
     folder = Folder(root)
     listed = (
         name for name, kind in folder.index.items() if isinstance(kind, list) and any(kind) and name not in UNREAD

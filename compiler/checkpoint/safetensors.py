@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.base import Check
+from erasec.checkpoint.disk import named_errors, new_file, sync
 from erasec.errors import ErasecError
 from erasec.progress import bar
 
@@ -163,21 +163,24 @@ def checked_data(key: str, dtype: str, shape: Shape, make: Callable[[], Tensor])
 
 
 @contextmanager
-def atomic_write(path: Path, mode: int = 0o644) -> Iterator[Path]:
+def atomic_write(path: Path, private: bool = False, durable: bool = False, total: int = 0) -> Iterator[Path]:
     """A temporary file next to ``path`` that replaces it when the block ends, or is deleted if the block raises.
 
-    Only its owner can read the temporary file; the final file has the permissions ``mode``. If ``path`` is a link, the
-    file that it points to is replaced. Open the temporary file with "r+": with "w", ext4 flushes a truncated file to
-    disk when it is closed, which doubles the time of a large copy.
+    Only the owner can read a ``private`` file, at any time. A ``durable`` file is on the disk before it replaces the
+    old one, so that a power loss leaves either; what an ``Output`` publishes needs no such care. ``total`` are the
+    bytes that will be written, 0 where it is not known: an error of a full disk states how many are missing.
+
+    If ``path`` is a link, the file that it points to is replaced. Open the temporary file with "r+": with "w", ext4
+    flushes a truncated file to disk when it is closed, which doubles the time of a large copy.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = new_file(path.parent, path.name, private)
     try:
-        yield temporary
-        temporary.chmod(mode)
+        with named_errors(path, temporary, total):
+            yield temporary
+            if durable:
+                sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -187,9 +190,11 @@ def stream_tensors(
     path: Path,
     tensors: Mapping[str, tuple[str, Shape, Callable[[], Tensor]]],
     metadata: Mapping[str, str] | None = None,
-    mode: int = 0o644,
+    private: bool = False,
+    durable: bool = False,
 ) -> None:
-    """Write a safetensors file. The same content always gives the same bytes.
+    """Write a safetensors file; ``private`` and ``durable`` as in ``atomic_write``. The same content always gives the
+    same bytes.
 
     ``tensors`` maps names to (dtype as in the header, shape, function that returns the tensor). The functions are
     called one at a time, so that one tensor is in memory. Tensors are sorted by the size of their items, largest first,
@@ -209,17 +214,23 @@ def stream_tensors(
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_write(path, mode) as temporary, temporary.open("r+b") as file:
+    total = 8 + len(text) + position
+    with atomic_write(path, private, durable, total) as temporary, temporary.open("r+b") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             file.write(checked_data(key, *tensors[key]))
 
 
 def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, mode: int = 0o644
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    private: bool = False,
+    durable: bool = False,
 ) -> None:
     """Write tensors that are in memory, as ``stream_tensors`` does."""
-    stream_tensors(path, {k: (dtype_name(v), tuple(v.shape), v.contiguous) for k, v in tensors.items()}, metadata, mode)
+    makers = {key: (dtype_name(value), tuple(value.shape), value.contiguous) for key, value in tensors.items()}
+    stream_tensors(path, makers, metadata, private, durable)
 
 
 def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:
@@ -234,7 +245,7 @@ def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor
     if missing := set(changed) - set(entries):
         raise ErasecError(f"{base.name} has no tensor {sorted(missing)[0]!r}", where=str(base))
     done = 0
-    with atomic_write(path) as temporary, FileIO(base) as source, FileIO(temporary, "r+") as target:
+    with atomic_write(path, total=size) as temporary, FileIO(base) as source, FileIO(temporary, "r+") as target:
         for key in sorted(changed, key=lambda key: entries[key].start):
             entry = entries[key]
             _copy(source, target, done, entry.start)
@@ -253,8 +264,9 @@ def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file to ``path``, completely or not at all. An existing file is replaced, so its other hard links keep
     their content."""
-    with atomic_write(path) as temporary, FileIO(source) as old, FileIO(temporary, "r+") as new:
-        _copy(old, new, 0, source.stat().st_size)
+    size = source.stat().st_size
+    with atomic_write(path, total=size) as temporary, FileIO(source) as old, FileIO(temporary, "r+") as new:
+        _copy(old, new, 0, size)
 
 
 def hard_link(source: Path, path: Path) -> None:

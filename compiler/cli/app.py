@@ -98,7 +98,7 @@ def build(
     verbose: VERBOSE = False,
 ) -> None:
     """Erase concepts: write the edited checkpoint and every target, check them, and write a report."""
-    with report_errors(verbose):
+    with report_errors(verbose, model, out):
         recipe = _recipe(
             model,
             erase=erase,
@@ -164,7 +164,7 @@ def plan(
     verbose: VERBOSE = False,
 ) -> None:
     """Show what a build would do: sites, judge, memory, disk, time and tools. Writes nothing."""
-    with report_errors(verbose):
+    with report_errors(verbose, model, out):
         recipe = _recipe(
             model,
             erase=erase,
@@ -209,7 +209,7 @@ def run(
     verbose: VERBOSE = False,
 ) -> None:
     """Generate images with a built folder. ONNX and OpenVINO folders need no torch."""
-    with report_errors(verbose):
+    with report_errors(verbose, bundle, out):
         from erasec.commands.run import cut_notes, picture_paths, save_pictures
         from erasec.runtime.bundle import open_bundle
 
@@ -243,9 +243,9 @@ def apply(
     verbose: VERBOSE = False,
 ) -> None:
     """Merge an edit file into a model. This takes seconds and computes nothing with the model."""
-    with report_errors(verbose):
+    with report_errors(verbose, edit, model, out):
+        from erasec.checkpoint.disk import size
         from erasec.commands.apply import apply as apply_edit
-        from erasec.reporting.format import size
 
         result = apply_edit(edit, model, out, in_place, link, transfer, revision, variant or "", allow_pickle)
         print(result.path)
@@ -267,8 +267,8 @@ def relink(
     verbose: VERBOSE = False,
 ) -> None:
     """Replace the edit in an ONNX folder. Only the edited tensors are written; no graph is traced."""
-    with report_errors(verbose):
-        from erasec.reporting.format import size
+    with report_errors(verbose, folder, edit, out, model):
+        from erasec.checkpoint.disk import size
 
         if (folder / "onnx").is_dir():
             folder /= "onnx"
@@ -295,7 +295,7 @@ def combine(
     verbose: VERBOSE = False,
 ) -> None:
     """Solve the concepts of several edit files as one edit, from the sums stored in them. Needs no model."""
-    with report_errors(verbose):
+    with report_errors(verbose, *edits, out):
         from erasec.commands.combine import combine as combine_edits
 
         edit = combine_edits(edits, without or (), out)
@@ -314,7 +314,7 @@ def prior(
     verbose: VERBOSE = False,
 ) -> None:
     """Compute a prior, the Gram matrix of a caption file, for the option prior of closed-form passes."""
-    with report_errors(verbose):
+    with report_errors(verbose, model, captions, out):
         from erasec.closed_form import priors
         from erasec.model import loading
 
@@ -329,7 +329,7 @@ def recover(
     verbose: VERBOSE = False,
 ) -> None:
     """Finish an interrupted --in-place edit, so that the model can be read again."""
-    with report_errors(verbose):
+    with report_errors(verbose, path):
         from erasec.checkpoint import journal
 
         files = journal.recover(path)
@@ -346,7 +346,7 @@ def diff(
     verbose: VERBOSE = False,
 ) -> None:
     """List the tensors that differ between A and B: by how much, and the rank of the difference."""
-    with report_errors(verbose):
+    with report_errors(verbose, a, b):
         from erasec.commands.diff import compare, locate
 
         differences = compare(locate(a), locate(b))
@@ -385,7 +385,7 @@ def check(
     verbose: VERBOSE = False,
 ) -> None:
     """Check that a built folder is unchanged, runs on this machine, and agrees with its checkpoint."""
-    with report_errors(verbose):
+    with report_errors(verbose, folder, against):
         from erasec.commands.check import check_as_json, examine, raise_for_failures
 
         examination = examine(folder, against)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from erasec.cli.start import SIGNALS
 from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError
 
 MODEL = Annotated[
@@ -81,14 +83,17 @@ VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print tracebacks
 
 
 @contextmanager
-def report_errors(verbose: bool) -> Iterator[None]:
-    """Print errors as messages on stderr and exit with their exit codes. SIGTERM is handled like Ctrl-C."""
+def report_errors(verbose: bool, *paths: str | Path | None) -> Iterator[None]:
+    """Print errors as messages on stderr and exit with their exit codes. SIGTERM and SIGHUP are handled like Ctrl-C.
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    What killed commands left at ``paths``, those of this command, and in the folders for temporary files is restored or
+    removed first.
+    """
+    # A signal that is ignored, as under nohup, stays ignored.
+    caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in caught}
     try:
+        _clean_up(paths)
         with warnings.catch_warnings():
             if not verbose:
                 warnings.simplefilter("ignore")
@@ -112,4 +117,25 @@ def report_errors(verbose: bool) -> Iterator[None]:
         print(ErasecError("a file or a connection failed", why=why, where=where), file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from error
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, except while one is being handled: clean-up is not interrupted."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            os.write(2, b"cleaning up\n")
+            return
+        error = error.__context__
+    raise KeyboardInterrupt
+
+
+def _clean_up(paths: Sequence[str | Path | None]) -> None:
+    if os.environ.get("RANK", "0") != "0":  # the main process of a build does it
+        return
+    from erasec.checkpoint.staging import settle_all
+    from erasec.graphs.cache import caches
+
+    settle_all([Path(path).expanduser() for path in paths if path], caches())

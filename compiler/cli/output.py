@@ -34,7 +34,7 @@ def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
 
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     """Print a plan, given as ``commands.plan.describe`` returns it. Sites are grouped unless ``all_sites``."""
-    from erasec.reporting.format import size
+    from erasec.checkpoint.disk import size
 
     model, disk, memory = plan["model"], plan["disk"], plan["memory"]
     revision = f" at {model['revision']}" if model["revision"] else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
+from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form import solver
 from erasec.errors import ErasecError, suggestion
 from erasec.progress import bar
@@ -82,8 +83,10 @@ def write(path: Path, model: Model, file: Path) -> int:
     Raises ErasecError where ``path`` exists or cannot be written; this is checked before any caption is encoded.
     """
     path = path.expanduser()
+    check_place(path)
     if path.exists():
         raise ErasecError(f"{path} exists", fix="give a path that does not exist yet: --out FILE")
+    check_free(path)
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ErasecError(
             f"the prior {path} cannot be written",
@@ -98,7 +101,10 @@ def write(path: Path, model: Model, file: Path) -> int:
         "captions": str(len(texts)),
         "captions.sha256": file_digest(file),
     }
-    save_tensors(path, build(model, texts), metadata)
+    with output(path, fresh=True) as own:
+        save_tensors(own.stage, build(model, texts), metadata)
+        model.check_unchanged()
+        own.publish()
     return len(texts)
 
 

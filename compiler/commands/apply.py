@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from erasec.checkpoint import journal
 from erasec.checkpoint.safetensors import patch_file
-from erasec.checkpoint.staging import replace_folder, staging_folder
+from erasec.checkpoint.staging import check_free, check_fresh, output
 from erasec.commands.output_paths import check_disjoint, check_not_working_directory
 from erasec.commands.relink import RelinkResult
 from erasec.commands.relink import relink as relink_folder
@@ -91,6 +91,7 @@ def apply(
                 why=f"the folder has further copies of the weights that would stay unedited: {_listed(copies)}",
                 fix="delete or move them, or give --out DIR, which leaves them out",
             )
+        model.check_unchanged()
         journal.patch_in_place(model.source.by_file(changed))
     else:
         _write(model, out, changed, link)
@@ -121,7 +122,9 @@ def relink(
     tensors = model.merged()
 
     def merged(component: str, key: str) -> NDArray[Any]:
-        return np.asarray(_check_finite(key, tensors[component][key])().float())
+        tensor = _check_finite(key, tensors[component][key])()
+        model.check_unchanged()
+        return np.asarray(tensor.float())
 
     return relink_folder(folder, file, out, merged, link)
 
@@ -163,10 +166,10 @@ def _check_out(out: Path, model: Model, link: bool) -> None:
         raise ErasecError(f"{out} would be a single file, and the model is a folder", fix="give a folder: --out DIR")
     if single and link:
         raise ErasecError("--link is for folders", why=f"{out} would be a single file", fix="leave out --link")
-    if out.is_dir() and any(out.iterdir()):
-        raise ErasecError(f"the output folder {out} is not empty", fix="give a path that does not exist yet")
-    if out.is_symlink() or (out.exists() and (single or not out.is_dir())):
+    check_fresh(out)
+    if out.is_symlink() or (out.exists() and single):
         raise ErasecError(f"{out} exists", fix="give a path that does not exist yet")
+    check_free(out)
 
 
 def _writes_file(model: Model, out: Path) -> bool:
@@ -188,12 +191,13 @@ def _loading_notes(model: Model, out: Path | None) -> tuple[str, ...]:
 
 
 def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable[[], Tensor]]], link: bool) -> None:
-    if isinstance(model.source, SingleFile) and _writes_file(model, path):
-        patch_file(model.source.file, path, model.source.by_file(changed)[model.source.file])
-        return
-    with staging_folder(path) as stage:
-        model.source.write(stage, changed, link)
-        replace_folder(stage, path)
+    with output(path, fresh=True, total=model.source.size()) as own:
+        if isinstance(model.source, SingleFile) and _writes_file(model, path):
+            patch_file(model.source.file, own.stage, model.source.by_file(changed)[model.source.file])
+        else:
+            model.source.write(own.new_folder(), changed, link)
+        model.check_unchanged()
+        own.publish()
 
 
 def _check_finite(key: str, merge: Callable[[], Tensor]) -> Callable[[], Tensor]:

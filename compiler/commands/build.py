@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 from erasec import registry
 from erasec.attention.pipeline import Sampling
 from erasec.base import Check, EditTarget
+from erasec.checkpoint.disk import PRIVATE_FOLDER
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
-from erasec.checkpoint.staging import file_name, replace_folder, staging_folder
+from erasec.checkpoint.staging import Output, file_name, output, training_folder
+from erasec.commands import estimates
+from erasec.commands.output_paths import REJECTED, check_replaceable
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
-REJECTED = ".rejected"
 BROKEN_FIX = "fetch the model again, or give another checkpoint: this one is damaged"
 PUBLIC = ".public"  # the checkpoint without the keys, while a keyed build runs
 
@@ -67,23 +69,31 @@ def is_main() -> bool:
 
 def train_in_worker(plan: Plan) -> None:
     """The part of a build that every process runs: solve the plan, so that the processes train together."""
-    _solve(plan, _training_folder(plan.out))
+    _solve(plan, training_folder(plan.out))
 
 
 def run(plan: Plan) -> Report:
     """Build ``plan.out`` and return its report.
 
-    Raises CheckFailed if a check fails; the output is then in ``plan.out/.rejected``. Long training keeps its state in
-    a hidden folder next to ``plan.out`` until the build succeeds, and resumes from it when the build is run again.
+    Raises CheckFailed if a check fails; the output is then in ``plan.out/.rejected``. Raises ErasecError if another
+    command writes ``plan.out``, or if the model or the content of ``plan.out`` has changed meanwhile. Long training
+    keeps its state in a hidden folder next to ``plan.out`` until the build succeeds, and resumes from it when the build
+    is run again.
     """
-    with _resumable(plan.out) as work, staging_folder(plan.out) as stage:
-        report = _build(plan, stage, work)
+    with output(plan.out, total=estimates.output_bytes(plan.targets, plan.model)) as own, _resumable(own) as work:
+        try:
+            report = _build(plan, own.new_folder(), work)
+        except Exception:
+            plan.model.check_unchanged()  # a change explains every other error
+            raise
+        plan.model.check_unchanged()
+        check_replaceable(plan.out)
         if not report.passed:
             rejected = plan.out / REJECTED
-            plan.out.mkdir(parents=True, exist_ok=True)
-            replace_folder(stage, rejected)
+            plan.out.mkdir(exist_ok=True)
+            own.publish(own.path / REJECTED)
             raise _rejection(plan, report, rejected, work)
-        replace_folder(stage, plan.out)
+        own.publish()
         return report
 
 
@@ -127,18 +137,13 @@ def _broken_tensor(model: Model) -> str:
     return ""
 
 
-def _training_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.training")
-
-
 @contextmanager
-def _resumable(out: Path) -> Iterator[Path]:
-    """The folder in which training keeps its state. It is deleted on success, and whenever it is empty."""
-    work = _training_folder(out)
-    work.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may hold a key, which only its owner may read
+def _resumable(own: Output) -> Iterator[Path]:
+    """The folder in which training keeps its state. It goes when the output is published, and when it is empty."""
+    work = own.training
+    work.mkdir(PRIVATE_FOLDER, exist_ok=True)  # it may hold a key, which only its owner may read
     try:
         yield work
-        shutil.rmtree(work)
     except KeyboardInterrupt as stop:
         if not any(work.iterdir()):
             raise
@@ -148,9 +153,6 @@ def _resumable(out: Path) -> Iterator[Path]:
             where=str(work),
             fix="run the same command again to resume; or delete that folder",
         ) from stop
-    finally:
-        with suppress(OSError):
-            work.rmdir()
 
 
 def _solve(plan: Plan, work: Path) -> _Solved:

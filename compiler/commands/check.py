@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from erasec import registry
 from erasec.base import Check
 from erasec.checkpoint.folder import Folder, downscale, variants
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, finite_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
 from erasec.graphs.manifest import MANIFEST, read_manifest
@@ -247,7 +248,7 @@ def _source(root: Path, checkpoint: Folder) -> Iterator[Check]:
     components = read_record(root)["components"]
     precisions = {name.startswith("vae"): entry.get("precision", "fp32") for name, entry in components.items()}
     precision, vae_precision = precisions.get(False, "fp32"), precisions.get(True, "fp32")
-    with TemporaryDirectory(prefix="erasec-") as scratch:
+    with TemporaryDirectory(dir=process_scratch()) as scratch:
         write_onnx(checkpoint, Path(scratch), precision, tuple(components), vae=vae_precision)
         for name, entry in components.items():
             differs = digests(Path(scratch) / name / "model.onnx")[1] != entry["weights"]

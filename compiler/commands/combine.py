@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec import registry
+from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form.base import ClosedForm
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
@@ -28,8 +29,10 @@ def combine(files: Sequence[Path], without: Sequence[str], out: Path) -> Edit:
     The sums stored in the files are added, so no model is needed. The order of the files does not matter: the result is
     the edit of a build of all these concepts. Raises ErasecError if the files differ in pass, options or base.
     """
+    check_place(out)
     if out.exists():
         raise ErasecError(f"{out} exists", fix="give a path that does not exist yet")
+    check_free(out)
     contents = [(file, *read_edits(file)) for file in files]
     first, about = contents[0][1][0], contents[0][2]
     sums: dict[str, Mapping[str, Tensor]] = {}
@@ -69,7 +72,9 @@ def combine(files: Sequence[Path], without: Sequence[str], out: Path) -> Edit:
     combined = replace(
         configure(kind, first.params, first.by).edit_from_sums(streams, sums, first.base), phrases=phrases
     )
-    write_edits(out, [combined], about)
+    with output(out, fresh=True) as own:
+        write_edits(own.stage, [combined], about)
+        own.publish()
     return combined
 
 

@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from erasec.reporting.format import size
+from erasec.checkpoint.disk import size
 from erasec.tensorrt.devices import query
 
 CORE = ("erasec", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")

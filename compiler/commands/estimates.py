@@ -1,17 +1,21 @@
-"""Estimates of the memory and the time of a build, before it runs."""
+"""Estimates of the memory, the disk space and the time of a build, before it runs."""
 
 from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.checkpoint.disk import existing, free_bytes
+from erasec.graphs.cache import cache_folder
 from erasec.training.base import Learned
 
 if TYPE_CHECKING:
-    from erasec.base import Pass
+    from erasec.base import Output, Pass
     from erasec.model.view import Model
 
 # Closed-form solving holds five d x d float64 matrices for each stream: a system, its two sides, the solution, a copy.
@@ -50,6 +54,31 @@ def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> 
         "times; five square matrices for each stream of text states and one merged tensor in float64; an exported "
         "component twice; activations and libraries need more",
     }
+
+
+def output_bytes(targets: Sequence[Output], model: Model) -> int:
+    """The bytes that a build writes into its output folder, as its targets estimate them."""
+    return sum(target.size(model) for target in targets)
+
+
+def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, Any]]:
+    """The disks that a build writes to, that of ``out`` first: what is written to each, the bytes, and those free.
+
+    What is in the cache already is counted too: nothing is read to find out.
+    """
+    graphs = sum(target.cached(model) for target in targets)
+    places = [("output", out, output_bytes(targets, model)), ("temporary files", Path(tempfile.gettempdir()), graphs)]
+    with suppress(OSError):  # without a home directory there is no cache
+        places.append(("cache", cache_folder(), graphs))
+    found: dict[int, dict[str, Any]] = {}
+    for what, path, needed in places:
+        if needed or path == out:
+            item = {"what": what, "path": str(path), "needed": needed, "free": free_bytes(path)}
+            first = found.setdefault(existing(path).stat().st_dev, item)
+            if first is not item:
+                first["what"] += f", {what}"
+                first["needed"] += needed
+    return list(found.values())
 
 
 def time(out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasec.checkpoint.staging import check_place
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
 from erasec.model import loading
@@ -13,9 +14,13 @@ from erasec.model import loading
 if TYPE_CHECKING:
     from erasec.model.view import Model
 
+REJECTED = ".rejected"  # a build that did not pass its checks, in its output folder
+BESIDE = ("report.json", "report.html", "README.md", "recipe.toml")  # what a build writes next to its targets' folders
+
 
 def check_replaceable(out: Path) -> None:
     """Raise ErasecError if ``out`` holds anything except an earlier build: a build replaces the whole folder."""
+    check_place(out)
     if out.exists() and not out.is_dir():
         raise ErasecError(f"{out} is a file", fix="give a folder that does not exist yet: --out DIR")
     check_not_working_directory(out)
@@ -27,12 +32,11 @@ def check_replaceable(out: Path) -> None:
             why="a build replaces the whole folder, and no other key opens the model that was built with this one",
             fix="move the key elsewhere, or give another folder with --out",
         )
-    if not _is_build(out):
-        names = sorted(path.name for path in out.iterdir())
+    if foreign := _foreign_files(out):
         raise ErasecError(
             f"the output folder {out} is not empty",
-            why=f"it holds {', '.join(names[:3])}{', ...' if names[3:] else ''} and is no earlier build of erasec",
-            fix="give another folder with --out, or empty this one",
+            why=f"it holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}, which no earlier build wrote",
+            fix="give another folder with --out, or move them elsewhere",
         )
 
 
@@ -42,15 +46,28 @@ def check_not_working_directory(out: Path) -> None:
         raise ErasecError(f"the output folder {out} holds the working directory", fix="give a new folder: --out DIR")
 
 
-def _is_build(out: Path) -> bool:
-    """Whether a folder holds an earlier build or a rejected build, and nothing else."""
-    names = {path.name for path in out.iterdir()}
-    try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return names == {".rejected"}
-    return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
+def _foreign_files(out: Path) -> list[str]:
+    """The files in ``out`` that are not of an earlier build, or of a rejected one; hidden files in them do not count.
+
+    The report lists the files of a build. Without a report, all files are foreign.
+    """
+    own: set[str] = set()
+    for root, prefix in ((out, ""), (out / REJECTED, f"{REJECTED}/")):
+        try:
+            report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+            if not report["schema"].startswith("erasec.report/"):
+                continue
+            listed = {f"{item['path']}/{name}" for item in report["written"] for name in item["files"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        own |= {prefix + name for name in (*BESIDE, *listed)}
+    present = (path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(
+        path.as_posix()
+        for path in present
+        if path.as_posix() not in own
+        and not (own and len(path.parts) > 1 and any(part.startswith(".") for part in path.parts[1:]))
+    )
 
 
 def check_disjoint(out: Path, model: Model) -> None:

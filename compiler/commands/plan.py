@@ -5,7 +5,6 @@ A plan writes nothing, except that a model of the hub is downloaded into the hub
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
-from erasec.checkpoint.staging import file_name
+from erasec.checkpoint.disk import size
+from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.prompt_lengths import check_lengths
@@ -28,7 +28,6 @@ from erasec.recipe.concept import Concept
 from erasec.recipe.goals import resolve_goals
 from erasec.recipe.recipe import NamedOptions, Recipe, parse_named_options
 from erasec.reporting.earlier import erased_before
-from erasec.reporting.format import size
 
 if TYPE_CHECKING:
     from erasec.base import Judge
@@ -78,7 +77,9 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     uses = recipe.passes or defaults(concepts)
     passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
     out = (out or _default_out(recipe.model, concepts, keys)).expanduser()
+    settle(out)
     check_replaceable(out)
+    check_free(out)
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
             f"the key {inside[0]} lies in the output folder",
@@ -309,30 +310,23 @@ def _options(step: Pass) -> dict[str, Any]:
     return asdict(cast("Any", step))
 
 
-def _sizes(plan: Plan) -> dict[str, int]:
-    """The bytes that each target estimates for itself, by name."""
-    return {target.name: target.size(plan.model) for target in plan.targets}
-
-
-def _free_bytes(out: Path) -> int:
-    existing = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.is_dir())
-    return shutil.disk_usage(existing).free
-
-
 def _check_disk(plan: Plan) -> None:
-    needed, free = sum(_sizes(plan).values()), _free_bytes(plan.out)
-    if needed > free:
-        raise ErasecError(
-            f"the disk of {plan.out} has too little room",
-            why=f"about {size(needed)} will be written, {size(free)} are free",
-            fix="free some space, or give a folder on another disk with --out",
-        )
+    for disk in estimates.disks(plan.targets, plan.model, plan.out):
+        if disk["needed"] > disk["free"]:
+            raise ErasecError(
+                f"the disk of {disk['path']} has too little room",
+                why=f"about {size(disk['needed'])} will be written ({disk['what']}), {size(disk['free'])} are free",
+                fix=f"free {size(disk['needed'] - disk['free'])} more, or use another disk: --out for the output, "
+                "TMPDIR for temporary files, ERASEC_CACHE for the cache",
+            )
 
 
 def describe(plan: Plan) -> dict[str, Any]:
     """Everything that ``erasec plan`` prints, as plain data. ``disk``, ``memory`` and ``time`` are estimates, each with
     the key ``how``."""
-    model, sizes = plan.model, _sizes(plan)
+    model = plan.model
+    sizes = {target.name: target.size(model) for target in plan.targets}
+    disks = estimates.disks(plan.targets, model, plan.out)
     return {
         "model": {"name": model.name, "revision": model.revision, "family": model.family.name},
         "concepts": [
@@ -359,9 +353,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         ],
         "disk": {
             "out": str(plan.out),
-            "needed": sum(sizes.values()),
-            "free": _free_bytes(plan.out),
-            "how": "estimate of each target, by default all weights in float32",
+            "needed": disks[0]["needed"],
+            "free": disks[0]["free"],
+            "disks": disks,
+            "how": "estimate of each target, by default all weights in float32; with graphs in the cache and in TMPDIR",
         },
         "memory": estimates.memory(model, plan.passes, plan.judge is not None, len(plan.targets) > 1),
         "time": estimates.time(plan.out),

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from erasec.checkpoint.folder import CONTENT, check_links
 from erasec.checkpoint.safetensors import Entry, copy_file, hard_link
-from erasec.checkpoint.staging import replace_folder, restore_folder, staging_folder
+from erasec.checkpoint.staging import output, settle
 from erasec.errors import ErasecError
 from erasec.graphs.graph import Weight, weight_from_json
 from erasec.graphs.link import EDITED, Array, lay_out, read_array, write_data
@@ -55,7 +56,8 @@ def relink(
             why="the folder is replaced as a whole",
             fix="change to another directory, or give --out DIR",
         )
-    restore_folder(folder)
+    settle(folder)
+    check_links(folder)
     manifest = read_manifest(folder)
     entries, sites = read_edit(file)
     stored = {key.removeprefix(MERGED): entry for key, entry in entries.items() if key.startswith(MERGED)}
@@ -89,8 +91,9 @@ def relink(
         return lay_out(array, weight)
 
     count = size = 0
-    target = out.resolve() if out else folder
-    with staging_folder(target) as stage:
+    before = _states(folder, file)
+    with output(out or folder, fresh=out is not None) as own:
+        stage = own.new_folder()
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder)
             if path.name in (EDITED, MANIFEST):
@@ -105,8 +108,20 @@ def relink(
             graph["files"][EDITED] = record
             count, size = count + len(weights), size + record["bytes"]
         write_manifest(stage, {key: value for key, value in manifest.items() if key != "schema"})
-        replace_folder(stage, target)
+        if _states(folder, file) != before:
+            raise ErasecError(
+                f"{folder} or {file} has changed while it was read",
+                why="another program wrote it; the result may be partly old and partly new",
+                fix="run the command again when no other program writes them",
+            )
+        own.publish()
     return RelinkResult(result_path, count, size)
+
+
+def _states(folder: Path, file: Path) -> dict[Path, list[int]]:
+    """What changes when one of the files that a result is made of is written, by path."""
+    paths = [file, *(path for path in folder.rglob("*") if path.is_file())]
+    return {path: [getattr(path.stat(), name) for name in CONTENT] for path in paths}
 
 
 def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import atomic_write
+from erasec.checkpoint.staging import output
 from erasec.commands.prompt_lengths import where_cut
 from erasec.errors import ErasecError
 
@@ -46,5 +46,6 @@ def save_pictures(images: Images, paths: Sequence[Path]) -> None:
     from PIL import Image
 
     for image, path in zip(images, paths, strict=True):
-        with atomic_write(path) as temporary:
-            Image.fromarray(image).save(temporary, Image.registered_extensions()[path.suffix.lower()])
+        with output(path) as own:
+            Image.fromarray(image).save(own.stage, Image.registered_extensions()[path.suffix.lower()])
+            own.publish()

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from erasec.checkpoint.folder import downscale
+from erasec.checkpoint.owned import process_scratch
 from erasec.errors import ErasecError
-from erasec.graphs.cache import cache_folder, computing_config, is_whole, store
+from erasec.graphs.cache import cached_graph, computing_config
 from erasec.graphs.graph import FORMAT, MEMORY, MODEL, Shape, Template, Weight
 from erasec.graphs.signature import CLASSES, Graph, input_shapes, num_train_timesteps
 from erasec.model.sidecar import Extras
@@ -75,13 +76,14 @@ def graph_template(
         "negative": [list(ids) for ids in negative],
     }
     key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-    root = cache_folder() / "graphs" / key
-    if not is_whole(root):
+
+    def make() -> tuple[ModelProto, tuple[Weight, ...]]:
         module = weightless_module(
             checkpoint, graph, precision, keep_in_fp32, replace(extras, memories=memories), negative
         )
-        store(root, *trace(module, checkpoint, graph, opset))
-    return Template(root, key)
+        return trace(module, checkpoint, graph, opset)
+
+    return Template(cached_graph(key, make), key)
 
 
 def negative_ids(checkpoint: Folder, extras: Extras, out: Path | None = None) -> tuple[tuple[int, ...], ...]:
@@ -280,7 +282,7 @@ def trace(module: nn.Module, checkpoint: Folder, graph: Graph, opset: int) -> tu
     import onnx
 
     inputs = sample_inputs(checkpoint, graph, TRACED, 300, torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(), torch.no_grad():
+    with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch, warnings.catch_warnings(), torch.no_grad():
         # The exporter warns of its deprecation, and of branches on sizes, which parity tests at other sizes.
         warnings.simplefilter("ignore")
         file = Path(scratch) / MODEL

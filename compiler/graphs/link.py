@@ -116,8 +116,9 @@ def _weight_reader(
 def write_data(path: Path, weights: Sequence[Weight], read: Read) -> dict[str, Any]:
     """Write tensors one after the other, each at the start of a page. Returns the file's size in bytes and sha256."""
     digest, size = hashlib.sha256(), 0
-    with atomic_write(path) as temporary, temporary.open("r+b") as file:
-        for weight, (offset, length) in zip(weights, _spans(weights), strict=True):
+    spans = _spans(weights)
+    with atomic_write(path, total=_end(spans)) as temporary, temporary.open("r+b") as file:
+        for weight, (offset, length) in zip(weights, spans, strict=True):
             content = read(weight)
             if content.nbytes != length:
                 raise ErasecError(f"{weight.key} has {content.nbytes} bytes, and its graph reads {length}")

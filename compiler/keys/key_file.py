@@ -50,7 +50,7 @@ def write_key(path: Path, secret: Secret, concept: Concept, by: str, version: st
         "concept": concept.model_dump(mode="json"),
     }
     metadata = {METADATA: json.dumps(content, sort_keys=True, ensure_ascii=False)}
-    save_tensors(path, {"keys": secret.k_rows, "values": secret.v_rows}, metadata, mode=0o600)
+    save_tensors(path, {"keys": secret.k_rows, "values": secret.v_rows}, metadata, private=True)
 
 
 def read_key(path: Path) -> Key:

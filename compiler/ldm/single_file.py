@@ -6,8 +6,6 @@ and no tokenizers; these are derived from the family and the shapes, and written
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.folder import WEIGHTS, Folder
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, stream_tensors
 from erasec.errors import ErasecError
 from erasec.ldm.configs import default_prediction, sizes_from_shapes
@@ -45,8 +44,7 @@ class SingleFile(Folder):
     @cached_property
     def root(self) -> Path:
         """A temporary folder with configs and tokenizers. It is written when it is first used."""
-        root = Path(tempfile.mkdtemp(prefix="erasec-"))
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
+        root = Path(tempfile.mkdtemp(dir=process_scratch()))
         rescaled = layout(self.family).zero_snr_mark in read_header(self.file)[0]
         write_skeleton(root, self.family, self._shapes, self._prediction, rescaled)
         return root
@@ -101,6 +99,9 @@ class SingleFile(Folder):
         return self.file.stat().st_size
 
     def weight_files(self, component: str) -> tuple[Path, ...]:
+        return (self.file,)
+
+    def read_files(self) -> tuple[Path, ...]:
         return (self.file,)
 
     def entries(self, component: str) -> dict[str, Entry]:

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from erasec.checkpoint import pickles
-from erasec.checkpoint.folder import EXTRAS_FILE, Folder
+from erasec.checkpoint.folder import EXTRAS_FILE, Folder, check_links
+from erasec.checkpoint.staging import settle
 from erasec.errors import ErasecError, suggestion
 from erasec.family import HUB, detect
 from erasec.model.view import Model
@@ -41,6 +42,7 @@ def load(name: str, revision: str | None = None, variant: str = "", allow_pickle
     tensors. Raises ErasecError where the model cannot be opened.
     """
     path = Path(name).expanduser()
+    settle(path)
     if revision and (name in BUNDLED or path.exists()):
         raise ErasecError(
             f"{name} has no revision {revision!r}",
@@ -84,6 +86,7 @@ def _load_single_file(path: Path, name: str, allow_pickle: bool) -> Model:
     elif path.suffix != ".safetensors":
         raise ErasecError(f"{name} is no checkpoint", why=f"its suffix is {path.suffix or 'missing'}, not .safetensors")
     source = SingleFile(path)
+    source.watch()
     return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
 
 
@@ -95,9 +98,11 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
             where=str(root),
             fix="give the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/",
         )
+    check_links(root)
     if allow_pickle:
         root = pickles.folder_as_safetensors(root, variant)
     folder = Folder(root, variant)
+    folder.watch()
     denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
     family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
     for component in family.optional:

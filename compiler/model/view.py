@@ -162,6 +162,25 @@ class Model:
             self._digests[component] = content_digest(self.entries(component))
         return self._digests[component]
 
+    def check_unchanged(self) -> None:
+        """Raise ErasecError where a file of the checkpoint has changed since it was opened.
+
+        Where only the status of a file with weights has changed, its digest is compared with the one that is known.
+        """
+        written, touched = self.source.changes()
+        for component in self.family.components if touched else ():
+            if files := touched.intersection(self.source.weight_files(component)):
+                digest = self._digests.get(component)
+                if digest is None or content_digest(self.source.entries(component)) != digest:
+                    written |= files
+        if written:
+            raise ErasecError(
+                f"{self.name} has changed while it was read",
+                why=f"another program wrote {min(written).name}; what was made of it may be partly old and partly new",
+                where=str(min(written)),
+                fix="run the command again when no other program writes the model",
+            )
+
     @cached_property
     def _digests(self) -> dict[str, str]:
         return {}

@@ -39,16 +39,6 @@ def data(value: float, text: str) -> Markup:
     return Markup('<data value="{}">{}</data>').format(float(value) if isinstance(value, float) else value, content)
 
 
-def size(count: float) -> str:
-    """A number of bytes in decimal units, with three significant digits."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{float(f'{value:.3g}'):g} {unit}"
-
-
 def duration(seconds: float) -> str:
     """Seconds, or minutes and seconds from one minute on."""
     if seconds < 60:

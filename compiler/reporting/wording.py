@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from erasec.reporting.format import data, duration, number, percent, share, size
+from erasec.checkpoint.disk import size
+from erasec.reporting.format import data, duration, number, percent, share
 
 # What each stat of a pass means. A stat that is not in this table is shown under its own name, without explanation.
 STATS = {

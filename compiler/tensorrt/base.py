@@ -16,6 +16,7 @@ from erasec.checkpoint.folder import downscale
 from erasec.checkpoint.safetensors import copy_file, file_digest
 from erasec.errors import ErasecError
 from erasec.graphs import link
+from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.manifest import MANIFEST, origin_of
 from erasec.graphs.signature import CLASSES, TEXT_TO_IMAGE, graphs, input_shapes
@@ -76,6 +77,9 @@ class EngineTarget(Target):
         graphs(model.source)
         self.profiles(model.source)
         return super().size(model) * (1 if self.precision == "fp16" else 2)
+
+    def cached(self, model: Model) -> int:
+        return GRAPHS_BYTES
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, build an engine of each, one at a time, and check the engines.

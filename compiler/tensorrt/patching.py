@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import re
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from erasec.checkpoint.owned import scratch_folder
 from erasec.checkpoint.safetensors import CHUNK, atomic_write, copy_file, file_digest
-from erasec.graphs.cache import cache_folder
+from erasec.graphs.cache import cache_folder, unusable_is_noted
 from erasec.graphs.signature import INPUTS
 from erasec.graphs.weights import digests, read_weights
 from erasec.tensorrt.engines import ENGINE, Builder, Profile, build_engine, engine_entry, version
@@ -205,7 +206,11 @@ def patched_engine(graph: Path, file: Path, profile: Profile, builder: Builder) 
     matrices, source = text_projections(graph), digests(graph)
     library = version(builder.library)
     key = _cache_key(builder, library, profile, source[0], digests(graph, skip=matrices)[1])
-    root = cache_folder() / "engines" / key
+    root = None
+    with unusable_is_noted():
+        root = cache_folder() / "engines" / key
+    if root is None:
+        return build_engine(graph, file, profile, builder)
     cached = _read_cached(root)
     changed = {name for name, matrix in matrices.items() if cached and cached["matrices"].get(name) != _sha256(matrix)}
     if cached and changed <= set(cached["proven"]):
@@ -215,9 +220,10 @@ def patched_engine(graph: Path, file: Path, profile: Profile, builder: Builder) 
     entry, library = build_engine(graph, file, profile, builder)
     places, proven = locate(file, matrices), set[str]()
     replacements = {name: matrices[name] for name in changed}
-    if cached and changed <= places.keys() and not _patch_mismatch(root, file, places, replacements):
-        proven = set(cached["proven"]) | changed
-    _write_cached(root, file, matrices, places, proven)
+    with unusable_is_noted():
+        if cached and changed <= places.keys() and not _patch_mismatch(root, file, places, replacements):
+            proven = set(cached["proven"]) | changed
+        _write_cached(root, file, matrices, places, proven)
     return entry, library
 
 
@@ -227,8 +233,8 @@ def _patch_mismatch(
     """``first_difference`` of the cached engine, patched at ``places``, and the engine ``built`` instead."""
     if (root / ENGINE).stat().st_size != built.stat().st_size:
         return "their sizes differ"
-    with tempfile.TemporaryDirectory(prefix=".proof-", dir=root) as scratch:
-        trial = Path(scratch) / ENGINE
+    with scratch_folder(root.parent) as scratch:
+        trial = scratch / ENGINE
         patch(root / ENGINE, trial, places, matrices)
         return first_difference(trial, built)
 
@@ -253,9 +259,12 @@ def _write_cached(
         "places": {name: asdict(place) for name, place in places.items()},
         "proven": sorted(proven),
     }
-    copy_file(file, root / ENGINE)
-    with atomic_write(root / MAP) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    root.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(root.parent) as scratch:
+        copy_file(file, scratch / ENGINE)
+        (scratch / MAP).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        for name in (ENGINE, MAP):  # a record of another engine is not read
+            os.replace(scratch / name, root / name)
 
 
 def _read_cached(root: Path) -> dict[str, Any]:

@@ -288,9 +288,8 @@ class _Loop:
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"adam/{number}/{names[index]}/{part}": torch.as_tensor(state[part]) for part in state}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(
-            path, {key: tensor.cpu() for key, tensor in tensors.items()}, {"erasec.run": json.dumps(asdict(run))}, 0o600
-        )
+        on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
+        save_tensors(path, on_cpu, {"erasec.run": json.dumps(asdict(run))}, private=True, durable=True)
 
     def restore(self, path: Path) -> Run:
         """Read the state that ``save`` wrote."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError
+from erasec.model import loading
 
 
 def test_folder_write_keeps_every_other_file_to_the_byte(random_folder: Path, tmp_path: Path) -> None:
@@ -197,3 +199,79 @@ def test_shards_that_are_not_there_or_overlap_are_errors(tmp_path: Path) -> None
     (tmp_path / index).write_text("[]")
     with pytest.raises(ErasecError, match="no index of shards"):
         folder.entries("unet")
+
+
+class TestLinks:
+    """Links in a model's folder: what lies outside of it must not be published with the result."""
+
+    @pytest.mark.parametrize(
+        ("name", "target", "why"),
+        [
+            ("tokenizer/notes.txt", "../../secret", "outside of the folder"),
+            ("vae2", "vae", "folders behind links are not copied"),
+            ("gone.txt", "../nowhere", "outside of the folder"),
+            ("vae/loop", "..", "folders behind links are not copied"),
+        ],
+    )
+    def test_links_out_of_the_folder_and_to_folders_are_refused(
+        self, random_folder: Path, tmp_path: Path, name: str, target: str, why: str
+    ) -> None:
+        (tmp_path / "secret").write_text("mine")
+        copy = shutil.copytree(random_folder, tmp_path / "model")
+        (copy / name).symlink_to(target)
+        with pytest.raises(ErasecError, match=f"{name} is a link") as caught:
+            loading.load(str(copy))
+        assert why in caught.value.why
+
+    def test_links_in_the_folder_and_to_the_blobs_of_the_hub_are_read(
+        self, random_folder: Path, tmp_path: Path
+    ) -> None:
+        snapshot = shutil.copytree(random_folder, tmp_path / "models--a--b" / "snapshots" / "1234")
+        (tmp_path / "models--a--b" / "blobs").mkdir()
+        file = snapshot / "model_index.json"
+        file.rename(tmp_path / "models--a--b" / "blobs" / "abcd")
+        file.symlink_to("../../blobs/abcd")
+        (snapshot / "same.json").symlink_to("model_index.json")
+        assert loading.load(str(snapshot)).family.name
+        (snapshot / "other").symlink_to("../../../secret")
+        with pytest.raises(ErasecError, match="other is a link"):
+            loading.load(str(snapshot))
+
+
+class TestChanges:
+    """A model that another program writes while it is read."""
+
+    FILE = "unet/diffusion_pytorch_model.safetensors"
+
+    def write(self, file: Path, keep_time: bool = False) -> None:
+        old = file.stat()
+        with file.open("r+b") as stream:
+            stream.seek(-1, 2)
+            last = stream.read(1)
+            stream.seek(-1, 2)
+            stream.write(bytes([last[0] ^ 1]))
+        if keep_time:
+            os.utime(file, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+    @pytest.mark.parametrize("how", ["written", "replaced", "gone", "time set back"])
+    def test_a_change_is_an_error_that_names_the_file(self, random_folder: Path, tmp_path: Path, how: str) -> None:
+        model = loading.load(str(shutil.copytree(random_folder, tmp_path / "model")))
+        model.digest  # noqa: B018
+        file = tmp_path / "model" / self.FILE
+        if how == "gone":
+            file.unlink()
+        elif how == "replaced":
+            shutil.copy2(file, tmp_path / "new")
+            os.replace(tmp_path / "new", file)
+        else:
+            self.write(file, how == "time set back")
+        with pytest.raises(ErasecError, match="has changed while it was read") as caught:
+            model.check_unchanged()
+        assert caught.value.where == str(file)
+
+    def test_reading_linking_and_a_change_of_mode_are_none(self, random_folder: Path, tmp_path: Path) -> None:
+        model = loading.load(str(shutil.copytree(random_folder, tmp_path / "model")))
+        model.digest  # noqa: B018
+        model.source.write(tmp_path / "copy", {}, link=True)
+        (tmp_path / "model" / self.FILE).chmod(0o640)
+        model.check_unchanged()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ class TestEndings:
         assert result.exit_code == 1
         assert isinstance(result.exception, ZeroDivisionError)
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_a_signal_is_130(self, ends: Any, number: signal.Signals) -> None:
         def stopped(plan: Any) -> None:
             os.kill(os.getpid(), number)
@@ -198,6 +199,44 @@ class TestEndings:
         assert result.stderr.splitlines()[-1] == "stopped; nothing was left behind"
         assert result.stdout == ""
         assert signal.getsignal(number) is before
+
+    def test_a_second_signal_does_not_interrupt_the_clean_up(self, ends: Any) -> None:
+        cleaned: list[str] = []
+
+        def stopped(plan: Any) -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            finally:
+                try:
+                    raise OSError("clean-up has errors of its own")
+                except OSError:
+                    os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGHUP)
+                cleaned.append("yes")
+
+        result = ends(stopped)
+        assert result.exit_code == 130 and cleaned == ["yes"]
+
+    def test_a_signal_that_a_library_swallows_does_not_disarm_the_next(self, ends: Any) -> None:
+        def stopped(plan: Any) -> None:
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+        assert ends(stopped).exit_code == 130
+
+    def test_under_nohup_the_end_of_the_terminal_is_ignored(self, ends: Any) -> None:
+        def goes_on(plan: Any) -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise MissingTool("went on")
+
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            assert "went on" in ends(goes_on).stderr
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     @pytest.mark.parametrize("more", [(), ("-v",)])
     @pytest.mark.parametrize(
@@ -253,6 +292,35 @@ class TestEndings:
         assert done.exit_code == 0 and done.stdout.splitlines()[-1] == "1 files recovered"
         assert file.read_bytes() != old and file.read_bytes()[:8] == old[:8]
         assert run("recover", "cpoy").exit_code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_libraries_load_prints_no_traceback(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import time; print('loading', flush=True); time.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    code = "from erasec.cli.start import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert (process.returncode, message) == (130, "stopped; nothing was left behind\n")
+
+
+@pytest.mark.parametrize(
+    "words", [["check", "out"], ["run", "out", "--prompt", "", "--out", "x.png"], ["diff", "out/hf", "x"]]
+)
+def test_every_command_first_cleans_up_what_killed_ones_left(run: Any, tmp_path: Path, words: list[str]) -> None:
+    script = (
+        "import os; from pathlib import Path; from erasec.checkpoint.staging import output\n"
+        "with output(Path('out')) as own: os.rename('out', own.work / 'old'); own.new_folder(); os.kill(os.getpid(), 9)"
+    )
+    (tmp_path / "out").mkdir()
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.erasec" / "stage").exists()
+    assert run(*words).exit_code == 2
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_the_verdict_weighs_rows_by_their_images() -> None:

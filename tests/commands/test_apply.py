@@ -18,6 +18,7 @@ from erasec.checkpoint import journal
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import file_digest
+from erasec.checkpoint.staging import output
 from erasec.commands.apply import apply
 from erasec.commands.combine import combine
 from erasec.errors import CheckFailed, ErasecError
@@ -288,3 +289,39 @@ def test_headers_are_not_read_once_for_every_tensor(
         )
     apply(star, str(base.source.root), tmp_path / "out")
     assert 0 < opened.count(base.source.root / UNET) <= 5
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_model_that_changes_meanwhile_is_an_error_and_nothing_is_written(
+    base: Model, star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    if single:
+        random_layout(tmp_path / "folder", "sd1", "tiny", dtype="float16")
+        Ldm().export(Folder(tmp_path / "folder"), tmp_path / "ldm", Context())
+        model = loading.load(str(tmp_path / "ldm" / "model.safetensors"))
+        edit, name, file, out = (
+            write(model, Uce(), [STAR], tmp_path / "e"),
+            model.name,
+            Path(model.name),
+            "o.safetensors",
+        )
+    else:
+        copy = shutil.copytree(base.source.root, tmp_path / "copy")
+        edit, name, file, out = star, str(copy), copy / "vae" / "config.json", "out"
+    before = set(os.listdir(tmp_path))
+    real = merge
+
+    def change(*given: object) -> torch.Tensor:
+        os.utime(file)
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("erasec.model.view.merge", change)
+    with pytest.raises(ErasecError, match="has changed while it was read"):
+        apply(edit, name, tmp_path / out)
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_an_output_that_another_command_writes_is_refused(base: Model, star: Path, tmp_path: Path) -> None:
+    with output(tmp_path / "out"), pytest.raises(ErasecError, match="another command is writing there"):
+        apply(star, str(base.source.root), tmp_path / "out")
+    assert os.listdir(tmp_path) == []

@@ -17,8 +17,9 @@ import torch
 from erasec.attention.pipeline import Sampling, generate
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
+from erasec.checkpoint.staging import output
 from erasec.commands import build, plan
-from erasec.errors import CheckFailed
+from erasec.errors import CheckFailed, ErasecError
 from erasec.model import loading
 from erasec.recipe import recipe
 from erasec.recipe.recipe import Limits, Recipe
@@ -169,19 +170,96 @@ def test_every_target_is_made_of_the_chosen_variant(random_folder: Path, tmp_pat
     assert {entry.dtype for entry in single.values()} == {"BF16"}
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "erasec", "build", "glyphs", "--erase", "star", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not any(tmp_path.glob(".out.*/hf/unet/*.safetensors")) and time.monotonic() < deadline:
+    while not any(tmp_path.glob(".out.erasec/stage/hf/unet/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None, process.stderr.read() if process.stderr else ""
-    process.send_signal(stop)
+    for _ in range(3):  # a second Ctrl-C does not interrupt the clean-up
+        process.send_signal(stop)
+        time.sleep(0.02)
     _, message = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "nothing was left behind" in message
+    assert "nothing was left behind" in message and "Traceback" not in message
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("when", ["solving", "writing", "checking"])
+def test_a_model_that_changes_during_a_build_is_an_error_and_nothing_is_written(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    base = shutil.copytree(random_folder, tmp_path / "base")
+    module, name = {
+        "solving": (build, "_solve"),
+        "writing": (build, "write_extras"),
+        "checking": (build.collect, "written_files"),
+    }[when]
+    real = getattr(module, name)
+
+    def changed(*given: object, **more: object) -> object:
+        (base / "vae" / "config.json").write_text((base / "vae" / "config.json").read_text() + "\n")
+        return real(*given, **more)
+
+    monkeypatch.setattr(module, name, changed)
+    with pytest.raises(ErasecError, match="has changed while it was read") as caught:
+        make(tmp_path / "out", model=str(base), erase=("nudity",))
+    assert caught.value.where == str(base / "vae" / "config.json")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_a_model_that_changes_is_named_whatever_else_fails(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(random_folder, tmp_path / "base")
+
+    def fails(*_: object) -> None:
+        (base / "vae" / "config.json").unlink()
+        raise ValueError("NaN")
+
+    monkeypatch.setattr(build, "_build", fails)
+    with pytest.raises(ErasecError, match="has changed while it was read"):
+        make(tmp_path / "out", model=str(base), erase=("nudity",))
+
+
+def test_two_builds_into_one_folder_leave_the_first(random_folder: Path, tmp_path: Path) -> None:
+    fields = {"model": str(random_folder), "erase": ("nudity",)}
+    second = plan.make_plan(Recipe(**fields), tmp_path / "out")  # type: ignore[arg-type]
+    with output(tmp_path / "out"), pytest.raises(ErasecError, match="another command is writing there") as caught:
+        build.run(second)
+    assert f"process {os.getpid()} " in caught.value.why
+    assert os.listdir(tmp_path) == []
+    assert build.run(second).passed
+
+
+def test_files_that_came_meanwhile_are_not_replaced(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = build._build
+
+    def slow(*given: object) -> Report:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "_build", slow)
+    with pytest.raises(ErasecError, match="out is not empty"):
+        make(tmp_path / "out", model=str(random_folder), erase=("nudity",))
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["mine"]
+
+
+def test_modes_follow_the_umask(random_folder: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        make(tmp_path / "out", model=str(random_folder), erase=("nudity",), targets=("ldm", "edit", "lora", "onnx"))
+    finally:
+        os.umask(before)
+    modes = {
+        (path.is_dir(), path.stat().st_mode & 0o777) for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))
+    }
+    assert modes == {(True, 0o750), (False, 0o640)}
 
 
 def test_a_seed_decides_the_pictures_whatever_the_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from erasec.base import Context, Pass
+from erasec.checkpoint.staging import output
 from erasec.commands.apply import apply
 from erasec.commands.combine import combine
 from erasec.errors import ErasecError
@@ -91,3 +93,14 @@ def test_an_option_that_the_pass_no_longer_has_is_an_error(star: Path, base: Mod
     with pytest.raises(ErasecError, match="uce has no option 'lamb'"):
         combine([old], [], tmp_path / "out.edit.safetensors")
     assert combine([star], [], tmp_path / "out.edit.safetensors").concepts == ("star",)
+
+
+def test_the_output_is_written_whole_by_one_command(star: Path, tmp_path: Path) -> None:
+    out = tmp_path / "all.edit.safetensors"
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ErasecError, match="is a link to nowhere"):
+        combine([star], [], tmp_path / "link")
+    with output(out), pytest.raises(ErasecError, match="another command is writing there"):
+        combine([star], [], out)
+    combine([star], [], out)
+    assert sorted(os.listdir(tmp_path)) == ["all.edit.safetensors", "link"]

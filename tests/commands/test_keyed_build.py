@@ -183,9 +183,12 @@ def test_interrupted_training_keeps_its_state_until_the_build_is_done(
     with pytest.raises(ErasecError, match="stopped while training") as caught:
         make(tmp_path / "out", **fields)
     assert isinstance(caught.value.__cause__, KeyboardInterrupt) and "to resume" in caught.value.fix
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
-        ".out.training",
-        ".out.training/state",
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        ".out.erasec",
+        ".out.erasec/lock",
+        ".out.erasec/owner.json",
+        ".out.erasec/training",
+        ".out.erasec/training/state",
     ]
     assert make(tmp_path / "out", **fields).passed
     assert os.listdir(tmp_path) == ["out"]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -363,7 +364,33 @@ def test_a_disk_without_room_is_refused(here: Path, random_folder: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1000))
     with pytest.raises(ErasecError, match="too little room") as caught:
         plan.make_plan(recipe(random_folder))
-    assert "1 kB are free" in caught.value.why
+    assert "1 kB are free" in caught.value.why and "temporary files" not in caught.value.why
+
+
+def test_graphs_in_the_cache_and_in_tmpdir_are_counted_on_their_disks(
+    here: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks = {"out": 1, "tmp": 2, "cache": 3}
+    for name in ("tmp", "cache"):
+        (here / name).mkdir()
+    monkeypatch.setattr(plan.estimates.tempfile, "gettempdir", lambda: str(here / "tmp"))
+    monkeypatch.setenv("ERASEC_CACHE", str(here / "cache"))
+    one = plan.describe(plan.make_plan(recipe(random_folder, targets=("onnx",)), pin=False))["disk"]
+    plain = plan.describe(plan.make_plan(recipe(random_folder), pin=False))["disk"]
+    assert [disk["what"] for disk in one["disks"]] == ["output, temporary files, cache"]
+    assert [disk["what"] for disk in plain["disks"]] == ["output"]
+
+    class Separate:
+        def __init__(self, path: Path) -> None:
+            self.path = path
+
+        def stat(self) -> Any:
+            return SimpleNamespace(st_dev=disks.get(self.path.name, 1))
+
+    monkeypatch.setattr(plan.estimates, "existing", Separate)
+    three = plan.describe(plan.make_plan(recipe(random_folder, targets=("onnx",)), pin=False))["disk"]["disks"]
+    assert [disk["what"] for disk in three] == ["output", "temporary files", "cache"]
+    assert sum(disk["needed"] for disk in three) == one["needed"] and all(disk["needed"] > 0 for disk in three)
 
 
 def test_names_of_output_folders(here: Path) -> None:

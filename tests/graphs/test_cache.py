@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,53 @@ def test_what_cannot_be_written_is_config(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="full"):
         store(tmp_path / "graph", model(), [WEIGHT])
     assert not list(tmp_path.iterdir())
+
+
+class TestConvenience:
+    """Without a usable cache, graphs are made for the process, and a note says why."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cache, "process_scratch", lambda: tmp_path / "scratch")
+        monkeypatch.setenv("ERASEC_CACHE", str(tmp_path / "cache"))
+        cache._note.cache_clear()
+
+    @pytest.mark.parametrize("fault", ["full", "read-only", "a file", "no home"])
+    def test_an_unusable_cache_is_noted_once(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
+    ) -> None:
+        words = {"full": "No space left", "read-only": "Read-only", "a file": "Not a directory", "no home": "home"}
+        if fault == "a file":
+            (tmp_path / "cache").touch()
+        elif fault == "no home":
+            monkeypatch.delenv("ERASEC_CACHE")
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+            monkeypatch.setattr(Path, "home", lambda: None)
+            monkeypatch.setattr(Path, "expanduser", self.no_home)
+        else:
+            number = {"full": 28, "read-only": 30}[fault]
+
+            def refuse(root: Path, *_: object) -> None:
+                if root.is_relative_to(tmp_path / "cache"):
+                    raise OSError(number, os.strerror(number), str(root))
+                store(root, *_)
+
+            monkeypatch.setattr(cache, "store", refuse)
+        made: list[str] = []
+
+        def make() -> Any:
+            made.append("")
+            return model(), [WEIGHT]
+
+        for _ in range(2):
+            assert Template(cache.cached_graph("key", make), "").load().graph.name == "graph"
+        note = capsys.readouterr().err
+        assert len(made) == 1 and note.count("the cache cannot be used") == 1 and words[fault] in note
+
+    @staticmethod
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def test_a_usable_cache_is_used_in_silence(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cache.cached_graph("key", lambda: (model(), [WEIGHT])) == tmp_path / "cache" / "graphs" / "key"
+        assert not (tmp_path / "scratch").exists() and capsys.readouterr().err == ""

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from erasec.reporting.format import number, percent, share, size
+from erasec.checkpoint.disk import size
+from erasec.reporting.format import number, percent, share
 
 
 @pytest.mark.parametrize(
