@@ -143,6 +143,10 @@ class Output(ABC):
         components = (model.source.entries(component) for component in model.family.components)
         return 4 * sum(prod(entry.shape) for entries in components for entry in entries.values())
 
+    def notes(self, model: Model) -> tuple[str, ...]:
+        """Sentences about what the format leaves out of ``model``, for the plan and the report. By default none."""
+        return ()
+
 
 class Target(Output):
     """Writes a merged checkpoint in one format. A target does not know which concepts were erased."""

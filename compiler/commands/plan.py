@@ -331,12 +331,13 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Sentences about likely mistakes: settings that a single file does not contain, and phrases that are no bundled
-    concept."""
+    """Sentences about likely mistakes: settings that a single file does not contain, what targets leave out, and
+    phrases that are no bundled concept."""
     bundled = concept_library.library()
     source = plan.model.source
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),
+        *(note for target in plan.targets for note in target.notes(plan.model)),
         *(
             f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
             + suggestion(concept.name, bundled)
