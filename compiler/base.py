@@ -147,6 +147,10 @@ class Output(ABC):
         """An estimate of the bytes that the target puts into the cache, after it has written them to TMPDIR."""
         return 0
 
+    def notes(self, model: Model) -> tuple[str, ...]:
+        """Sentences about what the format leaves out of ``model``, for the plan and the report. By default none."""
+        return ()
+
 
 class Target(Output):
     """Writes a merged checkpoint in one format. A target does not know which concepts were erased."""

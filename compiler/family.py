@@ -132,12 +132,17 @@ class SingleFileLayout:
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class TextSizes:
-    """Sizes of a CLIP text encoder. ``projection`` is the width of its projection layer, 0 without one."""
+    """Sizes of a CLIP text encoder. ``projection`` is the width of its projection layer, 0 without one.
+
+    ``vocabulary`` and ``positions`` are the numbers of tokens that it knows and that a prompt may have.
+    """
 
     width: int
     layers: int
     mlp: int
     projection: int = 0
+    vocabulary: int = 49408
+    positions: int = 77
 
 
 @with_config(ConfigDict(extra="forbid"))

@@ -42,6 +42,19 @@ def bar(title: str, total: int) -> Iterator[Advance]:
         yield advance
 
 
+@contextmanager
+def without_library_warnings() -> Iterator[None]:
+    """Silence what diffusers logs below the level of an error, within a block whose result is checked."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def disable_library_bars() -> None:
     """Turn off the progress bars of diffusers and transformers, which draw one for each component that they load."""
     from diffusers.utils import logging as diffusers_logging

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint.safetensors import Entry, finite_check, read_header, read_tensor, stream_tensors
+from erasec.checkpoint.folder import downscale
+from erasec.checkpoint.safetensors import DTYPES, Entry, finite_check, read_header, read_tensor, stream_tensors
 from erasec.errors import ErasecError
 from erasec.family import detect
+from erasec.graphs.parity import TOLERANCES, relative_error
+from erasec.ldm.configs import POSITIONS, config_files, sizes_from_shapes
+from erasec.ldm.readers import check_readers, compare_configs, compare_schedulers, needs_configs
+from erasec.ldm.single_file import SingleFile
 from erasec.ldm.tensor_names import (
     LAYOUTS,
     UNUSED_IN_FOLDERS,
@@ -24,7 +29,7 @@ from erasec.ldm.tensor_names import (
 )
 from erasec.model.sidecar import check_supported, read_extras
 from erasec.options import options
-from erasec.progress import bar
+from erasec.progress import bar, disable_library_bars, without_library_warnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +46,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 class Ldm(Target):
     """Writes the merged checkpoint's tensors under their original names into one safetensors file, in their dtypes.
 
-    A single file contains neither the tokenizer nor the scheduler's settings: its readers have them for each family.
+    A single file contains neither configs nor the tokenizer: its readers have them for each family. A checkpoint whose
+    own ones make other pictures is refused (``ldm.readers``).
     """
 
     name: ClassVar[str] = "ldm"
@@ -54,8 +60,11 @@ class Ldm(Target):
             raise _no_unet(str(model.source.root))
         entries = {component: model.entries(component) for component in LAYOUTS[family].prefixes}
         pieces(family, entries)
-        metadata(model.source, family)
+        lost_settings(model.source, family)
         return sum(entry.stop - entry.start for own in entries.values() for entry in own.values())
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        return lost_settings(model.source, model.family.name)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write ``out/model.safetensors`` with one tensor in memory at a time, and compare it with the checkpoint."""
@@ -67,6 +76,7 @@ class Ldm(Target):
         family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
         entries = {component: checkpoint.entries(component) for component in layout(family).prefixes}
         parts = pieces(family, entries)
+        lost_settings(checkpoint, family)
         file_metadata, marks = metadata(checkpoint, family)
         empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
         with bar("write", len(parts)) as advance:
@@ -75,9 +85,11 @@ class Ldm(Target):
                 for key, own in parts.items()
             }
             stream_tensors(out / FILE, {**tensors, **empty}, file_metadata)
-        return Artifact(
-            self.name, out, (finite_check("ldm/finite", read_header(out / FILE)[0]), same_tensors(entries, out / FILE))
-        )
+        checks = finite_check("ldm/finite", read_header(out / FILE)[0]), same_tensors(entries, out / FILE)
+        if not all(check.passed for check in checks):
+            return Artifact(self.name, out, checks)
+        with without_library_warnings():
+            return Artifact(self.name, out, (*checks, *read_back(checkpoint, family, out / FILE, context.seed)))
 
 
 def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[TensorLocation, Entry]]]:
@@ -123,13 +135,13 @@ def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str
         )
     config = checkpoint.config("scheduler", "scheduler_config.json")
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    own = layout(family)
+    if prediction not in own.architecture:
         raise ErasecError(
             f"the UNet predicts {prediction!r}",
-            why=f"readers of single files support {' and '.join(PREDICTIONS)} only",
+            why=f"readers of single files of {family} support {' and '.join(own.architecture)} only",
             fix="use the target hf, which keeps the scheduler's settings",
         )
-    own = layout(family)
     file_metadata = {
         "format": "pt",
         "modelspec.architecture": own.architecture[prediction],
@@ -139,6 +151,97 @@ def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str
         return file_metadata, ()
     zero_snr = (own.zero_snr_mark,) if config.get("rescale_betas_zero_snr") else ()
     return file_metadata, (own.v_prediction_mark, *zero_snr)
+
+
+def lost_settings(checkpoint: Folder, family: str) -> tuple[str, ...]:
+    """Sentences about settings that readers do not get from the single file.
+
+    Raises ErasecError if they would make other pictures with it.
+    """
+    _, marks = metadata(checkpoint, family)
+    prediction = checkpoint.config("scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+    rescaled = layout(family).zero_snr_mark in marks
+    return check_readers(checkpoint, family, _shapes(checkpoint, family), prediction, rescaled)
+
+
+def read_back(checkpoint: Folder, family: str, file: Path, seed: int = 0) -> tuple[Check, ...]:
+    """Two checks of what diffusers' from_single_file makes of a file: its configs, and one output of its UNet.
+
+    The loader is given the configs that readers have for the family, so it needs no network; for a model that they have
+    no configs for, those of the checkpoint. The UNet runs on seeded inputs of its smallest size, in the dtype of its
+    weights, or in float32 where that overflows.
+    """
+    import diffusers
+    import torch
+
+    disable_library_bars()
+    sizes = sizes_from_shapes(family, _shapes(checkpoint, family))
+    configs = checkpoint if needs_configs(checkpoint, family, sizes) else SingleFile(file)
+    kind = getattr(diffusers, config_files(family, sizes)["model_index.json"]["_class_name"])
+    stored = getattr(torch, DTYPES[checkpoint.entries("unet")["conv_in.weight"].dtype])
+    for dtype in dict.fromkeys((stored, torch.float32)):
+        pipe = kind.from_single_file(file, config=str(configs.root), local_files_only=True, torch_dtype=dtype)
+        faults = list(_faults(checkpoint, family, pipe))
+        read = unet_output(pipe.unet, seed)
+        del pipe  # the folder's UNet takes its place
+        variant = checkpoint.variant_of("unet") or None
+        unet = diffusers.UNet2DConditionModel.from_pretrained(
+            checkpoint.root / "unet", variant=variant, use_safetensors=True, torch_dtype=dtype
+        )
+        own = unet_output(unet, seed)
+        if own.isfinite().all():
+            break
+    source = "the checkpoint" if configs is checkpoint else "the family's published model"
+    reader = f"read by diffusers' {kind.__name__}.from_single_file with the configs of {source}"
+    error, limit = relative_error(read.numpy(), own.numpy()), TOLERANCES["fp32" if dtype == torch.float32 else "fp16"]
+    return (
+        Check.count("ldm/configs", faults, f"settings that change pictures and differ from the checkpoint's; {reader}"),
+        Check.at_most(
+            "ldm/unet",
+            error,
+            limit,
+            f"max |file - checkpoint| / max |checkpoint| of the UNet's output, {str(dtype).removeprefix('torch.')}, "
+            f"seed {seed}; {reader}",
+        ),
+    )
+
+
+def _faults(checkpoint: Folder, family: str, pipe: Any) -> Iterator[str]:
+    """What a pipeline that was read from a single file has otherwise than its checkpoint: settings, missing tensors."""
+    for name in layout(family).prefixes:
+        network = getattr(pipe, name)
+        read = network.config.to_dict() if hasattr(network.config, "to_dict") else network.config
+        yield from (str(found) for found in compare_configs(name, checkpoint.config(name), read) if found.pictures)
+        yield from (f"{name} has no {key}" for key, tensor in network.state_dict().items() if tensor.is_meta)
+    own = checkpoint.config("scheduler", "scheduler_config.json")
+    yield from (str(found) for found in compare_schedulers(own, pipe.scheduler.config) if found.pictures)
+
+
+def unet_output(unet: Any, seed: int) -> Tensor:
+    """A UNet's prediction (1, channels, height, width) in float32, for seeded latents of its smallest size."""
+    import torch
+
+    config, generator = unet.config, torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(unet.dtype)
+
+    side, more = downscale(config), {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        size = 8.0 * side
+        more = {"text_embeds": draw(1, pooled), "time_ids": torch.tensor([[size, size, 0, 0, size, size]])}
+    latents, states = draw(1, config.in_channels, side, side), draw(1, POSITIONS, config.cross_attention_dim)
+    with torch.no_grad():
+        output: Tensor = unet(latents, 500, states, added_cond_kwargs=more or None).sample
+    return output.float()
+
+
+def _shapes(checkpoint: Folder, family: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {
+        component: {key: entry.shape for key, entry in checkpoint.entries(component).items()}
+        for component in layout(family).prefixes
+    }
 
 
 def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:

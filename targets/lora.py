@@ -7,7 +7,7 @@ arXiv:2106.09685: W -> W + alpha / r * up @ down. The change that an edit makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from erasec.family import Site
+    from erasec.family import Shape, Site
     from erasec.model.edit import Delta
     from erasec.model.view import Model
 
@@ -59,11 +59,16 @@ class Lora(EditTarget):
 
     def size(self, model: Model) -> int:
         """An upper bound of the factors' bytes, for the edited sites; for all sites where there is no edit yet."""
-        total = 0
-        for site in edited_sites(model) or model.sites:
+        sites = edited_sites(model) or model.sites
+        ranks = []
+        for site in sites:
             rank = sum(delta.rank for delta in model.deltas(site)) or max(site.shape)
-            total += sum(site.shape) * min(rank, self.rank or rank, *site.shape)
-        return total * SIZES[self.dtype]
+            ranks.append(min(rank, self.rank or rank, *site.shape))
+        numbers = (
+            sum(site.shape) * (rank if _has_alpha(site) else max(ranks))
+            for site, rank in zip(sites, ranks, strict=True)
+        )
+        return sum(numbers) * SIZES[self.dtype]
 
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
         """Write ``out/pytorch_lora_weights.safetensors``, one site in memory at a time, and read all of it back.
@@ -92,7 +97,12 @@ class Lora(EditTarget):
                     why=f"the model has {len(model.edits)} edits, which change no weight",
                     fix="name a concept to erase, and an anchor that is not the concept itself",
                 )
-            layout = {key: (entry.dtype, entry.shape, partial(read_tensor, entry)) for key, entry in entries.items()}
+            shapes = {key: entry.shape for key, entry in entries.items()}
+            if not _has_alpha(sites[0]):
+                shapes = _one_rank(shapes)
+            layout = {
+                key: (entry.dtype, shapes[key], partial(_padded, entry, shapes[key])) for key, entry in entries.items()
+            }
             stream_tensors(out / FILE, layout, model.family.lora)
         exact = self.rank == 0 and self.dtype == "float32"
         return Artifact(self.name, out, (loss_check(model, out / FILE, self.tolerance if exact else None),))
@@ -177,12 +187,12 @@ def site_tensors(site: Site, up: Tensor, down: Tensor, dtype: torch.dtype) -> di
 
     alpha is 1 at every site, and each factor is multiplied by the root of r instead: where sites differ in alpha,
     diffusers applies the most frequent one to all sites of a UNet. Files for transformers have no alpha: their change
-    is the product itself.
+    is the product itself (see ``_one_rank``).
     """
     import torch
 
     start = key_prefix(site)
-    if site.component == "transformer":
+    if not _has_alpha(site):
         return {f"{start}.lora_A.weight": down.to(dtype), f"{start}.lora_B.weight": up.to(dtype)}
     scale = math.sqrt(len(down))
     return {
@@ -190,6 +200,31 @@ def site_tensors(site: Site, up: Tensor, down: Tensor, dtype: torch.dtype) -> di
         f"{start}.lora_up.weight": (up * scale).to(dtype),
         f"{start}.alpha": torch.tensor(1.0, dtype=dtype),
     }
+
+
+def _has_alpha(site: Site) -> bool:
+    """Whether the file states alpha for a site: kohya's files for a UNet do, diffusers' for a transformer do not."""
+    return site.component == "unet"
+
+
+def _one_rank(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes of all factors with the largest rank of them, for files without alpha.
+
+    Without alpha, diffusers up to 0.35 takes the rank of the first site as the alpha of all, so that a site of another
+    rank would be scaled by their ratio.
+    """
+    rank = max(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
+    return {key: (rank, shape[1]) if ".lora_A." in key else (shape[0], rank) for key, shape in shapes.items()}
+
+
+def _padded(entry: Entry, shape: Shape) -> Tensor:
+    """A tensor, with zeros appended up to ``shape``."""
+    tensor = read_tensor(entry)
+    if tensor.shape == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[: tensor.shape[0], : tensor.shape[1]] = tensor
+    return padded
 
 
 def loss_check(model: Model, file: Path, limit: float | None) -> Check:

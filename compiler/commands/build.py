@@ -393,6 +393,8 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, measured: bool) -> Iterat
     yield from plan.remarks
     if plan.earlier:
         yield f"Erased from the base before this build: {', '.join(concept.name for concept in plan.earlier)}."
+    for target in plan.targets:
+        yield from target.notes(plan.model)
     concepts = [key.concept for key in plan.keys] or plan.concepts
     if unseen := [c.name for c in concepts if plan.judge is None or not labels(plan.judge, c)]:
         what = "the key brings it back" if plan.keys else "it is gone"

@@ -388,12 +388,13 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Sentences about likely mistakes: settings that a single file does not contain, how names and goals were
-    understood, and phrases that are no bundled concept."""
+    """Sentences about likely mistakes: settings that a single file does not contain, what targets leave out,
+    how names and goals were understood, and phrases that are no bundled concept."""
     source, foreign = plan.model.source, _foreign_groups(plan.model)
     bundled = [name for name, path in concept_library.library().items() if path.parent.name not in foreign]
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),
+        *(note for target in plan.targets for note in target.notes(plan.model)),
         *plan.remarks,
         *(
             f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "

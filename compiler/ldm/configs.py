@@ -17,8 +17,17 @@ from erasec.ldm.tensor_names import canonical
 Shapes = Mapping[str, Mapping[str, Shape]]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-VOCABULARY, POSITIONS = 49408, 77
+VOCABULARY, POSITIONS = TextSizes.vocabulary, TextSizes.positions  # CLIP's
 
+# What schedulers of diffusers take where their config leaves out the noise schedule.
+NOISE_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
 # Scheduler settings that all families share.
 BETAS = {
     "beta_start": 0.00085,
@@ -198,6 +207,21 @@ def sizes_from_shapes(family: str, shapes: Shapes) -> Sizes:
     return sizes
 
 
+def check_clip(family: str, sizes: Sizes) -> None:
+    """Raise ErasecError for a text encoder that has another vocabulary or other prompts than CLIP's."""
+    for component, text in zip(FAMILIES[family].text_encoders, sizes.texts, strict=True):
+        for own, clips, what in (
+            (text.vocabulary, VOCABULARY, "tokens"),
+            (text.positions, POSITIONS, "positions of a prompt"),
+        ):
+            if own != clips:
+                raise ErasecError(
+                    f"{component} knows {own} {what}, CLIP has {clips}",
+                    why="its tokenizer is not CLIP's",
+                    fix="give the model as a diffusers folder, which contains its tokenizer",
+                )
+
+
 def check_known(family: str) -> None:
     """Raise ErasecError if erasec cannot write configs of the family."""
     if family not in LAYOUTS:
@@ -209,18 +233,13 @@ def _text_sizes(family: str, component: str, shapes: Mapping[str, Shape]) -> Tex
     vocabulary, width = (
         _size(component, tensors, "text_model.embeddings.token_embedding.weight", axis) for axis in (0, 1)
     )
-    if vocabulary != VOCABULARY:
-        raise ErasecError(
-            f"{component} knows {vocabulary} tokens, CLIP has {VOCABULARY}",
-            why="its tokenizer is not CLIP's",
-            fix="give the model as a diffusers folder, which contains its tokenizer",
-        )
+    positions = _size(component, tensors, "text_model.embeddings.position_embedding.weight", 0)
     layers = _count(tensors, "text_model.encoder.layers.")
     mlp = _size(component, tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 0)
     projection = 0
     if component in LAYOUTS[family].projected:
         projection = _size(component, tensors, "text_projection.weight", 0)
-    return TextSizes(width, layers, mlp, projection)
+    return TextSizes(width, layers, mlp, projection, vocabulary, positions)
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:

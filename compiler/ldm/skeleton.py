@@ -17,6 +17,7 @@ from erasec.ldm.configs import (
     POSITIONS,
     START,
     Shapes,
+    check_clip,
     config_files,
     sizes_from_shapes,
 )
@@ -29,12 +30,14 @@ def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "",
     ``shapes`` are the tensors' shapes by component and tensor name in diffusers; all sizes are read from them. Two
     settings cannot be read from shapes: ``prediction`` is what the UNet predicts, "epsilon" or "v_prediction" ("" for
     the family's default), and ``rescaled`` says that the noise schedule has a zero terminal SNR
-    (``rescale_betas_zero_snr``). Raises ErasecError if the shapes do not fit the family, or the vocabulary is not
-    CLIP's.
+    (``rescale_betas_zero_snr``). Raises ErasecError if the shapes do not fit the family, or the vocabulary or the
+    length of a prompt is not CLIP's.
     """
     if prediction not in ("", "epsilon", "v_prediction"):
         raise ErasecError(f"no UNet predicts {prediction!r}", why=suggestion(prediction, ("epsilon", "v_prediction")))
-    files = config_files(family, sizes_from_shapes(family, shapes), prediction, rescaled)
+    sizes = sizes_from_shapes(family, shapes)
+    check_clip(family, sizes)
+    files = config_files(family, sizes, prediction, rescaled)
     _compare(shapes, shapes_of_classes(family, files))
     for name, content in files.items():
         write_json(out / name, content)
@@ -42,8 +45,8 @@ def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "",
         write_tokenizer(out / folder, pad)
 
 
-def write_tokenizer(folder: Path, pad: str = END) -> None:
-    """Write the files of CLIP's tokenizer that transformers' CLIPTokenizer reads. ``pad`` is the padding token."""
+def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's tokens with their ids, and its merges in their order."""
     packed = resources.files("erasec.ldm") / "clip" / "merges.txt.gz"
     merges = gzip.decompress(packed.read_bytes()).decode().splitlines()
     # CLIP's vocabulary starts with one visible character per byte: first the printable bytes of Latin-1 as themselves,
@@ -51,7 +54,12 @@ def write_tokenizer(folder: Path, pad: str = END) -> None:
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [*map(chr, visible), *(chr(256 + number) for number in range(256 - len(visible)))]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    vocabulary = {token: number for number, token in enumerate((*tokens, START, END))}
+    return {token: number for number, token in enumerate((*tokens, START, END))}, merges
+
+
+def write_tokenizer(folder: Path, pad: str = END) -> None:
+    """Write the files of CLIP's tokenizer that transformers' CLIPTokenizer reads. ``pad`` is the padding token."""
+    vocabulary, merges = clip_vocabulary()
     special = {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
     settings = {"add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": POSITIONS}
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec.errors import ErasecError, suggestion
+from erasec.ldm.configs import NOISE_DEFAULTS
 
 Array = NDArray[Any]
 KINDS = {
@@ -23,15 +24,7 @@ KINDS = {
     "pndm": "PNDMScheduler",
 }
 # The options of each class with diffusers' defaults, as old configs lack some.
-SHARED = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-    "steps_offset": 0,
-}
+SHARED = NOISE_DEFAULTS | {"steps_offset": 0}
 SIGMAS = {
     "rescale_betas_zero_snr": False,
     "use_karras_sigmas": False,

@@ -19,9 +19,10 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import finite_check, patch_file, read_header, read_tensor
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
+from erasec.graphs.parity import TOLERANCES
 from erasec.ldm.tensor_names import LAYOUTS
 from erasec.model.loading import bundled_folder, load
-from erasec.targets.ldm import FILE, Ldm, metadata, same_tensors
+from erasec.targets.ldm import FILE, Ldm, metadata, read_back, same_tensors
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,20 @@ def with_scheduler(folder: Path, out: Path, **settings: object) -> Path:
             (out / path.name).symlink_to(path)
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, **settings}))
+    return out
+
+
+def with_config(folder: Path, out: Path, component: str, **settings: object) -> Path:
+    """A copy of a folder with other values in a component's config; all else are links."""
+    (out / component).mkdir(parents=True)
+    for path in folder.iterdir():
+        if path.name != component:
+            (out / path.name).symlink_to(path)
+    for path in (folder / component).iterdir():
+        if path.name == "config.json":
+            (out / component / path.name).write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        else:
+            (out / component / path.name).symlink_to(path)
     return out
 
 
@@ -94,10 +109,15 @@ def test_checks_read_every_tensor_back(models: tuple[dict[str, Path], dict[str, 
     artifact = artifacts[name]
     assert (artifact.target, artifact.path) == ("ldm", folders[f"{name}-ldm"])
     assert [path.name for path in artifact.path.iterdir()] == [FILE]
+    limit = TOLERANCES["fp16"]
     assert [(check.name, check.value, check.limit, check.passed) for check in artifact.checks] == [
         ("ldm/finite", 0, 0, True),
         ("ldm/layout", 0, 0, True),
+        ("ldm/configs", 0, 0, True),
+        ("ldm/unet", pytest.approx(0, abs=limit / 100), limit, True),
     ]
+    reader = "the checkpoint" if name == "glyphs" else "the family's published model"
+    assert all(f"with the configs of {reader}" in check.how for check in artifact.checks[2:])
     own = entries(folders[name], "sd1" if name == "glyphs" else name)
     count = sum("position_ids" not in key for component in own.values() for key in component)
     assert f"{count} of the checkpoint, {count} of the file" in artifact.checks[1].how
@@ -203,6 +223,37 @@ def test_another_dtype_shape_or_set_of_tensors_fails_the_check(folders: dict[str
         same_tensors(own, tmp_path / "renamed")
 
 
+@pytest.mark.parametrize(
+    ("component", "settings", "failures"),
+    [
+        ("vae", {"scaling_factor": 0.13025}, {"ldm/configs": 1}),
+        ("text_encoder", {"hidden_act": "gelu", "num_attention_heads": 2}, {"ldm/configs": 2}),
+        ("unet", {"attention_head_dim": 4}, {"ldm/configs": 1, "ldm/unet": None}),
+    ],
+)
+def test_settings_that_readers_do_not_get_are_refused_and_fail_the_checks(
+    folders: dict[str, Path], tmp_path: Path, component: str, settings: dict[str, Any], failures: dict[str, Any]
+) -> None:
+    folder = with_config(folders["sd1"], tmp_path / "model", component, **settings)
+    first = next(iter(settings))
+    with pytest.raises(ErasecError, match=f"{component} {first} is"):
+        Ldm().size(load(str(folder)))  # by which the plan refuses it
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ErasecError, match=f"{component} {first} is"):
+        Ldm().export(Folder(folder), tmp_path / "out", Context())
+    assert not list((tmp_path / "out").iterdir())
+    # The file of the same tensors, which says nothing of the settings.
+    checks = {check.name: check for check in read_back(Folder(folder), "sd1", folders["sd1-ldm"] / FILE)}
+    assert {name for name, check in checks.items() if not check.passed} == failures.keys()
+    assert checks["ldm/configs"].value == failures["ldm/configs"]
+    assert any(f"{component} {name} is" in checks["ldm/configs"].how for name in settings)
+
+
+def test_the_notes_are_those_of_the_readers(folders: dict[str, Path]) -> None:
+    assert "config=FOLDER" in Ldm().notes(load("glyphs"))[0]
+    assert "has not the sizes" in Ldm().notes(load(str(folders["sd1"])))[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_fails(folders: dict[str, Path], tmp_path: Path, value: float) -> None:
     key = "first_stage_model.decoder.conv_in.weight"
@@ -283,8 +334,9 @@ def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypa
         return tensor
 
     monkeypatch.setattr(ldm, "read_tensor", counted)
-    monkeypatch.setattr(ldm, "finite_check", lambda name, entries: None)
-    monkeypatch.setattr(ldm, "same_tensors", lambda own, file: None)
+    monkeypatch.setattr(ldm, "finite_check", lambda name, entries: Check.count(name, [], ""))
+    monkeypatch.setattr(ldm, "same_tensors", lambda own, file: Check.count("", [], ""))
+    monkeypatch.setattr(ldm, "read_back", lambda *_: ())
     gc.collect()
     Ldm().export(Folder(folders["sd2"]), tmp_path, Context())
     assert len(alive) > 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,10 @@ def test_diffusers_loads_it_to_the_edited_sdxl_unet(tmp_path: Path) -> None:
     assert max(distance(changes[site.key], change(model, site)) for site in sites) < 1e-5
 
 
-@needs_peft
-def test_diffusers_loads_a_change_of_a_transformer(tmp_path: Path) -> None:
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+def sd3_transformer() -> Any:
+    from diffusers import SD3Transformer2DModel
 
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
+    return SD3Transformer2DModel(
         sample_size=8,
         num_layers=2,
         attention_head_dim=4,
@@ -159,27 +158,74 @@ def test_diffusers_loads_a_change_of_a_transformer(tmp_path: Path) -> None:
         pooled_projection_dim=8,
         pos_embed_max_size=8,
     )
+
+
+def flux_transformer() -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("family", "make", "pipeline"),
+    [
+        ("sd3", sd3_transformer, "StableDiffusion3Pipeline"),
+        ("flux", flux_transformer, "FluxPipeline"),
+    ],
+)
+def test_loaders_apply_a_change_of_a_transformer_whose_sites_differ_in_rank(
+    tmp_path: Path, family: str, make: Callable[[], Any], pipeline: str
+) -> None:
+    """With diffusers' loader, and with peft alone as older versions of diffusers call it: one alpha for all sites."""
+    import diffusers
+    import peft
+
+    torch.manual_seed(0)
+    transformer = make()
     transformer.save_pretrained(tmp_path / "transformer")
     folder = Folder(tmp_path)
-    sites = {
-        Site("transformer", key, folder.entries("transformer")[key].shape, "cross", "k", "context")
-        for key in ("context_embedder.weight", "transformer_blocks.0.attn.add_k_proj.weight")
-    }
+    keys = ("context_embedder.weight", "transformer_blocks.0.attn.add_k_proj.weight")
+    shapes = {key: entry.shape for key, entry in folder.entries("transformer").items()}
+    sites = [Site("transformer", key, shapes[key], "cross", "k", "context") for key in keys]
     deltas = {
         site: LowRank(random(site.shape[0], rank), random(rank, site.shape[1], seed=1))
-        for rank, site in enumerate(sorted(sites), 2)
+        for rank, site in zip((6, 2), sites, strict=True)
     }
-    family = replace(FAMILIES["sd3"], components=("transformer",), streams=())
-    model = with_deltas(Model(family, folder, "sd3"), deltas)
+    model = with_deltas(
+        Model(replace(FAMILIES[family], components=("transformer",), streams=()), folder, family), deltas
+    )
     assert export(model, tmp_path / "lora").passed
     before = snapshot(transformer)
-    state = StableDiffusion3Pipeline.lora_state_dict(tmp_path / "lora")
-    StableDiffusion3Pipeline.load_lora_into_transformer(state, transformer)
+    kind = getattr(diffusers, pipeline)
+    state = kind.lora_state_dict(tmp_path / "lora")
+    kind.load_lora_into_transformer(state, *([None] if family == "flux" else []), transformer=transformer)
     transformer.fuse_lora()
     transformer.unload_lora()
-    changes = changed_weights(before, transformer)
-    assert changes.keys() == {site.key for site in sites}
-    assert max(distance(changes[site.key], change(model, site)) for site in sites) < 1e-5
+
+    stored = {key: read_tensor(entry) for key, entry in read_header(tmp_path / "lora" / FILE)[0].items()}
+    ranks = {key: len(value) for key, value in stored.items() if ".lora_A." in key}
+    config = peft.LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=next(iter(ranks.values())),
+        target_modules=[key.removesuffix(".weight") for key in keys],
+    )
+    bare = peft.get_peft_model(type(transformer).from_pretrained(tmp_path / "transformer"), config)
+    renamed = {f"base_model.model.{key.removeprefix('transformer.')}": value for key, value in stored.items()}
+    assert not peft.set_peft_model_state_dict(bare, renamed).unexpected_keys
+    merged = bare.merge_and_unload()
+    for loaded in (transformer, merged):
+        changes = changed_weights(before, loaded)
+        assert changes.keys() == set(keys)
+        assert max(distance(changes[site.key], change(model, site)) for site in sites) < 1e-5
 
 
 def test_the_keys_are_kohyas(model: Model, tmp_path: Path) -> None:
