@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import file_digest, read_sealed, read_tensor, save_sealed
 from erasec.closed_form import solver
 from erasec.errors import ErasecError, suggestion
 from erasec.progress import bar
@@ -98,7 +98,7 @@ def write(path: Path, model: Model, file: Path) -> int:
         "captions": str(len(texts)),
         "captions.sha256": file_digest(file),
     }
-    save_tensors(path, build(model, texts), metadata)
+    save_sealed(path, build(model, texts), metadata)
     return len(texts)
 
 
@@ -110,7 +110,7 @@ def read(name: str, model: Model, stream: str) -> Tensor:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ErasecError(f"there is no prior {name}", fix=f"erasec prior {model.name} CAPTIONS.txt --out {name}")
-    entries, metadata = read_header(path)
+    entries, metadata = read_sealed(path)
     if "erasec.prior" not in metadata:
         raise ErasecError(
             f"{path.name} is no prior",
