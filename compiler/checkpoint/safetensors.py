@@ -235,15 +235,16 @@ def save_sealed(
     save_tensors(path, tensors, metadata | {DIGEST: _seal(content, metadata)}, mode)
 
 
-def read_sealed(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_sealed(path: Path, kind: str = "") -> tuple[dict[str, Entry], dict[str, str]]:
     """``read_header`` of a file that ``save_sealed`` wrote, after its whole content was compared with its digest.
 
-    Raises ErasecError if they differ. A file of erasec 0.1.0 has no digest: it is read, and stderr says so once.
+    Raises ErasecError if they differ. A file of erasec 0.1.0 has no digest: it is read, and stderr says so once. With
+    ``kind``, the metadata key of a kind of file, stderr says so only of files of that kind.
     """
     entries, metadata = read_header(path)
-    if DIGEST not in metadata:
+    if DIGEST not in metadata and (not kind or kind in metadata):
         _say_not_verified(path)
-    elif metadata[DIGEST] != _seal(content_digest(entries), metadata):
+    if DIGEST in metadata and metadata[DIGEST] != _seal(content_digest(entries), metadata):
         raise ErasecError(
             f"{path.name} is damaged",
             why="its content is not what was written: the digest in its header is another",

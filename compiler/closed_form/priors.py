@@ -110,7 +110,7 @@ def read(name: str, model: Model, stream: str) -> Tensor:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ErasecError(f"there is no prior {name}", fix=f"erasec prior {model.name} CAPTIONS.txt --out {name}")
-    entries, metadata = read_sealed(path)
+    entries, metadata = read_sealed(path, "erasec.prior")
     if "erasec.prior" not in metadata:
         raise ErasecError(
             f"{path.name} is no prior",

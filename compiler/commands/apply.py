@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.checkpoint import journal
+from erasec.checkpoint import journal, manifest
 from erasec.checkpoint.safetensors import patch_file
 from erasec.checkpoint.staging import replace_folder, staging_folder
 from erasec.commands.output_paths import check_disjoint, check_not_working_directory
@@ -180,6 +180,7 @@ def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable
         return
     with staging_folder(path) as stage:
         model.source.write(stage, changed, link)
+        manifest.write(stage)
         replace_folder(stage, path)
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from erasec import registry
 from erasec.attention.pipeline import Sampling
 from erasec.base import Check, EditTarget
+from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import content_digest
 from erasec.checkpoint.staging import file_name, replace_folder, staging_folder
 from erasec.errors import CheckFailed, ErasecError
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
-REJECTED = ".rejected"
 PUBLIC = ".public"  # the checkpoint without the keys, while a keyed build runs
 
 
@@ -77,7 +78,7 @@ def run(plan: Plan) -> Report:
     with _resumable(plan.out) as work, staging_folder(plan.out) as stage:
         report = _build(plan, stage, work)
         if not report.passed:
-            rejected = plan.out / REJECTED
+            rejected = plan.out / manifest.REJECTED
             plan.out.mkdir(parents=True, exist_ok=True)
             replace_folder(stage, rejected)
             failed = [check for check in report.checks if not check.passed]
@@ -222,6 +223,8 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
     )
     write_report(report, stage)
+    known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
+    manifest.write(stage, {name: FileRecord(bytes=size, sha256=digest) for name, (size, digest) in known.items()})
     return report
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasec.checkpoint import manifest
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
 from erasec.model import loading
@@ -49,8 +50,8 @@ def _is_build(out: Path) -> bool:
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return names == {".rejected"}
-    return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
+        return names == {manifest.REJECTED}
+    return names <= {"report.json", "report.html", "README.md", "recipe.toml", manifest.FILE, manifest.REJECTED, *own}
 
 
 def check_disjoint(out: Path, model: Model) -> None:

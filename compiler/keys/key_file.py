@@ -59,7 +59,7 @@ def read_key(path: Path) -> Key:
         raise ErasecError(
             f"there is no key file {path}", fix="a build with --pass kpop writes key files next to its folders"
         )
-    entries, metadata = read_sealed(path)
+    entries, metadata = read_sealed(path, METADATA)
     try:
         content = json.loads(metadata[METADATA])
         if content["format"] > FORMAT:

@@ -84,7 +84,7 @@ def edit_content(path: Path) -> Iterator[tuple[dict[str, Entry], dict[str, Any]]
     """
     if not path.is_file():
         raise ErasecError(f"there is no edit file {path}", fix="erasec build MODEL --erase CONCEPT --target edit")
-    entries, metadata = read_sealed(path)
+    entries, metadata = read_sealed(path, "erasec.edit")
     try:
         content = json.loads(metadata["erasec.edit"])
         check_format(path, content["format"], FORMAT)

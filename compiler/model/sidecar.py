@@ -89,7 +89,7 @@ def read_extras(root: Path) -> Extras:
     path = root / EXTRAS_FILE
     if not path.is_file():
         return Extras()
-    entries, metadata = read_sealed(path)
+    entries, metadata = read_sealed(path, "erasec.extras")
     try:
         content = json.loads(metadata["erasec.extras"])
         check_format(path, content["format"], FORMAT)
