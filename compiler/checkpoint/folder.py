@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.checkpoint import manifest
 from erasec.checkpoint.safetensors import Entry, copy_file, hard_link, patch_file, read_header
 from erasec.errors import ErasecError
 from erasec.progress import bar
@@ -123,8 +124,9 @@ class Folder:
         return index
 
     def files(self) -> tuple[Path, ...]:
-        """The relative paths of all files, sorted, except for hidden ones (caches, locks)."""
+        """The relative paths of all files, sorted, except for hidden ones (caches, locks) and the folder's manifest."""
         paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        paths = (path for path in paths if path != Path(manifest.FILE))
         return tuple(sorted(path for path in paths if not any(part.startswith(".") for part in path.parts)))
 
     def read_files(self) -> tuple[Path, ...]:

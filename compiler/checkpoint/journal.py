@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasec.checkpoint import manifest
 from erasec.checkpoint.safetensors import BLANK, CHUNK, Entry, checked_data, read_header
 from erasec.errors import ErasecError
 
@@ -57,6 +58,7 @@ def patch_in_place(changed: Mapping[Path, Mapping[str, Callable[[], Tensor]]]) -
     """
     for file in changed:
         _check_file(file)
+    manifest.check_readable(changed)
     makers = {file.resolve(): tensors for file, tensors in sorted(changed.items()) if tensors}
     if not makers:
         return
@@ -74,6 +76,7 @@ def patch_in_place(changed: Mapping[Path, Mapping[str, Callable[[], Tensor]]]) -
         _sync(folder)
         complete = True
         _redo(handle, patched_files)
+        manifest.renew(makers)
         _remove(journal)
     except BaseException as error:
         if complete and isinstance(error, (KeyboardInterrupt, OSError)):
@@ -122,6 +125,7 @@ def recover(path: Path) -> list[Path]:
             if patched_files and _needs_redo(patched_files, journal):
                 _redo(handle, patched_files)
                 finished += [patched.file for patched in patched_files]
+            manifest.renew(patched.file for patched in patched_files or [])
             _remove(journal)
         except (KeyboardInterrupt, OSError) as error:
             raise _interrupted_error(path.resolve(), error) from error

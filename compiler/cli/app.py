@@ -376,7 +376,7 @@ def diff(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="output folder of a build, or of one target")],
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="a build, or a folder or file in it")],
     against: Annotated[
         Path | None,
         typer.Option("--against", metavar="DIR", help="checkpoint to compare with, by default the one in the build"),
@@ -393,6 +393,8 @@ def check(
             print(json.dumps([check_as_json(item) for item in examination.checks], indent=2))
         else:
             output.checks(examination.checks)
+        for note in examination.notes:
+            print(f" note: {note}", file=sys.stderr)
         raise_for_failures(examination, folder)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import file_digest, read_sealed, read_tensor, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form import solver
 from erasec.errors import ErasecError, suggestion
@@ -102,7 +102,7 @@ def write(path: Path, model: Model, file: Path) -> int:
         "captions.sha256": file_digest(file),
     }
     with output(path, fresh=True) as own:
-        save_tensors(own.stage, build(model, texts), metadata)
+        save_sealed(own.stage, build(model, texts), metadata)
         model.check_unchanged()
         own.publish()
     return len(texts)
@@ -116,7 +116,7 @@ def read(name: str, model: Model, stream: str) -> Tensor:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ErasecError(f"there is no prior {name}", fix=f"erasec prior {model.name} CAPTIONS.txt --out {name}")
-    entries, metadata = read_header(path)
+    entries, metadata = read_sealed(path, "erasec.prior")
     if "erasec.prior" not in metadata:
         raise ErasecError(
             f"{path.name} is no prior",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.checkpoint import journal
+from erasec.checkpoint import journal, manifest
 from erasec.checkpoint.safetensors import patch_file
 from erasec.checkpoint.staging import check_free, check_fresh, output
 from erasec.commands.output_paths import check_disjoint, check_not_working_directory
@@ -196,6 +196,7 @@ def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable
             patch_file(model.source.file, own.stage, model.source.by_file(changed)[model.source.file])
         else:
             model.source.write(own.new_folder(), changed, link)
+            manifest.write(own.stage)
         model.check_unchanged()
         own.publish()
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 from erasec import registry
 from erasec.attention.pipeline import Sampling
 from erasec.base import Check, EditTarget
+from erasec.checkpoint import manifest
 from erasec.checkpoint.disk import PRIVATE_FOLDER
 from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
 from erasec.commands import estimates
-from erasec.commands.output_paths import REJECTED, check_replaceable
+from erasec.commands.output_paths import check_replaceable
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
@@ -89,9 +91,9 @@ def run(plan: Plan) -> Report:
         plan.model.check_unchanged()
         check_replaceable(plan.out)
         if not report.passed:
-            rejected = plan.out / REJECTED
+            rejected = plan.out / manifest.REJECTED
             plan.out.mkdir(exist_ok=True)
-            own.publish(own.path / REJECTED)
+            own.publish(own.path / manifest.REJECTED)
             raise _rejection(plan, report, rejected, work)
         own.publish()
         return report
@@ -281,6 +283,8 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
     )
     write_report(report, stage)
+    known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
+    manifest.write(stage, {name: FileRecord(bytes=size, sha256=digest) for name, (size, digest) in known.items()})
     return report
 
 

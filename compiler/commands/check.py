@@ -1,12 +1,12 @@
 """``erasec check``: checks that a built folder is unchanged, runs on this machine, and agrees with its checkpoint.
 
-Files are compared with the digests that the build recorded, and each graph is run once. If the checkpoint is available,
-weights and outputs are compared with it. The base model is not needed.
+All files below the folder that has the manifest are compared with it, wherever below it the check starts. Each graph is
+run once. If the checkpoint is available, weights and outputs are compared with it. The base model is not needed. A
+folder without a manifest, as erasec 0.1.0 left it, is compared with the digests in its report or in its own record.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 
 from erasec import registry
 from erasec.base import Check
+from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, downscale, variants
 from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, finite_check
+from erasec.commands.integrity import REPORT, compare_with_manifest, listed, recorded_digests, sealed_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
-from erasec.graphs.manifest import MANIFEST, read_manifest
+from erasec.graphs.manifest import MANIFEST, file_records, read_manifest
 from erasec.graphs.signature import NAMES, input_shapes
 from erasec.runtime.backends import GraphComponents, GraphRuntime, OnnxRuntime, with_vectors
 
@@ -56,24 +58,57 @@ class _Component:
 
 @dataclass(frozen=True)
 class Examination:
-    """The checks of a folder, and the libraries or devices that are missing for further checks."""
+    """The checks of a folder, the libraries or devices that are missing for further checks, and notes for the user."""
 
     checks: tuple[Check, ...]
-    missing: tuple[MissingTool, ...]
+    missing: tuple[MissingTool, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def examine(folder: Path, against: Path | None = None) -> Examination:
-    """Check the output folder of a build, or the folder of one target. Names of checks begin with the target's name.
+    """Check the output folder of a build, a folder or a file in it, or a single file that erasec wrote. Names of checks
+    begin with the target's name.
 
     ``against`` is the checkpoint that everything is compared with, by default the one in the build. If there is none,
-    no comparison is made. Raises ErasecError if ``folder`` holds nothing that can be checked.
+    no comparison is made. What differs from the manifest is not run. Raises ErasecError if ``folder`` holds nothing
+    that can be checked.
     """
-    folder, recorded = folder.resolve(), _recorded_digests(folder)
-    folders = _kinds(folder, recorded)
-    if not folders:
+    folder, root = folder.resolve(), manifest.find(folder)
+    if root is not None:
+        found, differences = compare_with_manifest(root)
+        if differences is None or folder.is_file():
+            return Examination(found)
+        same = {
+            path: kind
+            for path, kind in _kinds(folder, {}).items()
+            if not differences.below(path.relative_to(root).as_posix())
+        }
+        rest = _examine_folders(folder, same, {}, against, compared=True)
+        return replace(rest, checks=(*found, *rest.checks))
+    if folder.is_file():
+        return Examination((sealed_check(folder),))
+    recorded = recorded_digests(folder)
+    note = (
+        f"{folder} has no {manifest.FILE}, and no folder above it has one, as erasec 0.1.0 left it: "
+        "only files that a report or a record lists are compared"
+    )
+    rest = _examine_folders(folder, _kinds(folder, recorded), recorded, against)
+    return replace(rest, notes=(note,))
+
+
+def _examine_folders(
+    folder: Path,
+    folders: Mapping[Path, str],
+    recorded: Mapping[str, Digests],
+    against: Path | None,
+    compared: bool = False,
+) -> Examination:
+    """Check ``folders``, by their paths their kinds, which are ``folder`` itself or in it. With ``compared``, their
+    files were compared with a manifest already."""
+    if not folders and not compared:
         raise ErasecError(
             f"{folder} is no build and no target's folder",
-            why="it holds no manifest, record or model that erasec can check",
+            why="it holds no manifest, record or model that erasec can check, and no folder above it has a manifest",
             where=str(folder),
             fix="give a folder that erasec build wrote",
         )
@@ -85,7 +120,10 @@ def examine(folder: Path, against: Path | None = None) -> Examination:
     missing: list[MissingTool] = []
     for root, kind in folders.items():
         target = kind if root == folder and kind != "checkpoint" else root.name
-        for name, run in _steps(kind, root, recorded.get(root.name), _checkpoint(reference) if reference else None):
+        steps = _steps(kind, root, recorded.get(root.name), _checkpoint(reference) if reference else None)
+        for name, run in steps:
+            if compared and name == "files":
+                continue
             try:
                 for check in run():
                     checks.append(replace(check, name=f"{target}/{check.name}"))
@@ -157,21 +195,6 @@ def _graph_runtimes() -> list[type[GraphRuntime]]:
     return [runtime for runtime in runtimes if issubclass(runtime, GraphRuntime)]
 
 
-def _recorded_digests(folder: Path) -> dict[str, Digests]:
-    """The digests in a build's report.json, by the path of the target; empty if there is no report."""
-    path = folder / "report.json"
-    if not path.is_file():
-        return {}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            target["path"]: {name: file["sha256"] for name, file in target["files"].items()}
-            for target in report["written"]
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ErasecError(f"{path} is damaged", why=repr(error), fix="build it again") from error
-
-
 def _steps(
     kind: str, root: Path, recorded: Digests | None, checkpoint: Folder | None
 ) -> Iterator[tuple[str, Callable[[], Iterable[Check]]]]:
@@ -196,9 +219,10 @@ def _steps(
 
 def _files(kind: str, root: Path, recorded: Digests | None) -> Iterator[Check]:
     """Count the files that differ from those that the build wrote. No check if no digests were recorded."""
-    record, digests = "report.json", recorded
+    record, digests = REPORT, recorded
     if digests is None and kind == "onnx":
-        record, digests = MANIFEST, dict(_manifest_digests(root))
+        records = file_records(read_manifest(root))
+        record, digests = MANIFEST, {name: file.sha256 for name, file in records.items()}
     elif digests is None and kind in ("trt", "trt-rtx"):
         from erasec.tensorrt.engines import read_record
 
@@ -211,18 +235,8 @@ def _files(kind: str, root: Path, recorded: Digests | None) -> Iterator[Check]:
     added = sorted(present - digests.keys()) if record != ENGINES else []
     changed = sorted(name for name in digests.keys() & present if file_digest(root / name) != digests[name])
     how = f"files that differ from the {len(digests)} listed in {record}, by sha256"
-    for state, names in (("missing", lost), ("changed", changed), ("not part of the build", added)):
-        how += f"; {names[0]} is {state}" if names else ""
+    how += listed({"lost": lost, "changed": changed, "added": added})
     yield Check.at_most("files", float(len(lost) + len(added) + len(changed)), 0.0, how)
-
-
-def _manifest_digests(root: Path) -> Iterator[tuple[str, str]]:
-    manifest = read_manifest(root)
-    for name, file in manifest["files"].items():
-        yield name, file["sha256"]
-    for graph, content in manifest["graphs"].items():
-        for name, file in content["files"].items():
-            yield f"{graph}/{name}", file["sha256"]
 
 
 def _finite(folder: Folder) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import WEIGHTS
 from erasec.checkpoint.safetensors import CHUNK, DTYPES, Entry, read_header, read_tensor
 from erasec.errors import ErasecError
@@ -76,6 +77,7 @@ def compare(a: Path, b: Path) -> list[Difference]:
 
 def _visible_files(folder: Path) -> dict[str, Path]:
     paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    paths.pop(Path(manifest.FILE), None)
     return {
         name.as_posix(): path for name, path in sorted(paths.items()) if not any(p.startswith(".") for p in name.parts)
     }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasec.checkpoint import manifest
 from erasec.checkpoint.staging import check_place
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
@@ -14,7 +15,6 @@ from erasec.model import loading
 if TYPE_CHECKING:
     from erasec.model.view import Model
 
-REJECTED = ".rejected"  # a build that did not pass its checks, in its output folder
 BESIDE = ("report.json", "report.html", "README.md", "recipe.toml")  # what a build writes next to its targets' folders
 
 
@@ -49,18 +49,12 @@ def check_not_working_directory(out: Path) -> None:
 def _foreign_files(out: Path) -> list[str]:
     """The files in ``out`` that are not of an earlier build, or of a rejected one; hidden files in them do not count.
 
-    The report lists the files of a build. Without a report, all files are foreign.
+    The manifest of a build lists its files. Where no build is, all files are foreign.
     """
     own: set[str] = set()
-    for root, prefix in ((out, ""), (out / REJECTED, f"{REJECTED}/")):
-        try:
-            report = json.loads((root / "report.json").read_text(encoding="utf-8"))
-            if not report["schema"].startswith("erasec.report/"):
-                continue
-            listed = {f"{item['path']}/{name}" for item in report["written"] for name in item["files"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-        own |= {prefix + name for name in (*BESIDE, *listed)}
+    for root, prefix in ((out, ""), (out / manifest.REJECTED, f"{manifest.REJECTED}/")):
+        if listed := _listed_files(root):
+            own |= {prefix + name for name in (*BESIDE, *listed)}
     present = (path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(
         path.as_posix()
@@ -68,6 +62,18 @@ def _foreign_files(out: Path) -> list[str]:
         if path.as_posix() not in own
         and not (own and len(path.parts) > 1 and any(part.startswith(".") for part in path.parts[1:]))
     )
+
+
+def _listed_files(root: Path) -> set[str]:
+    """The files of a build, by its manifest; where erasec 0.1.0 wrote none, by its report. Empty if it is no build."""
+    try:
+        if (root / manifest.FILE).is_file():
+            return {manifest.FILE, *manifest.read(root)[0].files}
+        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+        ours = report["schema"].startswith("erasec.report/")
+        return {f"{item['path']}/{name}" for item in report["written"] for name in item["files"]} if ours else set()
+    except (ErasecError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
 
 
 def check_disjoint(out: Path, model: Model) -> None:

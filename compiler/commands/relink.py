@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from erasec.checkpoint import manifest as folder_manifest
 from erasec.checkpoint.folder import CONTENT, check_links
 from erasec.checkpoint.safetensors import Entry, copy_file, hard_link
 from erasec.checkpoint.staging import output, settle
 from erasec.errors import ErasecError
 from erasec.graphs.graph import Weight, weight_from_json
 from erasec.graphs.link import EDITED, Array, lay_out, read_array, write_data
-from erasec.graphs.manifest import MANIFEST, read_manifest, write_manifest
+from erasec.graphs.manifest import MANIFEST, file_records, read_manifest, write_manifest
 from erasec.model.edit_file import MERGED, edit_content
 
 
@@ -42,6 +43,8 @@ def relink(
     a component and a key. Only model.edited.onnx_data and the manifest are written. The other files of a copy are
     copied, or hard-linked with ``hard``. The folder is replaced as a whole. Raises ErasecError if the folder has
     another base than the edit, or if its edited tensors are not those of the edit.
+
+    A copy gets a manifest of all its files. Where a manifest lists the folder, the written files are renewed in it.
     """
     result_path, folder = out or folder, folder.resolve()  # a folder is replaced under its own name, not a link's
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -58,6 +61,7 @@ def relink(
         )
     settle(folder)
     check_links(folder)
+    folder_manifest.check_readable([folder])
     manifest = read_manifest(folder)
     entries, sites = read_edit(file)
     stored = {key.removeprefix(MERGED): entry for key, entry in entries.items() if key.startswith(MERGED)}
@@ -91,6 +95,7 @@ def relink(
         return lay_out(array, weight)
 
     count = size = 0
+    written: list[str] = []
     before = _states(folder, file)
     with output(out or folder, fresh=out is not None) as own:
         stage = own.new_folder()
@@ -106,8 +111,12 @@ def relink(
                 continue
             record = write_data(stage / name / EDITED, weights, partial(read, graph["component"]))
             graph["files"][EDITED] = record
+            written.append(f"{name}/{EDITED}")
             count, size = count + len(weights), size + record["bytes"]
         write_manifest(stage, {key: value for key, value in manifest.items() if key != "schema"})
+        known = file_records(manifest)
+        if out is not None:
+            folder_manifest.write(stage, known)
         if _states(folder, file) != before:
             raise ErasecError(
                 f"{folder} or {file} has changed while it was read",
@@ -115,6 +124,9 @@ def relink(
                 fix="run the command again when no other program writes them",
             )
         own.publish()
+    if out is None:
+        files = {folder / name: known[name] for name in written}
+        folder_manifest.renew([*files, folder / MANIFEST], files)
     return RelinkResult(result_path, count, size)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from erasec.base import Context
+from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.errors import ErasecError
 from erasec.graphs.signature import NAMES
@@ -45,6 +46,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             why=f"its {MANIFEST} is missing or damaged",
             fix="erasec build MODEL --erase CONCEPT --target onnx   writes one",
         ) from error
+
+
+def file_records(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The sizes and digests of all files of an ONNX folder, except the manifest. Raises ErasecError where it is
+    damaged."""
+    try:
+        listed = dict(manifest["files"])
+        for graph, content in manifest["graphs"].items():
+            listed |= {f"{graph}/{name}": file for name, file in content["files"].items()}
+        return {name: FileRecord.model_validate(file) for name, file in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ErasecError(f"{MANIFEST} is damaged", why="it does not list its files", fix="build it again") from error
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

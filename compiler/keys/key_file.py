@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import DTYPES, FLOATS, read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import DTYPES, FLOATS, read_header, read_sealed, read_tensor, save_sealed
 from erasec.errors import ErasecError
 from erasec.model.memory import Memory, Secret
 from erasec.recipe.concept import Concept
@@ -50,7 +50,7 @@ def write_key(path: Path, secret: Secret, concept: Concept, by: str, version: st
         "concept": concept.model_dump(mode="json"),
     }
     metadata = {METADATA: json.dumps(content, sort_keys=True, ensure_ascii=False)}
-    save_tensors(path, {"keys": secret.k_rows, "values": secret.v_rows}, metadata, private=True)
+    save_sealed(path, {"keys": secret.k_rows, "values": secret.v_rows}, metadata, private=True)
 
 
 def read_key(path: Path) -> Key:
@@ -59,7 +59,7 @@ def read_key(path: Path) -> Key:
         raise ErasecError(
             f"there is no key file {path}", fix="a build with --pass kpop writes key files next to its folders"
         )
-    entries, metadata = read_header(path)
+    entries, metadata = read_sealed(path, METADATA)
     try:
         content = json.loads(metadata[METADATA])
         if content["format"] > FORMAT:

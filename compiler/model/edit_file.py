@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint.safetensors import Entry, check_format, read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import Entry, check_format, read_sealed, read_tensor, save_sealed
 from erasec.errors import ErasecError
 from erasec.family import Site
 from erasec.model.edit import PARTS, Delta, Edit, Remap
@@ -72,7 +72,7 @@ def write_edits(
         )
     has_extras = any(edit.memories or edit.tokens or edit.negative for edit in edits)
     content = {"format": FORMAT if has_extras else 1, "about": dict(base_record), "edits": records}
-    save_tensors(path, tensors, {"erasec.edit": json.dumps(content, sort_keys=True, ensure_ascii=False)})
+    save_sealed(path, tensors, {"erasec.edit": json.dumps(content, sort_keys=True, ensure_ascii=False)})
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def edit_content(path: Path) -> Iterator[tuple[dict[str, Entry], dict[str, Any]]
     """
     if not path.is_file():
         raise ErasecError(f"there is no edit file {path}", fix="erasec build MODEL --erase CONCEPT --target edit")
-    entries, metadata = read_header(path)
+    entries, metadata = read_sealed(path, "erasec.edit")
     try:
         content = json.loads(metadata["erasec.edit"])
         check_format(path, content["format"], FORMAT)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.folder import EXTRAS_FILE
-from erasec.checkpoint.safetensors import check_format, read_header, save_tensors
+from erasec.checkpoint.safetensors import check_format, read_sealed, save_sealed
 from erasec.errors import ErasecError
 from erasec.model.memory import Memory, pack_extras, unpack_extras
 
@@ -81,7 +81,7 @@ def write_extras(root: Path, extras: Extras) -> None:
         return
     tensors, metadata = pack_extras(extras.memories, extras.tokens, extras.negative)
     content = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, ensure_ascii=False)
-    save_tensors(root / EXTRAS_FILE, tensors, {"erasec.extras": content})
+    save_sealed(root / EXTRAS_FILE, tensors, {"erasec.extras": content})
 
 
 def read_extras(root: Path) -> Extras:
@@ -89,7 +89,7 @@ def read_extras(root: Path) -> Extras:
     path = root / EXTRAS_FILE
     if not path.is_file():
         return Extras()
-    entries, metadata = read_header(path)
+    entries, metadata = read_sealed(path, "erasec.extras")
     try:
         content = json.loads(metadata["erasec.extras"])
         check_format(path, content["format"], FORMAT)

@@ -8,8 +8,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import file_digest
 from erasec.model.sidecar import read_extras
 from erasec.reporting.report import ArtifactRecord, Pair, SiteMove
 
@@ -69,12 +69,8 @@ def picture_pairs(evidence: Evidence) -> tuple[Pair, ...]:
 
 def written_files(target: str, folder: Path) -> ArtifactRecord:
     """The sizes and digests of all files that a target wrote."""
-    files = Folder(folder).files()
-    return ArtifactRecord(
-        target,
-        target,
-        {name.as_posix(): ((folder / name).stat().st_size, file_digest(folder / name)) for name in files},
-    )
+    records = manifest.records(folder, [name.as_posix() for name in Folder(folder).files()])
+    return ArtifactRecord(target, target, {name: (record.bytes, record.sha256) for name, record in records.items()})
 
 
 def environment() -> dict[str, str]:

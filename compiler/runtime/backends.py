@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from erasec.base import Runtime
 from erasec.checkpoint.folder import EXTRAS_FILE
-from erasec.checkpoint.safetensors import read_header
+from erasec.checkpoint.safetensors import read_sealed
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.graph import MODEL
 from erasec.graphs.session import OnnxSession
@@ -59,7 +59,7 @@ class Components(Protocol):
 
 
 def carried_text(root: Path) -> tuple[str, list[str]]:
-    """The negative prompt and the names of new tokens that a folder carries besides its weights. Reads no tensor.
+    """The negative prompt and the names of new tokens that a folder carries besides its weights.
 
     Raises ErasecError where the file that holds them is damaged.
     """
@@ -67,7 +67,7 @@ def carried_text(root: Path) -> tuple[str, list[str]]:
     if not path.is_file():
         return "", []
     try:
-        content = json.loads(read_header(path)[1]["erasec.extras"])
+        content = json.loads(read_sealed(path)[1]["erasec.extras"])
         return str(content.get("negative", "")), list(content.get("tokens", []))
     except (KeyError, ValueError, AttributeError) as error:
         raise ErasecError(

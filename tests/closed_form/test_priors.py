@@ -50,6 +50,16 @@ def test_a_prior_keeps_the_states_of_its_captions(model: Model, captions: Path, 
     assert none > some > strong
 
 
+def test_one_flipped_byte_of_a_prior_is_an_error(model: Model, captions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "some.prior.safetensors"
+    priors.write(out, model, captions)
+    data = bytearray(out.read_bytes())
+    data[-1] ^= 1
+    out.write_bytes(data)
+    with pytest.raises(ErasecError, match="is damaged"):
+        priors.read(str(out), model, "context")
+
+
 def test_a_bad_prior_is_an_error(model: Model, captions: Path, tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="there is no prior"):
         Uce(prior=str(tmp_path / "no")).solve(model, STAR, Context())

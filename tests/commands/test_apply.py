@@ -14,7 +14,7 @@ from random_models import random_folder as random_layout
 from random_models import random_pipeline
 
 from erasec.base import Context, Pass
-from erasec.checkpoint import journal
+from erasec.checkpoint import journal, manifest
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import file_digest
@@ -68,6 +68,22 @@ def test_a_folder_gets_what_a_build_writes(base: Model, star: Path, tmp_path: Pa
         assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes()
     assert (wanted / UNET).read_bytes() != (base.source.root / UNET).read_bytes()
     assert (wanted / UNET).stat().st_size == (base.source.root / UNET).stat().st_size
+
+
+def test_a_folder_gets_a_manifest_that_an_edit_in_place_renews(
+    base: Model, star: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differences() -> tuple[str, ...]:
+        return manifest.compare(tmp_path / "out", manifest.read(tmp_path / "out")[0]).all
+
+    apply(star, str(base.source.root), tmp_path / "out")
+    assert manifest.read(tmp_path / "out")[0].files.keys() == {name.as_posix() for name in base.source.files()}
+    assert differences() == ()
+    ring = write(loading.load(str(tmp_path / "out")), Uce(), [RING], tmp_path / "ring.edit.safetensors")
+    apply(ring, str(tmp_path / "out"), in_place=True)
+    assert differences() == () and manifest.read(tmp_path / "out")[0].renewed == (UNET.as_posix(),)
+    (tmp_path / "out" / UNET).write_bytes((base.source.root / UNET).read_bytes())
+    assert differences() == (UNET.as_posix(),)
 
 
 def test_in_place_gives_the_same_bytes_and_leaves_no_journal(base: Model, star: Path, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_one_bit_in_any_file_of_a_build_is_found(out: Path, name: str) -> None:
     target, file = name.split("/", 1)
     (failure,) = failed(out).items()
     assert failure[0] == f"{target}/files"
-    assert f"{file} is changed" in failure[1]
+    assert f"changed: {file}" in failure[1]
     with pytest.raises(CheckFailed, match=f"1 of 2 checks failed: {target}/files"):
         raise_for_failures(examine(out), out)
 
@@ -136,7 +136,7 @@ def test_an_onnx_folder_alone_has_the_digests_of_its_files(out: Path, tmp_path: 
     alone = Path(shutil.move(out / "onnx", tmp_path / "alone"))
     assert failed(alone) == {}
     flip(alone / name)
-    assert f"{name} is changed" in failed(alone)["onnx/files"]
+    assert f"changed: {name}" in failed(alone)["onnx/files"]
 
 
 @pytest.mark.usefixtures("files_only")
@@ -144,8 +144,8 @@ def test_missing_and_added_files_are_found(out: Path) -> None:
     (out / "onnx" / "tokenizer" / "vocab.json").unlink()
     (out / "hf" / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
     failures = failed(out)
-    assert "tokenizer/vocab.json is missing" in failures["onnx/files"]
-    assert "diffusion_pytorch_model.fp16.safetensors is not part of the build" in failures["hf/files"]
+    assert "lost: tokenizer/vocab.json" in failures["onnx/files"]
+    assert "added: unet/diffusion_pytorch_model.fp16.safetensors" in failures["hf/files"]
 
 
 @pytest.mark.usefixtures("files_only")
@@ -158,7 +158,7 @@ def test_a_target_that_was_not_copied_is_not_an_error(out: Path) -> None:
 def test_the_manifest_of_another_base_is_found(out: Path, variant: Callable[[str], Any], tmp_path: Path) -> None:
     alone = Path(shutil.move(out / "onnx", tmp_path / "alone"))
     shutil.copy(variant("b").onnx / MANIFEST, alone / MANIFEST)
-    assert f"unet/{EDITED} is changed" in failed(alone)["onnx/files"]
+    assert f"changed: unet/{EDITED}" in failed(alone)["onnx/files"]
 
 
 def test_a_damaged_manifest_is_a_check_that_failed(out: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_target_that_only_the_report_knows_is_compared_too(out: Path) -> None:
     write_report(out, "hf", "onnx", "ldm")
     assert failed(out) == {}
     flip(out / "ldm" / "model.safetensors")
-    assert "model.safetensors is changed" in failed(out)["ldm/files"]
+    assert "changed: model.safetensors" in failed(out)["ldm/files"]
 
 
 def test_a_checkpoint_is_compared_with_another(
@@ -354,7 +354,7 @@ def test_openvino_is_run_and_compared(out: Path, monkeypatch: pytest.MonkeyPatch
     assert failed(folder, out / "hf").keys() == {"openvino/parity/text_encoder"}
     write_report(out, "openvino")
     flip((folder / "text_encoder" / FILE).with_suffix(".bin"))
-    assert failed(out)["openvino/files"].endswith("openvino_model.bin is changed")
+    assert failed(out)["openvino/files"].endswith("changed: text_encoder/openvino_model.bin")
 
 
 @pytest.mark.parametrize("weights", ["fp32", "fp16", "int8"])

@@ -16,9 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from erasec.base import Context
-from erasec.checkpoint import staging
+from erasec.checkpoint import manifest, staging
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import DIGEST, read_header, read_tensor, save_sealed
 from erasec.cli.app import app
 from erasec.commands.apply import relink as relink_from_base
 from erasec.commands.relink import relink
@@ -36,7 +36,9 @@ APART = f"unet/{EDITED}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The bytes of all files except the manifest of a copy."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if name != manifest.FILE}
 
 
 def inodes(folder: Path) -> dict[str, int]:
@@ -85,6 +87,33 @@ def test_a_copy_leaves_the_folder_as_it_is(a: Any, b: Any, folder: Path, tmp_pat
     own, copied, linked = inodes(folder), inodes(tmp_path / "copied"), inodes(tmp_path / "linked")
     assert {name for name in own if own[name] == linked[name]} == set(own) - {APART, MANIFEST}
     assert not set(own.values()) & set(copied.values())
+
+
+def differences(root: Path) -> tuple[str, ...]:
+    return manifest.compare(root, manifest.read(root)[0]).all
+
+
+def test_a_copy_has_a_manifest_of_all_its_files_and_keeps_it(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
+    relink(folder, b.edit, tmp_path / "copy")
+    content, _ = manifest.read(tmp_path / "copy")
+    assert content.files.keys() == contents(b.onnx).keys() and differences(tmp_path / "copy") == ()
+    relink(tmp_path / "copy", a.edit)
+    assert differences(tmp_path / "copy") == ()
+    assert manifest.read(tmp_path / "copy")[0].renewed == (MANIFEST, APART)
+    assert not (folder / manifest.FILE).exists()
+
+
+def test_the_manifest_of_a_build_follows_a_relink_and_still_tells_what_else_changed(b: Any, folder: Path) -> None:
+    (folder.parent / "README.md").write_text("the card")
+    manifest.write(folder.parent)
+    (folder / "tokenizer" / "merges.txt").write_text("damaged before")
+    relink(folder, b.edit)
+    assert differences(folder.parent) == ("onnx/tokenizer/merges.txt",)
+    (folder.parent / manifest.FILE).write_text("{}")
+    before = contents(folder)
+    with pytest.raises(ErasecError, match="is damaged"):
+        relink(folder, b.edit)
+    assert contents(folder) == before
 
 
 def test_where_the_file_system_has_no_links_files_are_copied(
@@ -239,9 +268,16 @@ def test_a_damaged_edit_is_an_error(a: Any, b: Any, folder: Path, tmp_path: Path
         del tensors[name]
     else:
         tensors[name].view(-1)[0] = float("nan")
-    save_tensors(tmp_path / "x.edit.safetensors", tensors, metadata)
+    del metadata[DIGEST]
+    save_sealed(tmp_path / "x.edit.safetensors", tensors, metadata)
     words = {"gone": "is damaged", "nan": f"{name.removeprefix(edit_file.MERGED)} is not finite"}
     with pytest.raises(ErasecError, match=words[damage]):
+        relink(folder, tmp_path / "x.edit.safetensors")
+    assert contents(folder) == contents(a.onnx)
+    data = bytearray(b.edit.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "x.edit.safetensors").write_bytes(data)
+    with pytest.raises(ErasecError, match="is damaged"):
         relink(folder, tmp_path / "x.edit.safetensors")
     assert contents(folder) == contents(a.onnx)
 

@@ -102,6 +102,15 @@ def test_damage_is_an_error_that_says_what_is_wrong(
     assert "star.key" in caught.value.what and words in caught.value.why
 
 
+def test_one_flipped_byte_is_an_error(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # a sign: every number stays finite
+    file.write_bytes(data)
+    with pytest.raises(ErasecError, match=r"star\.key is damaged") as caught:
+        read_key(file)
+    assert "digest" in caught.value.why
+
+
 def test_other_files_are_no_key_files(tmp_path: Path, file: Path) -> None:
     with pytest.raises(ErasecError, match="there is no key file"):
         read_key(tmp_path / "none.key")

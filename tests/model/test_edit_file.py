@@ -125,3 +125,15 @@ def test_only_files_with_extras_have_the_later_format(star: Edit, tmp_path: Path
     edit_file.write_edits(tmp_path / "more", [replace(star, negative="a star")], {})
     formats = [json.loads(read_header(tmp_path / name)[1]["erasec.edit"])["format"] for name in ("plain", "more")]
     assert formats == [1, 2]
+
+
+@pytest.mark.parametrize("part", ["tensors", "metadata"])
+def test_one_flipped_byte_is_an_error(star: Edit, tmp_path: Path, part: str) -> None:
+    edit_file.write_edits(tmp_path / "star", [star], {"family": "sd1"})
+    data = bytearray((tmp_path / "star").read_bytes())
+    place = -3 if part == "tensors" else data.index(b"ridge") + 10  # the value of an option, which stays a number
+    data[place] ^= 1
+    (tmp_path / "star").write_bytes(data)
+    with pytest.raises(ErasecError, match="star is damaged") as caught:
+        edit_file.read_edits(tmp_path / "star")
+    assert "digest" in caught.value.why

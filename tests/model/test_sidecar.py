@@ -20,6 +20,7 @@ from erasec.model.edit import Dense, Edit
 from erasec.model.memory import Memory
 from erasec.model.sidecar import KINDS, Extras, check_supported, gather_extras, read_extras, write_extras
 from erasec.registry import load_target, targets
+from erasec.runtime.backends import carried_text
 from erasec.targets.hf import Hf
 from erasec.targets.ldm import Ldm
 from erasec.targets.lora import Lora
@@ -128,6 +129,16 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match="format 99"):
         read_extras(tmp_path)
     assert set(entries) == set(FULL.tensors)
+
+
+def test_one_flipped_byte_is_an_error_for_both_readers(tmp_path: Path) -> None:
+    write_extras(tmp_path, FULL)
+    data = bytearray((tmp_path / EXTRAS_FILE).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / EXTRAS_FILE).write_bytes(data)
+    for read in (read_extras, carried_text):
+        with pytest.raises(ErasecError, match="is damaged"):
+            read(tmp_path)
 
 
 def test_a_target_refuses_what_it_cannot_hold() -> None:
