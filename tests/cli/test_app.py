@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -377,6 +378,8 @@ def test_cfg_still_sets_the_guidance_with_one_line_on_stderr(run: Any, monkeypat
     guidances = []
 
     class Bundle:
+        components = SimpleNamespace(text_read=lambda text: text)
+
         def generate(self, prompts: list[str], seeds: range, steps: int, guidance: float, *more: object) -> Any:
             guidances.append(guidance)
             return np.zeros((len(prompts), 8, 8, 3), np.uint8)
