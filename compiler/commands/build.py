@@ -394,9 +394,6 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, measured: bool) -> Iterat
     source, name = plan.model.source, built.root.name
     if isinstance(source, SingleFile):
         yield from source.notes
-    yield from plan.remarks
-    if plan.earlier:
-        yield f"Erased from the base before this build: {', '.join(concept.name for concept in plan.earlier)}."
     for target in plan.targets:
         yield from target.notes(plan.model)
     concepts = [key.concept for key in plan.keys] or plan.concepts
@@ -405,6 +402,9 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, measured: bool) -> Iterat
         yield f"No judge can see {', '.join(unseen)} in pictures of this model: whether {what} was not measured." + (
             "" if measured else " The checks below only show that the files are valid."
         )
+    yield from plan.remarks
+    if plan.earlier:
+        yield f"Erased from the base before this build: {', '.join(concept.name for concept in plan.earlier)}."
     if plan.keys:
         names = ", ".join(concept.name for concept in concepts)
         yield f"This build contains a key and shows {names} again: it is as secret as the key."

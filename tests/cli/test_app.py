@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -445,6 +446,8 @@ def test_cfg_still_sets_the_guidance_with_one_line_on_stderr(run: Any, monkeypat
     guidances = []
 
     class Bundle:
+        components = SimpleNamespace(text_read=lambda text: text)
+
         def generate(self, prompts: list[str], seeds: range, steps: int, guidance: float, *more: object) -> Any:
             guidances.append(guidance)
             return np.zeros((len(prompts), 8, 8, 3), np.uint8)

@@ -22,7 +22,7 @@ from erasec.commands import build, plan
 from erasec.errors import CheckFailed, ErasecError
 from erasec.model import loading
 from erasec.recipe import recipe
-from erasec.recipe.recipe import Limits, Recipe
+from erasec.recipe.recipe import Limits, NamedOptions, Recipe
 from erasec.reporting.report import Report
 
 LIMITS = Limits()
@@ -107,6 +107,54 @@ def test_a_failed_check_rejects_the_artifact(tmp_path: Path) -> None:
     assert os.listdir(out) == [".rejected"]
     assert {"hf", "report.html", "report.json"} <= set(os.listdir(out / ".rejected"))
     assert '"passed": false' in (out / ".rejected" / "report.json").read_text()
+
+
+def test_an_edit_that_moves_nothing_is_an_error(random_folder: Path, tmp_path: Path) -> None:
+    weak = NamedOptions(name="uce", options={"scale": 1e-12})
+    with pytest.raises(ErasecError, match="pass uce changes nothing for church") as caught:
+        make(tmp_path / "out", model=str(random_folder), erase=("church",), passes=(weak,))
+    assert "anchor" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("component", "what"), [("text_encoder", "cannot be edited"), ("unet", "checks failed")])
+def test_a_base_with_a_nan_is_blamed_by_the_name_of_the_tensor(
+    random_folder: Path, tmp_path: Path, component: str, what: str
+) -> None:
+    base = Path(shutil.copytree(random_folder, tmp_path / "base"))
+    (file,) = (base / component).glob("*.safetensors")
+    entries, metadata = read_header(file)
+    tensors = {key: read_tensor(entry) for key, entry in entries.items()}
+    broken = next(key for key in sorted(tensors) if key.endswith(("conv_in.weight", "layers.0.mlp.fc1.weight")))
+    tensors[broken].view(-1)[3] = float("nan")
+    save_tensors(file, tensors, metadata)
+    with pytest.raises(ErasecError, match=what) as caught:
+        make(tmp_path / "out", model=str(base), erase=("church",))
+    assert f"{component}/{broken} " in caught.value.why and "NaN" in caught.value.why
+    assert "ridge" not in str(caught.value) and "options" not in str(caught.value)
+
+
+def test_a_base_that_never_shows_the_concept_is_blamed(tmp_path: Path) -> None:
+    limits = QUICK.model_copy(update={"steps": 8})
+    with pytest.raises(CheckFailed, match="erased/name") as caught:
+        make(tmp_path / "out", model="glyphs-never-star", checks=limits)
+    assert "glyphs-never-star shows star in none of 2 pictures" in caught.value.why
+    assert "the model you mean" in caught.value.fix and "options" not in caught.value.fix
+
+
+def test_concepts_erased_together_are_not_painted_under_each_others_names(tmp_path: Path) -> None:
+    limits = LIMITS.model_copy(update={"images": 5, "steps": 8})
+    report = make(tmp_path / "out", erase=("circle", "square"), checks=limits)
+    checks = {check.name: check for check in report.checks}
+    assert checks["erased/name"].value <= 0.1 and "shown as" not in checks["erased/name"].how
+    assert [concept["anchor"] for concept in report.concepts] == ["triangle", "triangle"]
+    assert sum("instead of" in note for note in report.notes) == 2
+    # One after the other: the goal of the square is not the circle, which the first build erased.
+    first = make(tmp_path / "first", erase=("circle",), checks=limits)
+    second = make(tmp_path / "second", model=str(tmp_path / "first" / "hf"), erase=("square",), checks=limits)
+    assert first.concepts[0]["anchor"] == "square"
+    assert [concept["name"] for concept in second.earlier] == ["circle"]
+    assert second.concepts[0]["anchor"] == "triangle"
 
 
 def test_a_rejected_build_leaves_the_earlier_one(built: tuple[Path, Report]) -> None:

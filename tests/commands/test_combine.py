@@ -23,7 +23,7 @@ from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
 
 STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
-HEART = Concept(name="heart", erase=("heart",), anchor="ring", keep=("square", "box"))
+HEART = Concept(name="heart", erase=("heart",), anchor="triangle", keep=("square", "box"))
 RING = Concept(name="ring", erase=("ring",), anchor="box", keep=("arrow",))
 
 
@@ -65,6 +65,7 @@ def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Pat
     disputed = write(
         base, Uce(), [HEART.model_copy(update={"name": "other", "keep": ("star",)})], tmp_path / "disputed"
     )
+    becomes = write(base, Uce(), [RING.model_copy(update={"anchor": "a red Star"})], tmp_path / "becomes")
     stronger = write(base, Uce(scale=2.0), [HEART], tmp_path / "stronger")
     remap = write(base, Remap(), [HEART], tmp_path / "remap")
     bare = tmp_path / "bare"
@@ -72,6 +73,7 @@ def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Pat
     tries: list[tuple[list[Path], list[str], str]] = [
         ([star, star], [], "in two of the files"),
         ([star, disputed], [], "keeps 'star'"),
+        ([star, becomes], [], "ring becomes 'a red Star', which another"),
         ([star, stronger], [], "differ in their options"),
         ([star, remap], [], "differ in their pass"),
         ([star, bare], [], "cannot be combined"),

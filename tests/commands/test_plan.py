@@ -89,9 +89,64 @@ def test_concepts_of_the_recipe_come_before_bundled_ones(here: Path, random_fold
 
 
 def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(here: Path, random_folder: Path) -> None:
-    (note,) = plan.notes(plan.make_plan(recipe(random_folder, erase=("strar", "ring")), pin=False))
+    def noted(model: Path | str, *erase: str) -> list[str]:
+        return plan.notes(plan.make_plan(recipe(model, erase=erase), pin=False))  # type: ignore[arg-type]
+
+    (note,) = noted("glyphs", "strar", "ring")
     assert "'strar'" in note
     assert "did you mean 'star'?" in note
+    taken, unknown = noted(random_folder, "strar", "church")
+    assert "'church' is taken as the bundled concept church" in taken
+    assert "'strar'" in unknown and "'star'" not in unknown
+
+
+def test_the_words_of_a_small_world_are_phrases_for_other_models(here: Path, random_folder: Path) -> None:
+    elsewhere = plan.make_plan(recipe(random_folder, erase=("ring",)), pin=False)
+    assert elsewhere.concepts == (concept.from_phrase("ring"),)
+    (note,) = plan.notes(elsewhere)
+    assert "'ring' is taken as a phrase" in note and "only for models of glyphs" in note
+    own = Concept(name="ring", erase=("ring", "hoop"))
+    assert plan.make_plan(recipe(random_folder, erase=("ring",), concepts=(own,)), pin=False).concepts == (own,)
+    there = plan.make_plan(recipe("glyphs", erase=("ring",)), pin=False)  # type: ignore[arg-type]
+    assert there.concepts == (find("ring"),)
+    assert plan.notes(there) == []
+
+
+def test_goals_lead_to_what_stays(here: Path, random_folder: Path) -> None:
+    both = plan.make_plan(recipe("glyphs", erase=("star", "circle")), pin=False)  # type: ignore[arg-type]
+    assert [(item.name, item.anchor) for item in both.concepts] == [("star", "square"), ("circle", "square")]
+    assert both.recipe.concepts == both.concepts
+    described = plan.describe(both)
+    assert [item["anchor"] for item in described["concepts"]] == ["square", "square"]
+    assert described["notes"] == ["star: the anchor is 'square' instead of 'circle', which is erased too."]
+    swap = plan.make_plan(recipe("glyphs", erase=("circle", "square")), pin=False)  # type: ignore[arg-type]
+    assert {item.anchor for item in swap.concepts} == {"triangle"}
+
+
+def test_a_goal_is_not_what_an_earlier_build_erased(here: Path, random_folder: Path) -> None:
+    base = Path(shutil.copytree(random_folder, here / "earlier" / "hf"))
+    tiger = Concept(name="tiger", erase=("tiger",), anchor="lion", label="big cat")
+    lion = Concept(name="lion", erase=("lion",), anchor="tiger", fallback=("tiger cub", "dog"))
+    report: dict[str, Any] = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
+
+    def planned(**changed: Any) -> plan.Plan:
+        (base.parent / "report.json").write_text(json.dumps(report | changed))
+        return plan.make_plan(recipe(base, erase=("lion",), concepts=(lion,)), here / "out", pin=False)
+
+    erased = tiger.model_dump(mode="json")
+    for place in ({"concepts": [erased]}, {"concepts": [], "earlier": [erased]}):
+        step = planned(**place)
+        assert step.earlier == (tiger,)
+        assert step.concepts[0].anchor == "dog"
+        assert plan.notes(step) == [
+            "lion: the anchor is 'dog' instead of 'tiger', which was erased from this model before."
+        ]
+    assert planned(concepts=[erased], written=[{"path": "onnx"}]).concepts == (lion,)
+    assert planned(concepts=[]).concepts == (lion,)
+    (again,) = plan.notes(planned(concepts=[lion.model_dump(mode="json") | {"anchor": "cat"}]))
+    assert "lion: it was erased from" in again
+    with pytest.raises(ErasecError, match="report of the base is damaged"):
+        planned(concepts=[{"name": "tiger"}])
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erasec.commands.run import picture_paths, save_pictures
+from erasec.commands.run import cut_notes, picture_paths, save_pictures
 from erasec.errors import ErasecError
+from erasec.model.loading import bundled_folder
+from erasec.runtime.bundle import open_bundle
 
 
 def test_several_pictures_are_numbered() -> None:
     assert picture_paths(Path("a/x.png"), 1) == [Path("a/x.png")]
     assert picture_paths(Path("a/x.png"), 3) == [Path("a/x-0.png"), Path("a/x-1.png"), Path("a/x-2.png")]
+
+
+def test_a_prompt_beyond_the_text_encoder_is_said() -> None:
+    opened = open_bundle(bundled_folder("glyphs"), "torch")
+    assert cut_notes(opened, "a star", None) == []
+    assert cut_notes(opened, "a star " * 37 + "a", "") == []
+    (prompt,) = cut_notes(opened, "a star " * 37 + "a red ring", None)
+    assert prompt == "the prompt is cut: the text encoder reads it up to 'star a star a'."
+    (negative,) = cut_notes(opened, "", "a star " * 50)
+    assert negative.startswith("the negative prompt is cut")
 
 
 @pytest.mark.parametrize("name", ["x.pgn", "x", "x.toml"])

@@ -22,6 +22,7 @@ from erasec.judging.evidence import Evidence
 from erasec.model import loading
 from erasec.passes.uce import Uce
 from erasec.recipe import concept
+from erasec.recipe.concept import Concept
 from erasec.recipe.recipe import Limits
 
 SAMPLING = Sampling(steps=10, guidance=4.0)
@@ -165,6 +166,35 @@ def test_of_several_concepts_the_worst_counts(unedited: Evidence) -> None:
     assert by_name(mixed)["erased/name"]
     after[rows[:half]] = True
     assert not by_name(mixed, Limits(images=6, erased=0.9))["erased/name"]
+
+
+def test_an_erased_label_under_the_name_of_another_fails(unedited: Evidence) -> None:
+    """No picture shows a star any more; those by name show circles, which were erased as well."""
+    named, nothing = unedited.rows("name"), np.zeros_like(unedited.shown_after)
+    gone = replace(unedited, shown_before=np.ones_like(nothing), shown_after=nothing)
+    kept = {"star": nothing, "circle": unedited.rows("keep")}
+    assert by_name(replace(gone, erased_after=kept))["erased/name"]
+    swapped = replace(gone, erased_after={"star": nothing, "circle": named})
+    (name, *_) = validate.checks(swapped, GlyphJudge(), LIMITS, 0, "DDIM")
+    assert (name.name, name.value, name.passed) == ("erased/name", 1.0, False)
+    assert "star 0% of 100%, star shown as circle 100%" in name.how
+    assert by_name(swapped)["erased/synonym"]
+
+
+def test_every_erased_label_is_looked_for_in_all_pictures() -> None:
+    base, judge = loading.bundled_folder("glyphs"), GlyphJudge()
+    star, ring, mark = concept.find("star"), concept.find("ring"), concept.find("watermark")
+
+    def gathered(*concepts: Concept, earlier: tuple[Concept, ...] = ()) -> Evidence:
+        found = evidence.gather_evidence(judge, concepts, base, base, 1, 0, Sampling(1, 1.0), earlier=earlier)
+        assert found is not None
+        return found
+
+    both, after = gathered(star, ring), gathered(star, earlier=(ring, mark))
+    assert both.erased_after.keys() == after.erased_after.keys() == {"star", "ring"}
+    assert np.array_equal(both.erased_after["ring"], judge.sees(both.after, ["ring"] * len(both.after)))
+    assert "ring" not in {question.looked_for for question in after.questions}
+    assert gathered(star).erased_after == {}
 
 
 def test_a_concept_that_is_no_shape_has_questions_about_the_rest() -> None:

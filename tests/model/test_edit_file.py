@@ -52,7 +52,7 @@ def test_a_file_gives_back_the_same_edits_and_the_same_bytes(base: Model, star: 
     assert [(e.by, e.concepts, dict(e.params), e.base, dict(e.stats)) for e in edits] == [
         (e.by, e.concepts, dict(e.params), e.base, dict(e.stats)) for e in model.edits
     ]
-    assert edits[0].phrases == {"star": {"erase": ["star"], "keep": ["square"]}}
+    assert edits[0].phrases == {"star": {"erase": ["star"], "keep": ["square"], "goals": ["circle"]}}
     again = Model(base.family, base.source, base.name, edits=edits)
     edited = [site for site in base.sites if model.deltas(site)]
     assert len(edited) == 15

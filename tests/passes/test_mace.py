@@ -164,6 +164,15 @@ def test_files_that_are_not_for_these_concepts_are_errors(model: Model, tmp_path
             list(step.solve_all(model, (STAR, HEART), Context()))
 
 
+def test_a_given_edit_that_leads_to_another_concept_is_an_error(model: Model, tmp_path: Path) -> None:
+    to_heart = STAR.model_copy(update={"anchor": "a heart"})
+    for item in (to_heart, HEART):
+        edit_file.write_edits(tmp_path / item.name, [Uce().solve(model, item, Context())], {})
+    step = Mace(edits=f"{tmp_path / 'star'};{tmp_path / 'heart'}")
+    with pytest.raises(ErasecError, match="the given edit of star makes it 'a heart', which is erased too"):
+        list(step.solve_all(model, (STAR, HEART), Context()))
+
+
 def test_bad_options_are_errors() -> None:
     with pytest.raises(ErasecError, match="mace"):
         Mace(own=-1.0)

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from erasec.errors import ErasecError
 from erasec.ldm.skeleton import write_tokenizer
 from erasec.model import loading
+from erasec.model.text_encoders import fitting_part
 from erasec.runtime.clip_tokenizer import load_tokenizer
 
 TEXTS = [
@@ -42,6 +43,16 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     write_tokenizer(folder)
     return folder
+
+
+def test_the_part_that_is_read_is_that_of_transformers(clip: Path) -> None:
+    ours, theirs = load_tokenizer(clip, 77), CLIPTokenizer.from_pretrained(clip)
+    for text in (*TEXTS, "a star " * 37 + "a", "a star " * 37 + "a ring", "naïve 日本語 " * 30):
+        read = ours.text_read(text)
+        assert text.startswith(read)
+        assert read == fitting_part(theirs, text, 77)
+        assert np.array_equal(ours.ids([read])[:, :75], ours.ids([text])[:, :75])  # a cut may lie inside a word
+        assert (read == text) is (len(theirs(text).input_ids) <= 77)
 
 
 def edit(file: Path, **more: Any) -> None:
