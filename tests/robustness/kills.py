@@ -74,7 +74,7 @@ def words_of(command: str, work: Path, out: Path) -> list[object]:
         "build": build,
         "apply": ["apply", edits[1], "model", "--out", out],
         "relink": ["relink", out, edits[1]],
-        "combine": ["combine", *edits, "--out", out],
+        "combine": ["combine", edits[1], "--out", out],  # those of star and heart keep each other
     }[command]
 
 
@@ -92,10 +92,11 @@ def measure(work: Path) -> dict[str, dict[str, Any]]:
     if file.exists():
         return dict(json.loads(file.read_text()))
     words = words_of("build", work, work / "earlier")
-    assert start(work, [word if word != "heart" else "star" for word in words]).wait() == 0
+    assert start(work, ["star" if word == "heart" else word for word in words]).wait() == 0
     measured = {}
     for command in COMMANDS:
         out = work / "measure" / "out"
+        shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         put_old(command, work, out, False)
         began, appeared = time.monotonic(), 0.0
@@ -144,7 +145,7 @@ def kill_one(
     states = sorted({names.get(state, "none" if not state else "mixed") for state in found})
     remains = sorted(
         path.relative_to(work).as_posix()
-        for path in (*folder.iterdir(), *(work / "tmp").iterdir(), *(work / "cache").glob("*/erasec-*"))
+        for path in (*folder.iterdir(), *(work / "tmp").glob("*erasec*"), *(work / "cache").glob("*/erasec-*"))
         if path != out
     )
     return {
