@@ -147,6 +147,8 @@ def named_errors(path: Path, written: Path | None = None, total: int = 0) -> Ite
     try:
         yield
     except DiskFull as error:
+        if not error.path.is_relative_to(written):  # another disk, such as that of TMPDIR
+            raise
         raise DiskFull(_final(error.path, written, path), max(error.left, total - bytes_in(written))) from error
     except OSError as error:
         if error.errno == errno.EFBIG and error.filename is None:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint.disk import PRIVATE_FILE, PRIVATE_FOLDER, remove
+from erasec.checkpoint.disk import PRIVATE_FILE, PRIVATE_FOLDER, named_errors, remove
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
@@ -185,7 +185,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 def process_scratch() -> Path:
     """A folder in the system's temporary folder, which TMPDIR sets. It is removed when the process ends."""
     folder = Path(tempfile.gettempdir()) / f"{SCRATCH}{os.urandom(8).hex()}"
-    lock, process = acquire(folder), os.getpid()
+    with named_errors(folder):
+        lock, process = acquire(folder), os.getpid()
 
     def end() -> None:
         if os.getpid() == process:  # not in a child that was forked

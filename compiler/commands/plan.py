@@ -77,15 +77,15 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     uses = recipe.passes or defaults(concepts)
     passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
     out = (out or _default_out(recipe.model, concepts, keys)).expanduser()
-    settle(out)
-    check_replaceable(out)
-    check_free(out)
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
             f"the key {inside[0]} lies in the output folder",
             why="an output folder is replaced as a whole, and the key would be lost",
             fix="give another folder with --out, or keep the key elsewhere",
         )
+    settle(out)
+    check_replaceable(out)
+    check_free(out)
     for text in recipe.targets:
         _target(text).check()
     context = Context(_device(recipe.device), recipe.seed)

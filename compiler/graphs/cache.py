@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint.disk import DiskFull
+from erasec.checkpoint.disk import DiskFull, named_errors
 from erasec.checkpoint.owned import process_scratch, scratch_folder
 from erasec.graphs.graph import MODEL, Weight
 
@@ -69,12 +69,14 @@ def cached_graph(key: str, make: Callable[[], tuple[ModelProto, Sequence[Weight]
     own = process_scratch() / "graphs" / key
     if is_whole(own):
         return own
-    content = make()
+    with named_errors(own):
+        content = make()
     if root is not None:
         with unusable_is_noted():
             store(root, *content)
             return root
-    store(own, *content)
+    with named_errors(own):
+        store(own, *content)
     return own
 
 

@@ -35,7 +35,7 @@ def test_a_full_disk_names_the_file_the_disk_and_what_is_missing(
         checkpoint.save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1000)})
     assert caught.value.where == str(tmp_path / "x.safetensors")
     assert caught.value.what == f"no space left on the disk at {mount_point(tmp_path)}"
-    assert caught.value.why == "1 kB are free, and 4.08 kB are still to be written: 3.08 kB more are needed"
+    assert caught.value.why == "1 kB are free, and 4 kB are still to be written: 3 kB more are needed"
     assert os.listdir(tmp_path) == []
 
 
@@ -52,6 +52,13 @@ def test_a_file_of_an_output_has_its_final_name_and_the_whole_rest_counts(tmp_pa
     assert caught.value.where == str(tmp_path / "out" / "second")
     assert "4.5 kB are still to be written: 3.5 kB more are needed" in caught.value.why
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("free")
+def test_another_disk_than_that_of_the_output_is_not_mixed_up_with_it(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull) as caught, output(tmp_path / "out", total=5000), named_errors(tmp_path / "tmp" / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.where == str(tmp_path / "tmp" / "x") and caught.value.why == "1 kB are free"
 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path: Path) -> None:

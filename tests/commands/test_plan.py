@@ -26,7 +26,7 @@ from erasec.recipe import concept
 from erasec.recipe.concept import Concept, find
 from erasec.recipe.recipe import NamedOptions, Recipe, from_flags, from_toml, to_toml
 
-EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf"}]}
+EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {}}]}
 
 
 def recipe(model: Path, **changed: Any) -> Recipe:
