@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from erasec.attention.processors import attach, call_state
-from erasec.checkpoint.folder import variants
+from erasec.checkpoint.folder import only_variant
 from erasec.errors import ErasecError
 from erasec.model.sidecar import Extras, read_extras
 from erasec.progress import bar, disable_library_bars
@@ -47,9 +47,7 @@ def pipeline(folder: str | Path, **options: Any) -> StableDiffusionPipeline:
             fix="give a folder on this machine; fetch a model from the hub first: hf download NAME --local-dir DIR",
         )
     extras = read_extras(root)
-    names = [stored for stored in map(variants, root.glob("*/")) if stored and "" not in stored]
-    if names and "variant" not in options:  # some component has no plain weights, so a variant must be meant
-        options["variant"] = next(iter(names[0]))
+    options = {"variant": only_variant(root) or None} | options
     disable_library_bars()
     pipe = StableDiffusionPipeline.from_pretrained(root, **options)
     if extras.tokens:

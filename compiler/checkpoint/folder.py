@@ -40,11 +40,13 @@ COPIES = (
 )
 CONTENT = ("st_dev", "st_ino", "st_size", "st_mtime_ns")  # what changes when a file is written or replaced
 EXTRAS_FILE = "erasec.safetensors"  # what a checkpoint carries in addition to its weights; not a copy of them
-# stem[.variant].safetensors, or an index of shards with the variant before or after "safetensors.index". Shards
-# themselves do not match.
+# stem[.variant].safetensors, or an index of shards with the variant before "safetensors", or, as older versions of
+# transformers and diffusers wrote it, before "json" or "index". Shards themselves do not match.
 WEIGHT_NAME = re.compile(
-    rf"({'|'.join(WEIGHTS)})(?:\.((?:(?!-\d+-of-)[^.])+))?\.safetensors(\.index(?:\.([^.]+))?\.json)?"
+    rf"({'|'.join(WEIGHTS)})(?:\.((?:(?!-\d+-of-)[^.])+))?\.safetensors"
+    r"((?:\.(?!index\.)([^.]+))?\.index(?:\.([^.]+))?\.json)?"
 )
+SHARD = re.compile(r"-\d+-of-\d+")  # what the name of a shard has in addition to that of a whole file
 
 
 def variants(folder: Path) -> dict[str, Path]:
@@ -55,8 +57,14 @@ def variants(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     matches = [match for path in folder.glob("*.safetensors*") if (match := WEIGHT_NAME.fullmatch(path.name))]
     for match in sorted(matches, key=lambda match: (match[1], match[3] is None)):
-        files.setdefault(match[2] or match[4] or "", folder / match.string)
+        files.setdefault(match[2] or match[4] or match[5] or "", folder / match.string)
     return files
+
+
+def only_variant(root: Path) -> str:
+    """The variant that loaders of a diffusers folder must be given, because a component has no plain weights; or ""."""
+    stored = [names for path in sorted(root.glob("*/")) if (names := variants(path)) and "" not in names]
+    return min(stored, key=len).popitem()[0] if stored else ""
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

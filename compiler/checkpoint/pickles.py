@@ -15,7 +15,7 @@ from erasec.checkpoint.safetensors import file_digest, save_tensors
 from erasec.errors import ErasecError
 
 # The names of pickled weights, or of the index of their shards, in transformers and diffusers.
-PICKLE_NAME = re.compile(r"(?:pytorch_model|(diffusion_pytorch_)model)(.*)\.bin(\.index.*\.json)?")
+PICKLE_NAME = re.compile(r"(?:pytorch_model|(diffusion_pytorch_)model)(.*)\.bin((?:\.[^.]+)?\.index.*\.json)?")
 # The parts of such a name that mark a shard or an index. Without them, the middle of the name is the variant.
 SHARD = re.compile(r"-\d+(?:-of-\d+)?|\.index|\.json")
 # Components of model_index.json that erasec neither edits nor reads.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from erasec import registry
 from erasec.base import Check
 from erasec.checkpoint import manifest
-from erasec.checkpoint.folder import Folder, downscale, variants
+from erasec.checkpoint.folder import Folder, downscale, only_variant, variants
 from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, finite_check
 from erasec.commands.integrity import REPORT, compare_with_manifest, listed, recorded_digests, sealed_check
@@ -164,10 +164,7 @@ def _kinds(folder: Path, recorded: Mapping[str, Digests]) -> dict[Path, str]:
 
 def _checkpoint(root: Path) -> Folder:
     """The checkpoint in ``root``, with the variant of its edited components: those that exist in one variant only."""
-    folder = Folder(root)
-    by_component = [names for component in folder.index if (names := variants(root / component))]
-    single = (name for names in by_component for name in names if len(names) == 1 and name)
-    return replace(folder, variant=next(single, ""))
+    return Folder(root, only_variant(root))
 
 
 def _kind(folder: Path) -> str:

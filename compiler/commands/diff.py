@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import filecmp
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint import manifest
-from erasec.checkpoint.folder import WEIGHTS
-from erasec.checkpoint.safetensors import CHUNK, DTYPES, Entry, read_header, read_tensor
+from erasec.checkpoint.folder import SHARD, WEIGHTS, Folder, only_variant
+from erasec.checkpoint.safetensors import CHUNK, DTYPES, Entry, read_header, read_tensor, tensor_bytes
 from erasec.errors import ErasecError
+from erasec.ldm.single_file import SingleFile
+from erasec.ldm.tensor_names import UNUSED_IN_FOLDERS, canonical, layout
 from erasec.model.loading import BUNDLED, bundled_folder
 from erasec.progress import bar
 
@@ -50,18 +51,18 @@ def locate(name: str) -> Path:
 
 
 def compare(a: Path, b: Path) -> list[Difference]:
-    """The differences of two folders or of two safetensors files, sorted by key.
+    """The differences of two folders, of two safetensors files, or of a diffusers folder and a single file, by key.
 
     Tensors are first compared as bytes. Those that differ are read one at a time and compared in float64. The shards of
-    a checkpoint are compared as one. Raises ErasecError for a damaged file, and for a folder and a file.
+    a checkpoint are compared as one. A folder and a file are compared by the tensors of the folder's components, under
+    their names in diffusers, without constants that single files leave out. Raises ErasecError for a damaged file.
     """
-    if a.is_dir() != b.is_dir():
-        raise ErasecError(
-            "a folder cannot be compared with a file",
-            why=f"{a} and {b}",
-            fix="give two folders, or two .safetensors files",
-        )
-    in_a, in_b = _tensors(a), _tensors(b)
+    if a.is_dir() == b.is_dir():
+        in_a, in_b = _tensors(a), _tensors(b)
+    elif a.is_dir():
+        in_a, in_b = _by_component(a, b)
+    else:
+        in_b, in_a = _by_component(b, a)
     if not in_a and not in_b:
         raise ErasecError("there are no safetensors weights to compare", why=f"neither {a} nor {b} has any")
     differences = [Difference("only in A", key) for key in in_a.keys() - in_b.keys()]
@@ -72,7 +73,8 @@ def compare(a: Path, b: Path) -> list[Difference]:
             if (difference := _compare_tensor(key, in_a[key], in_b[key])) is not None:
                 differences.append(difference)
             advance()
-    return sorted(differences, key=lambda item: item.key) + (_compare_files(a, b) if a.is_dir() else [])
+    files = _compare_files(a, b) if a.is_dir() and b.is_dir() else []
+    return sorted(differences, key=lambda item: item.key) + files
 
 
 def _visible_files(folder: Path) -> dict[str, Path]:
@@ -90,10 +92,35 @@ def _tensors(root: Path) -> dict[str, Entry]:
     tensors = {}
     for name, path in _visible_files(root).items():
         if path.suffix == ".safetensors":
-            stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+            stem = SHARD.sub("", path.stem)
             folder = Path(name).parent if stem in WEIGHTS else Path(name).parent / stem
             tensors.update({(folder / key).as_posix(): entry for key, entry in read_header(path)[0].items()})
     return tensors
+
+
+def _by_component(folder: Path, file: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
+    """The tensors of a diffusers folder and of a single file, by "component/key" with the present names of diffusers.
+
+    Constants that single files leave out are left out of both. Raises ErasecError where ``folder`` is no diffusers
+    folder or lacks a component, and where ``file`` is no whole checkpoint.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ErasecError(
+            f"the folder {folder} cannot be compared with a file",
+            why="it has no model_index.json, and a single file is compared with a diffusers folder",
+            fix="give a diffusers folder, two folders, or two .safetensors files",
+        )
+    single = SingleFile(file)
+
+    def tensors(source: Folder) -> dict[str, Entry]:
+        return {
+            f"{name}/{canonical(name, key)}": entry
+            for name in layout(single.family).prefixes
+            for key, entry in source.entries(name).items()
+            if canonical(name, key) not in UNUSED_IN_FOLDERS
+        }
+
+    return tensors(Folder(folder, only_variant(folder))), tensors(single)
 
 
 def _compare_files(a: Path, b: Path) -> list[Difference]:
@@ -116,9 +143,15 @@ def _compare_tensor(key: str, a: Entry, b: Entry) -> Difference | None:
         return Difference("shape", key, f"{list(a.shape)} -> {list(b.shape)}")
     if a.dtype != b.dtype:
         return _measure("dtype", key, a, b, f"{DTYPES[a.dtype]} -> {DTYPES[b.dtype]}")
-    if all(chunk_a == chunk_b for chunk_a, chunk_b in zip(_chunks(a), _chunks(b), strict=True)):
+    if _same_bytes(a, b):
         return None
     return _measure("moved", key, a, b, f"{DTYPES[a.dtype]} {list(a.shape)}")
+
+
+def _same_bytes(a: Entry, b: Entry) -> bool:
+    if a.transposed != b.transposed:
+        return tensor_bytes(read_tensor(a)) == tensor_bytes(read_tensor(b))
+    return all(chunk_a == chunk_b for chunk_a, chunk_b in zip(_chunks(a), _chunks(b), strict=True))
 
 
 def _chunks(entry: Entry) -> Iterator[bytes]:

@@ -129,6 +129,15 @@ def input_shapes(
     return dict(zip(INPUTS[name], shapes[name], strict=True))
 
 
+def pixel_unit(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """The number of pixels of which heights and widths must be multiples for graphs with these configs.
+
+    Each level of a UNet halves the latents, and joins them again with those of the level above: in a graph, without a
+    remainder. diffusers resizes them instead.
+    """
+    return downscale(vae) * downscale(unet)
+
+
 def num_train_timesteps(checkpoint: Folder) -> int:
     """The number of timesteps that the checkpoint was trained with; 1000 where its scheduler does not say."""
     count: int = checkpoint.config("scheduler", "scheduler_config.json").get("num_train_timesteps", 1000)

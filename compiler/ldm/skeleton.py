@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "",
         write_tokenizer(out / folder, pad)
 
 
+@cache
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's tokens with their ids, and its merges in their order."""
+    """CLIP's tokens with their ids, and its merges in their order. Not to be changed: it is read once."""
     packed = resources.files("erasec.ldm") / "clip" / "merges.txt.gz"
     merges = gzip.decompress(packed.read_bytes()).decode().splitlines()
     # CLIP's vocabulary starts with one visible character per byte: first the printable bytes of Latin-1 as themselves,

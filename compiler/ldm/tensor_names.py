@@ -166,26 +166,38 @@ def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str
         )
     places: dict[tuple[str, str], TensorLocation] = {}
     for component, prefix in layout(family).prefixes.items():
-        own = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+        names = {key: _file_name(family, component, key, prefix) for key in shapes if key.startswith(prefix)}
         pairs: dict[str, list[Pair]] = {}
-        for pair in tensor_pairs(family, component, own, single=True):
+        for pair in tensor_pairs(family, component, names.values(), single=True):
             pairs.setdefault(pair.file, []).append(pair)
-        unused = _unused(family, component, own)
-        for name, shape in own.items():
+        unused = _unused(family, component, names.values())
+        for key, name in names.items():
             if name not in pairs and not name.startswith(unused):
                 raise ErasecError(
-                    f"the file's {prefix}{name} is no tensor of {family}'s {component}",
+                    f"the file's {key} is no tensor of {family}'s {component}",
                     why="its name is damaged, or the model has a module that erasec does not know",
                 )
             for pair in () if name.startswith(unused) else pairs[name]:
+                if other := places.get((component, pair.folder)):
+                    raise ErasecError(f"{component}: {other.key} and {key} are the same tensor under two names")
                 if pair.form in THIRDS:
-                    rows = _third_rows(prefix + name, shape)
-                    place = TensorLocation(prefix + name, shape, rows * THIRDS.index(pair.form), rows)
+                    rows = _third_rows(key, shapes[key])
+                    place = TensorLocation(key, shapes[key], rows * THIRDS.index(pair.form), rows)
                 else:
-                    linear = pair.form == "linear" and len(shape) == 4
-                    place = TensorLocation(prefix + name, shape, transposed=pair.form == "transposed", linear=linear)
+                    linear = pair.form == "linear" and len(shapes[key]) == 4
+                    place = TensorLocation(key, shapes[key], transposed=pair.form == "transposed", linear=linear)
                 places[component, pair.folder] = place
     return places
+
+
+def _file_name(family: str, component: str, key: str, prefix: str) -> str:
+    """The name of a single file's tensor without its component's prefix, as the original programs write it.
+
+    Some programs leave ``text_model.`` out of the names of a CLIP text encoder, and ComfyUI and A1111 accept that.
+    """
+    name = key.removeprefix(prefix)
+    clip = component in FAMILIES[family].text_encoders and component not in LAYOUTS[family].openclip
+    return canonical(component, name) if clip and not name.startswith(UNUSED_IN_FILES[component]) else name
 
 
 def _place(prefix: str, pair: Pair, shape: Shape) -> TensorLocation:

@@ -17,10 +17,10 @@ from erasec.model.view import Model
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # The models that are part of the package, each with the reference world that it belongs to.
 BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs"}
-# The folder of a scheduler or tokenizer must have one of these files.
-REQUIRED_FILES = {
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("vocab.json", "tokenizer.json", "spiece.model"),
+# The classes of tokenizers that erasec reads. The folder of a tokenizer must have one of the files of its class.
+TOKENIZERS = {
+    "CLIPTokenizer": ("vocab.json", "tokenizer.json"),
+    "T5Tokenizer": ("spiece.model", "tokenizer.json"),
 }
 
 
@@ -118,16 +118,36 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
                 fix="fetch the missing files of the model",
             )
     for component, classes in folder.index.items():
-        kind = component.rstrip("_0123456789")
-        complete = any((root / component / file).is_file() for file in REQUIRED_FILES.get(kind, ()))
-        if kind in REQUIRED_FILES and isinstance(classes, list) and classes[0] and not complete:
-            raise ErasecError(
-                f"{name} is incomplete",
-                why=f"{component}/{REQUIRED_FILES[kind][0]} is missing",
-                where=str(root),
-                fix="fetch the missing files of the model",
-            )
+        if isinstance(classes, list) and classes[0]:
+            required = _required_files(component, str(classes[-1]), root)
+            if required and not any((root / component / file).is_file() for file in required):
+                raise ErasecError(
+                    f"{name} is incomplete",
+                    why=f"{component}/{required[0]} is missing",
+                    where=str(root),
+                    fix="fetch the missing files of the model",
+                )
     return Model(family, folder, name, revision)
+
+
+def _required_files(component: str, class_name: str, root: Path) -> tuple[str, ...]:
+    """The files of which the folder of a scheduler or tokenizer must have one; () for other components.
+
+    Raises ErasecError for a tokenizer of another class than those that erasec reads.
+    """
+    kind = component.rstrip("_0123456789")
+    if kind == "scheduler":
+        return ("scheduler_config.json",)
+    if kind != "tokenizer":
+        return ()
+    if class_name.removesuffix("Fast") not in TOKENIZERS:
+        raise ErasecError(
+            f"{component} is a {class_name}",
+            why=f"erasec reads {' and '.join(TOKENIZERS)}, and the text encoders that belong to them",
+            where=str(root),
+            fix="use a model whose text encoders are CLIP's or T5's",
+        )
+    return TOKENIZERS[class_name.removesuffix("Fast")]
 
 
 def _load_from_hub(name: str, repository: str, revision: str | None, variant: str, allow_pickle: bool) -> Model:

@@ -12,6 +12,7 @@ from erasec.ldm.tensor_names import canonical
 from erasec.progress import disable_library_bars
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from erasec.checkpoint.safetensors import Entry
@@ -41,13 +42,16 @@ def fill(
     entries: Mapping[str, Entry],
     changed: Mapping[str, Callable[[], Tensor]],
     root: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Load tensors into a network that was built on the meta device, in float32.
+    """Load tensors into a network that was built on the meta device, in float32 or ``dtype``.
 
     Each tensor is taken from ``changed``, the edited ones by key, else from the file ``entries``. Keys may be those of
     older library versions. Tensors that the network does not have are ignored. Raises ErasecError where the files lack
     a tensor; ``root``, the folder of the checkpoint, is named in the error.
     """
+    import torch
+
     wanted = {canonical(component, key): key for key in network.state_dict()}
     stored = {canonical(component, key): entry for key, entry in entries.items()}
     edited = {canonical(component, key): make for key, make in changed.items()}
@@ -58,6 +62,7 @@ def fill(
             where=str(root),
         )
     state = {
-        key: (edited[name]() if name in edited else read_tensor(stored[name])).float() for name, key in wanted.items()
+        key: (edited[name]() if name in edited else read_tensor(stored[name])).to(dtype or torch.float32)
+        for name, key in wanted.items()
     }
     network.load_state_dict(state, assign=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint import manifest
-from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.folder import Folder, only_variant
+from erasec.graphs.signature import pixel_unit
 from erasec.model.sidecar import read_extras
 from erasec.reporting.report import ArtifactRecord, Pair, SiteMove
 
@@ -68,9 +69,17 @@ def picture_pairs(evidence: Evidence) -> tuple[Pair, ...]:
 
 
 def written_files(target: str, folder: Path) -> ArtifactRecord:
-    """The sizes and digests of all files that a target wrote."""
+    """The sizes and digests of all files that a target wrote, and what its users must know to load and run them."""
     records = manifest.records(folder, [name.as_posix() for name in Folder(folder).files()])
-    return ArtifactRecord(target, target, {name: (record.bytes, record.sha256) for name, record in records.items()})
+    # The configs of graphs lie beside them, or, for Triton, in a folder for its clients.
+    configs = [Folder(root) for root in (folder, folder / "client") if (root / "vae_decoder" / "config.json").is_file()]
+    return ArtifactRecord(
+        target,
+        target,
+        {name: (record.bytes, record.sha256) for name, record in records.items()},
+        only_variant(folder),
+        pixel_unit(configs[0].config("unet"), configs[0].config("vae_decoder")) if configs else 0,
+    )
 
 
 def environment() -> dict[str, str]:

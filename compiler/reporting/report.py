@@ -81,11 +81,17 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class ArtifactRecord:
-    """One artifact. ``files`` maps relative paths to (bytes, sha256)."""
+    """One artifact. ``files`` maps relative paths to (bytes, sha256).
+
+    ``variant`` is the one that loaders of a diffusers folder must be given, or "". The heights and widths of pictures
+    that graphs make are multiples of ``multiple`` pixels; 0 means that the artifact has no graphs.
+    """
 
     target: str
     path: str
     files: dict[str, tuple[int, str]]
+    variant: str = ""
+    multiple: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,8 @@ def _facts(report: Report) -> dict[str, Any]:
             {
                 "target": written.target,
                 "path": written.path,
+                "variant": written.variant,
+                "multiple": written.multiple,
                 "bytes": sum(size for size, _ in written.files.values()),
                 "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in written.files.items()},
             }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from erasec import registry
 from erasec.checkpoint.folder import downscale
 from erasec.errors import ErasecError, suggestion
-from erasec.graphs.signature import INPUTS, OUTPUTS
+from erasec.graphs.signature import INPUTS, OUTPUTS, pixel_unit
 from erasec.progress import bar
 from erasec.runtime.backends import carried_text
 from erasec.runtime.schedulers import make_scheduler
@@ -223,8 +223,7 @@ def latent_shape(
             fix="use a text-to-image model",
         )
     scale, trained = downscale(vae), unet["sample_size"]
-    # diffusers resizes odd sizes between the levels of a UNet; an exported graph has no such branch.
-    unit = scale if torch else scale * downscale(unet)
+    unit = scale if torch else pixel_unit(unet, vae)
     sizes = []
     for name, requested, default in zip(
         ("height", "width"),

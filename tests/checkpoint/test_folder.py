@@ -153,10 +153,14 @@ def test_a_variant_is_chosen(tmp_path: Path, names: list[str], variant: str, cho
 
 @pytest.mark.parametrize(
     "index",
-    ["diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16.safetensors.index.json"],
+    [
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+        "diffusion_pytorch_model.safetensors.fp16.index.json",
+        "diffusion_pytorch_model.fp16.safetensors.index.json",
+    ],
 )
 @pytest.mark.parametrize("variant", ["fp16", ""])
-def test_shards_of_a_variant_are_found_by_either_index(tmp_path: Path, index: str, variant: str) -> None:
+def test_shards_of_a_variant_are_found_by_any_index(tmp_path: Path, index: str, variant: str) -> None:
     put(tmp_path, f"unet/{index}")
     folder = Folder(tmp_path, variant)
     assert sorted(folder.entries("unet")) == ["x", "y"] and len(folder.weight_files("unet")) == 2

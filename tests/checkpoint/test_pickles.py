@@ -110,6 +110,19 @@ def test_a_folder_of_pickles_is_read_as_one_of_safetensors(tmp_path: Path) -> No
     assert sum(path.is_symlink() for path in out.rglob("*")) == 7
 
 
+def test_legacy_shards_of_a_variant_are_converted_with_their_index(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    shard = "diffusion_pytorch_model-00001-of-00001.fp16"
+    torch.save({"x": torch.ones(2).half()}, tmp_path / "unet" / f"{shard}.bin")
+    index = {"metadata": {}, "weight_map": {"x": f"{shard}.bin"}}
+    (tmp_path / "unet" / "diffusion_pytorch_model.bin.fp16.index.json").write_text(json.dumps(index))
+    folder = Folder(pickles.folder_as_safetensors(tmp_path, "fp16"), "fp16")
+    assert [path.name for path in folder.weight_files("unet")] == [f"{shard}.safetensors"]
+    assert folder.weights("unet").name == "diffusion_pytorch_model.safetensors.fp16.index.json"
+    assert checkpoint.read_tensor(folder.entries("unet")["x"]).dtype == torch.float16
+
+
 def pickled(root: Path, *names: str, index: object = None) -> Path:
     """A diffusers folder of empty weights: a pickle among them that is opened is an error."""
     components = {Path(name).parent.as_posix() for name in names}
@@ -153,6 +166,11 @@ def pickled(root: Path, *names: str, index: object = None) -> Path:
             ],
             "",
             ["unet/diffusion_pytorch_model.bin"],
+        ),
+        (
+            ["unet/diffusion_pytorch_model-00001-of-00001.fp16.bin", "unet/diffusion_pytorch_model.bin"],
+            "fp16",
+            ["unet/diffusion_pytorch_model-00001-of-00001.fp16.bin"],
         ),
         (["unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors"], "", []),
         (["text_encoder/pytorch_model-00001-of-00002.bin", "text_encoder/model.safetensors.index.json"], "", []),

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import random_models
 import torch
 
+from erasec.base import Context
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import Folder
 from erasec.commands.diff import Difference, compare, locate, rank
 from erasec.errors import ErasecError
 from erasec.model.loading import load
+from erasec.targets.ldm import Ldm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -77,6 +81,13 @@ def test_the_same_is_the_same_however_it_is_laid_out(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a", base), tmp_path / "b"
     assert compare(a, folder(tmp_path / "c", base)) == []
     shards = [{key: base[key] for key in keys} for keys in (("a.weight", "empty"), ("b.weight", "b.bias"))]
+    for root, name in (
+        (tmp_path / "new", "model.fp16-0000{}-of-00002"),
+        (tmp_path / "old", "model-0000{}-of-00002.fp16"),
+    ):
+        for number, shard in enumerate(shards, 1):
+            checkpoint.save_tensors(root / "unet" / f"{name.format(number)}.safetensors", shard)
+    assert compare(tmp_path / "new", tmp_path / "old") == []
     for number, shard in enumerate(shards, 1):
         checkpoint.save_tensors(b / "unet" / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors", shard)
     (b / "model_index.json").write_text("{}")
@@ -125,11 +136,37 @@ def test_two_files(tmp_path: Path) -> None:
     assert compare(tmp_path / "a.safetensors", tmp_path / "c.safetensors") == []
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_folder_and_its_single_file_are_the_same_but_for_what_moved(tmp_path: Path, family: str) -> None:
+    """Old names in the VAE, and tensors that the file joins or transposes, as in SDXL's second text encoder."""
+    random_models.random_folder(tmp_path / "a", family, dtype="float16")
+    model = Folder(tmp_path / "a")
+    Ldm().export(model, tmp_path, Context())
+    file = tmp_path / "model.safetensors"
+    assert compare(tmp_path / "a", file) == compare(file, tmp_path / "a") == []
+    moved = {"unet": "conv_in.weight", "text_encoder": "text_model.final_layer_norm.bias"}
+    if family == "sdxl":
+        moved["text_encoder_2"] = "text_projection.weight"
+
+    def doubled(component: str, key: str) -> Callable[[], torch.Tensor]:
+        return lambda: 2 * checkpoint.read_tensor(model.entries(component)[key])
+
+    model.write(tmp_path / "b", {component: {key: doubled(component, key)} for component, key in moved.items()})
+    differences = compare(file, tmp_path / "b")
+    assert [(item.kind, item.key) for item in differences] == [
+        ("moved", f"{component}/{key}") for component, key in sorted(moved.items())
+    ]
+    assert all(item.change == pytest.approx(1) for item in differences)
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     a = folder(tmp_path / "a", tensors(torch.float32))
-    with pytest.raises(ErasecError, match="a folder cannot be compared with a file"):
-        compare(a, a / "model_index.json")
+    checkpoint.save_tensors(tmp_path / "part.safetensors", tensors(torch.float32))
+    with pytest.raises(ErasecError, match="this file is no single-file checkpoint"):
+        compare(a, tmp_path / "part.safetensors")
     (tmp_path / "x").mkdir()
+    with pytest.raises(ErasecError, match="x cannot be compared with a file"):
+        compare(tmp_path / "part.safetensors", tmp_path / "x")
     with pytest.raises(ErasecError, match="no safetensors weights"):
         compare(tmp_path / "x", tmp_path / "x")
     with pytest.raises(ErasecError, match="no folder or file"):

@@ -253,6 +253,23 @@ def test_a_renamed_key_is_noticed(files: dict[str, dict[str, Shape]], data: st.D
     assert after.keys() < before.keys()
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_text_encoder_without_its_prefix_is_read(files: dict[str, dict[str, Shape]], family: str) -> None:
+    places = from_single(family, files[family])
+    short = {key.replace("transformer.text_model.", "transformer."): shape for key, shape in files[family].items()}
+    more = {
+        f"{LAYOUTS[family].prefixes['text_encoder']}{name}": () for name in ("embeddings.position_ids", "logit_scale")
+    }
+    assert short.keys() != files[family].keys()
+    read = from_single(family, short | more)
+    assert read.keys() == places.keys()
+    assert {place.key for place in read.values()} == short.keys()
+    with pytest.raises(ErasecError, match="are the same tensor under two names"):
+        from_single(family, files[family] | short)
+    with pytest.raises(ErasecError, match="is no tensor of"):
+        from_single(family, short | {f"{LAYOUTS[family].prefixes['text_encoder']}encoder.layers.0.mlp.fc3.bias": (4,)})
+
+
 def test_what_belongs_to_no_component_is_left_out(files: dict[str, dict[str, Shape]]) -> None:
     extra = {
         "alphas_cumprod": (1000,),

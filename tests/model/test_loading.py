@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from erasec.errors import ErasecError
 from erasec.family import detect
 from erasec.model import loading
 from erasec.model import sidecar as extras
+from erasec.model.text_encoders import ENCODERS
 
 
 def test_the_family_of_a_folder_is_detected(random_folder: Path) -> None:
@@ -135,6 +137,20 @@ def test_a_folder_without_its_small_files_is_incomplete(
     with pytest.raises(ErasecError, match="is incomplete") as caught:
         loading.load(str(copy))
     assert f"{part}/{file}" in caught.value.why
+
+
+def test_a_tokenizer_of_another_class_is_named(random_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(random_folder, tmp_path / "copy"))
+    index = json.loads((copy / "model_index.json").read_text())
+    for name, known in (("CLIPTokenizerFast", True), ("BertTokenizer", False)):
+        (copy / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", name]}))
+        if known:
+            assert loading.load(str(copy)).sites
+            continue
+        with pytest.raises(ErasecError, match="tokenizer is a BertTokenizer") as caught:
+            loading.load(str(copy))
+        assert "CLIPTokenizer and T5Tokenizer" in caught.value.why
+    assert loading.TOKENIZERS.keys() == set(ENCODERS.values())
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, cached: Path, fetched: Path) -> list[bool]:

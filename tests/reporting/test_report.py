@@ -168,6 +168,15 @@ def test_the_card_shows_how_to_load_each_artifact(tmp_path: Path) -> None:
         compile(block, "card", "exec")
 
 
+def test_the_card_names_the_variant_and_the_sizes_that_graphs_take(tmp_path: Path) -> None:
+    hf, onnx = star_report().written[:2]
+    card = written(star_report(written=(replace(hf, variant="fp16"), replace(onnx, multiple=64))), tmp_path / "a")[2]
+    assert 'from_pretrained("hf", variant="fp16")' in card
+    assert "The graphs in onnx take heights and widths that are multiples of 64 pixels." in card
+    plain = written(star_report(written=(hf, onnx)), tmp_path / "b")[2]
+    assert 'from_pretrained("hf")' in plain and "multiples of" not in plain
+
+
 def test_a_report_of_almost_nothing(tmp_path: Path) -> None:
     empty = Report(star_report().model, (), (), (), (), (), (), (), {}, {}, (), True)
     html, facts, card = written(empty, tmp_path)
