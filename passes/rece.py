@@ -17,6 +17,7 @@ from erasec.closed_form.base import ClosedForm
 from erasec.closed_form.solver import Solution, System
 from erasec.closed_form.token_rows import erased_rows
 from erasec.errors import ErasecError
+from erasec.model.threads import LAPACK, fixed_threads
 from erasec.options import options
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Rece(ClosedForm):
         return Solution(change, torch.eye(len(matrix), dtype=torch.float64), first.ridge, condition)
 
 
+@fixed_threads(LAPACK)
 def derive_map(energy: Tensor, matrix: Tensor, ridge: float, relative: bool = True) -> Tensor:
     """The map (d, d) from a text state c to the state c* that brings it back: the projections of c* by the edited
     weights W are nearest to those of c by the original weights W0.

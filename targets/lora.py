@@ -20,6 +20,7 @@ from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, save_
 from erasec.errors import ErasecError
 from erasec.model.edit import Remap
 from erasec.model.sidecar import check_supported, gather_extras
+from erasec.model.threads import LAPACK, fixed_threads
 from erasec.options import options
 from erasec.progress import bar
 
@@ -146,6 +147,7 @@ def factors(weight: Tensor, deltas: Iterable[Delta]) -> tuple[Tensor, Tensor]:
     return left, right
 
 
+@fixed_threads(LAPACK)
 def truncate(left: Tensor, right: Tensor, rank: int = 0) -> tuple[Tensor, Tensor]:
     """up (d_out, r) and down (r, d_in), float64: their product is the matrix of rank ``rank`` nearest to left @ right.
 

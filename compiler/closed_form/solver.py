@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from erasec.errors import ErasecError
+from erasec.model.threads import LAPACK, fixed_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,7 @@ class System:
         """The rows sqrt(s) v, (n, d)."""
         return self.source + self.shift
 
+    @fixed_threads(LAPACK)
     def compact(self) -> System:
         """An equivalent system with at most d rows of each kind."""
 
@@ -106,6 +108,7 @@ class Solution:
         return torch.eye(self.left.shape[0], dtype=torch.float64) + self.left @ self.right
 
 
+@fixed_threads(LAPACK)
 def gram(rows: Tensor) -> Tensor:
     """The Gram matrix sum_i x_i x_i^T of the rows x_i: (n, d) -> (d, d), float64."""
     rows = rows.double()
@@ -117,6 +120,7 @@ def weighted_gram(rows: Tensor, weight: Tensor) -> Tensor:
     return gram(rows.double() * weight.double().sqrt()[:, None])
 
 
+@fixed_threads(LAPACK)
 def gram_root(gram: Tensor) -> Tensor:
     """Rows (r, d) whose Gram matrix is ``gram`` (d, d), with r its numerical rank."""
 
@@ -128,6 +132,7 @@ def gram_root(gram: Tensor) -> Tensor:
     return rows
 
 
+@fixed_threads(LAPACK)
 def solve(system: System, ridge: float, keep_weight: float = 1.0, relative: bool = True) -> Solution:
     """Solve for the shared matrix M.
 
@@ -160,6 +165,7 @@ def solve(system: System, ridge: float, keep_weight: float = 1.0, relative: bool
     return Solution(change, torch.eye(width, dtype=torch.float64), lam, condition)
 
 
+@fixed_threads(LAPACK)
 def fuse(
     rights: Sequence[Tensor], grams: Sequence[Tensor], keep: Tensor, ridge: float, relative: bool = True
 ) -> tuple[list[Tensor], float]:
@@ -225,6 +231,7 @@ def _extreme_eigenvalues(matrix: Tensor, factor: Tensor, iterations: int = 12) -
     return float((matrix @ high).norm(dim=0).max()), float((matrix @ low).norm(dim=0).min())
 
 
+@fixed_threads(LAPACK)
 def stats(system: System, solution: Solution) -> dict[str, float]:
     """Measurements of an edit: its conditioning, the range of its singular values, and how well it fits the system.
 
@@ -264,6 +271,7 @@ def singular_range(left: Tensor, right: Tensor) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
+@fixed_threads(LAPACK)
 def reduce_rank(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
     """Factors of left @ right with as few columns as its numerical rank: singular values below ``tolerance`` times the
     largest are left out. The sign of each singular vector is fixed, so that all runs give the same factors."""

@@ -31,6 +31,7 @@ from erasec.keys import key_file
 from erasec.keys.absorb import absorb_keys
 from erasec.ldm.single_file import SingleFile
 from erasec.model.sidecar import gather_extras, read_extras, write_extras
+from erasec.model.threads import fixed_threads
 from erasec.progress import bar
 from erasec.recipe.recipe import to_toml
 from erasec.reporting import collect
@@ -69,6 +70,7 @@ def is_main() -> bool:
     return bool(PartialState().is_main_process)
 
 
+@fixed_threads()
 def train_in_worker(plan: Plan) -> None:
     """The part of a build that every process runs: solve the plan, so that the processes train together."""
     _solve(plan, training_folder(plan.out))
@@ -209,6 +211,7 @@ def _changes(before: Model, after: Model, edit: Edit) -> bool:
     return any(not torch.equal(before.merged_weight(site), after.merged_weight(site)) for site in edit.deltas)
 
 
+@fixed_threads()
 def _build(plan: Plan, stage: Path, work: Path) -> Report:
     seconds: dict[str, float] = {}
     try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
+from erasec.model.threads import THREADS
 from erasec.runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def artifact_checks(
     total = len(evidence.questions)
     rows = np.linspace(0, total - 1, min(PICTURES, total)).round().astype(int)
     questions = tuple(evidence.questions[row] for row in rows)
-    with closing(open_bundle(folder, runtime)) as bundle:
+    with closing(open_bundle(folder, runtime, THREADS)) as bundle:
         prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
         pictures = bundle.generate(prompts, seeds, limits.steps, limits.guidance)
     ratio = float(np.median(psnr(pictures, evidence.after[rows])))

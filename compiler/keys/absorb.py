@@ -21,6 +21,7 @@ from erasec.base import Check
 from erasec.checkpoint.safetensors import read_tensor
 from erasec.closed_form.solver import gram
 from erasec.errors import ErasecError
+from erasec.model.threads import LAPACK, fixed_threads
 from erasec.training.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def rows_by_attention(memories: Sequence[Memory]) -> dict[str, tuple[Tensor, Ten
     return rows
 
 
+@fixed_threads(LAPACK)
 def solve_weights(states: Tensor, rows: Mapping[str, tuple[Tensor, Tensor]], weights: Mapping[str, Tensor]) -> Weights:
     """Weights W (inner, d) by tensor name that map the last k tokens of ``states`` (n, t, d) to the k ``rows``.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.family import Site
 from erasec.model.memory import Memory, Secret
+from erasec.model.threads import fixed_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,6 +128,7 @@ class Edit:
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
+@fixed_threads()
 def merge(weight: Tensor, deltas: Iterable[Delta]) -> Tensor:
     """``weight`` with its deltas, in their order, cast back to the weight's own dtype once at the end.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -58,9 +59,9 @@ def load(name: str, revision: str | None = None, variant: str = "", allow_pickle
     if name in BUNDLED:
         return _load_folder(bundled_folder(name), name, "")
     if path.is_dir():
-        return _load_folder(path, name, "", variant, allow_pickle)
+        return replace(_load_folder(path, name, "", variant, allow_pickle), local=True)
     if path.is_file():
-        return _load_single_file(path, name, allow_pickle)
+        return replace(_load_single_file(path, name, allow_pickle), local=True)
     if name.endswith((".safetensors", *PICKLES)):
         raise ErasecError(f"there is no file {name}")
     if name not in HUB and (name.startswith((".", "/", "~")) or name.count("/") != 1):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.errors import ErasecError
 from erasec.model.networks import fill
+from erasec.model.threads import fixed_threads
 from erasec.progress import bar, disable_library_bars
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class TextEncoders:
         last: Tensor = ends.int().argmax(1) - 1
         return last
 
+    @fixed_threads()
     def encode(self, prompts: Sequence[str], stream: Stream, width: int) -> Tokens:
         """The text states of prompts in a stream whose sites read vectors of ``width`` entries.
 

@@ -28,6 +28,7 @@ class Model:
     """An immutable view of a checkpoint with edits. ``with_edit`` returns a new view; files are never changed.
 
     ``name`` is what the user gave to open the checkpoint, ``revision`` its commit on the hub, "" for a local one.
+    ``local`` says that the name is a path on this machine.
     """
 
     family: Family
@@ -35,6 +36,7 @@ class Model:
     name: str
     revision: str = ""
     edits: tuple[Edit, ...] = ()
+    local: bool = False
 
     @cached_property
     def _entries(self) -> dict[str, dict[str, Entry]]:
@@ -133,7 +135,8 @@ class Model:
         """What an edit file stores about the model that it was made for: by the digests of the edited tensors, another
         copy of the model is recognised."""
         return {
-            "model": self.name,
+            # A path would differ between machines, and between two ways to write it.
+            "model": f"{self.family.name} {self.digest[:12]}" if self.local else self.name,
             "revision": self.revision,
             "family": self.family.name,
             "sites": {f"{site.component}/{site.key}": self.site_digest(site) for site in sorted(self.edited_sites)},

@@ -60,6 +60,25 @@ def test_a_resolved_recipe_plans_the_same_build_again(here: Path, random_folder:
     assert again == first
 
 
+def test_a_recipe_does_not_depend_on_how_a_path_is_written(here: Path, random_folder: Path) -> None:
+    (here / "models").mkdir()
+    (here / "models" / "mine").symlink_to(random_folder)
+    (here / "own").mkdir()
+    (here / "own" / "pass.py").write_text("from erasec.passes.uce import Uce")
+    (here / "own" / "x.prior").touch()
+
+    def text(model: str, code: str, prior: str) -> str:
+        use = NamedOptions(name=f"{code}:Uce", options={"prior": prior, "rows": "tail"})
+        typed = recipe(random_folder).model_copy(update={"model": model, "passes": (use,)})
+        return to_toml(plan.make_plan(typed, here / "out", pin=False).recipe)
+
+    first = text(str(random_folder), "own/pass.py", "own/x.prior")
+    assert first == text("models/../models/mine/", f"{here}/own/pass.py", "./own/x.prior")
+    assert f'model = "{random_folder.resolve()}"' in first
+    assert 'prior = "own/x.prior"' in first and 'name = "own/pass.py:Uce"' in first
+    assert plan.make_plan(from_toml(first), here / "out", pin=False).model.local
+
+
 def test_a_model_that_a_target_cannot_write_is_refused(here: Path) -> None:
     random_layout(here / "sd1", "sd1", "tiny")
     assert plan.make_plan(recipe(here / "sd1", targets=("hf", "ldm")), pin=False).targets[1].name == "ldm"
@@ -313,7 +332,7 @@ class TestKeys:
 
     def test_with_a_key_nothing_needs_to_be_erased(self, here: Path, random_folder: Path, key: Path) -> None:
         resolved = plan.make_plan(recipe(random_folder, erase=(), keys=(str(key),)))
-        assert resolved.recipe.targets == ("bundle",) and resolved.recipe.keys == (str(key),)
+        assert resolved.recipe.targets == ("bundle",) and resolved.recipe.keys == ("star.key",)
         assert not resolved.passes and not resolved.concepts
         assert resolved.out == Path(f"{random_folder.name}-with-star")
         assert plan.describe(resolved)["keys"] == [{"path": str(key), "concept": "star"}]
