@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.base import Check
-from erasec.errors import ErasecError
+from erasec.documents import POINTER, refuse_pointer
+from erasec.errors import ErasecError, shown
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -74,55 +75,85 @@ def check_format(path: Path, number: int, newest: int) -> None:
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries by tensor name, and the metadata, of a safetensors file. No tensor is read.
 
-    Raises ErasecError if the file is damaged, has an unfinished in-place edit, or has a dtype that is not in DTYPES.
+    The library safetensors judges the header first, so that no file is accepted here that others refuse. Raises
+    ErasecError if the file is damaged, has an unfinished in-place edit, or has a dtype that is not in DTYPES.
     """
-    size = file.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
+    with file.open("rb") as handle:
+        first = handle.read(len(POINTER))
+        refuse_pointer(file, first)
+        if first[:8] == BLANK:
+            raise ErasecError(
+                f"an in-place edit of {file.name} was interrupted",
+                where=str(file),
+                why="until the edit is finished, its tensors may be partly old and partly new",
+                fix=f"erasec recover {file.parent}   finishes it with its journal",
+            )
+        try:
+            with safe_open(file, "np"):  # maps the file, and reads the header alone
+                pass
+        except SafetensorError as error:
+            raise _damaged(file, str(error).removeprefix("Error while deserializing header: ")) from error
+        length = int.from_bytes(first[:8], "little")
+        handle.seek(8)
+        text = handle.read(length)
     try:
-        with file.open("rb") as handle:
-            first = handle.read(8)
-            if first == BLANK:
-                raise ErasecError(
-                    f"an in-place edit of {file.name} was interrupted",
-                    where=str(file),
-                    why="until the edit is finished, its tensors may be partly old and partly new",
-                    fix=f"erasec recover {file.parent}   finishes it with its journal",
-                )
-            length = int.from_bytes(first, "little")
-            if length > size - 8:
-                raise ValueError(f"the header would be {length} bytes long in a file of {size}")
-            header = json.loads(handle.read(length))
-        metadata = header.pop("__metadata__", {})
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", None) or {}
         entries = {
             key: Entry(file, item["dtype"], tuple(item["shape"]), *(8 + length + at for at in item["data_offsets"]))
             for key, item in header.items()
         }
-        if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
-            raise ErasecError(
-                f"{file.name} holds tensors of the dtype {min(unknown)}",
-                why=f"supported dtypes: {', '.join(DTYPES)}",
-                fix="use the model's float16 or float32 file",
-                where=str(file),
-            )
-        end = max((entry.stop for entry in entries.values()), default=8 + length)
-        if end != size:
-            raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except TypeError as error:  # the library accepts an entry without names, as a list
+        raise _damaged(file, "the entry of a tensor is not a table") from error
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
         raise ErasecError(
-            f"{file.name} is no whole safetensors file",
-            why=str(error),
+            f"{file.name} holds tensors of the dtype {min(unknown)}",
+            why=f"supported dtypes: {', '.join(DTYPES)}",
+            fix="use the model's float16 or float32 file",
             where=str(file),
-            fix="fetch the file again and compare its size",
-        ) from error
+        )
     return entries, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a header. The format forbids a name that is there twice; of two, libraries take one or the other."""
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"its header has {shown(name)} twice")
+        table[name] = value
+    return table
+
+
+def _damaged(file: Path, why: str) -> ErasecError:
+    return ErasecError(
+        f"{file.name} is no whole safetensors file",
+        why=why,
+        where=str(file),
+        fix="fetch the file again and compare its size",
+    )
+
+
+def read_bytes(entry: Entry) -> bytearray:
+    """The stored bytes of one tensor. Raises ErasecError if the file has become shorter."""
+    size = entry.stop - entry.start
+    with entry.file.open("rb") as handle:
+        handle.seek(entry.start)
+        data = bytearray(size)
+        if handle.readinto(data) < size:
+            raise _damaged(entry.file, "it became shorter while it was read")
+    return data
 
 
 def read_tensor(entry: Entry) -> Tensor:
     """Read one tensor in its stored dtype, as a contiguous copy in memory."""
     import torch
 
-    with entry.file.open("rb") as handle:
-        handle.seek(entry.start)
-        data = bytearray(handle.read(entry.stop - entry.start))
+    data = read_bytes(entry)
     dtype = getattr(torch, DTYPES[entry.dtype])
     if not data:
         return torch.zeros(entry.shape, dtype=dtype)
