@@ -37,15 +37,17 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Source(NamedTuple):
-    """How errors speak of a document: ``what`` it is, such as "the recipe"; ``where`` it is; how to ``fix`` it."""
+    """How errors speak of a document: ``what`` it is, such as "the recipe"; ``where`` it is; how to ``fix`` it; and
+    what it is if it cannot be used, such as "is no edit file" (``state``)."""
 
     what: str
     where: str = ""
     fix: str = FETCH
+    state: str = ""
 
     def error(self, why: str, state: str = "cannot be read") -> ErasecError:
-        """The error for a document that cannot be used."""
-        return ErasecError(f"{self.what} {state}", why=why, where=self.where, fix=self.fix)
+        """The error for a document that cannot be used; ``state`` is for a source without its own."""
+        return ErasecError(f"{self.what} {self.state or state}", why=why, where=self.where, fix=self.fix)
 
 
 def read_json(path: Path, kind: type[T], fix: str = FETCH) -> T:

@@ -68,6 +68,17 @@ class MissingTool(ErasecError):
     exit_code = TOOL_MISSING
 
 
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, as the ``why`` of an ErasecError: its first line, or words for what it has
+    none for. ``--verbose`` prints the whole exception."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{shown(error.args[0])} is missing or not known"
+    if isinstance(error, (TypeError, AttributeError, IndexError, AssertionError)):
+        return "a value is of another type or size than its reader expects"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def suggestion(name: str, options: Iterable[str]) -> str:
     """A half sentence that suggests the name in ``options`` closest to ``name``, or lists all of them."""
     options = sorted(options)

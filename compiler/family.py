@@ -7,7 +7,6 @@ file may extend another one: it then inherits every key that it does not set, an
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from erasec.documents import read_toml
 from erasec.errors import ErasecError
 
 Shape = tuple[int, ...]
@@ -258,10 +258,7 @@ def read_families(folder: Path = FOLDER) -> dict[str, Family]:
     """
     contents = {}
     for path in sorted(folder.glob("*.toml")):
-        try:
-            contents[path.stem] = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ErasecError(f"{path.name} is not TOML", why=str(error), where=str(path)) from error
+        contents[path.stem] = read_toml(path, path.name)
     adapter = TypeAdapter(Family)
     families = {}
     for stem in contents:

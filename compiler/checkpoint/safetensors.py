@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from erasec.base import Check
-from erasec.documents import POINTER, refuse_pointer
+from erasec.documents import POINTER, Source, parse_json, refuse_pointer
 from erasec.errors import ErasecError, shown
 from erasec.progress import bar
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.family import Shape
+
+T = TypeVar("T")
 
 DTYPES = {
     "F64": "float64",
@@ -61,15 +66,27 @@ class Entry:
     transposed: bool = False
 
 
-def check_format(path: Path, number: int, newest: int) -> None:
-    """Raise ErasecError where ``path`` has a format ``number`` above ``newest``, the newest that this version reads."""
+@with_config(ConfigDict(extra="allow"))
+class _Versioned(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+
+
+def read_metadata(metadata: Mapping[str, str], name: str, kind: type[T], newest: int, source: Source) -> T:
+    """The entry ``name`` of a file's metadata: JSON of the type ``kind``, whose ``format`` is at most ``newest``.
+
+    Raises ErasecError if there is none, it is damaged, or it has a later format.
+    """
+    if name not in metadata:
+        raise source.error(f"its metadata has no entry {name}")
+    number = parse_json(metadata[name], _Versioned, source)["format"]
     if number > newest:
         raise ErasecError(
-            f"{path.name} has the format {number}",
-            where=str(path),
+            f"{source.what} has the format {number}",
+            where=source.where,
             why=f"this version of erasec reads formats up to {newest}",
             fix="pip install --upgrade erasec",
         )
+    return parse_json(metadata[name], kind, source)
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -159,6 +176,28 @@ def read_tensor(entry: Entry) -> Tensor:
         return torch.zeros(entry.shape, dtype=dtype)
     flat = torch.frombuffer(data, dtype=dtype)
     return flat.reshape(entry.shape[::-1]).T.contiguous() if entry.transposed else flat.reshape(entry.shape)
+
+
+def read_finite(entries: Mapping[str, Entry], name: str) -> Tensor:
+    """Read one tensor of floats. Raises ErasecError where there is none of that ``name``, or it has other numbers."""
+    if name not in entries:
+        file = next((entry.file for entry in entries.values()), None)
+        raise ErasecError(
+            f"{file.name if file else 'the file'} is damaged",
+            why=f"it has no tensor {shown(name)}, which its metadata names",
+            where=str(file or ""),
+            fix="fetch the file again",
+        )
+    entry = entries[name]
+    tensor = read_tensor(entry)
+    if entry.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+        raise ErasecError(
+            f"the tensor {name} of {entry.file.name} is not finite",
+            why="it has a NaN or an infinity" if entry.dtype in FLOATS else f"it is {DTYPES[entry.dtype]}",
+            where=str(entry.file),
+            fix="fetch the file again, or make it again",
+        )
+    return tensor
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

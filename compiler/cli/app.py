@@ -15,6 +15,7 @@ import typer
 from erasec.cli import output
 from erasec.cli.options import (
     ABSORB,
+    CODE,
     DEVICE,
     ERASE,
     JSON,
@@ -93,6 +94,7 @@ def build(
     revision: REVISION = None,
     variant: VARIANT = None,
     allow_pickle: PICKLE = False,
+    allow_code: CODE = False,
     link: LINK = False,
     as_json: JSON = False,
     verbose: VERBOSE = False,
@@ -112,6 +114,7 @@ def build(
             revision=revision,
             variant=variant,
             allow_pickle=allow_pickle or None,
+            allow_code=allow_code,
             link=link or None,
         )
         from erasec.commands.build import is_main, train_in_worker
@@ -156,6 +159,7 @@ def plan(
     revision: REVISION = None,
     variant: VARIANT = None,
     allow_pickle: PICKLE = False,
+    allow_code: CODE = False,
     link: LINK = False,
     all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
     as_json: JSON = False,
@@ -176,6 +180,7 @@ def plan(
             revision=revision,
             variant=variant,
             allow_pickle=allow_pickle or None,
+            allow_code=allow_code,
             link=link or None,
         )
         from erasec.commands.plan import describe, make_plan

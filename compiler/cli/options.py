@@ -75,6 +75,7 @@ SEED = Annotated[int | None, typer.Option("--seed", help="seed of all random num
 REVISION = Annotated[str | None, typer.Option("--revision", help="commit, tag or branch of a hub model")]
 VARIANT = Annotated[str | None, typer.Option("--variant", help="variant of a folder's weights, such as fp16")]
 PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights (tensors only)")]
+CODE = Annotated[bool, typer.Option("--allow-code", help="let a recipe name classes in Python files, which then run")]
 LINK = Annotated[bool, typer.Option("--link", help="hard-link unchanged files instead of copying them")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print tracebacks and warnings")]

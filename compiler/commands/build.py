@@ -27,7 +27,7 @@ from erasec.keys.absorb import absorb_keys
 from erasec.ldm.single_file import SingleFile
 from erasec.model.sidecar import gather_extras, read_extras, write_extras
 from erasec.progress import bar
-from erasec.recipe.recipe import to_toml
+from erasec.recipe.recipe import code_files, to_toml
 from erasec.reporting import collect
 from erasec.reporting.report import EditRecord, Report, write_report
 from erasec.training.base import TrainingContext
@@ -220,6 +220,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         notes=tuple(_notes(plan, solved, built, bool(evidence))),
         passed=all(check.passed for check in checks),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
+        rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
     )
     write_report(report, stage)
     return report

@@ -6,7 +6,6 @@ weights and outputs are compared with it. The base model is not needed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -26,6 +25,7 @@ from erasec.checkpoint.safetensors import file_digest, finite_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
 from erasec.graphs.manifest import MANIFEST, read_manifest
 from erasec.graphs.signature import NAMES, input_shapes
+from erasec.reporting.read import REPORT, read_report
 from erasec.runtime.backends import GraphComponents, GraphRuntime, OnnxRuntime, with_vectors
 
 if TYPE_CHECKING:
@@ -158,17 +158,12 @@ def _graph_runtimes() -> list[type[GraphRuntime]]:
 
 def _recorded_digests(folder: Path) -> dict[str, Digests]:
     """The digests in a build's report.json, by the path of the target; empty if there is no report."""
-    path = folder / "report.json"
-    if not path.is_file():
+    if not (folder / REPORT).is_file():
         return {}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            target["path"]: {name: file["sha256"] for name, file in target["files"].items()}
-            for target in report["written"]
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ErasecError(f"{path} is damaged", why=repr(error), fix="build it again") from error
+    return {
+        target["path"]: {name: file["sha256"] for name, file in target["files"].items()}
+        for target in read_report(folder)["written"]
+    }
 
 
 def _steps(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.errors import ErasecError
+from erasec.reporting.read import read_report
 from erasec.training.base import Learned
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> 
 def time(out: Path) -> dict[str, Any]:
     """The seconds that an earlier build in ``out`` took; None if there was none."""
     try:
-        seconds = json.loads((out / "report.json").read_text(encoding="utf-8"))["seconds"]
+        seconds = read_report(out)["seconds"]
         return {"seconds": float(sum(seconds.values())), "how": f"measured: the earlier build in {out} took this long"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except ErasecError:
         return {"seconds": None, "how": "not known: nothing was built here before"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
 from erasec.model import loading
+from erasec.reporting.read import read_report
 
 if TYPE_CHECKING:
     from erasec.model.view import Model
@@ -46,9 +46,9 @@ def _is_build(out: Path) -> bool:
     """Whether a folder holds an earlier build or a rejected build, and nothing else."""
     names = {path.name for path in out.iterdir()}
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        report = read_report(out)
         own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except ErasecError:
         return names == {".rejected"}
     return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
 

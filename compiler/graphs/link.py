@@ -351,7 +351,7 @@ def _origin_digest(origin: Origin | None, component: str) -> str:
 
 def _check_shared(share: Path, name: str, key: str, origin: str) -> None:
     """Raise ErasecError where the folder ``share`` has another graph, or was linked from another base."""
-    shared = read_manifest(share)["graphs"].get(name, {})
+    shared: Mapping[str, Any] = {**read_manifest(share)["graphs"].get(name, {})}
     for what, expected in (("graph", key), ("origin", origin)):
         if not expected or shared.get(what) != expected:
             raise ErasecError(
