@@ -98,6 +98,9 @@ def read_text(path: Path, fix: str = FETCH) -> str:
 def fault(error: ValidationError) -> str:
     """The first fault that pydantic found, with its key."""
     first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "missing":
+        *outer, name = map(str, first["loc"])
+        return f"{'.'.join(outer)}: it has no {name!r}" if outer else f"it has no {name!r}"
     key = ".".join(map(str, first["loc"]))
     text = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     return f"{key}: {text}" if key else text

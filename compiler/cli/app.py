@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +32,8 @@ from erasec.cli.options import (
     VERBOSE,
     report_errors,
 )
-from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, suggestion
+from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, printable, suggestion
+from erasec.progress import note as say
 from erasec.registry import RUNTIMES
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def build(
             train_in_worker(plan)
             return
         for note in notes(plan):
-            print(f" note: {note}", file=sys.stderr)
+            say(note)
         try:
             report = run_plan(plan)
         except CheckFailed as error:
@@ -141,7 +141,7 @@ def build(
         print(f"{plan.out}\n{plan.out / 'report.html'}")
         print(output.verdict(sum(check.limit is not None for check in report.checks), report.rates))
         for note in report.notes:
-            print(f" note: {note}", file=sys.stderr)
+            say(note)
 
 
 @app.command()
@@ -252,7 +252,7 @@ def apply(
         print(result.path)
         print(f"changed {result.tensors} tensors, {size(result.bytes)}")
         for note in result.notes:
-            print(f" note: {note}", file=sys.stderr)
+            say(note)
 
 
 @app.command()
@@ -285,7 +285,7 @@ def relink(
         print(result.path)
         print(f"changed {result.tensors} tensors, {size(result.bytes)}")
         if out is None and (folder.resolve().parent / "report.json").is_file():
-            print(" note: the report and the other folders of this build still describe the old edit", file=sys.stderr)
+            say("the report and the other folders of this build still describe the old edit")
 
 
 @app.command()
@@ -301,7 +301,7 @@ def combine(
 
         edit = combine_edits(edits, without or (), out)
         print(out)
-        print(f"erases {', '.join(edit.concepts)}")
+        print(f"erases {printable(', '.join(edit.concepts))}")
 
 
 @app.command()
@@ -335,7 +335,7 @@ def recover(
 
         files = journal.recover(path)
         for file in files:
-            print(file)
+            print(printable(str(file)))
         print(f"{len(files)} files recovered" if files else "no interrupted edit")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError
+from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError, printable
 
 MODEL = Annotated[
     str,
@@ -96,7 +96,7 @@ def report_errors(verbose: bool) -> Iterator[None]:
             yield
     except ErasecError as error:
         if verbose:
-            traceback.print_exc()
+            _print_traceback()
         print(error, file=sys.stderr)
         interrupted = isinstance(error.__cause__, KeyboardInterrupt)
         raise typer.Exit(INTERRUPTED if interrupted else error.exit_code) from error
@@ -107,10 +107,15 @@ def report_errors(verbose: bool) -> Iterator[None]:
         raise
     except OSError as error:
         if verbose:
-            traceback.print_exc()
+            _print_traceback()
         why = error.strerror or str(error) or type(error).__name__
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         print(ErasecError("a file or a connection failed", why=why, where=where), file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _print_traceback() -> None:
+    """Print the traceback of the current exception; its message may hold names from files."""
+    print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)

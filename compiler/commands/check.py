@@ -162,7 +162,7 @@ def _recorded_digests(folder: Path) -> dict[str, Digests]:
         return {}
     return {
         target["path"]: {name: file["sha256"] for name, file in target["files"].items()}
-        for target in read_report(folder)["written"]
+        for target in read_report(folder).get("written", [])
     }
 
 

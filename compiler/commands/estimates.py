@@ -56,7 +56,9 @@ def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> 
 def time(out: Path) -> dict[str, Any]:
     """The seconds that an earlier build in ``out`` took; None if there was none."""
     try:
-        seconds = read_report(out)["seconds"]
-        return {"seconds": float(sum(seconds.values())), "how": f"measured: the earlier build in {out} took this long"}
+        seconds = read_report(out).get("seconds", {})
     except ErasecError:
+        seconds = {}
+    if not seconds:
         return {"seconds": None, "how": "not known: nothing was built here before"}
+    return {"seconds": sum(seconds.values()), "how": f"measured: the earlier build in {out} took this long"}

@@ -47,9 +47,10 @@ def _is_build(out: Path) -> bool:
     names = {path.name for path in out.iterdir()}
     try:
         report = read_report(out)
-        own = {item["path"] for item in report["written"]} if report["schema"].startswith("erasec.report/") else set()
     except ErasecError:
         return names == {".rejected"}
+    ours = report.get("schema", "").startswith("erasec.report/")
+    own = {item["path"] for item in report.get("written", [])} if ours else set()
     return names <= {"report.json", "report.html", "README.md", "recipe.toml", ".rejected", *own}
 
 

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from erasec.base import Context
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.documents import Count, Sha256, Source, parse_json, read_text
-from erasec.errors import ErasecError, shown
+from erasec.errors import ErasecError
 from erasec.graphs.signature import NAMES
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def read_record(path: Path, schema: str, kind: type[T], what: str, fix: str) -> 
     text = read_text(path)
     if (found := parse_json(text, _Schema, source)["schema"]) != schema:
         raise ErasecError(
-            f"{path} has the schema {shown(found)}",
+            f"{path} has the schema {found}",
             why=f"this version of erasec reads {schema}",
             fix="use the version of erasec that built it, or build the folder again",
         )

@@ -62,7 +62,9 @@ class Concept(BaseModel):
     @classmethod
     def _pairs(cls, value: object) -> object:
         # Pairs instead of a table: they are hashable, and a resolved recipe writes them inside [[concept]] as a list.
-        return tuple(value.items()) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return tuple(value.items())
+        return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value) if isinstance(value, list) else value
 
     @field_validator("counterparts")
     @classmethod

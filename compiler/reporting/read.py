@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
@@ -31,9 +32,9 @@ class Written(TypedDict):
 class Record(TypedDict):
     """What later commands need of a report."""
 
-    schema: str
-    written: list[Written]
-    seconds: dict[str, float]
+    schema: NotRequired[str]
+    written: NotRequired[list[Written]]
+    seconds: NotRequired[dict[str, float]]
 
 
 def read_report(folder: Path) -> Record:

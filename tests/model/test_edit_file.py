@@ -63,8 +63,8 @@ def test_a_file_gives_back_the_same_edits_and_the_same_bytes(base: Model, star: 
 
 
 def test_a_remap_is_stored_once_for_all_its_sites(base: Model, star: Edit, tmp_path: Path) -> None:
-    edit_file.write_edits(tmp_path / "with", [star], {"family": "sd1"})
-    edit_file.write_edits(tmp_path / "without", [star], {"family": "sd1"}, sums=False)
+    edit_file.write_edits(tmp_path / "with", [star], base.with_edit(star).base_record())
+    edit_file.write_edits(tmp_path / "without", [star], base.with_edit(star).base_record(), sums=False)
     names = set(read_header(tmp_path / "without")[0])
     assert names == {"0/remap.0.left", "0/remap.0.right"}
     assert {name for name in read_header(tmp_path / "with")[0] if "sums" in name} == {
@@ -100,7 +100,7 @@ def test_extras_come_back(base: Model, star: Edit, tmp_path: Path) -> None:
     secret = Secret("star", draw(6, 2, 128), draw(7, 2, 128), (where,))
     more = replace(star, memories=memories, tokens=tokens, negative="a “star”", secret=secret, curves={"loss": [1.0]})
     for name in ("one", "two"):
-        edit_file.write_edits(tmp_path / name, [star, more], {})
+        edit_file.write_edits(tmp_path / name, [star, more], base.with_edit(star).base_record())
     assert file_digest(tmp_path / "one") == file_digest(tmp_path / "two")
     (plain, carrying), _ = edit_file.read_edits(tmp_path / "one")
     assert (plain.memories, plain.tokens, plain.negative) == ((), {}, "")

