@@ -356,10 +356,11 @@ def parameters(family: Family, component: str, tensors: Mapping[str, Shape]) -> 
         else:
             parts = key.removeprefix("text_model.").split(".")
             block = ".".join(parts[:-2]).replace("_blocks", "") or parts[0]
+            projection = CLIP_PROJECTIONS.get(parts[-2], "") if len(parts) > 1 else ""
             result.append(
                 Site(component, key, shape, "other", "", block)
                 if denoiser
-                else Site(component, key, shape, "text", CLIP_PROJECTIONS.get(parts[-2], ""), f"{component} {block}")
+                else Site(component, key, shape, "text", projection, f"{component} {block}")
             )
     return tuple(result)
 

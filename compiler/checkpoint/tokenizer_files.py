@@ -107,13 +107,16 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
         lines = (line.removesuffix("\r") for line in read_text(folder / MERGES).split("\n"))
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         where = folder / MERGES
-    source = Source(where.name, str(where), FETCH, "is damaged")
     if wrong := next((pair for pair in pairs if len(pair) != 2), None):
-        raise source.error(f"{shown(' '.join(wrong))} is no pair of tokens")
+        raise _damaged(where, f"{shown(' '.join(wrong))} is no pair of tokens")
     if len(set(vocabulary.values())) < len(vocabulary):
-        raise source.error("two tokens of its vocabulary have the same id")
+        raise _damaged(where.with_name(VOCABULARY) if where.name == MERGES else where, "two of its tokens have one id")
     merges = tuple((left, right) for left, right in pairs)
     return TokenizerFiles(settings, vocabulary, merges, special, _added(folder, settings, saved))
+
+
+def _damaged(path: Path, why: str) -> ErasecError:
+    return Source(path.name, str(path), FETCH, "is damaged").error(why)
 
 
 def _added(folder: Path, settings: Settings, saved: list[_AddedToken]) -> tuple[tuple[int, str | Token], ...]:
@@ -129,7 +132,7 @@ def check_rows(ids: Sequence[int], rows: int, token: Callable[[int], str | None]
 
     ``token`` returns the text of an id; ``root`` is the folder of the model.
     """
-    if (largest := max(ids, default=0)) >= rows:
+    if (largest := max(ids, default=-1)) >= rows:
         raise ErasecError(
             f"the token {shown(token(largest))} has no row in the text encoder",
             why=f"its id is {largest}, and the embedding has {rows} rows: the two are not of one model",

@@ -80,11 +80,18 @@ def examine(folder: Path, against: Path | None = None) -> Examination:
     reference = against or next(iter(checkpoints), None)
     if reference is not None and not (reference / WEIGHTS).is_file():
         raise ErasecError(f"{reference} is no checkpoint", why=f"it has no {WEIGHTS}", fix="give a diffusers folder")
+    checkpoint = None
+    if reference is not None:
+        try:
+            checkpoint = _checkpoint(reference)
+        except ErasecError:
+            if reference not in folders:  # otherwise its own checks fail
+                raise
     checks: list[Check] = []
     missing: list[MissingTool] = []
     for root, kind in folders.items():
         target = kind if root == folder and kind != "checkpoint" else root.name
-        for name, run in _steps(kind, root, recorded.get(root.name), _checkpoint(reference) if reference else None):
+        for name, run in _steps(kind, root, recorded.get(root.name), checkpoint):
             try:
                 for check in run():
                     checks.append(replace(check, name=f"{target}/{check.name}"))
@@ -161,7 +168,7 @@ def _recorded_digests(folder: Path) -> dict[str, Digests]:
     if not (folder / REPORT).is_file():
         return {}
     return {
-        target["path"]: {name: file["sha256"] for name, file in target["files"].items()}
+        target["path"]: {name: file["sha256"] for name, file in target.get("files", {}).items()}
         for target in read_report(folder).get("written", [])
     }
 

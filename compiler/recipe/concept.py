@@ -64,7 +64,9 @@ class Concept(BaseModel):
         # Pairs instead of a table: they are hashable, and a resolved recipe writes them inside [[concept]] as a list.
         if isinstance(value, Mapping):
             return tuple(value.items())
-        return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value) if isinstance(value, list) else value
+        if isinstance(value, list):
+            return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
+        return value
 
     @field_validator("counterparts")
     @classmethod

@@ -25,7 +25,7 @@ class Written(TypedDict):
     """The folder of one target, and its files by name."""
 
     path: str
-    files: dict[str, WrittenFile]
+    files: NotRequired[dict[str, WrittenFile]]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -66,7 +66,7 @@ def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Pat
     stronger = write(base, Uce(scale=2.0), [HEART], tmp_path / "stronger")
     remap = write(base, Remap(), [HEART], tmp_path / "remap")
     bare = tmp_path / "bare"
-    write_edits(bare, read_edits(heart)[0], base.base_record(), sums=False)
+    write_edits(bare, *read_edits(heart), sums=False)
     tries: list[tuple[list[Path], list[str], str]] = [
         ([star, star], [], "in two of the files"),
         ([star, disputed], [], "keeps 'star'"),
@@ -91,3 +91,21 @@ def test_an_option_that_the_pass_no_longer_has_is_an_error(star: Path, base: Mod
     with pytest.raises(ErasecError, match="uce has no option 'lamb'"):
         combine([old], [], tmp_path / "out.edit.safetensors")
     assert combine([star], [], tmp_path / "out.edit.safetensors").concepts == ("star",)
+
+
+def test_an_edit_file_that_names_code_runs_none(star: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    (edit,), about = read_edits(star)
+    for by in (f"{tmp_path / 'evil.py'}:X", "esd", "nothing"):
+        write_edits(tmp_path / "evil", [replace(edit, by=by)], about)
+        with pytest.raises(ErasecError, match="evil cannot be combined"):
+            combine([tmp_path / "evil"], [], tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sums_that_do_not_fit_together_are_an_error(star: Path, tmp_path: Path) -> None:
+    (edit,), about = read_edits(star)
+    for change in ({"context.source": torch.ones(2, 3)}, {"context.lost": torch.ones(3)}):
+        write_edits(tmp_path / "cut", [replace(edit, sums={"": {}, "star": {**edit.sums["star"], **change}})], about)
+        with pytest.raises(ErasecError, match="do not fit together"):
+            combine([tmp_path / "cut"], [], tmp_path / "out")
