@@ -171,7 +171,7 @@ def load_tokenizer(source: Folder, encoder: str = "text_encoder") -> Any:
 
 def limit_length(tokenizer: Any, positions: int | None) -> None:
     """Let a tokenizer, which may have no limit, make at most as many tokens as its text encoder has ``positions``."""
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or 512)
+    tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions or 512))
 
 
 def encoder_class(source: Folder, name: str) -> str:

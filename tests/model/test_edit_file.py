@@ -125,3 +125,33 @@ def test_only_files_with_extras_have_the_later_format(star: Edit, tmp_path: Path
     edit_file.write_edits(tmp_path / "more", [replace(star, negative="a star")], {})
     formats = [json.loads(read_header(tmp_path / name)[1]["erasec.edit"])["format"] for name in ("plain", "more")]
     assert formats == [1, 2]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(base: Model, tmp_path: Path, number: float) -> None:
+    site = base.select("self", "q")[0]
+    value = draw(0, *site.shape)
+    for wrong in (False, True):
+        value[1, 2] = number if wrong else 0.5
+        model = base.with_edit(Edit({site: Dense(value)}, "mine", ("star",), ""))
+        edit_file.write_edits(tmp_path / "x", model.edits, model.base_record())
+        if not wrong:
+            assert edit_file.read_edits(tmp_path / "x")[0][0].by == "mine"
+    with pytest.raises(ErasecError, match=rf"the tensor 0/unet/{site.key}\.value of x is not finite") as caught:
+        edit_file.read_edits(tmp_path / "x")
+    assert caught.value.why == "it has a NaN or an infinity"
+
+
+def test_a_change_of_another_shape_than_its_site_is_refused(base: Model, tmp_path: Path) -> None:
+    site = base.select("self", "q")[0]
+    rows, columns = site.shape
+    for delta in (
+        Dense(draw(0, rows, columns + 1)),
+        LowRank(draw(0, rows, 2), draw(0, 3, columns)),
+        LowRank(draw(0, rows + 1, 2), draw(0, 2, columns)),
+    ):
+        model = base.with_edit(Edit({site: delta}, "mine", ("star",), ""))
+        edit_file.write_edits(tmp_path / "x", model.edits, model.base_record())
+        with pytest.raises(ErasecError, match="no edit file of erasec") as caught:
+            edit_file.read_edits(tmp_path / "x")
+        assert f"change of the shape of unet/{site.key}" in caught.value.why

@@ -55,6 +55,8 @@ class Reader:
 
 # --- mutations -------------------------------------------------------------------------------------------------------
 
+BASE = {"unet/a.weight": "ab"}  # the digest of the base's tensor that the sample's ONNX folder replaces
+SHARDS = "diffusion_pytorch_model.safetensors.index.json"
 ENCODINGS = ("utf-16", "utf-32", "utf-8-sig", "latin-1")
 VALUES: tuple[Any, ...] = (
     None,
@@ -178,8 +180,11 @@ def mutate(path: Path, rng: random.Random) -> None:
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
-def make_sample(root: Path) -> dict[str, Reader]:
-    """Write a sound sample of every format into ``root``, and return the readers. Takes some seconds."""
+def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
+    """Write a sound sample of every format into ``root``, and return the readers.
+
+    ``single`` says whether there is a single file among them, which takes the longest.
+    """
     import torch
     from random_models import random_folder, random_pipeline
 
@@ -212,14 +217,20 @@ def make_sample(root: Path) -> dict[str, Reader]:
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=draw)
 
-    # A checkpoint as a folder, and as a folder of shards, and as a single file.
+    # A checkpoint as a folder, as shards, and as a single file.
     folder = root / "folder"
     random_pipeline(folder, dtype=torch.float16)
-    random_folder(root / "sharded", "sd1", shards=2)
-    Ldm().export(Folder(root / "sharded"), root, Context())
-    single = next(path for path in root.glob("*.safetensors"))
-    single.rename(root / "single.safetensors")
     base = loading.load(str(folder))
+    shards = {f"diffusion_pytorch_model-0000{number}-of-00002.safetensors": str(number) for number in (1, 2)}
+    where = {}
+    for name, key in shards.items():
+        save_tensors(root / "sharded" / "unet" / name, {key: rows(3)})
+        where[key] = name
+    (root / "sharded" / "unet" / SHARDS).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    if single:
+        random_folder(root / "sd1", "sd1")
+        Ldm().export(Folder(root / "sd1"), root, Context())
+        next(root.glob("*.safetensors")).rename(root / "single.safetensors")
     memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", rows(2, 192), rows(2, 192))
 
     # Files of erasec itself.
@@ -243,7 +254,7 @@ def make_sample(root: Path) -> dict[str, Reader]:
     (root / "onnx").mkdir()
     write_manifest(
         root / "onnx",
-        {"precision": "fp32", "vae": "fp32", "graphs": {"unet": graph}, "files": {}, "base": {}, "carried": []},
+        {"precision": "fp32", "vae": "fp32", "graphs": {"unet": graph}, "files": {}, "base": BASE, "carried": []},
     )
     (root / "graph").mkdir()
     (root / "graph" / "weights.json").write_text(json.dumps([weight]))
@@ -327,7 +338,7 @@ def make_sample(root: Path) -> dict[str, Reader]:
 
     def manifest(at: Path) -> None:
         content = read_manifest(at)
-        relink._check_same(content, {"unet/a.weight": "ab"}, at, at / "edit")
+        relink._check_same(content, BASE, at, at / "edit")
 
     def pickled(at: Path) -> None:
         pickles.from_pickle(at, at.with_name("new.safetensors"))
@@ -345,15 +356,14 @@ def make_sample(root: Path) -> dict[str, Reader]:
         f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
     )
     weights = ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors")
-    index = next((root / "sharded" / "unet").glob("*.index.json")).relative_to(root / "sharded").as_posix()
-    return {
+    whole = {"single.safetensors": Reader(("",), lambda at: loading.load(str(at)).sites)} if single else {}
+    return whole | {
         "plain.safetensors": Reader(("",), tensors, other_than_library),
         "folder": Reader(("model_index.json", *configs, *tokenizer), load_folder),
         "folder ": Reader(configs[:3], load_networks),
         "folder  ": Reader(weights, load_folder),
         "folder   ": Reader((*weights, "model_index.json", *configs), differences),
-        "sharded": Reader((index,), load_weights),
-        "single.safetensors": Reader(("",), lambda at: loading.load(str(at)).sites),
+        "sharded": Reader((f"unet/{SHARDS}",), load_weights),
         "recipe.toml": Reader(("",), recipe.from_file),
         "star.toml": Reader(("",), concept.from_file),
         "star.edit.safetensors": Reader(("",), apply),

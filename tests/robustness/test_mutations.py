@@ -18,7 +18,7 @@ CASES = 20_000
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, mutations.Reader]]:
     sample = tmp_path_factory.mktemp("sample")
-    return sample, mutations.make_sample(sample)
+    return sample, mutations.make_sample(sample, single=False)
 
 
 def test_some_mutations_of_every_reader(readers: tuple[Path, dict[str, mutations.Reader]]) -> None:
