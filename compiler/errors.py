@@ -12,11 +12,37 @@ CHECK_FAILED = 3
 TOOL_MISSING = 4
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
+# The longest part of a message, and the longest value that a message quotes, in characters.
+LONGEST = 600
+LONGEST_VALUE = 80
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with control and formatting characters written as escapes, such as \\x1b, except those in ``keep``.
+
+    Names and metadata of files can hold any character, and a terminal executes some of them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in text)
+
+
+def shown(value: object, longest: int = LONGEST_VALUE) -> str:
+    """A value from a file or a command line as messages quote it: as Python writes it, and shortened."""
+    return _shortened(repr(value), longest)
+
+
+def _shortened(text: str, longest: int) -> str:
+    """``text`` without its middle if it is longer than ``longest``."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+
 
 class ErasecError(Exception):
     """A failure that a user can act on. The command line prints it without a traceback.
 
-    ``what`` states the failure, ``why`` its cause, ``fix`` what to do, and ``where`` the file or class at fault.
+    ``what`` states the failure, ``why`` its cause, ``fix`` what to do, and ``where`` the file or class at fault. As
+    text, each is one line of printable characters, at most about LONGEST of them.
     """
 
     exit_code = BAD_INPUT
@@ -27,7 +53,7 @@ class ErasecError(Exception):
 
     def __str__(self) -> str:
         parts = (("error", self.what), ("in", self.where), ("why", self.why), ("fix", self.fix))
-        return "\n".join(f"{label:>5}: {text}" for label, text in parts if text)
+        return "\n".join(f"{label:>5}: {_shortened(printable(text), LONGEST)}" for label, text in parts if text)
 
 
 class CheckFailed(ErasecError):
@@ -42,10 +68,21 @@ class MissingTool(ErasecError):
     exit_code = TOOL_MISSING
 
 
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, as the ``why`` of an ErasecError: its first line, or words for what it has
+    none for. ``--verbose`` prints the whole exception."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{shown(error.args[0])} is missing or not known"
+    if isinstance(error, (TypeError, AttributeError, IndexError, AssertionError)):
+        return "a value is of another type or size than its reader expects"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def suggestion(name: str, options: Iterable[str]) -> str:
     """A half sentence that suggests the name in ``options`` closest to ``name``, or lists all of them."""
     options = sorted(options)
-    matches = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:LONGEST_VALUE], options, n=1, cutoff=0.5)  # slow for long texts
     return f"did you mean {matches[0]!r}?" if matches else f"there are: {', '.join(options)}"
 
 

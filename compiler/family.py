@@ -7,7 +7,6 @@ file may extend another one: it then inherits every key that it does not set, an
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from erasec.documents import read_toml
 from erasec.errors import ErasecError
 
 Shape = tuple[int, ...]
@@ -263,10 +263,7 @@ def read_families(folder: Path = FOLDER) -> dict[str, Family]:
     """
     contents = {}
     for path in sorted(folder.glob("*.toml")):
-        try:
-            contents[path.stem] = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ErasecError(f"{path.name} is not TOML", why=str(error), where=str(path)) from error
+        contents[path.stem] = read_toml(path, path.name)
     adapter = TypeAdapter(Family)
     families = {}
     for stem in contents:
@@ -364,10 +361,11 @@ def parameters(family: Family, component: str, tensors: Mapping[str, Shape]) -> 
         else:
             parts = key.removeprefix("text_model.").split(".")
             block = ".".join(parts[:-2]).replace("_blocks", "") or parts[0]
+            projection = CLIP_PROJECTIONS.get(parts[-2], "") if len(parts) > 1 else ""
             result.append(
                 Site(component, key, shape, "other", "", block)
                 if denoiser
-                else Site(component, key, shape, "text", CLIP_PROJECTIONS.get(parts[-2], ""), f"{component} {block}")
+                else Site(component, key, shape, "text", projection, f"{component} {block}")
             )
     return tuple(result)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
@@ -24,6 +23,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from erasec.errors import ErasecError, suggestion
+from erasec.progress import note
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def configure(kind: type[T], given: Mapping[str, object], label: str) -> T:
 @cache
 def say_renamed(old: str, new: str) -> None:
     """Print on stderr that an old name is deprecated. Each name is printed once per process."""
-    print(f" note: {old} is now called {new}; the old name works in this release", file=sys.stderr)
+    note(f"{old} is now called {new}; the old name works in this release")
 
 
 def ranges(kind: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A progress bar on stderr with the remaining time. Only the main process draws it, and only in a terminal."""
+"""Notes and a progress bar on stderr. Only the main process writes them, and the bar only in a terminal."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from erasec.errors import printable
 
 
 class Advance(Protocol):
@@ -18,18 +20,18 @@ class Advance(Protocol):
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Advance]:
     """Show ``title`` and a bar of ``total`` steps. Yields the function that advances it."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    if not sys.stderr.isatty() or not _is_main():
         yield lambda steps=1, note="": None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total, note="")
@@ -37,7 +39,7 @@ def bar(title: str, total: int) -> Iterator[Advance]:
         def advance(steps: int = 1, note: str = "") -> None:
             progress.advance(task, steps)
             if note:
-                progress.update(task, note=note)
+                progress.update(task, note=printable(note))
 
         yield advance
 
@@ -53,6 +55,16 @@ def without_library_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+
+
+def note(text: str) -> None:
+    """Print a note on stderr."""
+    if _is_main():
+        print(f" note: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def disable_library_bars() -> None:

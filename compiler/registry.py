@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from erasec import base
 from erasec.errors import ErasecError, suggestion
 from erasec.options import check_class
+from erasec.recipe.recipe import code_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -160,9 +161,9 @@ def _registered(kind: Kind) -> dict[str, str]:
 
 def _load(kind: Kind, name: str, parent: type[T]) -> type[T]:
     table = _registered(kind)
-    file, _, class_name = name.rpartition(":")
-    if file.endswith(".py"):
-        module = _module_from_file(Path(file).expanduser())
+    class_name = name.rpartition(":")[2]
+    if (file := code_file(name)) is not None:
+        module = _module_from_file(file)
     elif name in table:
         path, _, class_name = table[name].partition(":")
         try:

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 
 from erasec.attention.processors import attach, call_state
+from erasec.checkpoint.configs import described_by, read_index
 from erasec.checkpoint.folder import only_variant
+from erasec.checkpoint.tokenizer_files import read_tokenizer
 from erasec.errors import ErasecError
 from erasec.model.sidecar import Extras, read_extras
+from erasec.model.text_encoders import limit_length
 from erasec.progress import bar, disable_library_bars
 
 if TYPE_CHECKING:
@@ -49,7 +52,11 @@ def pipeline(folder: str | Path, **options: Any) -> StableDiffusionPipeline:
     extras = read_extras(root)
     options = {"variant": only_variant(root) or None} | options
     disable_library_bars()
-    pipe = StableDiffusionPipeline.from_pretrained(root, **options)
+    read_index(root)  # diffusers imports every module that it names
+    read_tokenizer(root / "tokenizer")
+    with described_by("the pipeline", root):
+        pipe = StableDiffusionPipeline.from_pretrained(root, **options)
+    limit_length(pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings)
     if extras.tokens:
         _add_tokens(pipe, extras.tokens)
     attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from erasec.checkpoint import manifest
+from erasec.checkpoint.configs import Config, read_config, read_index
 from erasec.checkpoint.safetensors import Entry, copy_file, hard_link, patch_file, read_header
+from erasec.documents import read_json
 from erasec.errors import ErasecError
 from erasec.progress import bar
 
@@ -67,14 +71,16 @@ def only_variant(root: Path) -> str:
     return min(stored, key=len).popitem()[0] if stored else ""
 
 
+@with_config(ConfigDict(extra="allow"))
+class ShardIndex(TypedDict):
+    """An index of shards: the file of each tensor."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 def _shards(index: Path) -> tuple[Path, ...]:
     """The files that an index of shards lists. Raises ErasecError if it is damaged or a file is missing."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ErasecError(
-            f"{index.name} is no index of shards", why=repr(error), fix="fetch the file again", where=str(index)
-        ) from error
+    names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
     if missing := [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]:
         raise ErasecError(
             f"the weights are incomplete: {missing[0]} is not there",
@@ -127,9 +133,8 @@ class Folder:
     variant: str = ""
 
     @cached_property
-    def index(self) -> dict[str, Any]:
-        index: dict[str, Any] = json.loads((self.root / "model_index.json").read_text())
-        return index
+    def index(self) -> Config:
+        return read_index(self.root)
 
     def files(self) -> tuple[Path, ...]:
         """The relative paths of all files, sorted, except for hidden ones (caches, locks) and the folder's manifest."""
@@ -168,10 +173,9 @@ class Folder:
         """Bytes of all files."""
         return sum((self.root / name).stat().st_size for name in self.files())
 
-    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
-        """The content of a JSON file of a component."""
-        config: dict[str, Any] = json.loads((self.root / component / name).read_text())
-        return config
+    def config(self, component: str, name: str = "config.json") -> Config:
+        """The config of a component, or another JSON file of it. Raises ErasecError."""
+        return read_config(self.root, component, name)
 
     def weights(self, component: str) -> Path:
         """The file with a component's weights, or the index of its shards.

@@ -15,10 +15,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import StringConstraints
 
 from erasec.checkpoint import manifest
 from erasec.checkpoint.safetensors import BLANK, CHUNK, Entry, checked_data, read_header
+from erasec.documents import Source, parse_json
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 MAGIC = b"erasec journal 1\n"
 ENDING = ".erasec.journal"
 DIGEST = 32
+
+
+# The fields of a ``PatchedFile`` in the journal: a path relative to it, and the first bytes as hexadecimal digits.
+_Hex = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})*$")]
+_Row = tuple[str, int, int, _Hex, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -289,12 +297,11 @@ def _parse(handle: int, journal: Path) -> list[PatchedFile]:
             fix="run recover with the version of erasec that started the edit",
         )
     length = min(int.from_bytes(head[len(MAGIC) :], "little"), os.fstat(handle).st_size)
-    listing = json.loads(os.pread(handle, length, len(head)))
+    source = Source(journal.name, str(journal), "fetch the files of the model again", "is damaged")
+    text = os.pread(handle, length, len(head)).decode("utf-8", "replace")
     return [
-        PatchedFile(
-            journal.parent / name, size, mtime, bytes.fromhex(first), tuple((start, length) for start, length in ranges)
-        )
-        for name, size, mtime, first, ranges in listing
+        PatchedFile(journal.parent / name, size, mtime, bytes.fromhex(first), ranges)
+        for name, size, mtime, first, ranges in parse_json(text, list[_Row], source)
     ]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.disk import PRIVATE_FILE, PRIVATE_FOLDER, named_errors, remove
+from erasec.documents import read_json
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
@@ -54,10 +55,10 @@ def _is_record(file: Path) -> bool:
 def _owner(folder: Path) -> dict[str, Any]:
     """What the process that owns, or owned, a folder says of itself; {} where it says nothing."""
     try:
-        record = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) and record.get("program") == "erasec" else {}
-    except (OSError, ValueError, RecursionError):
+        record = read_json(folder / OWNER, dict[str, Any])
+    except ErasecError:
         return {}
+    return record if record.get("program") == "erasec" else {}
 
 
 def acquire(folder: Path) -> FileLock:

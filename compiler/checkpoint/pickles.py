@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 
 from erasec.checkpoint.disk import DiskFull, free_bytes
-from erasec.checkpoint.folder import Folder, variants
+from erasec.checkpoint.folder import Folder, ShardIndex, variants
 from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, save_tensors
-from erasec.errors import ErasecError
+from erasec.documents import POINTER, read_json, refuse_pointer
+from erasec.errors import ErasecError, reason
 
 # The names of pickled weights, or of the index of their shards, in transformers and diffusers.
 PICKLE_NAME = re.compile(r"(?:pytorch_model|(diffusion_pytorch_)model)(.*)\.bin((?:\.[^.]+)?\.index.*\.json)?")
@@ -31,6 +32,8 @@ def from_pickle(path: Path, out: Path) -> None:
     """
     import torch
 
+    with path.open("rb") as stream:
+        refuse_pointer(path, stream.read(len(POINTER)))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zipfile raise many types
@@ -40,7 +43,7 @@ def from_pickle(path: Path, out: Path) -> None:
             where=str(path),
             why=f"it contains {class_match[1]}, which is no tensor, and nothing in a pickle is run"
             if class_match
-            else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason was given'}",
+            else reason(error),
             fix="give the model's safetensors, or load the file with the program that made it and save its tensors",
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
@@ -115,7 +118,7 @@ def folder_as_safetensors(root: Path, variant: str = "") -> Path:
         elif name.name not in to_convert[component]:
             continue
         elif name.suffix == ".json":
-            index = json.loads((root / name).read_text())
+            index = read_json(root / name, ShardIndex)
             index["weight_map"] = {key: _unpickled_name(shard) for key, shard in index["weight_map"].items()}
             (out / name).with_name(new).write_text(json.dumps(index))
         else:

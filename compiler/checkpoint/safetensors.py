@@ -17,17 +17,23 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from erasec.base import Check
 from erasec.checkpoint.disk import named_errors, new_file, sync
-from erasec.errors import ErasecError
+from erasec.documents import POINTER, Source, parse_json, refuse_pointer
+from erasec.errors import ErasecError, shown
 from erasec.progress import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.family import Shape
+
+T = TypeVar("T")
 
 DTYPES = {
     "F64": "float64",
@@ -64,74 +70,138 @@ class Entry:
     transposed: bool = False
 
 
-def check_format(path: Path, number: int, newest: int) -> None:
-    """Raise ErasecError where ``path`` has a format ``number`` above ``newest``, the newest that this version reads."""
+@with_config(ConfigDict(extra="allow"))
+class _Versioned(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+
+
+def read_metadata(metadata: Mapping[str, str], name: str, kind: type[T], newest: int, source: Source) -> T:
+    """The entry ``name`` of a file's metadata: JSON of the type ``kind``, whose ``format`` is at most ``newest``.
+
+    Raises ErasecError if there is none, it is damaged, or it has a later format.
+    """
+    if name not in metadata:
+        raise source.error(f"its metadata has no entry {name}")
+    number = parse_json(metadata[name], _Versioned, source)["format"]
     if number > newest:
         raise ErasecError(
-            f"{path.name} has the format {number}",
-            where=str(path),
+            f"{source.what} has the format {number}",
+            where=source.where,
             why=f"this version of erasec reads formats up to {newest}",
             fix="pip install --upgrade erasec",
         )
+    return parse_json(metadata[name], kind, source)
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries by tensor name, and the metadata, of a safetensors file. No tensor is read.
 
-    Raises ErasecError if the file is damaged, has an unfinished in-place edit, or has a dtype that is not in DTYPES.
+    The library safetensors judges the header first, so that no file is accepted here that others refuse. Raises
+    ErasecError if the file is damaged, has an unfinished in-place edit, or has a dtype that is not in DTYPES.
     """
-    size = file.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
+    with file.open("rb") as handle:
+        first = handle.read(len(POINTER))
+        refuse_pointer(file, first)
+        if first[:8] == BLANK:
+            raise ErasecError(
+                f"an in-place edit of {file.name} was interrupted",
+                where=str(file),
+                why="until the edit is finished, its tensors may be partly old and partly new",
+                fix=f"erasec recover {file.parent}   finishes it with its journal",
+            )
+        try:
+            with safe_open(file, "np"):  # maps the file, and reads the header alone
+                pass
+        except SafetensorError as error:
+            raise _damaged(file, str(error).removeprefix("Error while deserializing header: ")) from error
+        length = int.from_bytes(first[:8], "little")
+        handle.seek(8)
+        text = handle.read(length)
     try:
-        with file.open("rb") as handle:
-            first = handle.read(8)
-            if first == BLANK:
-                raise ErasecError(
-                    f"an in-place edit of {file.name} was interrupted",
-                    where=str(file),
-                    why="until the edit is finished, its tensors may be partly old and partly new",
-                    fix=f"erasec recover {file.parent}   finishes it with its journal",
-                )
-            length = int.from_bytes(first, "little")
-            if length > size - 8:
-                raise ValueError(f"the header would be {length} bytes long in a file of {size}")
-            header = json.loads(handle.read(length))
-        metadata = header.pop("__metadata__", {})
+        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        metadata = header.pop("__metadata__", None) or {}
         entries = {
             key: Entry(file, item["dtype"], tuple(item["shape"]), *(8 + length + at for at in item["data_offsets"]))
             for key, item in header.items()
         }
-        if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
-            raise ErasecError(
-                f"{file.name} holds tensors of the dtype {min(unknown)}",
-                why=f"supported dtypes: {', '.join(DTYPES)}",
-                fix="use the model's float16 or float32 file",
-                where=str(file),
-            )
-        end = max((entry.stop for entry in entries.values()), default=8 + length)
-        if end != size:
-            raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except TypeError as error:  # the library accepts an entry without names, as a list
+        raise _damaged(file, "the entry of a tensor is not a table") from error
+    except ValueError as error:
+        raise _damaged(file, str(error)) from error
+    if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
         raise ErasecError(
-            f"{file.name} is no whole safetensors file",
-            why=str(error),
+            f"{file.name} holds tensors of the dtype {min(unknown)}",
+            why=f"supported dtypes: {', '.join(DTYPES)}",
+            fix="use the model's float16 or float32 file",
             where=str(file),
-            fix="fetch the file again and compare its size",
-        ) from error
+        )
     return entries, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a header. The format forbids a name that is there twice; of two, libraries take one or the other."""
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"its header has {shown(name)} twice")
+        table[name] = value
+    return table
+
+
+def _damaged(file: Path, why: str) -> ErasecError:
+    return ErasecError(
+        f"{file.name} is no whole safetensors file",
+        why=why,
+        where=str(file),
+        fix="fetch the file again and compare its size",
+    )
+
+
+def read_bytes(entry: Entry) -> bytearray:
+    """The stored bytes of one tensor. Raises ErasecError if the file has become shorter."""
+    size = entry.stop - entry.start
+    with entry.file.open("rb") as handle:
+        handle.seek(entry.start)
+        data = bytearray(size)
+        if handle.readinto(data) < size:
+            raise _damaged(entry.file, "it became shorter while it was read")
+    return data
 
 
 def read_tensor(entry: Entry) -> Tensor:
     """Read one tensor in its stored dtype, as a contiguous copy in memory."""
     import torch
 
-    with entry.file.open("rb") as handle:
-        handle.seek(entry.start)
-        data = bytearray(handle.read(entry.stop - entry.start))
+    data = read_bytes(entry)
     dtype = getattr(torch, DTYPES[entry.dtype])
     if not data:
         return torch.zeros(entry.shape, dtype=dtype)
     flat = torch.frombuffer(data, dtype=dtype)
     return flat.reshape(entry.shape[::-1]).T.contiguous() if entry.transposed else flat.reshape(entry.shape)
+
+
+def read_finite(entries: Mapping[str, Entry], name: str) -> Tensor:
+    """Read one tensor of floats. Raises ErasecError where there is none of that ``name``, or it has other numbers."""
+    if name not in entries:
+        file = next((entry.file for entry in entries.values()), None)
+        raise ErasecError(
+            f"{file.name if file else 'the file'} is damaged",
+            why=f"it has no tensor {shown(name)}, which its metadata names",
+            where=str(file or ""),
+            fix="fetch the file again",
+        )
+    entry = entries[name]
+    tensor = read_tensor(entry)
+    if entry.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+        raise ErasecError(
+            f"the tensor {name} of {entry.file.name} is not finite",
+            why="it has a NaN or an infinity" if entry.dtype in FLOATS else f"it is {DTYPES[entry.dtype]}",
+            where=str(entry.file),
+            fix="fetch the file again, or make it again",
+        )
+    return tensor
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ import typer
 from erasec.cli import output
 from erasec.cli.options import (
     ABSORB,
+    CODE,
     DEVICE,
     ERASE,
     JSON,
@@ -32,7 +32,8 @@ from erasec.cli.options import (
     VERBOSE,
     report_errors,
 )
-from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, suggestion
+from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, printable, suggestion
+from erasec.progress import note as say
 from erasec.registry import RUNTIMES
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def build(
     revision: REVISION = None,
     variant: VARIANT = None,
     allow_pickle: PICKLE = False,
+    allow_code: CODE = False,
     link: LINK = False,
     as_json: JSON = False,
     verbose: VERBOSE = False,
@@ -112,6 +114,7 @@ def build(
             revision=revision,
             variant=variant,
             allow_pickle=allow_pickle or None,
+            allow_code=allow_code,
             link=link or None,
         )
         from erasec.commands.build import is_main, train_in_worker
@@ -123,9 +126,9 @@ def build(
         if not main:
             train_in_worker(plan)
             return
-        said = notes(plan)
-        for note in said:
-            print(f" note: {note}", file=sys.stderr)
+        printed = notes(plan)
+        for note in printed:
+            say(note)
         try:
             report = run_plan(plan)
         except CheckFailed as error:
@@ -139,8 +142,8 @@ def build(
         print(f"{plan.out}\n{plan.out / 'report.html'}")
         print(output.verdict(sum(check.limit is not None for check in report.checks), report.rates))
         for note in report.notes:
-            if note not in said:
-                print(f" note: {note}", file=sys.stderr)
+            if note not in printed:
+                say(note)
 
 
 @app.command()
@@ -158,6 +161,7 @@ def plan(
     revision: REVISION = None,
     variant: VARIANT = None,
     allow_pickle: PICKLE = False,
+    allow_code: CODE = False,
     link: LINK = False,
     all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
     as_json: JSON = False,
@@ -178,6 +182,7 @@ def plan(
             revision=revision,
             variant=variant,
             allow_pickle=allow_pickle or None,
+            allow_code=allow_code,
             link=link or None,
         )
         from erasec.commands.plan import describe, make_plan
@@ -222,7 +227,7 @@ def run(
         seeds = range(seed, seed + count)
         with closing(open_bundle(bundle, backend)) as opened:
             for note in cut_notes(opened, prompt, negative):
-                print(f" note: {note}", file=sys.stderr)
+                say(note)
             images = opened.generate([prompt] * count, seeds, steps, guidance, negative, height, width, scheduler)
         save_pictures(images, paths)
         for path in paths:
@@ -251,7 +256,7 @@ def apply(
         print(result.path)
         print(f"changed {result.tensors} tensors, {size(result.bytes)}")
         for note in result.notes:
-            print(f" note: {note}", file=sys.stderr)
+            say(note)
 
 
 @app.command()
@@ -284,7 +289,7 @@ def relink(
         print(result.path)
         print(f"changed {result.tensors} tensors, {size(result.bytes)}")
         if out is None and (folder.resolve().parent / "report.json").is_file():
-            print(" note: the report and the other folders of this build still describe the old edit", file=sys.stderr)
+            say("the report and the other folders of this build still describe the old edit")
 
 
 @app.command()
@@ -300,7 +305,7 @@ def combine(
 
         edit = combine_edits(edits, without or (), out)
         print(out)
-        print(f"erases {', '.join(edit.concepts)}")
+        print(f"erases {printable(', '.join(edit.concepts))}")
 
 
 @app.command()
@@ -334,7 +339,7 @@ def recover(
 
         files = journal.recover(path)
         for file in files:
-            print(file)
+            print(printable(str(file)))
         print(f"{len(files)} files recovered" if files else "no interrupted edit")
 
 
@@ -394,7 +399,7 @@ def check(
         else:
             output.checks(examination.checks)
         for note in examination.notes:
-            print(f" note: {note}", file=sys.stderr)
+            say(note)
         raise_for_failures(examination, folder)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from erasec.cli.start import SIGNALS
-from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError
+from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError, printable
 
 MODEL = Annotated[
     str,
@@ -77,6 +77,7 @@ SEED = Annotated[int | None, typer.Option("--seed", help="seed of all random num
 REVISION = Annotated[str | None, typer.Option("--revision", help="commit, tag or branch of a hub model")]
 VARIANT = Annotated[str | None, typer.Option("--variant", help="variant of a folder's weights, such as fp16")]
 PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights (tensors only)")]
+CODE = Annotated[bool, typer.Option("--allow-code", help="let a recipe name classes in Python files, which then run")]
 LINK = Annotated[bool, typer.Option("--link", help="hard-link unchanged files instead of copying them")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print tracebacks and warnings")]
@@ -100,7 +101,7 @@ def report_errors(verbose: bool, *paths: str | Path | None) -> Iterator[None]:
             yield
     except ErasecError as error:
         if verbose:
-            traceback.print_exc()
+            _print_traceback()
         print(error, file=sys.stderr)
         interrupted = isinstance(error.__cause__, KeyboardInterrupt)
         raise typer.Exit(INTERRUPTED if interrupted else error.exit_code) from error
@@ -111,7 +112,7 @@ def report_errors(verbose: bool, *paths: str | Path | None) -> Iterator[None]:
         raise
     except OSError as error:
         if verbose:
-            traceback.print_exc()
+            _print_traceback()
         why = error.strerror or str(error) or type(error).__name__
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         print(ErasecError("a file or a connection failed", why=why, where=where), file=sys.stderr)
@@ -139,3 +140,8 @@ def _clean_up(paths: Sequence[str | Path | None]) -> None:
     from erasec.graphs.cache import caches
 
     settle_all([Path(path).expanduser() for path in paths if path], caches())
+
+
+def _print_traceback() -> None:
+    """Print the traceback of the current exception; its message may hold names from files."""
+    print(printable(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)

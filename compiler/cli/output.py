@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from erasec import registry
+from erasec.errors import printable
 
 if TYPE_CHECKING:
     from erasec.base import Check
@@ -63,7 +64,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         *(("note", note) for note in plan["notes"]),
     ]
     for label, text in lines:
-        print(f"{label:>6}  {text}")
+        print(f"{label:>6}  {printable(text)}")
     for step in plan["passes"]:
         print(f"\n{step['name']} edits {len(step['sites'])} tensors")
         if all_sites:
@@ -162,7 +163,8 @@ def number(value: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: with lines on a terminal, as aligned plain text otherwise."""
+    """Print a table: with lines on a terminal, as aligned plain text otherwise. Cells may come from files."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console

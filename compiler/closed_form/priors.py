@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import file_digest, read_sealed, read_tensor, save_sealed
+from erasec.checkpoint.safetensors import file_digest, read_finite, read_sealed, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form import solver
 from erasec.errors import ErasecError, suggestion
@@ -124,10 +124,10 @@ def read(name: str, model: Model, stream: str) -> Tensor:
             where=str(path),
             fix=f"erasec prior {model.name} CAPTIONS.txt --out coco{SUFFIX}",
         )
-    if metadata["encoders"] != _encoders(model):
+    if metadata.get("encoders") != _encoders(model):
         raise ErasecError(
             f"the prior {path.name} was built with other text encoders, or with the same ones stored in another way",
-            why=f"its family is {metadata['family']}",
+            why=f"its family is {metadata.get('family', 'not given')}",
             where=str(path),
             fix=f"build it again: erasec prior {model.name} CAPTIONS.txt --out {path.name}",
         )
@@ -135,7 +135,15 @@ def read(name: str, model: Model, stream: str) -> Tensor:
         raise ErasecError(
             f"the prior {path.name} has no stream {stream!r}", why=suggestion(stream, entries), where=str(path)
         )
-    return solver.gram_root(read_tensor(entries[stream]))
+    width = model.streams[stream][0].shape[1]
+    if entries[stream].shape != (width, width):
+        raise ErasecError(
+            f"the prior {path.name} is damaged",
+            why=f"its matrix of {stream} is {entries[stream].shape}, and the text states are {width} wide",
+            where=str(path),
+            fix=f"build it again: erasec prior {model.name} CAPTIONS.txt --out {path.name}",
+        )
+    return solver.gram_root(read_finite(entries, stream))
 
 
 def _encoders(model: Model) -> str:

@@ -33,7 +33,7 @@ from erasec.ldm.single_file import SingleFile
 from erasec.model.sidecar import gather_extras, read_extras, write_extras
 from erasec.model.threads import fixed_threads
 from erasec.progress import bar
-from erasec.recipe.recipe import to_toml
+from erasec.recipe.recipe import code_files, to_toml
 from erasec.reporting import collect
 from erasec.reporting.report import EditRecord, Report, write_report
 from erasec.training.base import TrainingContext
@@ -284,6 +284,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         passed=all(check.passed for check in checks),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
+        rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

@@ -25,10 +25,11 @@ from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, downscale, only_variant, variants
 from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, finite_check
-from erasec.commands.integrity import REPORT, compare_with_manifest, listed, recorded_digests, sealed_check
+from erasec.commands.integrity import compare_with_manifest, listed, recorded_digests, sealed_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
 from erasec.graphs.manifest import MANIFEST, file_records, read_manifest
 from erasec.graphs.signature import NAMES, input_shapes
+from erasec.reporting.read import REPORT
 from erasec.runtime.backends import GraphComponents, GraphRuntime, OnnxRuntime, with_vectors
 
 if TYPE_CHECKING:
@@ -116,11 +117,18 @@ def _examine_folders(
     reference = against or next(iter(checkpoints), None)
     if reference is not None and not (reference / WEIGHTS).is_file():
         raise ErasecError(f"{reference} is no checkpoint", why=f"it has no {WEIGHTS}", fix="give a diffusers folder")
+    checkpoint = None
+    if reference is not None:
+        try:
+            checkpoint = _checkpoint(reference)
+        except ErasecError:
+            if reference not in folders:  # otherwise its own checks fail
+                raise
     checks: list[Check] = []
     missing: list[MissingTool] = []
     for root, kind in folders.items():
         target = kind if root == folder and kind != "checkpoint" else root.name
-        steps = _steps(kind, root, recorded.get(root.name), _checkpoint(reference) if reference else None)
+        steps = _steps(kind, root, recorded.get(root.name), checkpoint)
         for name, run in steps:
             if compared and name == "files":
                 continue

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from erasec import registry
 from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form.base import ClosedForm
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, reason, suggestion
 from erasec.family import FAMILIES
 from erasec.model.edit_file import read_edits, write_edits
 from erasec.model.sidecar import describe, gather_extras
@@ -63,19 +63,40 @@ def combine(files: Sequence[Path], without: Sequence[str], out: Path) -> Edit:
     if not phrases:
         raise ErasecError("nothing is left to erase", fix="keep at least one concept")
     _check_disputed(phrases)
-    kind = registry.load_pass(first.by)
-    assert issubclass(kind, ClosedForm)
+    kind = _pass(first.by, files[0])
+    if (family := FAMILIES.get(about["family"])) is None:
+        raise ErasecError(
+            f"{files[0].name} is for the family {about['family']!r}", why=suggestion(about["family"], FAMILIES)
+        )
     streams = {
         stream.name: tuple(s for s in first.deltas if s.attn == stream.attn and s.proj in stream.projections)
-        for stream in FAMILIES[about["family"]].streams
+        for stream in family.streams
     }
-    combined = replace(
-        configure(kind, first.params, first.by).edit_from_sums(streams, sums, first.base), phrases=phrases
-    )
+    try:
+        solved = configure(kind, first.params, first.by).edit_from_sums(streams, sums, first.base)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:  # torch's, for matrices that do not fit together
+        raise ErasecError(
+            "the stored sums of these files do not fit together",
+            why=reason(error),
+            fix="build the concepts together: erasec build MODEL --erase A --erase B",
+        ) from error
+    combined = replace(solved, phrases=phrases)
     with output(out, fresh=True) as own:
         write_edits(own.stage, [combined], about)
         own.publish()
     return combined
+
+
+def _pass(name: str, file: Path) -> type[ClosedForm]:
+    """The pass of an edit file, by its registered name alone: an edit file must not name code that then runs."""
+    kind = registry.load_pass(name) if name in registry.passes() else None
+    if kind is None or not issubclass(kind, ClosedForm):
+        raise ErasecError(
+            f"{file.name} cannot be combined",
+            why=f"it was made by {name!r}, which is no registered closed-form pass",
+            fix="build the concepts together: erasec build MODEL --erase A --erase B",
+        )
+    return kind
 
 
 def _check_same(first: Edit, second: Edit, first_name: str, second_name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.disk import existing, free_bytes
+from erasec.errors import ErasecError
 from erasec.graphs.cache import cache_folder
+from erasec.reporting.read import read_report
 from erasec.training.base import Learned
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, 
 def time(out: Path) -> dict[str, Any]:
     """The seconds that an earlier build in ``out`` took; None if there was none."""
     try:
-        seconds = json.loads((out / "report.json").read_text(encoding="utf-8"))["seconds"]
-        return {"seconds": float(sum(seconds.values())), "how": f"measured: the earlier build in {out} took this long"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        seconds = read_report(out).get("seconds", {})
+    except ErasecError:
+        seconds = {}
+    if not seconds:
         return {"seconds": None, "how": "not known: nothing was built here before"}
+    return {"seconds": sum(seconds.values()), "how": f"measured: the earlier build in {out} took this long"}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from erasec.base import Check
 from erasec.checkpoint import manifest
 from erasec.checkpoint.manifest import Differences, Manifest
 from erasec.checkpoint.safetensors import DIGEST, read_header, read_sealed
 from erasec.errors import ErasecError
+from erasec.reporting.read import REPORT, Record, read_report
 
-REPORT = "report.json"
 STATES = ("lost", "changed", "added")
 NAMED = 5  # names of files that a check lists for each state
 
@@ -53,12 +51,12 @@ def _report_checks(root: Path, content: Manifest, differences: Differences) -> I
     if REPORT not in content.files or REPORT in differences.all:
         return
     try:
-        report = json.loads((root / REPORT).read_text(encoding="utf-8"))
-        faults = [] if report["passed"] is True else ["that the build was rejected, because a check failed"]
-        digests = {f"{target}/{name}": file for target, own in _digests(report).items() for name, file in own.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        yield Check("report", math.inf, 0.0, False, f"{REPORT} is damaged: {error!r}")
+        report = read_report(root)
+    except ErasecError as error:
+        yield Check("report", math.inf, 0.0, False, f"{error.what}: {error.why}")
         return
+    faults = [] if report.get("passed") is True else ["that the build was rejected, because a check failed"]
+    digests = {f"{target}/{name}": file for target, own in _digests(report).items() for name, file in own.items()}
     described = {name: file for name, file in digests.items() if name not in content.renewed}
     recorded = {name: file.sha256 for name, file in content.files.items()}
     faults += sorted(name for name, digest in described.items() if recorded.get(name) != digest)
@@ -86,18 +84,13 @@ def sealed_check(file: Path) -> Check:
 
 def recorded_digests(folder: Path) -> dict[str, Digests]:
     """The digests in a build's report.json, by the path of the target; empty if there is no report."""
-    path = folder / REPORT
-    if not path.is_file():
-        return {}
-    try:
-        return _digests(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ErasecError(f"{path} is damaged", why=repr(error), fix="build it again") from error
+    return _digests(read_report(folder)) if (folder / REPORT).is_file() else {}
 
 
-def _digests(report: Any) -> dict[str, Digests]:
+def _digests(report: Record) -> dict[str, Digests]:
     return {
-        target["path"]: {name: file["sha256"] for name, file in target["files"].items()} for target in report["written"]
+        target["path"]: {name: file["sha256"] for name, file in target.get("files", {}).items()}
+        for target in report.get("written", [])
     }
 
 

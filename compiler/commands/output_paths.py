@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from erasec.checkpoint.staging import check_place
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
 from erasec.model import loading
+from erasec.reporting.read import read_report
 
 if TYPE_CHECKING:
     from erasec.model.view import Model
@@ -69,11 +69,12 @@ def _listed_files(root: Path) -> set[str]:
     try:
         if (root / manifest.FILE).is_file():
             return {manifest.FILE, *manifest.read(root)[0].files}
-        report = json.loads((root / "report.json").read_text(encoding="utf-8"))
-        ours = report["schema"].startswith("erasec.report/")
-        return {f"{item['path']}/{name}" for item in report["written"] for name in item["files"]} if ours else set()
-    except (ErasecError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        report = read_report(root)
+    except ErasecError:
         return set()
+    ours = report.get("schema", "").startswith("erasec.report/")
+    written = report.get("written", []) if ours else []
+    return {f"{item['path']}/{name}" for item in written for name in item.get("files", {})}
 
 
 def check_disjoint(out: Path, model: Model) -> None:

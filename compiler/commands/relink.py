@@ -18,7 +18,7 @@ from erasec.errors import ErasecError
 from erasec.graphs.graph import Weight, weight_from_json
 from erasec.graphs.link import EDITED, Array, lay_out, read_array, write_data
 from erasec.graphs.manifest import MANIFEST, file_records, read_manifest, write_manifest
-from erasec.model.edit_file import MERGED, edit_content
+from erasec.model.edit_file import MERGED, read_content
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ def relink(
                 continue
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             (hard_link if out is None or hard else copy_file)(path, stage / name)
-        for name, graph in manifest["graphs"].items():
+        for graph_name, graph in manifest["graphs"].items():
             weights = [weight_from_json(item) for item in graph["edited"]]
             if not weights:
                 continue
-            record = write_data(stage / name / EDITED, weights, partial(read, graph["component"]))
-            graph["files"][EDITED] = record
-            written.append(f"{name}/{EDITED}")
+            record = write_data(stage / graph_name / EDITED, weights, partial(read, graph["component"]))
+            graph["files"][EDITED] = {"bytes": record["bytes"], "sha256": record["sha256"]}
+            written.append(f"{graph_name}/{EDITED}")
             count, size = count + len(weights), size + record["bytes"]
         write_manifest(stage, {key: value for key, value in manifest.items() if key != "schema"})
         known = file_records(manifest)
@@ -138,16 +138,14 @@ def _states(folder: Path, file: Path) -> dict[Path, list[int]]:
 
 def read_edit(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of an edit file, and the digest of each base tensor that it changes, by "component/key"."""
-    with edit_content(file) as (entries, content):
-        sites = dict(content["about"]["sites"])
-        has_extras = any(edit.get(kind) for edit in content["edits"] for kind in ("memories", "tokens", "negative"))
-    if has_extras:
+    entries, content = read_content(file)
+    if any(edit.get(kind) for edit in content["edits"] for kind in ("memories", "tokens", "negative")):
         raise ErasecError(
             f"{file.name} is more than changes of weights",
             why="it also has a memory, tokens or a negative prompt, which change the graphs",
             fix="build it: erasec build MODEL --target onnx",
         )
-    return entries, sites
+    return entries, content["about"]["sites"]
 
 
 def _check_same(manifest: Mapping[str, Any], sites: Mapping[str, str], folder: Path, file: Path) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.folder import downscale
 from erasec.checkpoint.owned import process_scratch
 from erasec.errors import ErasecError
@@ -94,10 +95,10 @@ def negative_ids(checkpoint: Folder, extras: Extras, out: Path | None = None) ->
     """
     if not (extras.tokens or extras.negative):
         return ()
-    from transformers import CLIPTokenizer
+    from erasec.model.text_encoders import load_tokenizer
 
     config = checkpoint.config("text_encoder")
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.root / "tokenizer")
+    tokenizer = load_tokenizer(checkpoint)
     if extras.tokens:
         if len(tokenizer) != config["vocab_size"]:
             raise ErasecError(
@@ -133,9 +134,9 @@ def weightless_module(
     from accelerate import init_empty_weights
 
     disable_library_bars()
-    config = checkpoint.config(graph.component)
+    config = dict(checkpoint.config(graph.component))
     cls: Any = getattr(transformers if graph.component == "text_encoder" else diffusers, CLASSES[graph.component])
-    with init_empty_weights(include_buffers=False):
+    with described_by(graph.component, checkpoint.root), init_empty_weights(include_buffers=False):
         if graph.component == "text_encoder":
             module = cls(transformers.CLIPTextConfig(**config))
         else:

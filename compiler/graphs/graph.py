@@ -7,12 +7,13 @@ its key in the cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from erasec.documents import read_json
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -55,7 +56,7 @@ class Template:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        return tuple(map(weight_from_json, json.loads((self.root / "weights.json").read_text())))
+        return tuple(read_json(self.root / "weights.json", list[Weight]))
 
     def load(self) -> ModelProto:
         import onnx

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.checkpoint.safetensors import Entry, atomic_write, copy_file, file_digest, hard_link
+from erasec.checkpoint.safetensors import Entry, atomic_write, copy_file, file_digest, hard_link, read_bytes
 from erasec.errors import ErasecError
 from erasec.graphs.graph import EMBEDDING, MEMORY, MODEL, Template, Weight, weight_from_json
 from erasec.graphs.manifest import read_manifest, write_manifest
@@ -189,9 +189,7 @@ def lay_out(stored: Array, weight: Weight, new_rows: Sequence[Any] = ()) -> Arra
 
 def read_array(entry: Entry) -> Array:
     """One tensor of a safetensors file, bfloat16 widened to float32."""
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.start)
-        data = stream.read(entry.stop - entry.start)
+    data = read_bytes(entry)
     if entry.dtype == "BF16":
         flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif entry.dtype in NUMPY:
@@ -354,7 +352,7 @@ def _origin_digest(origin: Origin | None, component: str) -> str:
 
 def _check_shared(share: Path, name: str, key: str, origin: str) -> None:
     """Raise ErasecError where the folder ``share`` has another graph, or was linked from another base."""
-    shared = read_manifest(share)["graphs"].get(name, {})
+    shared: Mapping[str, Any] = {**read_manifest(share)["graphs"].get(name, {})}
     for what, expected in (("graph", key), ("origin", origin)):
         if not expected or shared.get(what) != expected:
             raise ErasecError(

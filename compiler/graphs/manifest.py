@@ -5,47 +5,106 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, StringConstraints, with_config
+from typing_extensions import TypedDict
 
 from erasec.base import Context
 from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import atomic_write
+from erasec.documents import Count, Sha256, Source, parse_json, read_text
 from erasec.errors import ErasecError
 from erasec.graphs.signature import NAMES
+
+T = TypeVar("T")
 
 SCHEMA = "erasec.onnx/1"
 MANIFEST = "erasec.json"
 
 
-def load_json(path: Path, schema: str) -> dict[str, Any]:
-    """Read a JSON file whose "schema" must be ``schema``.
+@with_config(ConfigDict(extra="allow"))
+class _Schema(TypedDict):
+    schema: str
 
-    Raises ErasecError for another schema, and OSError, ValueError, KeyError or TypeError for a missing or damaged file.
+
+def read_record(path: Path, schema: str, kind: type[T], what: str, fix: str) -> T:
+    """Read a JSON file of erasec, of the type ``kind``, whose "schema" must be ``schema``.
+
+    Raises ErasecError, which says that the folder of ``path`` is no ``what``.
     """
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if content["schema"] != schema:
+    source = Source(str(path.parent), str(path), fix, f"is no {what}")
+    if not path.is_file():
+        raise source.error(f"it has no {path.name}")
+    text = read_text(path)
+    if (found := parse_json(text, _Schema, source)["schema"]) != schema:
         raise ErasecError(
-            f"{path} has the schema {content['schema']}",
+            f"{path} has the schema {found}",
             why=f"this version of erasec reads {schema}",
             fix="use the version of erasec that built it, or build the folder again",
         )
-    return content
+    return parse_json(text, kind, source)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class File(TypedDict):
+    """A file of a folder: its size and its sha256."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class WeightRecord(TypedDict):
+    """The fields of a ``graphs.graph.Weight``."""
+
+    name: str
+    key: str
+    source: list[Count]
+    axes: list[Count]
+    shape: list[Count]
+    dtype: Literal["float16", "float32"]
+
+
+def _check_axes(weight: WeightRecord) -> WeightRecord:
+    if sorted(weight["axes"]) != list(range(len(weight["source"]))) or prod(weight["shape"]) != prod(weight["source"]):
+        raise ValueError("its shape is no other arrangement of its source")
+    return weight
+
+
+GraphName = Annotated[str, StringConstraints(pattern=f"^({'|'.join(NAMES)})$")]
+CheckedWeight = Annotated[WeightRecord, AfterValidator(_check_axes)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class GraphRecord(TypedDict):
+    """What a manifest says of one graph; ``weights`` and ``edited`` are fields of ``graphs.graph.Weight``."""
+
+    component: Literal["text_encoder", "unet", "vae"]
+    graph: str
+    origin: NotRequired[str]
+    precision: str
+    files: dict[str, File]
+    weights: list[CheckedWeight]
+    edited: list[CheckedWeight]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Manifest(TypedDict):
+    """The manifest of an ONNX folder. The names of graphs are folders that erasec writes to."""
+
+    precision: str
+    vae: str
+    graphs: dict[GraphName, GraphRecord]
+    files: dict[str, File]
+    base: dict[str, str]
+    carried: list[str]
+
+
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of an ONNX folder. Raises ErasecError where there is none, or it is damaged or of another schema."""
-    try:
-        manifest = load_json(folder / MANIFEST, SCHEMA)
-        if unknown := sorted(set(manifest["graphs"]) - set(NAMES)):  # the names are folders that erasec writes to
-            raise ValueError(f"it lists a graph {unknown[0]!r}")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ErasecError(
-            f"{folder} is no ONNX folder of erasec",
-            why=f"its {MANIFEST} is missing or damaged",
-            fix="erasec build MODEL --erase CONCEPT --target onnx   writes one",
-        ) from error
+    fix = "erasec build MODEL --erase CONCEPT --target onnx   writes one"
+    return read_record(folder / MANIFEST, SCHEMA, Manifest, "ONNX folder of erasec", fix)
 
 
 def file_records(manifest: Mapping[str, Any]) -> dict[str, FileRecord]:

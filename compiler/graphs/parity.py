@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from erasec.base import Check
+from erasec.checkpoint.configs import described_by
 from erasec.errors import ErasecError
 from erasec.graphs.graph import MODEL
 from erasec.graphs.link import PAGE, tensor_reader
@@ -194,10 +195,10 @@ def torch_cases(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
 
 def _prompt_ids(checkpoint: Folder) -> Tensor:
     """Token ids of ``PROMPTS`` (4, tokens)."""
-    from transformers import CLIPTokenizer
+    from erasec.model.text_encoders import load_tokenizer
 
     length = checkpoint.config("text_encoder")["max_position_embeddings"]
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.root / "tokenizer")
+    tokenizer = load_tokenizer(checkpoint)
     ids: Tensor = tokenizer(
         list(PROMPTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -267,7 +268,8 @@ def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
     cls: Any = getattr(library, CLASSES[graph.component])
     options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}
     options["variant"] = checkpoint.variant_of(graph.component) or None
-    module, info = cls.from_pretrained(checkpoint.root / graph.component, **options)
+    with described_by(graph.component, checkpoint.root):
+        module, info = cls.from_pretrained(checkpoint.root / graph.component, **options)
     if missing := sorted(info["missing_keys"]):
         raise ErasecError(
             f"onnx: {graph.component} has no {missing[0]}",

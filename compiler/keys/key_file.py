@@ -9,9 +9,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from erasec.checkpoint.safetensors import DTYPES, FLOATS, read_header, read_sealed, read_tensor, save_sealed
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from erasec.checkpoint.safetensors import read_finite, read_header, read_metadata, read_sealed, read_tensor, save_sealed
+from erasec.documents import Source
 from erasec.errors import ErasecError
 from erasec.model.memory import Memory, Secret
 from erasec.recipe.concept import Concept
@@ -53,6 +57,15 @@ def write_key(path: Path, secret: Secret, concept: Concept, by: str, version: st
     save_sealed(path, {"keys": secret.k_rows, "values": secret.v_rows}, metadata, private=True)
 
 
+class _Content(TypedDict):
+    format: int
+    by: str
+    version: str
+    bound: str
+    attentions: Annotated[list[str], Field(min_length=1)]
+    concept: Concept
+
+
 def read_key(path: Path) -> Key:
     """Read a key file. Raises ErasecError where it is missing, damaged or of a later format."""
     if not path.is_file():
@@ -60,34 +73,15 @@ def read_key(path: Path) -> Key:
             f"there is no key file {path}", fix="a build with --pass kpop writes key files next to its folders"
         )
     entries, metadata = read_sealed(path, METADATA)
-    try:
-        content = json.loads(metadata[METADATA])
-        if content["format"] > FORMAT:
-            raise ErasecError(
-                f"{path.name} has key format {content['format']}",
-                why=f"this erasec knows formats up to {FORMAT}",
-                fix="pip install --upgrade erasec",
-            )
-        concept = Concept.model_validate(content["concept"])
-        attentions, by, version, bound = (content[name] for name in ("attentions", "by", "version", "bound"))
-        keys, values = entries["keys"], entries["values"]
-        if not (attentions and all(isinstance(name, str) for name in (*attentions, by, version, bound))):
-            raise ValueError("it names no attention")
-        if keys.shape != values.shape or len(keys.shape) != 2 or not {keys.dtype, values.dtype} <= set(FLOATS):
-            kinds = " and ".join(f"{DTYPES[entry.dtype]} {entry.shape}" for entry in (keys, values))
-            raise ValueError(f"its keys and values are {kinds}, and not two matrices of floats of one shape")
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"it has no {error.args[0]!r}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise ErasecError(
-            f"{path.name} is damaged or not a key file",
-            why=what,
-            where=str(path),
-            fix="copy it again from where it was made",
-        ) from error
-    secret = Secret(concept.name, read_tensor(keys), read_tensor(values), tuple(attentions))
-    if not bool(secret.k_rows.isfinite().all() and secret.v_rows.isfinite().all()):
-        raise ErasecError(f"{path.name} is damaged", why="its numbers are not all finite", where=str(path))
-    return Key(path, concept, secret, by, version, bound)
+    source = Source(path.name, str(path), "copy it again from where it was made", "is damaged or not a key file")
+    content = read_metadata(metadata, METADATA, _Content, FORMAT, source)
+    shapes = [entries[name].shape for name in ("keys", "values") if name in entries]
+    if len(shapes) < 2 or shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise source.error("its keys and values are not two matrices of one shape")
+    concept = content["concept"]
+    keys, values = (read_finite(entries, name) for name in ("keys", "values"))
+    secret = Secret(concept.name, keys, values, tuple(content["attentions"]))
+    return Key(path, concept, secret, content["by"], content["version"], content["bound"])
 
 
 def is_key(path: Path) -> bool:

@@ -192,7 +192,7 @@ def differences(folder: Folder, family: str, sizes: Sizes, prediction: str, resc
     files = config_files(family, sizes, prediction, rescaled)
     index = files["model_index.json"]
     for name in FAMILIES[family].components:
-        own = folder.config(name)
+        own: Mapping[str, Any] = folder.config(name)
         if name in FAMILIES[family].text_encoders:
             text = sizes.texts[FAMILIES[family].text_encoders.index(name)]
             own = {**own, "vocab_size": text.vocabulary, "max_position_embeddings": text.positions}

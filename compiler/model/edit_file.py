@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 
-from erasec.checkpoint.safetensors import Entry, check_format, read_sealed, read_tensor, save_sealed
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from erasec.checkpoint.safetensors import Entry, read_finite, read_metadata, read_sealed, save_sealed
+from erasec.documents import Source
 from erasec.errors import ErasecError
-from erasec.family import Site
+from erasec.family import Shape, Site
 from erasec.model.edit import PARTS, Delta, Edit, Remap
-from erasec.model.memory import pack_extras, unpack_extras
+from erasec.model.memory import ExtrasRecord, pack_extras, unpack_extras
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,9 @@ FORMAT = 2
 SUFFIX = ".edit.safetensors"
 # The prefix of merged tensors' names.
 MERGED = "tensors/"
+METADATA = "erasec.edit"
+# Kinds of changes by their names in a file.
+KINDS = {kind.__name__: kind for kind in PARTS}
 
 
 def write_edits(
@@ -72,64 +78,111 @@ def write_edits(
         )
     has_extras = any(edit.memories or edit.tokens or edit.negative for edit in edits)
     content = {"format": FORMAT if has_extras else 1, "about": dict(base_record), "edits": records}
-    save_sealed(path, tensors, {"erasec.edit": json.dumps(content, sort_keys=True, ensure_ascii=False)})
+    save_sealed(path, tensors, {METADATA: json.dumps(content, sort_keys=True, ensure_ascii=False)})
 
 
-@contextmanager
-def edit_content(path: Path) -> Iterator[tuple[dict[str, Entry], dict[str, Any]]]:
-    """The tensors of an edit file and the content of its metadata.
+class _DeltaRecord(TypedDict):
+    site: Site
+    kind: Literal["LowRank", "Remap", "Dense"]
+    tensor: str
 
-    Raises ErasecError where it is no edit file of erasec. A KeyError, TypeError or ValueError in the block also becomes
-    this error, because the content then is not what ``write_edits`` writes.
+
+class _EditRecord(ExtrasRecord):
+    by: str
+    concept: str
+    concepts: NotRequired[list[str]]
+    params: dict[str, bool | int | float | str]
+    base: str
+    stats: dict[str, float]
+    deltas: list[_DeltaRecord]
+    sums: dict[str, list[str]]
+    asked: dict[str, dict[str, list[str]]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class BaseRecord(TypedDict):
+    """What an edit file stores about the model that it was made for, see ``Model.base_record``."""
+
+    model: str
+    revision: NotRequired[str]
+    family: str
+    sites: dict[str, str]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Content(TypedDict):
+    """The metadata of an edit file."""
+
+    format: int
+    about: BaseRecord
+    edits: Annotated[list[_EditRecord], Field(min_length=1)]
+
+
+def read_content(path: Path) -> tuple[dict[str, Entry], Content]:
+    """The tensors of an edit file and the content of its metadata. No tensor is read.
+
+    Raises ErasecError where it is no edit file of erasec, or its metadata does not fit its tensors.
     """
     if not path.is_file():
         raise ErasecError(f"there is no edit file {path}", fix="erasec build MODEL --erase CONCEPT --target edit")
-    entries, metadata = read_sealed(path, "erasec.edit")
-    try:
-        content = json.loads(metadata["erasec.edit"])
-        check_format(path, content["format"], FORMAT)
-        yield entries, content
-    except (KeyError, TypeError, ValueError) as error:
-        raise ErasecError(
-            f"{path.name} is no edit file of erasec",
-            why="its metadata does not describe edits",
-            where=str(path),
-            fix="write one with: erasec build MODEL --erase CONCEPT --target edit",
-        ) from error
+    entries, metadata = read_sealed(path, METADATA)
+    fix = "write one with: erasec build MODEL --erase CONCEPT --target edit"
+    source = Source(path.name, str(path), fix, "is no edit file of erasec")
+    content = read_metadata(metadata, METADATA, Content, FORMAT, source)
+    for record in content["edits"]:
+        for item in record["deltas"]:
+            site = f"{item['site'].component}/{item['site'].key}"
+            if site not in content["about"]["sites"]:
+                raise source.error(f"it has no digest of the base's tensor {site}")
+            parts = PARTS[KINDS[item["kind"]]]
+            shapes = [entries[name].shape for part in parts if (name := f"{item['tensor']}.{part}") in entries]
+            if len(shapes) < len(parts) or not _fits(item["kind"], item["site"].shape, shapes):
+                raise source.error(f"it has no {item['kind']} change of the shape of {site}")
+    return entries, content
 
 
-def read_edits(path: Path) -> tuple[tuple[Edit, ...], dict[str, Any]]:
-    """The edits of a file and its base record. Raises ErasecError where it is no edit file of erasec."""
-    with edit_content(path) as (entries, content):
-        edits = tuple(_read_edit(number, record, entries) for number, record in enumerate(content["edits"]))
-        return edits, content["about"]
+def _fits(kind: str, site: Shape, shapes: Sequence[Shape]) -> bool:
+    """Whether tensors of these ``shapes`` are a change of this kind, of a weight of the shape ``site``."""
+    if kind == "Dense":
+        return shapes[0] == site
+    outer = (site[0] if kind == "LowRank" else site[-1], site[-1])
+    left, right = shapes
+    return len(site) == len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == outer
 
 
-def _read_edit(number: int, record: Mapping[str, Any], entries: Mapping[str, Any]) -> Edit:
-    kinds = {kind.__name__: kind for kind in PARTS}
+def read_edits(path: Path) -> tuple[tuple[Edit, ...], BaseRecord]:
+    """The edits of a file and its base record. Raises ErasecError as ``read_content`` does, and where a number is not
+    finite."""
+    entries, content = read_content(path)
+    edits = tuple(_read_edit(number, record, entries) for number, record in enumerate(content["edits"]))
+    return edits, content["about"]
+
+
+def _read_edit(number: int, record: _EditRecord, entries: Mapping[str, Entry]) -> Edit:
     by_name: dict[str, Delta] = {}  # sites that share a Remap share it again after reading
     deltas = {}
     for item in record["deltas"]:
-        name = item["tensor"]
+        name, kind = item["tensor"], KINDS[item["kind"]]
         if name not in by_name:
-            kind = kinds[item["kind"]]
-            by_name[name] = kind(*(read_tensor(entries[f"{name}.{part}"]) for part in PARTS[kind]))
-        deltas[Site(**{**item["site"], "shape": tuple(item["site"]["shape"])})] = by_name[name]
+            by_name[name] = kind(*(read_finite(entries, f"{name}.{part}") for part in PARTS[kind]))
+        deltas[item["site"]] = by_name[name]
     sums = {
-        concept: {key: read_tensor(entries[f"{number}/sums/{concept}/{key}"]) for key in keys}
+        concept: {key: read_finite(entries, f"{number}/sums/{concept}/{key}") for key in keys}
         for concept, keys in record["sums"].items()
     }
-    fields = {name: record[name] for name in ("by", "base", "params", "stats")}
     memories, tokens, negative = unpack_extras(record, entries, f"{number}/")
     return Edit(
         deltas,
-        concepts=_read_concepts(record),
+        record["by"],
+        _read_concepts(record),
+        record["base"],
+        record["params"],
+        stats=record["stats"],
         sums=sums,
         phrases=record["asked"],
         memories=memories,
         tokens=tokens,
         negative=negative,
-        **fields,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -10,8 +10,10 @@ from pathlib import Path
 from erasec.checkpoint import pickles
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder, check_links
 from erasec.checkpoint.staging import settle
-from erasec.errors import ErasecError, suggestion
+from erasec.checkpoint.tokenizer_files import SAVED, SENTENCEPIECE, VOCABULARY, read_tokenizer
+from erasec.errors import ErasecError, reason, suggestion
 from erasec.family import HUB, detect
+from erasec.model import hub
 from erasec.model.view import Model
 
 # Suffixes of files with pickled weights.
@@ -20,8 +22,8 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs"}
 # The classes of tokenizers that erasec reads. The folder of a tokenizer must have one of the files of its class.
 TOKENIZERS = {
-    "CLIPTokenizer": ("vocab.json", "tokenizer.json"),
-    "T5Tokenizer": ("spiece.model", "tokenizer.json"),
+    "CLIPTokenizer": (VOCABULARY, SAVED),
+    "T5Tokenizer": (SENTENCEPIECE, SAVED),
 }
 
 
@@ -111,23 +113,17 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
             family = family.without(component)
     for component in family.components:
         folder.weight_files(component)
-        if not (root / component / "config.json").is_file():
-            raise ErasecError(
-                f"{name} is incomplete",
-                why=f"{component}/config.json is missing",
-                where=str(root),
-                fix="fetch the missing files of the model",
-            )
+        _require(root, name, component, ("config.json",))
+        folder.config(component)
     for component, classes in folder.index.items():
-        if isinstance(classes, list) and classes[0]:
-            required = _required_files(component, str(classes[-1]), root)
-            if required and not any((root / component / file).is_file() for file in required):
-                raise ErasecError(
-                    f"{name} is incomplete",
-                    why=f"{component}/{required[0]} is missing",
-                    where=str(root),
-                    fix="fetch the missing files of the model",
-                )
+        required = _required_files(component, classes, root)
+        if not required:
+            continue
+        found = _require(root, name, component, required)
+        if component == "scheduler":
+            folder.config(component, found)
+        else:
+            read_tokenizer(root / component)
     return Model(family, folder, name, revision)
 
 
@@ -151,9 +147,20 @@ def _required_files(component: str, class_name: str, root: Path) -> tuple[str, .
     return TOKENIZERS[class_name.removesuffix("Fast")]
 
 
-def _load_from_hub(name: str, repository: str, revision: str | None, variant: str, allow_pickle: bool) -> Model:
-    from huggingface_hub import snapshot_download
+def _require(root: Path, name: str, component: str, files: Sequence[str]) -> str:
+    """The first of ``files`` that a component has. Raises ErasecError where it has none."""
+    for file in files:
+        if (root / component / file).is_file():
+            return file
+    raise ErasecError(
+        f"{name} is incomplete",
+        why=f"{component}/{files[0]} is missing",
+        where=str(root),
+        fix="fetch the missing files of the model",
+    )
 
+
+def _load_from_hub(name: str, repository: str, revision: str | None, variant: str, allow_pickle: bool) -> Model:
     # Files without a variant are always fetched: a component that does not have the variant has only those.
     names = [f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"] if variant else []
     patterns = [
@@ -170,20 +177,11 @@ def _load_from_hub(name: str, repository: str, revision: str | None, variant: st
     ]
     # The cache is tried first: a pinned revision that is there already needs no network.
     error: Exception | None = None
-    for local in (True, False):
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-        if not local and offline:
-            break
-        last = offline or not local
+    for local in (True,) if hub.offline() else (True, False):
+        last = hub.offline() or not local
         try:
-            root = snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns + names,
-                ignore_patterns=[*unwanted, "safety_checker/*"],
-                local_files_only=local,
-            )
-            model = _load_folder(Path(root), name, Path(root).name, variant, allow_pickle)
+            root = hub.snapshot(repository, revision, patterns + names, [*unwanted, "safety_checker/*"], local)
+            model = _load_folder(root, name, root.name, variant, allow_pickle)
             _check_precision(model, variant, strict=not last)
             return model
         except ErasecError:
@@ -193,7 +191,7 @@ def _load_from_hub(name: str, repository: str, revision: str | None, variant: st
             error = caught
     raise ErasecError(
         f"the model {repository} is not on this machine and could not be fetched",
-        why=f"{type(error).__name__}: {str(error).splitlines()[0] if error and str(error) else 'no network'}",
+        why="HF_HUB_OFFLINE forbids the network" if hub.offline() else reason(error) if error else "no network",
         fix=f"give a diffusers folder (erasec build ./{name.split('/')[-1]} ...), "
         f"or fetch the model on a machine with a network: hf download {repository}",
     ) from error

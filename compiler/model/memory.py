@@ -4,12 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from erasec.checkpoint.safetensors import read_tensor
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from erasec.checkpoint.safetensors import read_finite
+from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from erasec.checkpoint.safetensors import Entry
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class MemoryRecord(TypedDict):
+    """The fields of a ``Memory`` that are not tensors."""
+
+    attention: str
+    mode: Literal["joint", "side"]
+    weight: Finite
+    until: Finite
+    guided: bool
+
+
+@with_config(ConfigDict(extra="allow"))
+class ExtrasRecord(TypedDict, total=False):
+    """The metadata of extras, as ``pack_extras`` makes it."""
+
+    memories: list[MemoryRecord]
+    tokens: list[str]
+    negative: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +92,27 @@ def pack_extras(
 
 
 def unpack_extras(
-    metadata: Mapping[str, Any], entries: Mapping[str, Any], prefix: str = ""
+    record: ExtrasRecord, entries: Mapping[str, Entry], prefix: str = ""
 ) -> tuple[tuple[Memory, ...], dict[str, Tensor], str]:
-    """The inverse of ``pack_extras``: memories, tokens and negative prompt. Raises KeyError or TypeError where the
-    metadata does not match the tensors."""
+    """The inverse of ``pack_extras``: memories, tokens and negative prompt.
+
+    Raises ErasecError where a tensor is missing, not finite or of another shape.
+    """
     memories = []
-    for number, fields in enumerate(metadata.get("memories", [])):
+    for number, fields in enumerate(record.get("memories", [])):
         name = f"{prefix}memories/{number}/{fields['attention']}"
-        memories.append(
-            Memory(keys=read_tensor(entries[f"{name}.keys"]), values=read_tensor(entries[f"{name}.values"]), **fields)
-        )
-    tokens = {name: read_tensor(entries[f"{prefix}tokens/{name}"]) for name in metadata.get("tokens", [])}
-    return tuple(memories), tokens, metadata.get("negative", "")
+        keys, values = read_finite(entries, f"{name}.keys"), read_finite(entries, f"{name}.values")
+        if keys.dim() != 2 or keys.shape != values.shape:
+            raise _shape_error(name, entries[f"{name}.keys"], "keys and values are not two matrices of one shape")
+        memories.append(Memory(keys=keys, values=values, **fields))
+    tokens = {}
+    for token in record.get("tokens", []):
+        name = f"{prefix}tokens/{token}"
+        tokens[token] = read_finite(entries, name)
+        if tokens[token].dim() != 1:
+            raise _shape_error(name, entries[name], "the row of a token is no vector")
+    return tuple(memories), tokens, record.get("negative", "")
+
+
+def _shape_error(name: str, entry: Entry, why: str) -> ErasecError:
+    return ErasecError(f"{entry.file.name} is damaged", why=f"{name}: {why}", where=str(entry.file))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.safetensors import read_tensor
 from erasec.errors import ErasecError
 from erasec.ldm.tensor_names import canonical
@@ -29,8 +30,8 @@ def load_network(model: Model, component: str, class_name: str) -> Any:
     import torch
 
     disable_library_bars()
-    with torch.device("meta"):
-        network = getattr(diffusers, class_name).from_config(model.source.config(component))
+    with described_by(component, model.source.root), torch.device("meta"):
+        network = getattr(diffusers, class_name).from_config(dict(model.source.config(component)))
     changed = model.merged().get(component, {})
     fill(network, component, model.entries(component), changed, model.source.root)
     return network.eval().requires_grad_(False)
@@ -52,7 +53,8 @@ def fill(
     """
     import torch
 
-    wanted = {canonical(component, key): key for key in network.state_dict()}
+    parameters = network.state_dict()
+    wanted = {canonical(component, key): key for key in parameters}
     stored = {canonical(component, key): entry for key, entry in entries.items()}
     edited = {canonical(component, key): make for key, make in changed.items()}
     if missing := sorted(wanted.keys() - stored.keys()):
@@ -61,6 +63,14 @@ def fill(
             why=f"{len(missing)} of {len(wanted)} tensors that its config requires are missing",
             where=str(root),
         )
+    for name, key in wanted.items():
+        if stored[name].shape != (shape := tuple(parameters[key].shape)):
+            raise ErasecError(
+                f"{component} and its config do not fit together",
+                why=f"{name} is {stored[name].shape}, and with this config it is {shape}",
+                where=str(root / component),
+                fix="fetch the model again; one of the two files belongs to another model",
+            )
     state = {
         key: (edited[name]() if name in edited else read_tensor(stored[name])).to(dtype or torch.float32)
         for name, key in wanted.items()

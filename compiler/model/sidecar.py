@@ -11,17 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ConfigDict, with_config
+
 from erasec.checkpoint.folder import EXTRAS_FILE
-from erasec.checkpoint.safetensors import check_format, read_sealed, save_sealed
+from erasec.checkpoint.safetensors import read_metadata, read_sealed, save_sealed
+from erasec.documents import Source
 from erasec.errors import ErasecError
-from erasec.model.memory import Memory, pack_extras, unpack_extras
+from erasec.model.memory import ExtrasRecord, Memory, pack_extras, unpack_extras
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from erasec.checkpoint.safetensors import Entry
     from erasec.model.edit import Edit
 
 FORMAT = 1
+METADATA = "erasec.extras"
 # The kinds of extras, as ``Pass.extras`` and ``Output.extras`` name them, and as messages do.
 KIND_NAMES = {"memory": "a memory of its attentions", "tokens": "tokens of its own", "negative": "a negative prompt"}
 KINDS = frozenset(KIND_NAMES)
@@ -81,26 +86,30 @@ def write_extras(root: Path, extras: Extras) -> None:
         return
     tensors, metadata = pack_extras(extras.memories, extras.tokens, extras.negative)
     content = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, ensure_ascii=False)
-    save_sealed(root / EXTRAS_FILE, tensors, {"erasec.extras": content})
+    save_sealed(root / EXTRAS_FILE, tensors, {METADATA: content})
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Content(ExtrasRecord):
+    format: int
+
+
+def read_record(root: Path) -> tuple[dict[str, Entry], ExtrasRecord]:
+    """The tensors and the metadata of the extras of a diffusers folder; empty where it has no such file. No tensor is
+    read. Raises ErasecError for a damaged file."""
+    path = root / EXTRAS_FILE
+    if not path.is_file():
+        return {}, {}
+    entries, metadata = read_sealed(path, METADATA)
+    fix = "build the checkpoint again; deleting this file gives another model than the one that was built"
+    source = Source(EXTRAS_FILE, str(path), fix, "is damaged")
+    return entries, read_metadata(metadata, METADATA, _Content, FORMAT, source)
 
 
 def read_extras(root: Path) -> Extras:
     """The extras of a diffusers folder; empty where it has no such file. Raises ErasecError for a damaged file."""
-    path = root / EXTRAS_FILE
-    if not path.is_file():
-        return Extras()
-    entries, metadata = read_sealed(path, "erasec.extras")
-    try:
-        content = json.loads(metadata["erasec.extras"])
-        check_format(path, content["format"], FORMAT)
-        return Extras(*unpack_extras(content, entries))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ErasecError(
-            f"{EXTRAS_FILE} is damaged",
-            why=f"its metadata does not match its tensors ({error})",
-            where=str(path),
-            fix="build the checkpoint again; deleting this file gives another model than the one that was built",
-        ) from error
+    entries, record = read_record(root)
+    return Extras(*unpack_extras(record, entries))
 
 
 def describe(kinds: Iterable[str]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from erasec.checkpoint.configs import described_by
+from erasec.checkpoint.tokenizer_files import check_rows, read_tokenizer
+from erasec.documents import read_json
 from erasec.errors import ErasecError
 from erasec.model.networks import fill
 from erasec.model.threads import fixed_threads
@@ -32,8 +34,12 @@ TIED = ("shared.weight", "encoder.embed_tokens.weight")
 # The positions of CLIP's text encoders, where the config does not say.
 POSITIONS = 77
 
-# Entries of a config.json that are not parameters of the config's class here.
-NOT_PARAMETERS = ("architectures", "dtype", "torch_dtype")
+# The ends of the names of token embeddings, of CLIP and of T5.
+EMBEDDINGS = ("token_embedding.weight", *TIED)
+
+# Entries of a config.json that are not parameters of the config's class here. An implementation of attention may be
+# code that transformers fetches from the hub.
+NOT_PARAMETERS = ("architectures", "attn_implementation", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,7 @@ class TextEncoders:
     def tokenizer(self, encoder: str) -> Any:
         """The tokenizer of a text encoder; that of text_encoder_2 is in tokenizer_2."""
         if encoder not in self._tokenizers:
-            import transformers
-
-            disable_library_bars()
-            tokenizer_class = getattr(transformers, ENCODERS[encoder_class(self.source, encoder)])
-            folder = self.source.root / encoder.replace("text_encoder", "tokenizer")
-            self._tokenizers[encoder] = tokenizer_class.from_pretrained(folder)
+            self._tokenizers[encoder] = load_tokenizer(self.source, encoder)
         return self._tokenizers[encoder]
 
     def encoder(self, name: str) -> Any:
@@ -97,13 +98,14 @@ class TextEncoders:
         length = length or tokenizer.model_max_length
         batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: Tensor = batch.input_ids
+        check_rows(ids.flatten().tolist(), self._rows(encoder), tokenizer.convert_ids_to_tokens, self.source.root)
         return ids
 
     def room(self, encoder: str) -> int:
         """The tokens that an encoder reads of a prompt, start and end token included. The tokenizer is not loaded."""
         if encoder not in self._rooms:
             path = self.source.root / encoder.replace("text_encoder", "tokenizer") / "tokenizer_config.json"
-            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            config = read_json(path, dict[str, Any]) if path.is_file() else {}
             positions = int(self.source.config(encoder).get("max_position_embeddings", POSITIONS))
             self._rooms[encoder] = min(positions, int(config.get("model_max_length") or positions))
         return self._rooms[encoder]
@@ -118,6 +120,11 @@ class TextEncoders:
         if text.isascii() and len(text) + 2 <= room:
             return text
         return fitting_part(self.tokenizer(encoder), text, room)
+
+    def _rows(self, encoder: str) -> int:
+        """The number of rows of an encoder's token embedding, read from its file's header."""
+        entries = self.source.entries(encoder)
+        return next((entry.shape[0] for key, entry in entries.items() if key.endswith(EMBEDDINGS)), 2**31)
 
     def last_tokens(self, prompts: Sequence[str], part: Part) -> Tensor:
         """Index of each prompt's last token before its first end token, (n,).
@@ -182,10 +189,33 @@ def fitting_part(tokenizer: Any, text: str, room: int) -> str:
     return text if len(offsets) <= room else text[: offsets[room - 2][1]]
 
 
+def load_tokenizer(source: Folder, encoder: str = "text_encoder") -> Any:
+    """transformers' tokenizer of a text encoder; that of text_encoder_2 is in tokenizer_2.
+
+    Its ``model_max_length`` is at most the number of the encoder's positions. Raises ErasecError for missing or damaged
+    files, which transformers would partly accept as an empty list of merges.
+    """
+    import transformers
+
+    disable_library_bars()
+    name = encoder.replace("text_encoder", "tokenizer")
+    read_tokenizer(source.root / name)
+    tokenizer_class = getattr(transformers, ENCODERS[encoder_class(source, encoder)])
+    with described_by(name, source.root):
+        tokenizer = tokenizer_class.from_pretrained(source.root / name)
+    limit_length(tokenizer, source.config(encoder).get("max_position_embeddings"))
+    return tokenizer
+
+
+def limit_length(tokenizer: Any, positions: int | None) -> None:
+    """Let a tokenizer, which may have no limit, make at most as many tokens as its text encoder has ``positions``."""
+    tokenizer.model_max_length = int(min(tokenizer.model_max_length, positions or 512))
+
+
 def encoder_class(source: Folder, name: str) -> str:
     """The name of a text encoder's class, from its config. Raises ErasecError for a class that is not in
     ``ENCODERS``."""
-    name_of_class: str = source.config(name).get("architectures", ["CLIPTextModel"])[0]
+    name_of_class: str = (source.config(name).get("architectures") or ["CLIPTextModel"])[0]
     if name_of_class not in ENCODERS:
         raise ErasecError(f"{name} is a {name_of_class}", why=f"known: {', '.join(ENCODERS)}", where=str(source.root))
     return name_of_class
@@ -202,8 +232,8 @@ def load_encoder(source: Folder, name: str, changed: Mapping[str, Callable[[], T
 
     disable_library_bars()
     model_class = getattr(transformers, encoder_class(source, name))
-    config = {key: value for key, value in source.config(name).items() if key not in NOT_PARAMETERS}
-    with torch.device("meta"):
+    config = {key: value for key, value in source.config(name).items() if key not in NOT_PARAMETERS and key[:1] != "_"}
+    with described_by(name, source.root), torch.device("meta"):
         model = model_class(model_class.config_class(**config))
     entries = dict(source.entries(name))
     for missing, present in (TIED, TIED[::-1]):  # files of T5 have its token embedding by one of the names, or by both

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
+from erasec.documents import read_toml
 from erasec.errors import ErasecError, suggestion
 
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -64,7 +64,11 @@ class Concept(BaseModel):
     @classmethod
     def _pairs(cls, value: object) -> object:
         # Pairs instead of a table: they are hashable, and a resolved recipe writes them inside [[concept]] as a list.
-        return tuple(value.items()) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return tuple(value.items())
+        if isinstance(value, list):
+            return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
+        return value
 
     @field_validator("counterparts")
     @classmethod
@@ -121,12 +125,7 @@ def library() -> dict[str, Path]:
 
 def from_file(path: Path) -> Concept:
     """Read one concept file. Raises ErasecError that names the field at fault."""
-    try:
-        return _validate(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ErasecError("the concept file is not TOML", why=str(error), where=str(path)) from error
-    except OSError as error:
-        raise ErasecError("the concept file cannot be read", why=str(error), where=str(path)) from error
+    return _validate(read_toml(path, "the concept file"), str(path))
 
 
 def bundled_file(name: str) -> Path | None:

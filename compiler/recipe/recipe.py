@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from erasec.documents import Source, parse_toml, read_toml
 from erasec.errors import ErasecError, suggestion
 from erasec.recipe.concept import Concept, Phrase
 
@@ -100,22 +100,48 @@ class Recipe(_Table):
         return value
 
 
-def from_file(path: Path) -> Recipe:
-    """Read a recipe file. Raises ErasecError that names the file and the key at fault, and the nearest valid key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ErasecError(f"the recipe {path} cannot be read", why=str(error)) from error
-    return from_toml(text, str(path))
+def from_file(path: Path, allow_code: bool = False) -> Recipe:
+    """Read a recipe file. Raises ErasecError that names the file and the key at fault, and the nearest valid key.
+
+    A recipe that names classes in Python files is refused without ``allow_code``: a build would run them.
+    """
+    recipe = _validate(read_toml(path, "the recipe"), str(path))
+    if not allow_code:
+        refuse_code(recipe, str(path))
+    return recipe
+
+
+def code_file(name: str) -> Path | None:
+    """The Python file in "file.py:Class", as a pass, target, judge or runtime may be given; else None."""
+    file, _, _ = name.rpartition(":")
+    return Path(file).expanduser() if file.endswith(".py") else None
+
+
+def code_files(recipe: Recipe, replaced: Collection[str] = ()) -> list[Path]:
+    """The Python files that a recipe names in the keys "pass", "targets" and "judge", without those ``replaced``."""
+    names = {
+        "pass": [use.name for use in recipe.passes],
+        "targets": [parse_named_options(text, "--target").name for text in recipe.targets],
+        "judge": [recipe.judge],
+    }
+    files = (code_file(name) for key in names.keys() - set(replaced) for name in names[key])
+    return sorted(file for file in files if file is not None)
+
+
+def refuse_code(recipe: Recipe, where: str, replaced: Collection[str] = ()) -> None:
+    """Raise ErasecError where a recipe names a class in a Python file; see ``code_files``."""
+    if files := code_files(recipe, replaced):
+        raise ErasecError(
+            f"the recipe names Python code: {files[0]}",
+            why="a recipe may come from someone else, and this file would run with your rights",
+            where=where,
+            fix="read the file; then give --allow-code, or name the class by a flag, such as --pass",
+        )
 
 
 def from_toml(text: str, where: str = "") -> Recipe:
     """Read a recipe from TOML. ``where`` names its source in errors. Raises ErasecError as ``from_file`` does."""
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ErasecError("the recipe is not TOML", why=str(error), where=where) from error
-    return _validate(content, where)
+    return _validate(parse_toml(text, Source("the recipe", where, "")), where)
 
 
 def from_flags(
@@ -132,11 +158,13 @@ def from_flags(
     keys: Sequence[str] = (),
     absorb: float | None = None,
     judge: str | None = None,
+    allow_code: bool = False,
 ) -> Recipe:
     """Make a recipe from the flags of a command line.
 
-    If ``model`` ends in .toml, it is a recipe file, and every flag that is given replaces its key in the recipe. Raises
-    ErasecError for an invalid flag or file.
+    If ``model`` ends in .toml, it is a recipe file, and every flag that is given replaces its key in the recipe. Python
+    files that the flags name may run; those that the recipe names only with ``allow_code``. Raises ErasecError for an
+    invalid flag or file.
     """
     given: dict[str, Any] = {
         "erase": list(erase),
@@ -155,7 +183,11 @@ def from_flags(
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}
     if model.endswith(".toml"):
-        base = from_file(Path(model).expanduser()).model_dump(by_alias=True)
+        path = Path(model).expanduser()
+        recipe = from_file(path, allow_code=True)
+        if not allow_code:
+            refuse_code(recipe, str(path), replaced=given)
+        base = recipe.model_dump(by_alias=True)
     return _validate({**base, **given}, "the command line")
 
 

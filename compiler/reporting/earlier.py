@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from erasec.errors import ErasecError
 from erasec.ldm.single_file import SingleFile
 from erasec.recipe.concept import Concept
+from erasec.reporting.read import REPORT, read_report
 
 if TYPE_CHECKING:
     from erasec.model.view import Model
@@ -23,21 +23,20 @@ def erased_before(model: Model) -> tuple[Concept, ...]:
     """
     source = model.source
     folder = (source.file.parent if isinstance(source, SingleFile) else source.root).resolve()
-    path = folder.parent / "report.json"
-    if not path.is_file():
+    if not (folder.parent / REPORT).is_file():
+        return ()
+    report = read_report(folder.parent)
+    ours = report.get("schema", "").startswith("erasec.report/")
+    if not ours or folder.name not in {item["path"] for item in report.get("written", [])}:
         return ()
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not str(report.get("schema", "")).startswith("erasec.report/"):
-            return ()
-        if folder.name not in {item["path"] for item in report["written"]}:
-            return ()
-        concepts = [Concept.model_validate(item) for item in (*report.get("earlier", ()), *report["concepts"])]
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        rows = (*report.get("earlier", []), *report.get("concepts", []))
+        concepts = [Concept.model_validate(item) for item in rows]
+    except ValidationError as error:
         raise ErasecError(
             "the report of the base is damaged",
             why="it should say what was erased from the base before",
-            where=str(path),
+            where=str(folder.parent / REPORT),
             fix="build the base again; or move its folder away from the report, and its history is not known",
         ) from error
     return tuple({concept.name: concept for concept in concepts}.values())

@@ -118,6 +118,7 @@ class Report:
     passed: bool
     extras: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[dict[str, Any], ...] = ()  # the Concept fields
+    rebuild: str = "erasec build recipe.toml"  # the command that builds the same again
 
 
 SCHEMA = "erasec.report/1"
@@ -153,6 +154,7 @@ def write_report(report: Report, out: Path) -> None:
         facts,
         gallery=_gallery(report),
         groups=GROUPS,
+        rebuild=report.rebuild,
         side=SIDE,
         alive=ALIVE,
         charts=charts,
@@ -160,7 +162,9 @@ def write_report(report: Report, out: Path) -> None:
         reduced=any(max(pair.before.shape[:2]) > SIDE for pair in report.pairs),
     )
     base_model = HUB.get(report.model["name"], _title(report.model))
-    card = environment.get_template("card.md.j2").render(facts, groups=GROUPS, base_model=base_model)
+    card = environment.get_template("card.md.j2").render(
+        facts, groups=GROUPS, base_model=base_model, rebuild=report.rebuild
+    )
     _write_text(out / "report.html", page)
     _write_text(out / "report.json", json.dumps(_plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")
     _write_text(out / "README.md", card)

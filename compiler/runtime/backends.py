@@ -5,7 +5,6 @@ In every runtime, components take and return arrays by the names of the ONNX gra
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec.base import Runtime
-from erasec.checkpoint.folder import EXTRAS_FILE
-from erasec.checkpoint.safetensors import read_sealed
+from erasec.checkpoint.configs import read_config
+from erasec.checkpoint.tokenizer_files import check_rows
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.graph import MODEL
 from erasec.graphs.session import OnnxSession
 from erasec.graphs.signature import INPUTS, OUTPUTS
+from erasec.model.sidecar import read_record
 from erasec.runtime.clip_tokenizer import ClipTokenizer, load_tokenizer
 from erasec.tensorrt import engines
 
@@ -63,16 +63,8 @@ def carried_text(root: Path) -> tuple[str, list[str]]:
 
     Raises ErasecError where the file that holds them is damaged.
     """
-    path = root / EXTRAS_FILE
-    if not path.is_file():
-        return "", []
-    try:
-        content = json.loads(read_sealed(path)[1]["erasec.extras"])
-        return str(content.get("negative", "")), list(content.get("tokens", []))
-    except (KeyError, ValueError, AttributeError) as error:
-        raise ErasecError(
-            f"{EXTRAS_FILE} is damaged", why=repr(error), where=str(path), fix="build it again"
-        ) from error
+    record = read_record(root)[1]
+    return record.get("negative", ""), record.get("tokens", [])
 
 
 @dataclass(frozen=True)
@@ -222,7 +214,7 @@ class GraphComponents:
     @cached_property
     def tokenizer(self) -> ClipTokenizer:
         """The folder's tokenizer. Raises ErasecError where it lacks a new token that the folder carries."""
-        config = json.loads((self.root / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+        config = read_config(self.root, "text_encoder")
         tokenizer = load_tokenizer(self.root / "tokenizer", config.get("max_position_embeddings", 77))
         for token in carried_text(self.root)[1]:
             if not tokenizer.knows(token):
@@ -235,7 +227,10 @@ class GraphComponents:
         return tokenizer
 
     def ids(self, texts: Sequence[str]) -> Array:
-        return self.tokenizer.ids(texts)
+        ids, own = self.tokenizer.ids(texts), self.tokenizer.tokenizer
+        rows = read_config(self.root, "text_encoder")["vocab_size"] + len(carried_text(self.root)[1])
+        check_rows(ids.ravel().tolist(), rows, own.id_to_token, self.root)
+        return ids
 
     def text_read(self, text: str) -> str:
         return self.tokenizer.text_read(text)
@@ -304,7 +299,9 @@ class TorchComponents:
 
     def ids(self, texts: Sequence[str]) -> Array:
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-        ids: Array = self.pipeline.tokenizer(list(texts), **options).input_ids
+        tokenizer, embedding = self.pipeline.tokenizer, self.pipeline.text_encoder.get_input_embeddings()
+        ids: Array = tokenizer(list(texts), **options).input_ids
+        check_rows(ids.ravel().tolist(), embedding.num_embeddings, tokenizer.convert_ids_to_tokens, self.root)
         return ids
 
     def text_read(self, text: str) -> str:

@@ -6,7 +6,6 @@ built files compute, and not the checkpoint that they were built from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec import registry
+from erasec.checkpoint.configs import Config, read_config
 from erasec.checkpoint.folder import downscale
 from erasec.errors import ErasecError, suggestion
 from erasec.graphs.signature import INPUTS, OUTPUTS, pixel_unit
@@ -63,19 +63,9 @@ class Bundle:
         for name in list(self._open):
             self.drop(name)
 
-    def config(self, component: str, name: str = "config.json") -> dict[str, Any]:
+    def config(self, component: str, name: str = "config.json") -> Config:
         """A component's config. Raises ErasecError where it is missing or damaged."""
-        path = self.root / component / name
-        try:
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ErasecError(
-                f"the bundle has no {component}/{name} that can be read",
-                why=str(error),
-                where=str(self.root),
-                fix="build it again; the runtime reads the configs beside the graphs",
-            ) from error
-        return config
+        return read_config(self.root, component, name)
 
     def states(self, texts: Sequence[str], batch: int) -> Array:
         """Text states (n, t, d) in float32, encoded ``batch`` at a time."""

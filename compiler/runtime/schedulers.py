@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.errors import ErasecError, suggestion
+from erasec.errors import ErasecError, shown, suggestion
 from erasec.ldm.configs import NOISE_DEFAULTS
 
 Array = NDArray[Any]
@@ -114,8 +114,13 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
         raise ErasecError(f"the scheduler is a {name}", why=f"supported are {', '.join(DEFAULTS)}", fix=instead)
     # Configs of other classes lack this option, and its default is not supported.
     overrides = {"skip_prk_steps": True} if kind != "auto" else {}
-    options = {key: config.get(key, default) for key, default in (DEFAULTS[name] | overrides).items()}
+    defaults = DEFAULTS[name] | overrides
+    options = {key: config.get(key, default) for key, default in defaults.items()}
     for key, value in options.items():
+        if type(defaults[key]) in (int, float) and type(value) not in (int, float):
+            raise ErasecError(
+                f"the {name} has {key} = {shown(value)}", why="it takes a number", fix="fetch the model again"
+            )
         if key in SUPPORTED and value not in SUPPORTED[key]:
             raise ErasecError(
                 f"the {name} has {key} = {value!r}",

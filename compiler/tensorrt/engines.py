@@ -21,11 +21,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import ConfigDict, StringConstraints, with_config
+from typing_extensions import TypedDict
 
 from erasec.checkpoint.safetensors import atomic_write, file_digest
+from erasec.documents import Count
 from erasec.errors import ErasecError, MissingTool, require_modules
-from erasec.graphs.manifest import load_json
+from erasec.graphs.manifest import read_record as read_schema
 from erasec.graphs.weights import digests
 from erasec.tensorrt import devices
 
@@ -193,20 +197,39 @@ def rewrite_record(folder: Path, record: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+class _Shapes(TypedDict):
+    min: list[Count]
+    opt: list[Count]
+    max: list[Count]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Engine(TypedDict):
+    file: str
+    engine: str
+    graph: str
+    weights: str
+    profile: dict[str, _Shapes]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Builder(TypedDict):
+    name: Literal["tensorrt_rtx", "tensorrt"]  # the keys of TARGETS
+    version: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Record(TypedDict):
+    builder: _Builder
+    capabilities: list[Annotated[str, StringConstraints(pattern=r"^\d{2,3}$")]]
+    components: dict[str, _Engine]
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """engine.json of a folder. Raises ErasecError where it is missing, damaged or of another schema."""
-    try:
-        record = load_json(folder / RECORD, SCHEMA)
-        for entry in record["components"].values():
-            _ = entry["file"], entry["engine"], entry["graph"], entry["weights"], entry["profile"]
-        _ = TARGETS[record["builder"]["name"]], record["builder"]["version"], record["capabilities"]
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ErasecError(
-            f"{folder} is no folder of engines",
-            why=f"its {RECORD} is missing or damaged ({type(error).__name__})",
-            fix="erasec build MODEL --erase CONCEPT --target trt-rtx   writes one",
-        ) from error
+    fix = "erasec build MODEL --erase CONCEPT --target trt-rtx   writes one"
+    record: Any = read_schema(folder / RECORD, SCHEMA, _Record, "folder of engines", fix)
+    return dict(record)
 
 
 def check_runs_here(folder: Path, names: Sequence[str] = ()) -> None:

@@ -24,9 +24,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from erasec.checkpoint.owned import scratch_folder
 from erasec.checkpoint.safetensors import CHUNK, atomic_write, copy_file, file_digest
+from erasec.documents import read_json
+from erasec.errors import ErasecError
 from erasec.graphs.cache import cache_folder, unusable_is_noted
 from erasec.graphs.signature import INPUTS
 from erasec.graphs.weights import digests, read_weights
@@ -267,12 +270,18 @@ def _write_cached(
             os.replace(scratch / name, root / name)
 
 
+class _Record(TypedDict):
+    engine: str
+    matrices: dict[str, str]
+    places: dict[str, MatrixLocation]
+    proven: list[str]
+
+
 def _read_cached(root: Path) -> dict[str, Any]:
     """The record of a cached engine; {} where it is missing or damaged, or belongs to another file."""
     try:
-        record: dict[str, Any] = json.loads((root / MAP).read_text())
-        record["places"] = {name: MatrixLocation(**place) for name, place in record["places"].items()}
+        record: dict[str, Any] = {**read_json(root / MAP, _Record)}
         whole = file_digest(root / ENGINE) == record["engine"] and set(record["proven"]) <= record["places"].keys()
         return record if whole and record["matrices"] else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ErasecError):
         return {}

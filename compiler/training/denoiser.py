@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from erasec.attention.processors import attach
+from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.folder import downscale
 from erasec.errors import ErasecError
 from erasec.model.networks import load_network
@@ -83,7 +84,8 @@ class Denoiser:
                 f"a model that predicts {kind!r} cannot be trained here",
                 why="erasec trains models that predict epsilon (noise) or v",
             )
-        return DDPMScheduler.from_config(config)
+        with described_by("scheduler", self.model.source.root):
+            return DDPMScheduler.from_config(dict(config))
 
     @property
     def v_prediction(self) -> bool:
@@ -173,7 +175,8 @@ class Denoiser:
         from diffusers import DDIMScheduler
 
         config = self.model.source.config("scheduler", "scheduler_config.json")
-        scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+        with described_by("scheduler", self.model.source.root):
+            scheduler = DDIMScheduler.from_config(dict(config), clip_sample=False)
         scheduler.set_timesteps(sample_steps)
         timesteps = scheduler.timesteps[: until or None]
         parts: list[tuple[Tensor, ...]] = []

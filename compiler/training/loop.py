@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 
 from erasec.base import Context
 from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors, tensor_bytes
-from erasec.errors import ErasecError
+from erasec.documents import Source, parse_json
+from erasec.errors import ErasecError, reason
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -292,7 +293,14 @@ class _Loop:
         save_tensors(path, on_cpu, {"erasec.run": json.dumps(asdict(run))}, private=True, durable=True)
 
     def restore(self, path: Path) -> Run:
-        """Read the state that ``save`` wrote."""
+        """Read the state that ``save`` wrote. Raises ErasecError where it is damaged."""
+        source = Source("the state of the training", str(path), "delete this file; training then begins again")
+        try:
+            return self._restore(path, source)
+        except (ErasecError, KeyError, RuntimeError, ValueError) as error:  # torch's, for tensors of other shapes
+            raise source.error(error.why if isinstance(error, ErasecError) else reason(error)) from error
+
+    def _restore(self, path: Path, source: Source) -> Run:
         entries, metadata = read_header(path)
         tensors = {key: read_tensor(entry) for key, entry in entries.items()}
         self.put({name: tensors[f"value/{name}"] for name in self.parameters})
@@ -309,7 +317,7 @@ class _Loop:
                 if parts:
                     state[index] = parts
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        return Run(**json.loads(metadata["erasec.run"]))
+        return parse_json(metadata.get("erasec.run", ""), Run, source)
 
     def finish(self) -> None:
         """Leave the averages in the parameters, where there are any, and no gradients."""

@@ -278,3 +278,69 @@ def test_a_file_without_a_digest_is_read_and_one_line_says_so(
         checkpoint.read_sealed(tmp_path / "new")
     note = " note: old is not verified: erasec 0.1.0 wrote no digest of its content into it\n"
     assert capsys.readouterr().err == note
+
+
+F32 = '{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]}'
+WHOLE = F32 % (16, 0, 64)
+FORBIDDEN_HEADERS = {
+    "overlapping offsets": f'{{"a":{F32 % (8, 0, 32)},"b":{F32 % (12, 16, 64)}}}',
+    "shared bytes": f'{{"a":{WHOLE},"b":{WHOLE}}}',
+    "a hole": f'{{"a":{F32 % (4, 0, 16)},"b":{F32 % (8, 32, 64)}}}',
+    "shifted offsets": f'{{"a":{F32 % (15, 4, 64)}}}',
+    "trailing bytes": f'{{"a":{F32 % (8, 0, 32)}}}',
+    "another size than the shape": f'{{"a":{F32 % (15, 0, 64)}}}',
+    "a name twice": f'{{"a":{WHOLE},"a":{WHOLE}}}',
+    "metadata twice": f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{WHOLE}}}',
+    "metadata that is a number": f'{{"__metadata__":{{"x":1}},"a":{WHOLE}}}',
+    "metadata that is a list": f'{{"__metadata__":[],"a":{WHOLE}}}',
+    "an entry that is a list": '{"a":["F32",[16],[0,64]]}',
+    "an entry without a dtype": '{"a":{"shape":[16],"data_offsets":[0,64]}}',
+    "a shape that is a float": '{"a":{"dtype":"F32","shape":[16.0],"data_offsets":[0,64]}}',
+    "three offsets": '{"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64,64]}}',
+    "deep nesting": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
+}
+
+
+def write_header(path: Path, header: bytes) -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    return path
+
+
+@pytest.mark.parametrize("name", FORBIDDEN_HEADERS)
+def test_a_header_that_the_format_forbids_is_refused(tmp_path: Path, name: str) -> None:
+    allowed = write_header(tmp_path / "allowed", f'{{"a":{WHOLE}}} '.encode())
+    assert checkpoint.read_header(allowed)[0]["a"].shape == (16,)
+    with pytest.raises(ErasecError, match="no whole safetensors file") as caught:
+        checkpoint.read_header(write_header(tmp_path / "x", FORBIDDEN_HEADERS[name].encode()))
+    assert caught.value.why and "__init__" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
+def test_a_header_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(ErasecError, match="no whole safetensors file"):
+        checkpoint.read_header(write_header(tmp_path / "x", f'{{"a":{WHOLE}}}'.encode(encoding)))
+
+
+def test_a_header_of_more_than_100_mb_is_refused(tmp_path: Path) -> None:
+    text = f'{{"a":{WHOLE}}}'.encode()
+    with (tmp_path / "x").open("wb") as file:
+        file.write((200_000_000).to_bytes(8, "little") + text)
+        file.truncate(200_000_072)
+    with pytest.raises(ErasecError, match="no whole safetensors file") as caught:
+        checkpoint.read_header(tmp_path / "x")
+    assert caught.value.why == "header too large"
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(ErasecError, match="is a Git LFS pointer") as caught:
+        checkpoint.read_header(tmp_path / "x")
+    assert "git lfs pull" in caught.value.fix
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    checkpoint.save_tensors(tmp_path / "x", tensors())
+    entries, _ = checkpoint.read_header(tmp_path / "x")
+    os.truncate(tmp_path / "x", 300)
+    with pytest.raises(ErasecError, match="no whole safetensors file"):
+        checkpoint.read_tensor(entries["ids"])

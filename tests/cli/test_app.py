@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from erasec import options
 from erasec.checkpoint import journal
-from erasec.checkpoint.safetensors import BLANK
+from erasec.checkpoint.safetensors import BLANK, save_tensors
 from erasec.cli import output
 from erasec.cli.app import QUIET, app
 from erasec.commands import apply, build
@@ -142,6 +142,32 @@ def test_bad_input_is_reported_on_stderr_and_exits_with_2(run: Any, arguments: l
     assert words in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_code_that_a_recipe_names_runs_only_with_permission(run: Any, random_folder: Path, command: str) -> None:
+    Path("evil.py").write_text("open('ran', 'w')")
+    Path("recipe.toml").write_text(f'model = "{random_folder}"\nerase = ["star"]\n[[pass]]\nname = "evil.py:X"\n')
+    refused = run(command, "recipe.toml")
+    assert refused.exit_code == 2 and "--allow-code" in refused.stderr
+    assert not Path("ran").exists()
+    for words in (["recipe.toml", "--allow-code"], ["recipe.toml", "--pass", "evil.py:X"]):
+        allowed = run(command, *words)
+        assert "'X' is no Pass" in allowed.stderr
+        Path("ran").unlink()
+
+
+def test_names_from_files_do_not_control_the_terminal(run: Any) -> None:
+    evil = {"\x1b[31ma\x07": torch.ones(2), "b": torch.zeros(2)}
+    save_tensors(Path("a.safetensors"), evil)
+    save_tensors(Path("b.safetensors"), {key: value + 1 for key, value in evil.items()})
+    shown = run("diff", "a.safetensors", "b.safetensors")
+    assert shown.exit_code == 0 and "\\x1b[31ma\\x07" in shown.stdout
+    Path("c.toml").write_text('model = "glyphs"\n"\\u001b]0;x\\u0007" = 1\n')
+    refused = run("plan", "c.toml", "-v")
+    assert refused.exit_code == 2 and "Traceback" in refused.stderr
+    for text in (shown.stdout, refused.stderr):
+        assert not set(text) & set("\x1b\x07\r")
 
 
 def test_verbose_adds_the_traceback(run: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from concepts import STAR
 
 from erasec.base import Context
+from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.closed_form import priors, solver
 from erasec.errors import ErasecError
 from erasec.model import loading
@@ -109,3 +110,21 @@ def test_captions_with_a_byte_order_mark_and_damaged_ones(tmp_path: Path) -> Non
     with pytest.raises(ErasecError, match="cannot be read") as caught:
         priors.read_captions(tmp_path / "long.csv")
     assert "field larger" in caught.value.why
+
+
+def test_a_damaged_prior_is_an_error(base: Model, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("a star\na circle\n")
+    priors.write(tmp_path / "good", base, tmp_path / "captions.txt")
+    assert priors.read(str(tmp_path / "good"), base, "context").shape[1] == 128
+    entries, metadata = read_header(tmp_path / "good")
+    gram = read_tensor(entries["context"])
+    metadata.pop("format")
+    no_encoders = {key: value for key, value in metadata.items() if key != "encoders"}
+    for tensor, stated, words in (
+        (gram.index_fill(0, torch.tensor([3]), float("nan")), metadata, "the tensor context of bad is not finite"),
+        (gram[:5], metadata, "the prior bad is damaged"),
+        (gram, no_encoders, "was built with other text encoders"),
+    ):
+        save_tensors(tmp_path / "bad", {"context": tensor}, stated)
+        with pytest.raises(ErasecError, match=words):
+            priors.read(str(tmp_path / "bad"), base, "context")

@@ -214,7 +214,7 @@ def test_a_folder_that_is_no_build_is_an_error(tmp_path: Path, out: Path) -> Non
         with pytest.raises(ErasecError, match="is no build and no target's folder"):
             examine(folder)
     (out / "report.json").write_text('{"written": 1}')
-    with pytest.raises(ErasecError, match=r"report\.json is damaged"):
+    with pytest.raises(ErasecError, match=r"report\.json cannot be read"):
         examine(out)
 
 

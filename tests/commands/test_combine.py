@@ -69,7 +69,7 @@ def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Pat
     stronger = write(base, Uce(scale=2.0), [HEART], tmp_path / "stronger")
     remap = write(base, Remap(), [HEART], tmp_path / "remap")
     bare = tmp_path / "bare"
-    write_edits(bare, read_edits(heart)[0], base.base_record(), sums=False)
+    write_edits(bare, *read_edits(heart), sums=False)
     tries: list[tuple[list[Path], list[str], str]] = [
         ([star, star], [], "in two of the files"),
         ([star, disputed], [], "keeps 'star'"),
@@ -106,3 +106,21 @@ def test_the_output_is_written_whole_by_one_command(star: Path, tmp_path: Path) 
         combine([star], [], out)
     combine([star], [], out)
     assert sorted(os.listdir(tmp_path)) == ["all.edit.safetensors", "link"]
+
+
+def test_an_edit_file_that_names_code_runs_none(star: Path, tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    (edit,), about = read_edits(star)
+    for by in (f"{tmp_path / 'evil.py'}:X", "esd", "nothing"):
+        write_edits(tmp_path / "evil", [replace(edit, by=by)], about)
+        with pytest.raises(ErasecError, match="evil cannot be combined"):
+            combine([tmp_path / "evil"], [], tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sums_that_do_not_fit_together_are_an_error(star: Path, tmp_path: Path) -> None:
+    (edit,), about = read_edits(star)
+    for change in ({"context.source": torch.ones(2, 3)}, {"context.lost": torch.ones(3)}):
+        write_edits(tmp_path / "cut", [replace(edit, sums={"": {}, "star": {**edit.sums["star"], **change}})], about)
+        with pytest.raises(ErasecError, match="do not fit together"):
+            combine([tmp_path / "cut"], [], tmp_path / "out")

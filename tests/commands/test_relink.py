@@ -213,9 +213,9 @@ def test_a_folder_without_edited_tensors_is_refused(b: Any, random_folder: Path,
 
 
 def test_extras_are_refused(a: Any, b: Any, folder: Path, tmp_path: Path) -> None:
-    rows = torch.ones(2, 192)
+    rows, about = torch.ones(2, 192), {"model": "m", "family": "sd1", "sites": {}}
     memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", rows, rows)
-    edit_file.write_edits(tmp_path / "memory", [Edit({}, "by hand", ("c",), "", memories=(memory,))], {"sites": {}})
+    edit_file.write_edits(tmp_path / "memory", [Edit({}, "by hand", ("c",), "", memories=(memory,))], about)
     with pytest.raises(ErasecError, match="memory is more than changes of weights"):
         relink(folder, tmp_path / "memory")
     manifest = json.loads((folder / MANIFEST).read_text())

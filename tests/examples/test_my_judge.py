@@ -70,7 +70,7 @@ def red(root: Path, monkeypatch: pytest.MonkeyPatch, **options: float) -> Recipe
     """The example recipe with few pictures and steps, and options for its pass. Its paths are relative to the root."""
     monkeypatch.chdir(root)
     update = {"checks": Limits(images=2, steps=6), "passes": (NamedOptions(name="uce", options=options),)}
-    return from_file(root / "examples/red.toml").model_copy(update=update)
+    return from_file(root / "examples/red.toml", allow_code=True).model_copy(update=update)
 
 
 def test_the_example_recipe_is_judged_by_it(

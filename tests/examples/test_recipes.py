@@ -69,7 +69,7 @@ NAMES = sorted(path.name for path in (Path(__file__).parents[2] / "examples").gl
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_names_in_a_recipe_exist(root: Path, name: str) -> None:
-    example = recipe.from_file(root / "examples" / name)
+    example = recipe.from_file(root / "examples" / name, allow_code=True)
     assert example.model in (*BUNDLED, *HUB)
     own = {concept.name for concept in example.concepts}
     assert {name.partition(":")[0] for name in example.erase} <= concepts.library().keys() | own

@@ -87,11 +87,11 @@ def test_the_same_key_is_the_same_bytes(file: Path, tmp_path: Path) -> None:
     ("change", "tensors", "words"),
     [
         (lambda content: content.pop("bound"), {}, "it has no 'bound'"),
-        (lambda content: content.update(attentions=[]), {}, "names no attention"),
-        (lambda content: content["concept"].update(erase=[]), {}, "validation error"),
+        (lambda content: content.update(attentions=[]), {}, "attentions: List should have at least 1 item"),
+        (lambda content: content["concept"].update(erase=[]), {}, "concept.erase: "),
         (lambda content: content.update(format=99), {}, "formats up to 1"),
-        (lambda content: None, {"values": torch.zeros(3, 128)}, "not two matrices of floats"),
-        (lambda content: None, {"keys": torch.full((4, 128), torch.nan)}, "not all finite"),
+        (lambda content: None, {"values": torch.zeros(3, 128)}, "not two matrices of one shape"),
+        (lambda content: None, {"keys": torch.full((4, 128), torch.nan)}, "a NaN or an infinity"),
     ],
 )
 def test_damage_is_an_error_that_says_what_is_wrong(

@@ -63,8 +63,8 @@ def test_a_file_gives_back_the_same_edits_and_the_same_bytes(base: Model, star: 
 
 
 def test_a_remap_is_stored_once_for_all_its_sites(base: Model, star: Edit, tmp_path: Path) -> None:
-    edit_file.write_edits(tmp_path / "with", [star], {"family": "sd1"})
-    edit_file.write_edits(tmp_path / "without", [star], {"family": "sd1"}, sums=False)
+    edit_file.write_edits(tmp_path / "with", [star], base.with_edit(star).base_record())
+    edit_file.write_edits(tmp_path / "without", [star], base.with_edit(star).base_record(), sums=False)
     names = set(read_header(tmp_path / "without")[0])
     assert names == {"0/remap.0.left", "0/remap.0.right"}
     assert {name for name in read_header(tmp_path / "with")[0] if "sums" in name} == {
@@ -100,7 +100,7 @@ def test_extras_come_back(base: Model, star: Edit, tmp_path: Path) -> None:
     secret = Secret("star", draw(6, 2, 128), draw(7, 2, 128), (where,))
     more = replace(star, memories=memories, tokens=tokens, negative="a “star”", secret=secret, curves={"loss": [1.0]})
     for name in ("one", "two"):
-        edit_file.write_edits(tmp_path / name, [star, more], {})
+        edit_file.write_edits(tmp_path / name, [star, more], base.with_edit(star).base_record())
     assert file_digest(tmp_path / "one") == file_digest(tmp_path / "two")
     (plain, carrying), _ = edit_file.read_edits(tmp_path / "one")
     assert (plain.memories, plain.tokens, plain.negative) == ((), {}, "")
@@ -137,3 +137,33 @@ def test_one_flipped_byte_is_an_error(star: Edit, tmp_path: Path, part: str) -> 
     with pytest.raises(ErasecError, match="star is damaged") as caught:
         edit_file.read_edits(tmp_path / "star")
     assert "digest" in caught.value.why
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(base: Model, tmp_path: Path, number: float) -> None:
+    site = base.select("self", "q")[0]
+    value = draw(0, *site.shape)
+    for wrong in (False, True):
+        value[1, 2] = number if wrong else 0.5
+        model = base.with_edit(Edit({site: Dense(value)}, "mine", ("star",), ""))
+        edit_file.write_edits(tmp_path / "x", model.edits, model.base_record())
+        if not wrong:
+            assert edit_file.read_edits(tmp_path / "x")[0][0].by == "mine"
+    with pytest.raises(ErasecError, match=rf"the tensor 0/unet/{site.key}\.value of x is not finite") as caught:
+        edit_file.read_edits(tmp_path / "x")
+    assert caught.value.why == "it has a NaN or an infinity"
+
+
+def test_a_change_of_another_shape_than_its_site_is_refused(base: Model, tmp_path: Path) -> None:
+    site = base.select("self", "q")[0]
+    rows, columns = site.shape
+    for delta in (
+        Dense(draw(0, rows, columns + 1)),
+        LowRank(draw(0, rows, 2), draw(0, 3, columns)),
+        LowRank(draw(0, rows + 1, 2), draw(0, 2, columns)),
+    ):
+        model = base.with_edit(Edit({site: delta}, "mine", ("star",), ""))
+        edit_file.write_edits(tmp_path / "x", model.edits, model.base_record())
+        with pytest.raises(ErasecError, match="no edit file of erasec") as caught:
+            edit_file.read_edits(tmp_path / "x")
+        assert f"change of the shape of unet/{site.key}" in caught.value.why

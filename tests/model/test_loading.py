@@ -164,6 +164,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, cached: Path, fetched: Path) -> list[bo
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("erasec.model.hub._ask", lambda repository, revision: None)
     return local_calls
 
 

@@ -108,3 +108,40 @@ def test_an_encoder_without_one_of_its_tensors_is_refused(folders: Path, tmp_pat
     save_tensors(path, {key: tensor for key, tensor in tensors.items() if key != gone})
     with pytest.raises(ErasecError, match=r"text_encoder has no tensor .*final_layer_norm\.bias"):
         TextEncoders(Folder(tmp_path)).encoder("text_encoder")
+
+
+def test_tokenizers_have_their_merges_and_a_limit_and_tokens_have_rows(folders: Path, tmp_path: Path) -> None:
+    """transformers reads a tokenizer without merges as one without any, and gives each letter a token."""
+    copy = shutil.copytree(folders / "sd1", tmp_path / "copy")
+    wanted = loading.load(str(copy)).encode(PROMPTS).states
+    settings = json.loads((copy / "tokenizer" / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (copy / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert torch.equal(loading.load(str(copy)).encode(PROMPTS).states, wanted)
+    (copy / "tokenizer" / "added_tokens.json").write_text('{"<new>": 49408}')
+    model = loading.load(str(copy))
+    assert torch.equal(model.encode(PROMPTS).states, wanted)
+    with pytest.raises(ErasecError, match="the token '<new>' has no row in the text encoder"):
+        model.encode(["a <new> star"])
+    (copy / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ErasecError, match=r"merges\.txt cannot be read"):
+        loading.load(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_act": "swishy"}, "text_encoder cannot be made from its files"),
+        ({"num_attention_heads": 7}, "text_encoder cannot be made from its files"),
+        ({"intermediate_size": 1024}, "text_encoder and its config do not fit together"),
+        ({"num_hidden_layers": 10**9}, "text_encoder/config.json cannot be read"),
+    ],
+)
+def test_a_config_of_another_model_is_an_error(
+    folders: Path, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    copy = shutil.copytree(folders / "sd1", tmp_path / "copy")
+    file = copy / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ErasecError, match=words):
+        loading.load(str(copy)).encode(["a star"])

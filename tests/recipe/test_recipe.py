@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,8 @@ from erasec.recipe.recipe import (
     Limits,
     NamedOptions,
     Recipe,
+    code_file,
+    code_files,
     from_file,
     from_flags,
     from_toml,
@@ -167,5 +170,35 @@ def test_an_error_names_the_place_and_the_nearest_key(text: str, where: str, wor
 
 
 def test_a_missing_recipe_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ErasecError, match=r"none\.toml cannot be read"):
+    with pytest.raises(ErasecError, match=r"the recipe cannot be read\n +in: .*none\.toml\n +why: there is no such"):
         from_flags(str(tmp_path / "none.toml"))
+
+
+CODE = {
+    "pass": '[[pass]]\nname = "evil.py:X"',
+    "targets": 'targets = ["hf", "evil.py:X:a=1"]',
+    "judge": 'judge = "~/evil.py:X"',
+}
+
+
+@pytest.mark.parametrize("key", CODE)
+def test_a_recipe_that_names_code_needs_permission(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'model = "glyphs"\nerase = ["star"]\n{CODE[key]}\n')
+    for read in (from_file, lambda path: from_flags(str(path), erase=["heart"])):
+        with pytest.raises(ErasecError, match=r"the recipe names Python code: .*evil\.py") as caught:
+            read(file)
+        assert "--allow-code" in caught.value.fix and str(file) == caught.value.where
+    assert from_file(file, allow_code=True) == from_flags(str(file), allow_code=True)
+    assert code_files(from_file(file, allow_code=True)) == [code_file("~/evil.py:X" if key == "judge" else "evil.py:X")]
+    other: dict[str, Any] = {"pass": {"passes": ["uce"]}, "targets": {"targets": ["ldm"]}, "judge": {"judge": "glyphs"}}
+    assert from_flags(str(file), **other[key]).model == "glyphs"  # the flag replaces the key
+
+
+def test_a_flag_and_a_plain_name_need_no_permission(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('model = "glyphs"\nerase = ["star"]\n[[pass]]\nname = "uce"\n')
+    recipe = from_flags(
+        str(tmp_path / "recipe.toml"), passes=["mine.py:X:a=1"], targets=["mine.py:Y"], judge="mine.py:Z"
+    )
+    assert recipe.passes[0].name == "mine.py:X"
+    assert code_file("uce") is code_file("") is code_file("uce:rows") is None

@@ -331,7 +331,7 @@ class TestDamage:
 
     def test_a_config_that_is_damaged(self, folder: Path) -> None:
         (folder / "unet" / "config.json").write_text("{")
-        assert "no unet/config.json that can be read" in self.fails(folder)
+        assert "unet/config.json is not JSON" in self.fails(folder)
 
     def test_a_model_that_paints_into_pictures(self, folder: Path) -> None:
         config = json.loads((folder / "unet" / "config.json").read_text())

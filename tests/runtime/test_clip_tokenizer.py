@@ -125,13 +125,13 @@ def test_another_vocabulary_gives_other_ids(clip: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: (folder / "vocab.json").unlink(), "there is no vocab.json"),
-        (lambda folder: (folder / "merges.txt").unlink(), "there is no merges.txt"),
-        (lambda folder: (folder / "vocab.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}}"), "cannot be read"),
-        (lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'), "'merges'"),
+        (lambda folder: (folder / "vocab.json").unlink(), "vocab.json cannot be read"),
+        (lambda folder: (folder / "merges.txt").unlink(), "merges.txt cannot be read"),
+        (lambda folder: (folder / "vocab.json").write_text("{"), "vocab.json is not JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}}"), "tokenizer.json is not JSON"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'), "model: it has no 'vocab'"),
         (lambda folder: edit(folder / "tokenizer_config.json", tokenizer_class="T5Tokenizer"), "is a T5Tokenizer"),
-        (lambda folder: edit(folder / "added_tokens.json", **{"<new>": 49410}), "would not be 49410"),
+        (lambda folder: edit(folder / "added_tokens.json", **{"<new>": 49410}), "would not get the id 49410"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused(
