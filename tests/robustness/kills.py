@@ -162,17 +162,17 @@ def kill_one(
 
 
 def sweep(work: Path, kills: int, commands: Sequence[str] = COMMANDS) -> list[dict[str, Any]]:
-    """Do what is missing of ``kills`` kills; returns the records of all."""
+    """Go on until ``kills`` runs were killed before they had ended; returns the records of all runs."""
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     prepare(work)
     measured, file = measure(work), work / "kills.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for number in range(len(records), kills):
-        records.append(kill_one(number, work, measured, commands))
+    while sum(record["killed"] for record in records) < kills:
+        records.append(kill_one(len(records), work, measured, commands))
         with file.open("a") as stream:
             stream.write(json.dumps(records[-1]) + "\n")
-    return records[:kills]
+    return records
 
 
 def main() -> int:
