@@ -116,11 +116,13 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
         _require(root, name, component, ("config.json",))
         folder.config(component)
     for component, classes in folder.index.items():
-        required = _required_files(component, classes, root)
+        if not (isinstance(classes, list) and classes[0]):
+            continue
+        required = _required_files(component, str(classes[1]), root)
         if not required:
             continue
         found = _require(root, name, component, required)
-        if component == "scheduler":
+        if component.startswith("scheduler"):
             folder.config(component, found)
         else:
             read_tokenizer(root / component)
