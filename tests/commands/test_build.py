@@ -117,7 +117,7 @@ def test_a_failed_check_rejects_the_artifact(tmp_path: Path) -> None:
 def test_an_edit_that_moves_nothing_is_an_error(random_folder: Path, tmp_path: Path) -> None:
     weak = NamedOptions(name="uce", options={"scale": 1e-12})
     with pytest.raises(ErasecError, match="pass uce changes nothing for church") as caught:
-        make(tmp_path / "out", model=str(random_folder), erase=("church",), passes=(weak,))
+        make(tmp_path / "out", model=str(random_folder), erase=("church",), **{"pass": (weak,)})
     assert "anchor" in caught.value.fix
     assert not (tmp_path / "out").exists()
 
