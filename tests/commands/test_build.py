@@ -297,7 +297,7 @@ def test_a_model_that_changes_during_a_build_is_an_error_and_nothing_is_written(
 
     monkeypatch.setattr(module, name, changed)
     with pytest.raises(ErasecError, match="has changed while it was read") as caught:
-        make(tmp_path / "out", model=str(base), erase=("nudity",))
+        make(tmp_path / "out", model=str(base), erase=("zebra",))
     assert caught.value.where == str(base / "vae" / "config.json")
     assert os.listdir(tmp_path) == ["base"]
 
@@ -313,11 +313,11 @@ def test_a_model_that_changes_is_named_whatever_else_fails(
 
     monkeypatch.setattr(build, "_build", fails)
     with pytest.raises(ErasecError, match="has changed while it was read"):
-        make(tmp_path / "out", model=str(base), erase=("nudity",))
+        make(tmp_path / "out", model=str(base), erase=("zebra",))
 
 
 def test_two_builds_into_one_folder_leave_the_first(random_folder: Path, tmp_path: Path) -> None:
-    fields = {"model": str(random_folder), "erase": ("nudity",)}
+    fields = {"model": str(random_folder), "erase": ("zebra",)}
     second = plan.make_plan(Recipe(**fields), tmp_path / "out")  # type: ignore[arg-type]
     with output(tmp_path / "out"), pytest.raises(ErasecError, match="another command is writing there") as caught:
         build.run(second)
@@ -338,14 +338,14 @@ def test_files_that_came_meanwhile_are_not_replaced(
 
     monkeypatch.setattr(build, "_build", slow)
     with pytest.raises(ErasecError, match="out is not empty"):
-        make(tmp_path / "out", model=str(random_folder), erase=("nudity",))
+        make(tmp_path / "out", model=str(random_folder), erase=("zebra",))
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["mine"]
 
 
 def test_modes_follow_the_umask(random_folder: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        make(tmp_path / "out", model=str(random_folder), erase=("nudity",), targets=("ldm", "edit", "lora", "onnx"))
+        make(tmp_path / "out", model=str(random_folder), erase=("zebra",), targets=("ldm", "edit", "lora", "onnx"))
     finally:
         os.umask(before)
     modes = {
