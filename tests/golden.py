@@ -5,8 +5,8 @@
     python tests/golden.py --compare before.json after.json
 
 Arithmetic differs between machines in its last bits, so the digests of one machine are no reference for another and
-none are committed. Reports and model cards are prose and are left out. Engines hold names that their builder draws at
-random, so only their size counts.
+none are committed. Reports and model cards are prose and are left out, and so are manifests, which hold their
+digests. Engines hold names that their builder draws at random, so only their size counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROSE = {"report.html", "report.json", "README.md"}
+PROSE = {"report.html", "report.json", "README.md", "erasec.manifest.json"}
 ENGINES = {"engine.json", "model.engine"}
 LIMITS = """
 [checks]

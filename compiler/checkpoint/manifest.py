@@ -37,7 +37,8 @@ class FileRecord(BaseModel):
 
 class Manifest(BaseModel):
     """``files`` by their paths below the folder, and the ``folders`` that are empty. ``renewed`` are those of the files
-    that erasec changed later, by a relink or an edit in place: a report describes them as they were before."""
+    that erasec changed later, by a relink or an edit in place: a report describes them as they were before. ``movable``
+    are those that may be taken away, such as keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,6 +46,7 @@ class Manifest(BaseModel):
     files: dict[str, FileRecord]
     folders: tuple[str, ...] = ()
     renewed: tuple[str, ...] = ()
+    movable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,11 @@ def find(path: Path) -> Path | None:
     return next((folder for folder in (path, *path.parents) if (folder / FILE).is_file()), None)
 
 
-def write(root: Path, known: Mapping[str, FileRecord] | None = None) -> None:
-    """Write the manifest of all that is below ``root`` now. Files in ``known`` are not read again."""
+def write(root: Path, known: Mapping[str, FileRecord] | None = None, movable: Iterable[str] = ()) -> None:
+    """Write the manifest of all that is below ``root`` now. Files in ``known`` are not read again; those in ``movable``
+    may be taken away later."""
     files, folders = _contents(root)
-    content = {"schema": SCHEMA, "files": records(root, files, known), "folders": tuple(folders)}
+    content = {"schema": SCHEMA, "files": records(root, files, known), "folders": folders, "movable": sorted(movable)}
     _save(root, Manifest.model_validate(content))
 
 
@@ -99,7 +102,7 @@ def read(root: Path) -> tuple[Manifest, str]:
         content = Manifest.model_validate_json(data)
         if _text(content) != data:
             raise ValueError("it is not as erasec writes it")
-        if foreign := sorted(set(content.renewed) - content.files.keys()):
+        if foreign := sorted({*content.renewed, *content.movable} - content.files.keys()):
             raise ValueError(f"it does not list {foreign[0]}")
     except (ValueError, RecursionError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -126,7 +129,8 @@ def compare(root: Path, content: Manifest) -> Differences:
             advance(note=name)
     unlisted = sorted((present - content.files.keys()) | (set(folders) - set(content.folders)))
     added = (name for name in unlisted if not any(part.startswith(".") for part in name.split("/")))
-    return Differences(tuple(sorted(content.files.keys() - present)), tuple(changed), tuple(added))
+    lost = content.files.keys() - present - set(content.movable)
+    return Differences(tuple(sorted(lost)), tuple(changed), tuple(added))
 
 
 def renew(files: Iterable[Path], known: Mapping[Path, FileRecord] | None = None) -> None:

@@ -288,7 +288,9 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
-    manifest.write(stage, {name: FileRecord(bytes=size, sha256=digest) for name, (size, digest) in known.items()})
+    keys = [path.name for path in stage.glob(f"*{key_file.SUFFIX}")]  # which must not be published with the folders
+    records = {name: FileRecord(bytes=size, sha256=digest) for name, (size, digest) in known.items()}
+    manifest.write(stage, records, movable=keys)
     return report
 
 

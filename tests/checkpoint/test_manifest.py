@@ -70,6 +70,14 @@ def test_every_flipped_byte_of_a_manifest_is_found(root: Path) -> None:
     assert not differences(root)
 
 
+def test_a_movable_file_may_be_taken_away_and_not_changed(root: Path) -> None:
+    manifest.write(root, movable=["report.html"])
+    (root / "report.html").write_text("report.htmL")
+    assert differences(root) == {"changed": ["report.html"]}
+    (root / "report.html").unlink()
+    assert differences(root) == {}
+
+
 def test_the_nearest_folder_above_a_path_has_the_manifest(root: Path) -> None:
     for path in (root, root / "hf/unet", root / "hf/unet/weights", root / "hf/none"):
         assert manifest.find(path) == root

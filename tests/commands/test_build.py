@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from erasec.attention.pipeline import Sampling, generate
+from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.checkpoint.staging import output
@@ -51,7 +52,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 def test_star_is_gone_and_the_rest_is_there(built: tuple[Path, Report]) -> None:
     out, report = built
     assert report.passed
-    assert {"hf", "onnx", "report.html", "report.json", "README.md", "recipe.toml"} == set(os.listdir(out))
+    own = {"report.html", "report.json", "README.md", "recipe.toml", manifest.FILE}
+    assert {"hf", "onnx", *own} == set(os.listdir(out))
+    assert manifest.compare(out, manifest.read(out)[0]).all == ()
     assert {check.name for check in report.checks} >= {
         "erased/name",
         "erased/synonym",
