@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from erasec.checkpoint.safetensors import Entry, read_finite, read_metadata, read_sealed, save_sealed
 from erasec.documents import Source
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, shown
 from erasec.family import Shape, Site
 from erasec.model.edit import PARTS, Delta, Edit, Remap
 from erasec.model.memory import ExtrasRecord, pack_extras, unpack_extras
@@ -130,6 +130,10 @@ def read_content(path: Path) -> tuple[dict[str, Entry], Content]:
     source = Source(path.name, str(path), fix, "is no edit file of erasec")
     content = read_metadata(metadata, METADATA, Content, FORMAT, source)
     for record in content["edits"]:
+        if any(not {"erase", "keep"} <= phrases.keys() for phrases in record["asked"].values()):
+            raise source.error("it does not say which phrases a concept erases and keeps")
+        if record["sums"] and (lost := sorted(record["asked"].keys() - record["sums"].keys())):
+            raise source.error(f"it has no sums of the concept {shown(lost[0])}")
         for item in record["deltas"]:
             site = f"{item['site'].component}/{item['site'].key}"
             if site not in content["about"]["sites"]:
@@ -145,9 +149,11 @@ def _fits(kind: str, site: Shape, shapes: Sequence[Shape]) -> bool:
     """Whether tensors of these ``shapes`` are a change of this kind, of a weight of the shape ``site``."""
     if kind == "Dense":
         return shapes[0] == site
-    outer = (site[0] if kind == "LowRank" else site[-1], site[-1])
     left, right = shapes
-    return len(site) == len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == outer
+    if not len(site) == len(left) == len(right) == 2:
+        return False
+    outer = (site[0] if kind == "LowRank" else site[1], site[1])
+    return left[1] == right[0] and (left[0], right[1]) == outer
 
 
 def read_edits(path: Path) -> tuple[tuple[Edit, ...], BaseRecord]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,3 +168,27 @@ def test_a_change_of_another_shape_than_its_site_is_refused(base: Model, tmp_pat
         with pytest.raises(ErasecError, match="no edit file of erasec") as caught:
             edit_file.read_edits(tmp_path / "x")
         assert f"change of the shape of unet/{site.key}" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda edit: edit["asked"]["star"].pop("keep"), "which phrases a concept erases and keeps"),
+        (lambda edit: edit["asked"].update(heart={"erase": [], "keep": []}), "no sums of the concept 'heart'"),
+        (lambda edit: edit["deltas"][0]["site"].update(shape=[]), "change of the shape of unet/"),
+        (lambda edit: edit["deltas"][0].update(kind="Other"), "kind: it should be 'LowRank', 'Remap' or 'Dense'"),
+        (lambda edit: edit.pop("by"), "edits.0: it has no 'by'"),
+        (lambda edit: edit["params"].update(deep=[1]), "edits.0.params.deep"),
+    ],
+)
+def test_metadata_that_fits_no_edit_is_refused(base: Model, star: Edit, tmp_path: Path, change: Any, words: str) -> None:
+    edit_file.write_edits(tmp_path / "good", [star], base.with_edit(star).base_record())
+    entries, metadata = read_header(tmp_path / "good")
+    content = json.loads(metadata["erasec.edit"])
+    change(content["edits"][0])
+    tensors = {key: read_tensor(entry) for key, entry in entries.items()}
+    save_tensors(tmp_path / "bad", tensors, {"erasec.edit": json.dumps(content)})
+    assert edit_file.read_edits(tmp_path / "good")[0][0].concepts == ("star",)
+    with pytest.raises(ErasecError, match="bad is no edit file of erasec") as caught:
+        edit_file.read_edits(tmp_path / "bad")
+    assert words in caught.value.why
