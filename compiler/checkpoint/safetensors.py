@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from erasec.base import Check
 from erasec.checkpoint.disk import named_errors, new_file, sync
 from erasec.documents import POINTER, Source, parse_json, refuse_pointer
 from erasec.errors import ErasecError, shown
-from erasec.progress import bar
+from erasec.progress import bar, note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -343,7 +342,7 @@ def _seal(content: str, metadata: Mapping[str, str]) -> str:
 
 @lru_cache
 def _say_not_verified(path: Path) -> None:
-    print(f" note: {path.name} is not verified: erasec 0.1.0 wrote no digest of its content into it", file=sys.stderr)
+    note(f"{path.name} is not verified: erasec 0.1.0 wrote no digest of its content into it")
 
 
 def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:

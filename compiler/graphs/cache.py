@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from erasec.checkpoint.disk import DiskFull, named_errors
 from erasec.checkpoint.owned import process_scratch, scratch_folder
 from erasec.graphs.graph import MODEL, Weight
+from erasec.progress import note
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -93,7 +93,7 @@ def unusable_is_noted() -> Iterator[None]:
 @cache
 def _note(why: str) -> None:
     """Print the note once for each cause."""
-    print(f" note: the cache cannot be used ({why}): what it would hold is made again in every build", file=sys.stderr)
+    note(f"the cache cannot be used ({why}): what it would hold is made again in every build")
 
 
 def store(root: Path, model: ModelProto, weights: Sequence[Weight]) -> None:

@@ -454,7 +454,7 @@ def test_a_folder_with_one_variant_alone_loads_that_variant(random_folder: Path,
     shutil.copy(random_folder / "unet" / "diffusion_pytorch_model.safetensors", root / "unet")
     erasec.pipeline(root, variant="fp16")
     (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+    with pytest.raises(ErasecError, match="diffusion_pytorch_model"):
         erasec.pipeline(root)
 
 
