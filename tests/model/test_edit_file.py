@@ -169,7 +169,9 @@ def test_a_change_of_another_shape_than_its_site_is_refused(base: Model, tmp_pat
         (lambda edit: edit["params"].update(deep=[1]), "edits.0.params.deep"),
     ],
 )
-def test_metadata_that_fits_no_edit_is_refused(base: Model, star: Edit, tmp_path: Path, change: Any, words: str) -> None:
+def test_metadata_that_fits_no_edit_is_refused(
+    base: Model, star: Edit, tmp_path: Path, change: Any, words: str
+) -> None:
     edit_file.write_edits(tmp_path / "good", [star], base.with_edit(star).base_record())
     entries, metadata = read_header(tmp_path / "good")
     content = json.loads(metadata["erasec.edit"])
