@@ -112,10 +112,10 @@ def test_one_bit_in_any_file_of_a_build_is_found(out: Path, name: str) -> None:
     assert failed(out) == {}
     flip(out / name)
     target, file = name.split("/", 1)
-    (failure,) = failed(out).items()
-    assert failure[0] == f"{target}/files"
-    assert f"changed: {file}" in failure[1]
-    with pytest.raises(CheckFailed, match=f"1 of 2 checks failed: {target}/files"):
+    failures = failed(out)
+    assert f"changed: {file}" in failures.pop(f"{target}/files")
+    assert failures.keys() <= {f"{target}/finite"}  # a bit of model_index.json makes it name another library
+    with pytest.raises(CheckFailed, match=f"checks failed: {target}/files"):
         raise_for_failures(examine(out), out)
 
 
