@@ -181,8 +181,8 @@ def read_tensor(entry: Entry) -> Tensor:
     return flat.reshape(entry.shape[::-1]).T.contiguous() if entry.transposed else flat.reshape(entry.shape)
 
 
-def read_finite(entries: Mapping[str, Entry], name: str) -> Tensor:
-    """Read one tensor of floats. Raises ErasecError where there is none of that ``name``, or it has other numbers."""
+def read_named(entries: Mapping[str, Entry], name: str) -> Tensor:
+    """Read one tensor by the name that a file's metadata gives. Raises ErasecError where there is none."""
     if name not in entries:
         file = next((entry.file for entry in entries.values()), None)
         raise ErasecError(
@@ -191,8 +191,12 @@ def read_finite(entries: Mapping[str, Entry], name: str) -> Tensor:
             where=str(file or ""),
             fix="fetch the file again",
         )
-    entry = entries[name]
-    tensor = read_tensor(entry)
+    return read_tensor(entries[name])
+
+
+def read_finite(entries: Mapping[str, Entry], name: str) -> Tensor:
+    """``read_named`` for a tensor of finite floats. Raises ErasecError where it is another one."""
+    tensor, entry = read_named(entries, name), entries[name]
     if entry.dtype not in FLOATS or not bool(tensor.isfinite().all()):
         raise ErasecError(
             f"the tensor {name} of {entry.file.name} is not finite",

@@ -176,7 +176,7 @@ def _read_edit(number: int, record: _EditRecord, entries: Mapping[str, Entry]) -
         concept: {key: read_finite(entries, f"{number}/sums/{concept}/{key}") for key in keys}
         for concept, keys in record["sums"].items()
     }
-    memories, tokens, negative = unpack_extras(record, entries, f"{number}/")
+    memories, tokens, negative = unpack_extras(record, entries, f"{number}/", read_finite)
     return Edit(
         deltas,
         record["by"],

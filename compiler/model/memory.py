@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from erasec.checkpoint.safetensors import read_finite
+from erasec.checkpoint.safetensors import read_named
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
@@ -92,23 +92,26 @@ def pack_extras(
 
 
 def unpack_extras(
-    record: ExtrasRecord, entries: Mapping[str, Entry], prefix: str = ""
+    record: ExtrasRecord,
+    entries: Mapping[str, Entry],
+    prefix: str = "",
+    read: Callable[[Mapping[str, Entry], str], Tensor] = read_named,
 ) -> tuple[tuple[Memory, ...], dict[str, Tensor], str]:
     """The inverse of ``pack_extras``: memories, tokens and negative prompt.
 
-    Raises ErasecError where a tensor is missing, not finite or of another shape.
+    ``read`` reads a tensor by its name. Raises ErasecError where one is missing or of another kind.
     """
     memories = []
     for number, fields in enumerate(record.get("memories", [])):
         name = f"{prefix}memories/{number}/{fields['attention']}"
-        keys, values = read_finite(entries, f"{name}.keys"), read_finite(entries, f"{name}.values")
-        if keys.dim() != 2 or keys.shape != values.shape:
-            raise _shape_error(name, entries[f"{name}.keys"], "keys and values are not two matrices of one shape")
+        keys, values = read(entries, f"{name}.keys"), read(entries, f"{name}.values")
+        if keys.dim() != 2 or values.dim() != 2 or len(keys) != len(values):
+            raise _shape_error(name, entries[f"{name}.keys"], "keys and values are not two matrices of as many rows")
         memories.append(Memory(keys=keys, values=values, **fields))
     tokens = {}
     for token in record.get("tokens", []):
         name = f"{prefix}tokens/{token}"
-        tokens[token] = read_finite(entries, name)
+        tokens[token] = read(entries, name)
         if tokens[token].dim() != 1:
             raise _shape_error(name, entries[name], "the row of a token is no vector")
     return tuple(memories), tokens, record.get("negative", "")
