@@ -15,6 +15,7 @@ import pytest
 # Set before torch is imported: spinning idle threads, or more threads than cores, double the time of small models.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
+os.environ.setdefault("ERASEC_THREADS", os.environ["OMP_NUM_THREADS"])
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,6 +10,7 @@ import torch
 from concepts import STAR
 
 from erasec.base import Context
+from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.model.threads import THREADS, fixed_threads
 from erasec.model.view import Model
@@ -19,7 +20,8 @@ from erasec.targets.lora import FILE, Lora
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("ERASEC_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -67,3 +69,13 @@ def test_the_number_of_threads_is_restored() -> None:
     with pytest.raises(ZeroDivisionError, match="1"):
         fail()
     assert torch.get_num_threads() == 2
+
+
+def test_a_variable_sets_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERASEC_THREADS", "3")
+    with fixed_threads():
+        assert torch.get_num_threads() == 3
+    for wrong in ("0", "many", "-1", "²"):
+        monkeypatch.setenv("ERASEC_THREADS", wrong)
+        with pytest.raises(ErasecError, match="ERASEC_THREADS"), fixed_threads():
+            pass
