@@ -53,7 +53,7 @@ def _foreign_files(out: Path) -> list[str]:
     """
     own: set[str] = set()
     for root, prefix in ((out, ""), (out / manifest.REJECTED, f"{manifest.REJECTED}/")):
-        if listed := _listed_files(root):
+        if (listed := _listed_files(root)) is not None:
             own |= {prefix + name for name in (*BESIDE, *listed)}
     present = (path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(
@@ -64,17 +64,17 @@ def _foreign_files(out: Path) -> list[str]:
     )
 
 
-def _listed_files(root: Path) -> set[str]:
-    """The files of a build, by its manifest; where erasec 0.1.0 wrote none, by its report. Empty if it is no build."""
+def _listed_files(root: Path) -> set[str] | None:
+    """The files of a build, by its manifest; where erasec 0.1.0 wrote none, by its report. None if it is no build."""
     try:
         if (root / manifest.FILE).is_file():
             return {manifest.FILE, *manifest.read(root)[0].files}
         report = read_report(root)
     except ErasecError:
-        return set()
-    ours = report.get("schema", "").startswith("erasec.report/")
-    written = report.get("written", []) if ours else []
-    return {f"{item['path']}/{name}" for item in written for name in item.get("files", {})}
+        return None
+    if not report.get("schema", "").startswith("erasec.report/"):
+        return None
+    return {f"{item['path']}/{name}" for item in report.get("written", []) for name in item.get("files", {})}
 
 
 def check_disjoint(out: Path, model: Model) -> None:

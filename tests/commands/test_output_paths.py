@@ -98,7 +98,9 @@ class TestOutputFolder:
     def test_a_folder_in_or_around_the_model_is_refused(self, here: Path, random_folder: Path) -> None:
         build = here / "build"
         shutil.copytree(random_folder, build / "hf")
-        files = {path.relative_to(build / "hf").as_posix(): {} for path in build.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(build / "hf").as_posix(): {"sha256": ""} for path in build.rglob("*") if path.is_file()
+        }
         (build / "report.json").write_text(json.dumps({**EARLIER, "written": [{"path": "hf", "files": files}]}))
         for out in (build, build / "hf" / "new"):
             with pytest.raises(ErasecError, match="lie in each other"):

@@ -335,7 +335,7 @@ class TestKeys:
         assert resolved.recipe.targets == ("bundle",) and resolved.recipe.keys == ("star.key",)
         assert not resolved.passes and not resolved.concepts
         assert resolved.out == Path(f"{random_folder.name}-with-star")
-        assert plan.describe(resolved)["keys"] == [{"path": str(key), "concept": "star"}]
+        assert plan.describe(resolved)["keys"] == [{"path": "star.key", "concept": "star"}]
         onnx = plan.make_plan(recipe(random_folder, erase=(), keys=(str(key),), targets=("onnx",)), pin=False)
         assert onnx.recipe.targets == ("bundle", "onnx")
 

@@ -162,9 +162,11 @@ def mutate(path: Path, rng: random.Random) -> None:
     if rng.random() < 0.5 and (header or path.suffix == ".json"):
         content = json.loads(data[8 : 8 + length] if header else data)
         entries = [key for key in content.get("__metadata__", {}) if key.startswith("erasec.")] if header else []
+        entries = [key for key in entries if key != DIGEST]
         if entries and rng.random() < 0.8:
             own = content["__metadata__"]
             own[entries[0]] = mutate_content(json.loads(own[entries[0]]), rng)
+            own.pop(DIGEST, None)  # which would refuse every change before it is read
             text = json.dumps(content).encode()
         else:
             text = mutate_content(content, rng).encode("utf-8", "surrogatepass")
@@ -374,7 +376,7 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
         "onnx": Reader(("erasec.json",), manifest),
         "graph": Reader(("weights.json",), weights_json),
         "trt": Reader(("engine.json",), read_record),
-        "out": Reader(("report.json",), lambda at: (output_paths._is_build(at), read_report(at))),
+        "out": Reader(("report.json",), lambda at: (output_paths._foreign_files(at), read_report(at))),
         "model.bin": Reader(("",), pickled),
         "broken": Reader((journal_file, "plain.safetensors"), recovered),
     }

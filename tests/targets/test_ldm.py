@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,28 +49,36 @@ def entries(folder: Path, family: str) -> dict[str, Any]:
     return {component: Folder(folder).entries(component) for component in LAYOUTS[family].prefixes}
 
 
+def link(path: Path, out: Path) -> None:
+    """A hard link of a file, or of every file of a folder."""
+    if path.is_dir():
+        shutil.copytree(path, out, copy_function=os.link)
+    else:
+        os.link(path, out)
+
+
 def with_scheduler(folder: Path, out: Path, **settings: object) -> Path:
-    """A copy of a folder with other scheduler settings; all else are links."""
+    """A copy of a folder with other scheduler settings; all else are hard links."""
     (out / "scheduler").mkdir(parents=True)
     for path in folder.iterdir():
         if path.name != "scheduler":
-            (out / path.name).symlink_to(path)
+            link(path, out / path.name)
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, **settings}))
     return out
 
 
 def with_config(folder: Path, out: Path, component: str, **settings: object) -> Path:
-    """A copy of a folder with other values in a component's config; all else are links."""
+    """A copy of a folder with other values in a component's config; all else are hard links."""
     (out / component).mkdir(parents=True)
     for path in folder.iterdir():
         if path.name != component:
-            (out / path.name).symlink_to(path)
+            link(path, out / path.name)
     for path in (folder / component).iterdir():
         if path.name == "config.json":
             (out / component / path.name).write_text(json.dumps({**json.loads(path.read_text()), **settings}))
         else:
-            (out / component / path.name).symlink_to(path)
+            link(path, out / component / path.name)
     return out
 
 
