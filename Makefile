@@ -16,7 +16,7 @@ demo: install
 	@echo "The report, with pictures before and after: $(CURDIR)/glyphs-without-star/report.html"
 
 test: install-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: install-dev
 	$(BIN)/ruff check .

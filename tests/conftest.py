@@ -15,6 +15,8 @@ import pytest
 # Set before torch is imported: spinning idle threads, or more threads than cores, double the time of small models.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, min((os.cpu_count() or 1) // int(workers), 4)))
 os.environ.setdefault("ERASEC_THREADS", os.environ["OMP_NUM_THREADS"])
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.recipe.recipe import Recipe, from_flags
 
-EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {"unet/x": {}}}]}
+EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {"unet/x": {"sha256": ""}}}]}
 
 
 def recipe(model: Path, **changed: Any) -> Recipe:

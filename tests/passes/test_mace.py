@@ -113,7 +113,7 @@ def test_given_edits_are_fused_as_the_paper_does(model: Model, tmp_path: Path, c
     }
     edits = {"star": Edit(some, "mine", ("star",), model.digest), "heart": Uce().solve(model, HEART, Context())}
     for name, edit in edits.items():
-        edit_file.write_edits(tmp_path / name, [edit], model.base_record())
+        edit_file.write_edits(tmp_path / name, [edit], model.with_edit(edit).base_record())
     step = Mace(ridge=0.05, edits=f"{tmp_path / 'star'}; {tmp_path / 'heart'}")
     if captions:
         (tmp_path / "captions.txt").write_text("\n".join(captions))
@@ -143,7 +143,8 @@ def test_given_edits_are_fused_as_the_paper_does(model: Model, tmp_path: Path, c
 
 
 def test_files_that_are_not_for_these_concepts_are_errors(model: Model, tmp_path: Path) -> None:
-    edit_file.write_edits(tmp_path / "star", [Uce().solve(model, STAR, Context())], model.base_record())
+    star = Uce().solve(model, STAR, Context())
+    edit_file.write_edits(tmp_path / "star", [star], model.with_edit(star).base_record())
     site = model.select("self", "q")[0]
     strange = Edit(
         {site: LowRank(torch.zeros(site.shape[0], 1), torch.zeros(1, site.shape[1]))}, "mine", ("heart",), ""
@@ -167,7 +168,8 @@ def test_files_that_are_not_for_these_concepts_are_errors(model: Model, tmp_path
 def test_a_given_edit_that_leads_to_another_concept_is_an_error(model: Model, tmp_path: Path) -> None:
     to_heart = STAR.model_copy(update={"anchor": "a heart"})
     for item in (to_heart, HEART):
-        edit_file.write_edits(tmp_path / item.name, [Uce().solve(model, item, Context())], model.base_record())
+        edit = Uce().solve(model, item, Context())
+        edit_file.write_edits(tmp_path / item.name, [edit], model.with_edit(edit).base_record())
     step = Mace(edits=f"{tmp_path / 'star'};{tmp_path / 'heart'}")
     with pytest.raises(ErasecError, match="the given edit of star makes it 'a heart', which is erased too"):
         list(step.solve_all(model, (STAR, HEART), Context()))

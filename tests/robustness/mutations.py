@@ -156,6 +156,8 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def mutate(path: Path, rng: random.Random) -> None:
     """Damage one file: its content where it is JSON or a header, else, and half of the time, its bytes."""
+    from erasec.checkpoint.safetensors import DIGEST
+
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = 8 < length < len(data) - 8 and data[8:9] == b"{"
