@@ -82,17 +82,17 @@ def write(root: Path, known: Mapping[str, FileRecord] | None = None, movable: It
 
 def records(root: Path, names: Iterable[str], known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
     """The records of files below ``root``. Files in ``known`` are not read; a file with several names is read once."""
-    found, names, by_inode = dict(known or {}), list(names), dict[tuple[int, int], FileRecord]()
+    result, names, by_inode = dict(known or {}), list(names), dict[tuple[int, int], FileRecord]()
     with bar("digest", len(names)) as advance:
         for name in names:
-            if name not in found:
+            if name not in result:
                 status = (root / name).stat()
                 inode = status.st_dev, status.st_ino
                 if inode not in by_inode:
                     by_inode[inode] = FileRecord(bytes=status.st_size, sha256=file_digest(root / name))
-                found[name] = by_inode[inode]
+                result[name] = by_inode[inode]
             advance(note=name)
-    return {name: found[name] for name in names}
+    return {name: result[name] for name in names}
 
 
 def read(root: Path) -> tuple[Manifest, str]:

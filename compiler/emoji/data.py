@@ -39,13 +39,13 @@ def read_set(packages: Path, name: str) -> dict[str, Any]:
     fix = "fetch the packages with examples/emoji_packages.sh"
     try:
         content = (folder / "icons.json").read_bytes()
-        found = json.loads((folder / "package.json").read_text(encoding="utf-8"))["version"]
+        version_here = json.loads((folder / "package.json").read_text(encoding="utf-8"))["version"]
     except (OSError, ValueError, KeyError) as error:
         raise ErasecError(f"the icon set {name} cannot be read", why=str(error), where=str(folder), fix=fix) from error
-    if (found, hashlib.sha256(content).hexdigest()) != (version, digest):
+    if (version_here, hashlib.sha256(content).hexdigest()) != (version, digest):
         raise ErasecError(
             f"{name} is not the icon set that the emoji world was made from",
-            why=f"version {version} with sha256 {digest[:16]}… is needed, and this is version {found}, "
+            why=f"version {version} with sha256 {digest[:16]}… is needed, and this is version {version_here}, "
             f"sha256 {hashlib.sha256(content).hexdigest()[:16]}…",
             where=str(folder),
             fix=fix,
