@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -25,7 +25,7 @@ from erasec.base import Check
 from erasec.checkpoint.disk import named_errors, new_file, sync
 from erasec.documents import POINTER, Source, parse_json, refuse_pointer
 from erasec.errors import ErasecError, shown
-from erasec.progress import bar, note
+from erasec.progress import bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 CHUNK = 16 * 1024 * 1024
 # The first 8 bytes (the length of the header) of a file during an in-place edit. No loader accepts them.
 BLANK = b"\xff" * 8
-# The metadata key under which erasec's own files (edits, keys, priors, extras) hold the digest of their content.
-DIGEST = "erasec.digest"
 
 
 @dataclass(frozen=True)
@@ -310,45 +308,6 @@ def save_tensors(
     stream_tensors(path, makers, metadata, private, durable)
 
 
-def save_sealed(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, private: bool = False
-) -> None:
-    """Write tensors as ``save_tensors`` does, with a digest of the content that ``read_sealed`` compares."""
-    metadata = {"format": "pt", **(metadata or {})}
-    content = _digest({key: (dtype_name(v), tuple(v.shape), partial(_whole, v)) for key, v in tensors.items()})
-    save_tensors(path, tensors, metadata | {DIGEST: _seal(content, metadata)}, private)
-
-
-def read_sealed(path: Path, kind: str = "") -> tuple[dict[str, Entry], dict[str, str]]:
-    """``read_header`` of a file that ``save_sealed`` wrote, after its whole content was compared with its digest.
-
-    Raises ErasecError if they differ. A file of erasec 0.1.0 has no digest: it is read, and stderr says so once. With
-    ``kind``, the metadata key of a kind of file, stderr says so only of files of that kind.
-    """
-    entries, metadata = read_header(path)
-    if DIGEST not in metadata and (not kind or kind in metadata):
-        _say_not_verified(path)
-    if DIGEST in metadata and metadata[DIGEST] != _seal(content_digest(entries), metadata):
-        raise ErasecError(
-            f"{path.name} is damaged",
-            why="its content is not what was written: the digest in its header is another",
-            where=str(path),
-            fix="copy it again from where it was made, or make it again",
-        )
-    return entries, metadata
-
-
-def _seal(content: str, metadata: Mapping[str, str]) -> str:
-    """sha256 over the digest of a file's tensors and over its metadata."""
-    rest = {key: value for key, value in metadata.items() if key != DIGEST}
-    return hashlib.sha256(f"{content}\n{json.dumps(rest, sort_keys=True)}".encode()).hexdigest()
-
-
-@lru_cache
-def _say_not_verified(path: Path) -> None:
-    note(f"{path.name} is not verified: erasec 0.1.0 wrote no digest of its content into it")
-
-
 def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:
     """Write ``base`` to ``path`` with some tensors replaced. All other bytes are copied, including the header.
 
@@ -434,6 +393,11 @@ def file_digest(path: Path) -> str:
 def content_digest(entries: Mapping[str, Entry]) -> str:
     """sha256 over the sorted (name, dtype, shape, bytes). It does not depend on the layout of the file."""
     return _digest({key: (entry.dtype, entry.shape, partial(_stored, entry)) for key, entry in entries.items()})
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The ``content_digest`` that a file of tensors in memory will have."""
+    return _digest({key: (dtype_name(v), tuple(v.shape), partial(_whole, v)) for key, v in tensors.items()})
 
 
 def _digest(tensors: Mapping[str, tuple[str, Shape, Callable[[], Iterable[bytes | memoryview]]]]) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from erasec.checkpoint.safetensors import file_digest, read_finite, read_sealed, save_sealed
+from erasec.checkpoint.safetensors import file_digest, read_finite
+from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form import solver
 from erasec.errors import ErasecError, suggestion

@@ -76,16 +76,16 @@ def examine(folder: Path, against: Path | None = None) -> Examination:
     """
     folder, root = folder.resolve(), manifest.find(folder)
     if root is not None:
-        found, differences = compare_with_manifest(root)
+        checks, differences = compare_with_manifest(root)
         if differences is None or folder.is_file():
-            return Examination(found)
+            return Examination(checks)
         same = {
             path: kind
             for path, kind in _kinds(folder, {}).items()
             if not differences.below(path.relative_to(root).as_posix())
         }
         rest = _examine_folders(folder, same, {}, against, compared=True)
-        return replace(rest, checks=(*found, *rest.checks))
+        return replace(rest, checks=(*checks, *rest.checks))
     if folder.is_file():
         return Examination((sealed_check(folder),))
     recorded = recorded_digests(folder)

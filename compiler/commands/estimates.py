@@ -71,15 +71,15 @@ def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, 
     places = [("output", out, output_bytes(targets, model)), ("temporary files", Path(tempfile.gettempdir()), graphs)]
     with suppress(OSError):  # without a home directory there is no cache
         places.append(("cache", cache_folder(), graphs))
-    found: dict[int, dict[str, Any]] = {}
+    disks: dict[int, dict[str, Any]] = {}
     for what, path, needed in places:
         if needed or path == out:
             item = {"what": what, "path": str(path), "needed": needed, "free": free_bytes(path)}
-            first = found.setdefault(existing(path).stat().st_dev, item)
+            first = disks.setdefault(existing(path).stat().st_dev, item)
             if first is not item:
                 first["what"] += f", {what}"
                 first["needed"] += needed
-    return list(found.values())
+    return list(disks.values())
 
 
 def time(out: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from erasec.base import Check
 from erasec.checkpoint import manifest
 from erasec.checkpoint.manifest import Differences, Manifest
-from erasec.checkpoint.safetensors import DIGEST, read_header, read_sealed
+from erasec.checkpoint.safetensors import read_header
+from erasec.checkpoint.sealed import DIGEST, read_sealed
 from erasec.errors import ErasecError
 from erasec.reporting.read import REPORT, Record, read_report
 

@@ -19,6 +19,7 @@ from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.prompt_lengths import check_lengths
+from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.keys.key_file import Key, check_bound, read_key
 from erasec.ldm.single_file import SingleFile
@@ -73,7 +74,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
         raise ErasecError("there is a pass and nothing to erase", fix="add --erase star, or leave out the pass")
     if recipe.absorb and not recipe.keys:
         raise ErasecError("there is no key to absorb", why="--absorb puts a key into weights", fix="add --key FILE")
-    default_out, recipe = partial(_default_out, recipe.model), _one_spelling(recipe)
+    default_out, recipe = partial(_default_out, recipe.model), one_spelling(recipe)
     concepts = _concepts(recipe)
     keys = tuple(read_key(Path(name).expanduser()) for name in recipe.keys)
     uses = recipe.passes or defaults(concepts)
@@ -128,52 +129,6 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     plan = Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
     _check_disk(plan)
     return plan
-
-
-def _one_spelling(recipe: Recipe) -> Recipe:
-    """The recipe with every path written in one way, so that its bytes do not depend on how a path was typed."""
-    uses = (
-        use.model_copy(
-            update={
-                "name": _code_spelling(use.name),
-                "options": {key: _spelling(value) if _is_path(value) else value for key, value in use.options.items()},
-            }
-        )
-        for use in recipe.passes
-    )
-    return recipe.model_copy(
-        update={
-            "model": recipe.model if recipe.model in loading.BUNDLED else _spelling(recipe.model),
-            "keys": tuple(map(_spelling, recipe.keys)),
-            "targets": tuple(map(_code_spelling, recipe.targets)),
-            "judge": _code_spelling(recipe.judge),
-            "passes": tuple(uses),
-        }
-    )
-
-
-def _is_path(value: object) -> bool:
-    """Whether the value of an option can only be a path; another text may have the name of a file by chance."""
-    return isinstance(value, str) and (value.startswith("~") or "/" in value)
-
-
-def _spelling(text: Any) -> str:
-    """The one way to write the path of an existing file or folder: without links, relative to the working directory
-    where it lies in it, else absolute. Any other text stays as it is."""
-    path = Path(text).expanduser()
-    try:
-        if not text or not path.exists():
-            return str(text)
-        path, here = path.resolve(), Path.cwd()
-    except OSError:  # a text too long for a path, for example
-        return str(text)
-    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
-
-
-def _code_spelling(text: str) -> str:
-    """A name, or FILE.py:CLASS with its file written in one way."""
-    file, code, rest = text.partition(".py:")
-    return f"{_spelling(file + '.py')}:{rest}" if code else text
 
 
 def _concepts(recipe: Recipe) -> tuple[Concept, ...]:

@@ -82,19 +82,19 @@ class Bench:
 def by_name(base: Bench, seeds: int, seed: int) -> dict[str, Any]:
     """Top-1 of all objects for plain prompts of each, and whether the artist in half of them is right."""
     artists = list(ARTISTS)
-    asked = [
+    wanted = [
         (name, index, artists[(index // 2) % 4] if index % 2 else "") for name in OBJECTS for index in range(seeds)
     ]
-    images = base.pictures([prompt(*item) for item in asked], seed)
-    right = np.array([seen == item[0] for seen, item in zip(base.objects(images), asked, strict=True)])
+    images = base.pictures([prompt(*item) for item in wanted], seed)
+    right = np.array([seen == item[0] for seen, item in zip(base.objects(images), wanted, strict=True)])
     rates = dict(zip(OBJECTS, right.reshape(len(OBJECTS), seeds).mean(1).tolist(), strict=True))
-    styled = [(seen, item[2]) for seen, item in zip(base.artists(images), asked, strict=True) if item[2]]
+    styled = [(seen, item[2]) for seen, item in zip(base.artists(images), wanted, strict=True) if item[2]]
     return {
         "seeds_per_object": seeds,
         "object_top1_mean": float(right.mean()),
         "object_top1_worst": min(rates.items(), key=lambda item: item[1]),
         "object_top1": rates,
-        "artist_right": float(np.mean([seen == wanted for seen, wanted in styled])),
+        "artist_right": float(np.mean([seen == artist for seen, artist in styled])),
     }
 
 

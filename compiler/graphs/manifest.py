@@ -39,9 +39,9 @@ def read_record(path: Path, schema: str, kind: type[T], what: str, fix: str) -> 
     if not path.is_file():
         raise source.error(f"it has no {path.name}")
     text = read_text(path)
-    if (found := parse_json(text, _Schema, source)["schema"]) != schema:
+    if (present := parse_json(text, _Schema, source)["schema"]) != schema:
         raise ErasecError(
-            f"{path} has the schema {found}",
+            f"{path} has the schema {present}",
             why=f"this version of erasec reads {schema}",
             fix="use the version of erasec that built it, or build the folder again",
         )

@@ -143,8 +143,8 @@ def check_readers(folder: Folder, family: str, shapes: Shapes, prediction: str, 
             f"its configs takes the file, as in from_single_file(FILE, config=FOLDER); ComfyUI, A1111 and erasec "
             "refuse it.",
         )
-    found = list(differences(folder, family, sizes, prediction, rescaled))
-    if wrong := [difference for difference in found if difference.pictures]:
+    differing = list(differences(folder, family, sizes, prediction, rescaled))
+    if wrong := [difference for difference in differing if difference.pictures]:
         more = f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ErasecError(
             f"a single file would not be this model: {wrong[0]}",
@@ -164,8 +164,8 @@ def check_readers(folder: Folder, family: str, shapes: Shapes, prediction: str, 
             f"ldm: the file states that the UNet predicts {prediction}. diffusers does not read this: give "
             "from_single_file the folder hf as its config=."
         )
-    if found:
-        notes.append(f"ldm: the file does not hold all settings: {'; '.join(map(str, found))}.")
+    if differing:
+        notes.append(f"ldm: the file does not hold all settings: {'; '.join(map(str, differing))}.")
     return tuple(notes)
 
 

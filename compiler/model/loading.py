@@ -121,9 +121,9 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
         required = _required_files(component, str(classes[1]), root)
         if not required:
             continue
-        found = _require(root, name, component, required)
+        file = _require(root, name, component, required)
         if component.startswith("scheduler"):
-            folder.config(component, found)
+            folder.config(component, file)
         else:
             read_tokenizer(root / component)
     return Model(family, folder, name, revision)

@@ -117,20 +117,20 @@ def questions(task: str) -> list[Question]:
     return [Question(group, text, SEED * 1_000_003 + i, label) for i, (group, text, label) in enumerate(chosen)]
 
 
-def paint(root: Path, asked: list[Question]) -> np.ndarray:
-    return generate(root, [q.prompt for q in asked], [q.seed for q in asked], SAMPLING, root.name)
+def paint(root: Path, panel: list[Question]) -> np.ndarray:
+    return generate(root, [q.prompt for q in panel], [q.seed for q in panel], SAMPLING, root.name)
 
 
 def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
-    base, items, asked, row = loading.load("emoji"), erased(task), questions(task), dict[str, Any]()
+    base, items, panel, row = loading.load("emoji"), erased(task), questions(task), dict[str, Any]()
     kept = scratch / f"{task}.npy"
     if not kept.exists():
-        np.save(kept, paint(base.source.root, asked))
+        np.save(kept, paint(base.source.root, panel))
     before = np.load(kept)
     if setup == BASE:
         after = before
     elif setup == "twin":
-        after = paint(loading.bundled_folder(TWIN), asked)
+        after = paint(loading.bundled_folder(TWIN), panel)
     else:
         use = recipe.parse_named_options(setup)
         step = configure(registry.load_pass(use.name), use.options, use.name)
@@ -143,9 +143,9 @@ def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
             root = Path(folder) / "bundle"
             base.source.write(root, view.merged(), link=True)
             sidecar.write_extras(root, sidecar.gather_extras(view.edits))
-            after = paint(root, asked)
-    judge, groups = EmojiJudge(), np.array([question.group for question in asked])
-    seen = judge.sees(after, [question.looked_for for question in asked])
+            after = paint(root, panel)
+    judge, groups = EmojiJudge(), np.array([question.group for question in panel])
+    seen = judge.sees(after, [question.looked_for for question in panel])
     row["shows"] = {group: [int(seen[groups == group].sum()), int((groups == group).sum())] for group in GROUPS}
     far = groups == "far objects"
     row["drift"] = float(np.abs(after[far].astype(np.float64) - before[far]).mean() / 255)

@@ -11,7 +11,8 @@ import torch
 from concepts import STAR
 
 from erasec.base import Context
-from erasec.checkpoint.safetensors import DIGEST, read_header, read_tensor, save_tensors
+from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
+from erasec.checkpoint.sealed import DIGEST
 from erasec.closed_form import priors, solver
 from erasec.errors import ErasecError
 from erasec.model import loading

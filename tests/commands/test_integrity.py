@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from erasec.checkpoint import manifest
-from erasec.checkpoint.safetensors import save_sealed, save_tensors
+from erasec.checkpoint.safetensors import save_tensors
+from erasec.checkpoint.sealed import save_sealed
 from erasec.cli.app import app
 from erasec.commands.check import examine
 from erasec.errors import CHECK_FAILED, ErasecError

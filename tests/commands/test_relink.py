@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from erasec.base import Context
 from erasec.checkpoint import manifest, staging
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.safetensors import DIGEST, read_header, read_tensor, save_sealed
+from erasec.checkpoint.safetensors import read_header, read_tensor
+from erasec.checkpoint.sealed import DIGEST, save_sealed
 from erasec.cli.app import app
 from erasec.commands.apply import relink as relink_from_base
 from erasec.commands.relink import relink

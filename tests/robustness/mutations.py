@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -156,7 +156,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 def mutate(path: Path, rng: random.Random) -> None:
     """Damage one file: its content where it is JSON or a header, else, and half of the time, its bytes."""
-    from erasec.checkpoint.safetensors import DIGEST
+    from erasec.checkpoint.sealed import DIGEST
 
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -198,6 +198,7 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
     from erasec.closed_form import priors
     from erasec.commands import combine, diff, output_paths, relink
+    from erasec.errors import ErasecError
     from erasec.family import FAMILIES
     from erasec.graphs.graph import Template, Weight
     from erasec.graphs.manifest import read_manifest, write_manifest
@@ -281,9 +282,8 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     redo = journal._redo
     journal._redo = lambda handle, files: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[assignment]
     try:
-        journal.patch_in_place({root / "broken" / "plain.safetensors": {"b": lambda: torch.zeros(5).half()}})
-    except Exception:
-        pass
+        with suppress(ErasecError):  # it says that the edit was interrupted
+            journal.patch_in_place({root / "broken" / "plain.safetensors": {"b": lambda: torch.zeros(5).half()}})
     finally:
         journal._redo = redo
     journal_file = next((root / "broken").glob(".*journal")).name
