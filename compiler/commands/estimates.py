@@ -65,7 +65,8 @@ def output_bytes(targets: Sequence[Output], model: Model) -> int:
 def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, Any]]:
     """The disks that a build writes to, that of ``out`` first: what is written to each, the bytes, and those free.
 
-    What is in the cache already is counted too: nothing is read to find out.
+    ``optional`` are the bytes of the cache, without which a build goes on. What is in the cache already is counted too:
+    nothing is read to find out.
     """
     graphs = sum(target.cached(model) for target in targets)
     places = [("output", out, output_bytes(targets, model)), ("temporary files", Path(tempfile.gettempdir()), graphs)]
@@ -74,11 +75,12 @@ def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, 
     disks: dict[int, dict[str, Any]] = {}
     for what, path, needed in places:
         if needed or path == out:
-            item = {"what": what, "path": str(path), "needed": needed, "free": free_bytes(path)}
+            item = {"what": what, "path": str(path), "needed": 0, "optional": 0, "free": free_bytes(path)}
             first = disks.setdefault(existing(path).stat().st_dev, item)
             if first is not item:
                 first["what"] += f", {what}"
-                first["needed"] += needed
+            first["needed"] += needed
+            first["optional"] += needed * (what == "cache")
     return list(disks.values())
 
 

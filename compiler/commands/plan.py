@@ -5,7 +5,7 @@ A plan writes nothing, except that a model of the hub is downloaded into the hub
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
@@ -126,9 +126,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)
-    plan = Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
-    _check_disk(plan)
-    return plan
+    remarks += _check_disks(estimates.disks(targets, model, out))
+    return Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
 
 
 def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
@@ -313,15 +312,24 @@ def _options(step: Pass) -> dict[str, Any]:
     return asdict(cast("Any", step))
 
 
-def _check_disk(plan: Plan) -> None:
-    for disk in estimates.disks(plan.targets, plan.model, plan.out):
-        if disk["needed"] > disk["free"]:
+def _check_disks(disks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A sentence where a disk has no room for the cache. Raises ErasecError where one has too little for the rest."""
+    remarks = []
+    for disk in disks:
+        short = disk["needed"] - disk["free"]
+        if short > disk["optional"]:
             raise ErasecError(
                 f"the disk of {disk['path']} has too little room",
                 why=f"about {size(disk['needed'])} will be written ({disk['what']}), {size(disk['free'])} are free",
-                fix=f"free {size(disk['needed'] - disk['free'])} more, or use another disk: --out for the output, "
+                fix=f"free {size(short)} more, or use another disk: --out for the output, "
                 "TMPDIR for temporary files, ERASEC_CACHE for the cache",
             )
+        if short > 0:
+            remarks.append(
+                f"The disk of {disk['path']} has no room for the cache ({size(short)} more are needed): what it would "
+                "hold is made again in every build. ERASEC_CACHE names another folder."
+            )
+    return tuple(remarks)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

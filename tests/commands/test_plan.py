@@ -441,6 +441,19 @@ def test_a_disk_without_room_is_refused(here: Path, random_folder: Path, monkeyp
     assert "1 kB are free" in caught.value.why and "temporary files" not in caught.value.why
 
 
+@pytest.mark.parametrize(("what", "refused"), [("cache", False), ("output, cache", True), ("output", True)])
+def test_only_a_disk_without_room_for_the_cache_is_a_remark(what: str, refused: bool) -> None:
+    optional = 0 if what == "output" else 600 if what == "cache" else 100
+    disk = {"what": what, "path": "/x", "needed": 600, "optional": optional, "free": 0}
+    if refused:
+        with pytest.raises(ErasecError, match="the disk of /x has too little room"):
+            plan._check_disks([disk])
+    else:
+        (remark,) = plan._check_disks([disk])
+        assert "no room for the cache (600 B more are needed)" in remark
+    assert plan._check_disks([{**disk, "free": 600}]) == ()
+
+
 def test_graphs_in_the_cache_and_in_tmpdir_are_counted_on_their_disks(
     here: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
