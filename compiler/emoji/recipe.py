@@ -59,5 +59,5 @@ def world(data: Path | None) -> World:
         },
         hard_negatives=True,
         garbage=0.1,
-        unet_batches=(64, 64),
+        unet_batches=(32, 64),
     )
