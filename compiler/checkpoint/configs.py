@@ -34,6 +34,7 @@ class Fields(TypedDict, total=False):
     _class_name: str
     architectures: Annotated[list[str], Field(min_length=1)] | None
     block_out_channels: Annotated[list[Size], Field(min_length=1, max_length=16)]
+    cross_attention_dim: Size | None
     in_channels: Size
     out_channels: Size | None
     latent_channels: Size
@@ -59,14 +60,16 @@ class Fields(TypedDict, total=False):
 
 
 class Config(dict[str, Any]):
-    """The content of a config. A key that is missing is an ErasecError that names the file."""
+    """The content of a config. A key that is missing or null is an ErasecError that names the file."""
 
     def __init__(self, content: dict[str, Any], source: Source) -> None:
         super().__init__(content)
         self.source = source
 
-    def __missing__(self, key: str) -> Any:
-        raise self.source.error(f"it has no {key!r}")
+    def __getitem__(self, key: str) -> Any:
+        if (value := self.get(key)) is None:
+            raise self.source.error(f"its {key!r} is null" if key in self else f"it has no {key!r}")
+        return value
 
 
 def read_config(root: Path, component: str, name: str = "config.json") -> Config:

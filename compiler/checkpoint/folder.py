@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +119,13 @@ def check_links(root: Path) -> None:
 def downscale(config: Mapping[str, Any]) -> int:
     """The factor between the resolutions of the first and the lowest level of a UNet or VAE; 8 in Stable Diffusion."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def trained_size(unet: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latents that a UNet with this config was trained on."""
+    size = unet["sample_size"]
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return height, width
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from erasec import registry
 from erasec.checkpoint.configs import Config, read_config
-from erasec.checkpoint.folder import downscale
+from erasec.checkpoint.folder import downscale, trained_size
 from erasec.errors import ErasecError, suggestion
 from erasec.graphs.signature import INPUTS, OUTPUTS, pixel_unit
 from erasec.progress import bar
@@ -212,15 +212,10 @@ def latent_shape(
             why="a model for inpainting needs an image to start from",
             fix="use a text-to-image model",
         )
-    scale, trained = downscale(vae), unet["sample_size"]
+    scale = downscale(vae)
     unit = scale if torch else pixel_unit(unet, vae)
     sizes = []
-    for name, requested, default in zip(
-        ("height", "width"),
-        (height, width),
-        trained if isinstance(trained, Sequence) else (trained, trained),
-        strict=True,
-    ):
+    for name, requested, default in zip(("height", "width"), (height, width), trained_size(unet), strict=True):
         pixels = default * scale if requested is None else requested
         if pixels < unit or pixels % unit:
             nearest_size = max(1, round(pixels / unit)) * unit

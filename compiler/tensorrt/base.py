@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from erasec.base import Artifact, Check, Context, Target
-from erasec.checkpoint.folder import downscale
+from erasec.checkpoint.folder import downscale, trained_size
 from erasec.checkpoint.safetensors import copy_file, file_digest
 from erasec.errors import ErasecError
 from erasec.graphs import link
@@ -122,10 +122,7 @@ class EngineTarget(Target):
         step, scale = downscale(configs["unet"]), downscale(configs["vae"])
         images = parse_range("batch", self.batch)
         sizes = {}
-        trained = configs["unet"]["sample_size"]
-        for option, usual in zip(
-            ("height", "width"), trained if isinstance(trained, list) else (trained, trained), strict=True
-        ):
+        for option, usual in zip(("height", "width"), trained_size(configs["unet"]), strict=True):
             smallest, largest = max(usual // 2 // step, 1) * step, -(-usual * 3 // 2 // step) * step
             text = getattr(self, option) or f"{scale * smallest}:{scale * usual}:{scale * largest}"
             pixels = parse_range(option, text)

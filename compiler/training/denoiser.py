@@ -16,7 +16,7 @@ from torch import Tensor
 
 from erasec.attention.processors import attach
 from erasec.checkpoint.configs import described_by
-from erasec.checkpoint.folder import downscale
+from erasec.checkpoint.folder import downscale, trained_size
 from erasec.errors import ErasecError
 from erasec.model.networks import load_network
 from erasec.model.sidecar import gather_extras, read_extras
@@ -105,7 +105,7 @@ class Denoiser:
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents, from the UNet's config."""
         config = self.model.source.config("unet")
-        return config["in_channels"], config["sample_size"], config["sample_size"]
+        return config["in_channels"], *trained_size(config)
 
     @property
     def size(self) -> int:

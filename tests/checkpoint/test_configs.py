@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from erasec.checkpoint.configs import described_by, read_config, read_index
+from erasec.checkpoint.folder import trained_size
 from erasec.errors import ErasecError
 
 UNET = {"_class_name": "UNet2DConditionModel", "block_out_channels": [64, 128], "sample_size": 64, "more": [None, "x"]}
@@ -27,6 +28,19 @@ def test_a_config_is_read_as_it_is(tmp_path: Path) -> None:
     assert caught.value.why == "it has no 'in_channels'"
 
 
+def test_a_value_that_is_needed_and_null_is_named(tmp_path: Path) -> None:
+    unet = read_config(write(tmp_path, UNET | {"sample_size": None}), "unet")
+    assert unet.get("sample_size") is None
+    with pytest.raises(ErasecError, match=r"unet/config\.json cannot be read") as caught:
+        trained_size(unet)
+    assert caught.value.why == "its 'sample_size' is null"
+
+
+def test_the_size_that_a_unet_was_trained_on_has_one_or_two_numbers(tmp_path: Path) -> None:
+    assert trained_size(read_config(write(tmp_path, UNET), "unet")) == (64, 64)
+    assert trained_size(read_config(write(tmp_path, UNET | {"sample_size": [48, 80]}), "unet")) == (48, 80)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -36,6 +50,7 @@ def test_a_config_is_read_as_it_is(tmp_path: Path) -> None:
         {"sample_size": "64"},
         {"sample_size": [1, 2, 3]},
         {"in_channels": 2**40},
+        {"cross_attention_dim": "768"},
         {"num_hidden_layers": 10**9},
         {"layers_per_block": [[10**9]]},
         {"architectures": []},

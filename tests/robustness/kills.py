@@ -25,8 +25,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from erasec.checkpoint import manifest
+
 TESTS = Path(__file__).resolve().parent.parent
-NOT_THE_SAME = {"report.json", "report.html", "README.md", "recipe.toml"}  # they state seconds and paths
+# They state seconds and paths, or digests of files that do.
+NOT_THE_SAME = {"report.json", "report.html", "README.md", "recipe.toml", manifest.FILE}
 COMMANDS = ("build", "apply", "relink", "combine")
 
 
@@ -65,6 +68,11 @@ def digest(path: Path) -> str:
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in NOT_THE_SAME]
     lines = (f"{file.relative_to(path)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if files else ""
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder holds exactly the files of its manifest; a file, or a folder without one, counts as whole."""
+    return not (path / manifest.FILE).is_file() or not manifest.compare(path, manifest.read(path)[0]).all
 
 
 def words_of(command: str, work: Path, out: Path) -> list[object]:
@@ -137,12 +145,14 @@ def kill_one(
     except subprocess.TimeoutExpired:
         process.kill()
     ended, seconds = process.wait(), time.monotonic() - began
-    found = {digest(out)}
+    digests, whole = {digest(out)}, is_whole(out)
     left = sorted(path.name for path in folder.iterdir() if path != out)
     start(work, ["recover", out]).wait()  # any command that is given the path
-    found.add(digest(out))
+    digests.add(digest(out))
     names = {before: "old", figures["new"]: "new"}
-    states = sorted({names.get(state, "none" if not state else "mixed") for state in found})
+    states = sorted({names.get(state, "none" if not state else "mixed") for state in digests})
+    if not (whole and is_whole(out)):
+        states = ["mixed"]
     remains = sorted(
         path.relative_to(work).as_posix()
         for path in (*folder.iterdir(), *(work / "tmp").glob("*erasec*"), *(work / "cache").glob("*/erasec-*"))
