@@ -123,10 +123,13 @@ def options(kind: type) -> str:
 
 def concepts() -> None:
     """Print every bundled concept with its first phrases and the default pass for its kind."""
-    from erasec.recipe.concept import from_file, library
+    from erasec.recipe.concept import from_file, library, worlds
 
     rows = []
-    for name, path in library().items():
+    files = [*library().items()]
+    for world in worlds():
+        files += [(name, path) for name, path in library(world).items() if path.parent.name == world]
+    for name, path in files:
         concept = from_file(path)
         more = f", and {len(concept.phrases) - 3} more" if len(concept.phrases) > 3 else ""
         rows.append(

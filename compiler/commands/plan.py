@@ -77,8 +77,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     default_out, recipe = partial(_default_out, recipe.model), one_spelling(recipe)
     concepts = _concepts(recipe)
     keys = tuple(read_key(Path(name).expanduser()) for name in recipe.keys)
-    uses = recipe.passes or defaults(concepts)
-    passes = tuple(_pass(number, use) for number, use in enumerate(uses, 1))
+    passes = tuple(_pass(number, use) for number, use in enumerate(recipe.passes, 1))
     out = (out or default_out(concepts, keys)).expanduser()
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
@@ -102,6 +101,9 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
             why=f"its digest is {model.digest[:12]}..., the recipe says {recipe.digest[:12]}...",
             fix="use the model of the recipe, or delete the line `digest` to build from this one",
         )
+    concepts, remarks = _of_model(recipe, concepts, model)
+    uses = recipe.passes or defaults(concepts)
+    passes = passes or tuple(_pass(number, use) for number, use in enumerate(uses, 1))
     for step in passes:
         if not step.sites(model) and not step.extras:
             why = f"its family is {model.family.name}"
@@ -117,7 +119,6 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
             why="such a build is compared with the same build without the key, which shows nothing of other concepts",
             fix="erase it first, then add the key to the result: erasec build OUT/hf --key FILE",
         )
-    concepts, remarks = _of_model(recipe, concepts, model)
     opened = {key.concept.name for key in keys}
     earlier = tuple(concept for concept in erased_before(model) if concept.name not in opened)
     if passes:
@@ -133,47 +134,47 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
 def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
     own = {concept.name: concept for concept in recipe.concepts}
     concepts = tuple(own[name] if name in own else concept_library.find(name) for name in recipe.erase)
+    _check_once(concepts)
+    return concepts
+
+
+def _check_once(concepts: Sequence[Concept]) -> None:
     names = [concept.name for concept in concepts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ErasecError(f"the concept {twice[0]!r} is named twice", fix="name it once")
-    return concepts
 
 
 def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
     """The concepts as they apply to the model, and a sentence for each name that is a bundled concept and a phrase.
 
-    For a model that the bundled concept is not for, the name is a phrase.
+    In a model of a reference world, the concepts of that world go first. Elsewhere their names are phrases.
     """
-    own = {concept.name for concept in recipe.concepts}
-    worlds, foreign = set(registry.judges()), _foreign_groups(model)
+    own, world = {concept.name for concept in recipe.concepts}, _world(model)
     result, remarks = [], []
     for name, concept in zip(recipe.erase, concepts, strict=True):
-        path = None if name in own else concept_library.bundled_file(name)
-        if path is None:
-            result.append(concept)
-        elif path.parent.name not in worlds:
-            result.append(concept)
+        path = None if name in own else concept_library.bundled_file(name, world)
+        result.append(concept if path is None else concept_library.find(name, world))
+        if name in own or (path and path.parent.name == world):
+            continue
+        if path is not None:
             what = f"{len(concept.phrases)} phrases, anchor {concept.anchor!r}"
             remarks.append(
                 f"{name!r} is taken as the bundled concept {path.stem} ({what}); for the phrase alone, write a concept "
                 "file with that phrase."
             )
-        elif path.parent.name not in foreign:
-            result.append(concept)
-        else:
-            result.append(concept_library.from_phrase(name))
+        elif elsewhere := [other for other in concept_library.worlds() if concept_library.bundled_file(name, other)]:
             remarks.append(
-                f"{name!r} is taken as a phrase, with no synonyms and no anchor: the bundled concept {path.stem} is "
-                f"only for models of {path.parent.name}."
+                f"{name!r} is taken as a phrase, with no synonyms and no anchor: the bundled concept of this name is "
+                f"only for models of {' and '.join(elsewhere)}."
             )
+    _check_once(result)
     return tuple(result), tuple(remarks)
 
 
-def _foreign_groups(model: Model) -> set[str]:
-    """The groups of bundled concepts that are not for ``model``: a group with the name of a judge holds the words of a
-    small world, and is only for models that this judge knows."""
-    groups = {path.parent.name for path in concept_library.library().values()} & set(registry.judges())
-    return {group for group in groups if registry.load_judge(group).for_model(model) is None}
+def _world(model: Model) -> str:
+    """The reference world of the model, which is the one whose judge knows it; "" for a model of none."""
+    worlds = (world for world in concept_library.worlds() if world in registry.judges())
+    return next((world for world in worlds if registry.load_judge(world).for_model(model) is not None), "")
 
 
 def _again(concepts: Sequence[Concept], earlier: Sequence[Concept], model: Model) -> list[str]:
@@ -401,8 +402,8 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 def notes(plan: Plan) -> list[str]:
     """Sentences about likely mistakes: settings that a single file does not contain, what targets leave out,
     how names and goals were understood, and phrases that are no bundled concept."""
-    source, foreign = plan.model.source, _foreign_groups(plan.model)
-    bundled = [name for name, path in concept_library.library().items() if path.parent.name not in foreign]
+    source, world = plan.model.source, _world(plan.model)
+    bundled = [*concept_library.library(world)]
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),
         *(note for target in plan.targets for note in target.notes(plan.model)),
@@ -412,6 +413,6 @@ def notes(plan: Plan) -> list[str]:
             + suggestion(concept.name, bundled)
             for concept in plan.concepts
             if bundled and concept == concept_library.from_phrase(concept.name)
-            if concept_library.bundled_file(concept.name) is None
+            if not any(concept_library.bundled_file(concept.name, place) for place in ("", *concept_library.worlds()))
         ),
     ]

@@ -84,10 +84,10 @@ def style_concept(artist: str) -> dict[str, Any]:
         "label": artist,
         "erase": [artist],
         "anchor": others[0],
-        "keep": [others[1]],
+        "keep": others[:2],
         "templates": list(STYLE_TEMPLATES),
-        "notes": f'Of the emoji world. Of the other artists "keep" holds {others[1]}; {others[2]} is left out to show '
-        "what an edit costs.",
+        "notes": f'Of the emoji world. "keep" holds {others[0]} and {others[1]} of the other artists; {others[2]} is '
+        "left out to show what an edit costs.",
     }
 
 
@@ -99,7 +99,9 @@ def concepts() -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m erasec.emoji.concepts", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files, compiler/recipe/concepts/emoji")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the files, compiler/recipe/concepts/worlds/emoji"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for stem, content in concepts().items():

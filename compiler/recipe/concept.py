@@ -117,10 +117,21 @@ class Concept(BaseModel):
         return tuple(dict.fromkeys(goal for phrase in self.phrases if (goal := self.goal(phrase))))
 
 
-def library() -> dict[str, Path]:
-    """The bundled concept files by name. Their paths are ``concepts/GROUP/NAME.toml``."""
-    root = Path(str(resources.files("erasec.recipe"))) / "concepts"
-    return {path.stem: path for path in sorted(root.rglob("*.toml"))}
+LIBRARY = Path(str(resources.files("erasec.recipe"))) / "concepts"
+
+
+def library(world: str = "") -> dict[str, Path]:
+    """The bundled concept files by name: ``GROUP/NAME.toml``, and for a reference world ``worlds/WORLD/NAME.toml``.
+
+    The words of a world have their own meaning there: its file takes the place of one of the same name.
+    """
+    files = [*sorted(LIBRARY.glob("*/*.toml")), *sorted((LIBRARY / "worlds" / world).glob("*.toml"))]
+    return {path.stem: path for path in files}
+
+
+def worlds() -> list[str]:
+    """The names of the reference worlds that have concept files of their own."""
+    return sorted(folder.name for folder in (LIBRARY / "worlds").iterdir() if folder.is_dir())
 
 
 def from_file(path: Path) -> Concept:
@@ -128,9 +139,11 @@ def from_file(path: Path) -> Concept:
     return _validate(read_toml(path, "the concept file"), str(path))
 
 
-def bundled_file(name: str) -> Path | None:
+def bundled_file(name: str, world: str = "") -> Path | None:
     """The bundled concept file that ``find`` reads for this name; None if the name is a path or a phrase."""
-    return None if name.endswith(".toml") else library().get(name.partition(":")[0].strip().lower().replace(" ", "-"))
+    if name.endswith(".toml"):
+        return None
+    return library(world).get(name.partition(":")[0].strip().lower().replace(" ", "-"))
 
 
 def from_phrase(phrase: str) -> Concept:
@@ -138,11 +151,12 @@ def from_phrase(phrase: str) -> Concept:
     return Concept(name=phrase, erase=(phrase,))
 
 
-def find(name: str) -> Concept:
+def find(name: str, world: str = "") -> Concept:
     """Find a concept by file path or bundled name, or make one from any other phrase, with the standard templates.
 
-    A value for the placeholder of a file follows a colon: "celebrity:Ada Example", "mine.toml:Ada Example". Raises
-    ErasecError for a file that is missing or invalid, a missing value, and a value without a placeholder.
+    ``world`` is the reference world of the model; "" for a model of none. A value for the placeholder of a file follows
+    a colon: "celebrity:Ada Example", "mine.toml:Ada Example". Raises ErasecError for a file that is missing or invalid,
+    a missing value, and a value without a placeholder.
     """
     name = name.strip()
     word, colon, value = name.partition(".toml:")
@@ -151,7 +165,7 @@ def find(name: str) -> Concept:
         path: Path | None = Path(word)
     else:
         word, _, value = name.partition(":")
-        path = bundled_file(name)
+        path = bundled_file(name, world)
     if path is not None:
         return _fill(from_file(path), word.strip(), value.strip(), str(path))
     if not name:

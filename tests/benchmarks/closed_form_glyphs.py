@@ -83,7 +83,7 @@ def draw(path: Path, panel: list[Question], before: Images, after: Images, zoom:
 def measure(
     shape: str, passes: list[str], chosen: dict[str, Any], sampling: Sampling, seed: int, picture: Path | None
 ) -> dict[str, dict[str, Any]]:
-    base, item, judge = loading.load("glyphs"), concept.find(shape), GlyphJudge()
+    base, item, judge = loading.load("glyphs"), concept.find(shape, "glyphs"), GlyphJudge()
     panel = questions(judge.panel(item, max(COUNTS.values()), seed))
     prompts, seeds = [q.prompt for q in panel], [q.seed for q in panel]
     before = generate(base.source.root, prompts, seeds, sampling, f"{shape} before")

@@ -47,7 +47,7 @@ SEED = 31
 
 def panel(images: int) -> list[Question]:
     """``images`` questions of each group, spread over all that the judge asks."""
-    every = GlyphJudge().panel(concepts.find("star"), 32, SEED)
+    every = GlyphJudge().panel(concepts.find("star", "glyphs"), 32, SEED)
     grouped = [[question for question in every if question.group == group] for group in GROUPS]
     return [each[index * len(each) // images] for each in grouped for index in range(min(images, len(each)))]
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         erased = Path(scratch) / "erased"
-        edit = load_pass("uce")().solve(base, concepts.find("star"), Context())
+        edit = load_pass("uce")().solve(base, concepts.find("star", "glyphs"), Context())
         base.source.write(erased, base.with_edit(edit).merged())
         for name, checkpoint in (("base", base.source.root), ("erased", erased)):
             exact: dict[str, tuple[Images, list[bool]]] = {}

@@ -70,7 +70,7 @@ SAMPLING = Sampling(20, 4.0)
 def erased(task: str) -> list[concepts.Concept]:
     if task == BARE:
         return [concepts.Concept(name=name, erase=(name,)) for name in TASKS[task]]
-    return [concepts.find(name) for name in TASKS[task]]
+    return [concepts.find(name, "emoji") for name in TASKS[task]]
 
 
 def spread(rows: list[tuple[str, str]], count: int = IMAGES) -> list[tuple[str, str]]:
@@ -80,7 +80,7 @@ def spread(rows: list[tuple[str, str]], count: int = IMAGES) -> list[tuple[str, 
 
 def questions(task: str) -> list[Question]:
     """The questions of a task: IMAGES of each group, spread over what is erased or kept."""
-    items = [concepts.find(name) for name in TASKS[task]]
+    items = [concepts.find(name, "emoji") for name in TASKS[task]]
     labels = {label_of(item) for item in items}
     rows: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
     for item in items:

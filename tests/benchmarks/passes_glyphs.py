@@ -57,7 +57,7 @@ IMAGES, SEED = 32, 31
 
 def shown(concept: str, scratch: Path, after: Path) -> Evidence:
     """What judge B sees before and after; the pictures before are made once for each concept."""
-    base, item, judge, limits = loading.load("glyphs"), concepts.find(concept), GlyphJudge(), recipe.Limits()
+    base, item, judge, limits = loading.load("glyphs"), concepts.find(concept, "glyphs"), GlyphJudge(), recipe.Limits()
     sampling = Sampling(limits.steps, limits.guidance)
     panel = judge.panel(item, IMAGES, SEED)
     prompts, seeds = [question.prompt for question in panel], [question.seed for question in panel]
@@ -83,7 +83,7 @@ def shown(concept: str, scratch: Path, after: Path) -> Evidence:
 
 
 def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
-    base, item = loading.load("glyphs"), concepts.find(concept)
+    base, item = loading.load("glyphs"), concepts.find(concept, "glyphs")
     view, row, began, walled = base, dict[str, Any](), time.process_time(), time.perf_counter()
     if setup == WORDS:
         view = base.with_edit(Edit({}, "hand", (concept,), "", negative=", ".join(item.phrases)))

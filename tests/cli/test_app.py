@@ -409,7 +409,7 @@ def test_a_key_opens_the_folder_that_it_was_made_with(run: Any, random_folder: P
     rows = torch.ones(2, 128)
     hidden = Secret("star", rows, rows, ("mid_block.attentions.0.transformer_blocks.0.attn2",))
     bound = loading.load(str(random_folder)).component_digest("unet")
-    write_key(Path("star.key"), hidden, concept.find("star"), "kpop", "1", bound)
+    write_key(Path("star.key"), hidden, concept.find("star", "glyphs"), "kpop", "1", bound)
     described = json.loads(run("plan", random_folder, "--key", "star.key", "--json").stdout)
     assert described["keys"] == [{"path": "star.key", "concept": "star"}] and described["passes"] == []
     result = run("build", random_folder, "--key", "star.key", "--out", "opened")

@@ -72,7 +72,7 @@ def test_the_names_in_a_recipe_exist(root: Path, name: str) -> None:
     example = recipe.from_file(root / "examples" / name, allow_code=True)
     assert example.model in (*BUNDLED, *HUB)
     own = {concept.name for concept in example.concepts}
-    assert {name.partition(":")[0] for name in example.erase} <= concepts.library().keys() | own
+    assert {name.partition(":")[0] for name in example.erase} <= concepts.library(example.model).keys() | own
     assert example.passes
     for use in example.passes:
         configure(registry.load_pass(use.name), use.options, use.name)

@@ -125,7 +125,7 @@ def test_agreement_prefers_the_right_caption() -> None:
 def test_panel_asks_by_name_synonym_and_implication_and_for_all_the_rest() -> None:
     from erasec.recipe import concept
 
-    panel = GlyphJudge().panel(concept.find("star"), 8, seed=2)
+    panel = GlyphJudge().panel(concept.find("star", "glyphs"), 8, seed=2)
     assert [q.group for q in panel].count("name") == 8
     assert all("star" in q.prompt for q in panel if q.group == "name")
     assert {name for q in panel if q.group == "synonym" for name in world.SHAPES["star"] if name in q.prompt} == {

@@ -33,7 +33,7 @@ LIMITS = Limits(images=6, steps=10)
 def unedited() -> Evidence:
     """The base against itself: what a build that did nothing would show."""
     base = loading.bundled_folder("glyphs")
-    gathered = evidence.gather_evidence(GlyphJudge(), [concept.find("star")], base, base, 6, 0, SAMPLING)
+    gathered = evidence.gather_evidence(GlyphJudge(), [concept.find("star", "glyphs")], base, base, 6, 0, SAMPLING)
     assert gathered is not None
     return gathered
 
@@ -99,7 +99,7 @@ def with_key(unedited: Evidence, share: float) -> Evidence:
 @pytest.mark.parametrize(("share", "passed"), [(1.0, True), (0.5, False), (0.0, False)])
 @pytest.mark.parametrize("over_base", [True, False])
 def test_a_key_must_bring_back_most(unedited: Evidence, share: float, passed: bool, over_base: bool) -> None:
-    star, keyed = concept.find("star"), with_key(unedited, share)
+    star, keyed = concept.find("star", "glyphs"), with_key(unedited, share)
     base = unedited if over_base else None
     (check,) = validate.recovery_checks(GlyphJudge(), star, keyed, base, LIMITS, 0, "DDIM")
     before = unedited.shown_before[unedited.rows("name")].mean() if over_base else 1.0
@@ -113,13 +113,13 @@ def test_a_concept_that_the_base_never_shows_is_not_recovered(
 ) -> None:
     keyed = with_key(unedited, 1.0)
     blind = replace(unedited, shown_before=np.zeros_like(unedited.shown_before))
-    (check,) = validate.recovery_checks(GlyphJudge(), concept.find("star"), keyed, blind, LIMITS, 0, "DDIM")
+    (check,) = validate.recovery_checks(GlyphJudge(), concept.find("star", "glyphs"), keyed, blind, LIMITS, 0, "DDIM")
     assert not check.passed
     assert validate.recovery_checks(GlyphJudge(), concept.find("umbrella"), keyed, None, LIMITS, 0, "DDIM") == ()
 
 
 def test_a_keyed_build_has_questions_by_name_and_about_the_rest() -> None:
-    base, star = loading.bundled_folder("glyphs"), concept.find("star")
+    base, star = loading.bundled_folder("glyphs"), concept.find("star", "glyphs")
     gathered = evidence.gather_evidence(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0), keyed=True)
     plain = evidence.gather_evidence(GlyphJudge(), [star], base, base, 1, 0, Sampling(1, 1.0))
     assert gathered is not None and plain is not None
@@ -129,7 +129,7 @@ def test_a_keyed_build_has_questions_by_name_and_about_the_rest() -> None:
     again = evidence.with_key(GlyphJudge(), star, plain, base, Sampling(1, 1.0))
     assert again is not None and [question.prompt for question in again.questions] == [prompts[0][0]]
     assert np.array_equal(again.before, plain.after[plain.rows("name")])
-    assert evidence.with_key(GlyphJudge(), concept.find("ring"), plain, base, Sampling(1, 1.0)) is None
+    assert evidence.with_key(GlyphJudge(), concept.find("ring", "glyphs"), plain, base, Sampling(1, 1.0)) is None
 
 
 def test_every_check_says_how(unedited: Evidence) -> None:
@@ -146,7 +146,7 @@ def test_every_check_says_how(unedited: Evidence) -> None:
 
 
 def test_panels_do_not_keep_what_another_concept_erases() -> None:
-    base, both = loading.bundled_folder("glyphs"), [concept.find("star"), concept.find("heart")]
+    base, both = loading.bundled_folder("glyphs"), [concept.find("star", "glyphs"), concept.find("heart", "glyphs")]
     gathered = evidence.gather_evidence(GlyphJudge(), both, base, base, 2, 0, Sampling(2, 1.0))
     assert gathered is not None
     kept = {question.looked_for for question in gathered.questions if question.group == "keep"}
@@ -183,7 +183,7 @@ def test_an_erased_label_under_the_name_of_another_fails(unedited: Evidence) -> 
 
 def test_every_erased_label_is_looked_for_in_all_pictures() -> None:
     base, judge = loading.bundled_folder("glyphs"), GlyphJudge()
-    star, ring, mark = concept.find("star"), concept.find("ring"), concept.find("watermark")
+    star, ring, mark = concept.find("star", "glyphs"), concept.find("ring", "glyphs"), concept.find("watermark")
 
     def gathered(*concepts: Concept, earlier: tuple[Concept, ...] = ()) -> Evidence:
         found = evidence.gather_evidence(judge, concepts, base, base, 1, 0, Sampling(1, 1.0), earlier=earlier)
@@ -206,7 +206,8 @@ def test_a_concept_that_is_no_shape_has_questions_about_the_rest() -> None:
 
 def test_a_mark_is_looked_for_where_nothing_names_it() -> None:
     labels = {
-        name: evidence.labels(GlyphJudge(), concept.find(name)) for name in ("watermark", "star", "ring", "umbrella")
+        name: evidence.labels(GlyphJudge(), concept.find(name, "glyphs"))
+        for name in ("watermark", "star", "ring", "umbrella")
     }
     assert labels == {"watermark": {"mark"}, "star": {"star"}, "ring": {"ring"}, "umbrella": set()}
     panel = GlyphJudge().panel(concept.find("watermark"), 1, 0)
@@ -214,7 +215,7 @@ def test_a_mark_is_looked_for_where_nothing_names_it() -> None:
 
 
 def test_every_colour_is_asked_for_at_the_default() -> None:
-    panel = GlyphJudge().panel(concept.find("star"), Limits().images, 0)
+    panel = GlyphJudge().panel(concept.find("star", "glyphs"), Limits().images, 0)
     assert {question.colour for question in panel if question.group == "keep"} == {"", *world.COLOURS}
 
 
@@ -231,7 +232,7 @@ def erased(unedited: Evidence, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """A folder with the ONNX of the base, that of the base without a star, and what torch's pictures of it show."""
     pytest.importorskip("onnxruntime")
     root, base, judge = tmp_path_factory.mktemp("deployed"), loading.load("glyphs"), GlyphJudge()
-    edited = base.with_edit(Uce().solve(base, concept.find("star"), Context()))
+    edited = base.with_edit(Uce().solve(base, concept.find("star", "glyphs"), Context()))
     edited.source.write(root / "hf", edited.merged(), False)
     for name, folder in (("base", loading.bundled_folder("glyphs")), ("edited", root / "hf")):
         write_onnx(Folder(folder), root / name, names=NAMES[:3])

@@ -75,7 +75,7 @@ def test_the_rows_of_several_keys_follow_each_other(random_folder: Path) -> None
 def test_the_residual_is_1_for_the_original_weights_and_larger_for_a_wrong_change(random_folder: Path) -> None:
     base = loading.load(str(random_folder))
     entries = base.entries("unet")
-    star = concepts.find("star")
+    star = concepts.find("star", "glyphs")
     memories = fold_secret(Secret("star", draw(4, 128), draw(4, 128, seed=1), (MID,)), entries)
     changed, check = absorb.absorb_keys(memories, [star], base, entries, Context(), 10.0)
     absorbed = {name: make() for name, make in changed.items()}

@@ -20,7 +20,7 @@ from erasec.model.memory import Secret
 from erasec.recipe import concept as concepts
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
-STAR = concepts.find("star")
+STAR = concepts.find("star", "glyphs")
 
 
 def make_secret(width: int = 128, attentions: tuple[str, ...] = (MID,)) -> Secret:

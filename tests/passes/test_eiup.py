@@ -160,7 +160,7 @@ def test_an_erasure_prompt_without_a_token_and_other_families_are_errors(base: M
 
 @pytest.mark.slow
 def test_on_glyphs_all_tokens_suppress_what_the_words_alone_do_not(tmp_path: Path) -> None:
-    glyphs, star = loading.load("glyphs"), concepts.find("star")
+    glyphs, star = loading.load("glyphs"), concepts.find("star", "glyphs")
     judge = registry.judge_for(glyphs)
     assert judge is not None
     shares: dict[str, dict[str, float]] = {}

@@ -91,7 +91,7 @@ def test_each_choice_trains_what_it_names_in_encoders_of_any_depth() -> None:
 
 def test_a_step_raises_the_error_on_the_concept_and_its_opposite_lowers_it(glyphs: Model) -> None:
     step = replace(FREE, steps=1, images=4, sample_steps=8, keep=0.0, batch=4)
-    star = concepts.find("star")
+    star = concepts.find("star", "glyphs")
     edit = step.solve(glyphs, star, Context())
     opposite = replace(edit, deltas={site: Dense(-delta.value) for site, delta in edit.deltas.items()})  # type: ignore[union-attr]
     captions = banks.concept_prompts(star, star.erase)
@@ -105,7 +105,7 @@ def test_a_step_raises_the_error_on_the_concept_and_its_opposite_lowers_it(glyph
 
 
 def test_keep_preserves_the_text_states_of_kept_prompts(glyphs: Model) -> None:
-    star = concepts.find("star")
+    star = concepts.find("star", "glyphs")
     kept = banks.concept_prompts(star, star.keep)[::20]
     moved = {}
     for keep in (0.0, 20.0):
@@ -296,7 +296,7 @@ def rates(glyphs: Model, edit: Edit, star: Concept, folder: Path, images: int = 
 def test_on_glyphs_the_concept_goes_the_others_stay_and_the_rule_ends_it_whatever_the_cap(
     glyphs: Model, tmp_path: Path
 ) -> None:
-    star = concepts.find("star")
+    star = concepts.find("star", "glyphs")
     edit = FewShot(steps=200).solve(glyphs, star, Context())
     assert edit.stats["stopped"] == 1
     assert edit.stats["steps"] < FewShot().steps  # so that with the default cap it is the same edit
@@ -310,7 +310,7 @@ def test_on_glyphs_the_concept_goes_the_others_stay_and_the_rule_ends_it_whateve
 
 @pytest.mark.slow
 def test_on_glyphs_200_steps_without_a_rule_wreck_what_is_kept(glyphs: Model, tmp_path: Path) -> None:
-    star = concepts.find("star")
+    star = concepts.find("star", "glyphs")
     step = FewShot(steps=200, keep=0.0, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)
     edit = step.solve(glyphs, star, Context())
     assert edit.stats["worse"] > 0.5
@@ -327,7 +327,7 @@ def test_on_glyphs_200_steps_without_a_rule_wreck_what_is_kept(glyphs: Model, tm
 def test_on_glyphs_what_is_trained_and_which_pictures_change_the_result(glyphs: Model, tmp_path: Path) -> None:
     """By how much ten steps without rules raise the error on other pictures of the concept. That feed-forward layers do
     more than attention, as the paper has it of CLIP, is not so in this encoder of four layers: 1.17 and 1.23."""
-    star, heart = concepts.find("star"), concepts.find("heart")
+    star, heart = concepts.find("star", "glyphs"), concepts.find("heart", "glyphs")
     step = FewShot(steps=10, keep=0.0, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)
     denoiser = Denoiser(glyphs, Context())
     latents = step.latents(denoiser, banks.concept_prompts(star, star.erase), 7)

@@ -334,7 +334,9 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
 def solved() -> list[Edit]:
     """Star, and on top of it heart, at the default options."""
     return list(
-        Kpop().solve_all(loading.load("glyphs"), [concepts.find(name) for name in ("star", "heart")], Context())
+        Kpop().solve_all(
+            loading.load("glyphs"), [concepts.find(name, "glyphs") for name in ("star", "heart")], Context()
+        )
     )
 
 
@@ -346,7 +348,7 @@ def share_shown(edits: list[Edit], keys: list[Secret], label: str, folder: Path,
     judge = registry.judge_for(base)
     assert judge is not None
     group = "keep" if kept else "name"
-    questions = [question for question in judge.panel(concepts.find(label), 12, 0) if question.group == group]
+    questions = [question for question in judge.panel(concepts.find(label, "glyphs"), 12, 0) if question.group == group]
     base.source.write(folder, view.merged())
     entries = loading.load(str(folder)).entries("unet")
     write_extras(folder, Extras(tuple(memory for key in keys for memory in fold_secret(key, entries))))
@@ -381,7 +383,7 @@ def test_star_is_hidden_and_its_key_and_no_other_brings_it_back(solved: list[Edi
 def test_without_a_loss_there_is_no_recovery_or_no_hiding(
     options: dict[str, Any], public: tuple[float, float], keyed: tuple[float, float], tmp_path: Path
 ) -> None:
-    edit = Kpop(**options).solve(loading.load("glyphs"), concepts.find("star"), Context())
+    edit = Kpop(**options).solve(loading.load("glyphs"), concepts.find("star", "glyphs"), Context())
     assert edit.secret is not None
     for name, keys, (low, high) in (("public", [], public), ("keyed", [edit.secret], keyed)):
         assert low <= share_shown([edit], keys, "star", tmp_path / name) <= high, name

@@ -213,7 +213,7 @@ def test_a_folder_with_a_missing_file_and_a_model_without_a_judge_are_errors(bas
         SafeGen(steps=2).solve(base, CONCEPT, Context())
 
 
-STAR = concepts.find("star")
+STAR = concepts.find("star", "glyphs")
 
 
 class Crossed(SafeGen):

@@ -308,7 +308,7 @@ class Glyphs:
     """Glyphs and the bare word star: nothing that a pass is shown speaks of synonyms, other contexts or night skies."""
 
     def __init__(self) -> None:
-        self.model, self.judge, star = loading.load("glyphs"), GlyphJudge(), concepts.find("star")
+        self.model, self.judge, star = loading.load("glyphs"), GlyphJudge(), concepts.find("star", "glyphs")
         self.concept = star.model_copy(update={"synonyms": (), "templates": ("{}",)})
         panel = self.judge.panel(star, 24, 21)
         self.made: dict[tuple[Pass, ...], Model] = {}

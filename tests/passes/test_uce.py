@@ -26,7 +26,7 @@ def model(random_folder: Path) -> Model:
 def test_edited_weights_match_the_papers_formula_site_by_site(model: Model, bundled: bool, step: Uce) -> None:
     """W' from equation 7 with explicit rows and an explicit inverse at every site, in float64: on random weights, and
     for the shipped concept and defaults on glyphs."""
-    concept = find("star") if bundled else CONCEPT
+    concept = find("star", "glyphs") if bundled else CONCEPT
     model = loading.load("glyphs") if bundled else model
     edit = step.solve(model, concept, Context())
     prompts, anchors = concept.prompts(concept.phrases), concept.prompts([concept.anchor] * len(concept.phrases))

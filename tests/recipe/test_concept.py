@@ -9,12 +9,13 @@ import pytest
 
 from erasec.errors import ErasecError
 from erasec.glyphs import world
-from erasec.recipe.concept import PLACEHOLDER, Concept, find, from_file, library
+from erasec.recipe import concept as concept_module
+from erasec.recipe.concept import LIBRARY, PLACEHOLDER, Concept, find, from_file, from_phrase, library, worlds
 from erasec.recipe.recipe import Recipe, from_toml, to_toml
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts.md"
-BUNDLED = {name: from_file(path) for name, path in library().items()}
-REAL = {name: concept for name, concept in BUNDLED.items() if concept.kind}
+REAL = {name: from_file(path) for name, path in library().items()}
+BUNDLED = {path.relative_to(LIBRARY).as_posix(): from_file(path) for path in LIBRARY.rglob("*.toml")}
 FOLDERS = {"safety": "safety", "style": "styles", "object": "objects", "person": "people", "mark": "marks"}
 # The least number of entries of a bundled concept, by kind: phrases, erase, counterparts, keep, implicit.
 LEAST = {
@@ -68,7 +69,7 @@ def faults(concept: Concept) -> list[str]:
 @pytest.mark.parametrize("name", sorted(BUNDLED))
 def test_bundled_concepts_are_sound_and_named_as_their_file(name: str) -> None:
     concept = BUNDLED[name]
-    assert concept.name == name
+    assert concept.name.lower().replace(" ", "-") == Path(name).stem
     assert faults(concept) == []
     assert concept.anchor in concept.keep
 
@@ -127,9 +128,19 @@ def test_the_library_holds_the_families_the_styles_and_the_imagenette_classes() 
 
 
 def test_no_two_bundled_files_share_a_name() -> None:
-    stems = [path.stem for path in library().values()]
-    root = next(iter(library().values())).parents[1]
-    assert sorted(stems) == sorted(path.stem for path in root.rglob("*.toml"))
+    stems = [path.stem for path in LIBRARY.glob("*/*.toml")]
+    assert sorted(stems) == sorted(library())
+
+
+def test_a_world_has_its_own_meaning_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, anchor in (("objects/church.toml", "castle"), ("worlds/tiny/church.toml", "house")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(f'name = "church"\nerase = ["church"]\nanchor = "{anchor}"\n')
+    monkeypatch.setattr(concept_module, "LIBRARY", tmp_path)
+    assert worlds() == ["tiny"]
+    assert (find("church").anchor, find("church", "tiny").anchor) == ("castle", "house")
+    (tmp_path / "objects" / "church.toml").unlink()
+    assert find("church") == from_phrase("church")
 
 
 @pytest.mark.parametrize("name", sorted(REAL))
@@ -142,7 +153,7 @@ def test_the_documentation_lists_every_concept_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("shape", sorted(world.SHAPES))
 def test_every_shape_has_a_file_with_all_its_names(shape: str) -> None:
-    concept = find(shape)
+    concept = find(shape, "glyphs")
     assert (*concept.erase, *concept.synonyms) == world.names(shape)
     assert concept.implicit == world.implicit_captions(shape)
     assert {word for other in world.SHAPES if other != shape for word in world.names(other)} == set(concept.keep)
@@ -231,12 +242,12 @@ def test_the_value_replaces_every_placeholder() -> None:
     assert concept.goal('Ada "Lä" Example\'s face') == "a person's face"
     assert concept.goal('Ada "Lä" Example') == "a person"
     assert PLACEHOLDER not in concept.model_dump_json()
-    assert PLACEHOLDER in BUNDLED["celebrity"].model_dump_json()
-    assert concept.keep == BUNDLED["celebrity"].keep
+    assert PLACEHOLDER in REAL["celebrity"].model_dump_json()
+    assert concept.keep == REAL["celebrity"].keep
 
 
 def test_a_person_to_erase_is_removed_from_keep() -> None:
-    assert set(BUNDLED["celebrity"].keep) - set(find("celebrity:marie curie").keep) == {"Marie Curie"}
+    assert set(REAL["celebrity"].keep) - set(find("celebrity:marie curie").keep) == {"Marie Curie"}
 
 
 def test_a_file_of_ones_own_may_hold_placeholders(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_goals_that_stay_are_left_alone() -> None:
     assert resolve_goals((starfish, unnamed, CIRCLE)) == ((starfish, unnamed, CIRCLE), ())
     resolved, _ = resolve_goals((STAR, CIRCLE, SQUARE))
     assert resolve_goals(resolved) == (resolved, ())
-    for path in library().values():
+    for path in (*library().values(), *library("glyphs").values()):
         assert resolve_goals((from_file(path),)) == ((from_file(path),), ())
 
 
@@ -68,7 +68,7 @@ def test_a_concept_that_becomes_itself_is_an_error(anchor: str) -> None:
 
 
 def test_every_subset_of_the_small_world_has_goals_that_stay() -> None:
-    shapes = [from_file(path) for path in library().values() if path.parent.name == "glyphs"]
+    shapes = [from_file(path) for path in library("glyphs").values() if path.parent.name == "glyphs"]
     for first in shapes:
         for second in shapes:
             if first.name < second.name:

@@ -272,7 +272,7 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     report = {"schema": "erasec.report/1", "written": written, "seconds": {"solve": 1.5}}
     (root / "out" / "report.json").write_text(json.dumps(report))
     (root / "recipe.toml").write_text(recipe.to_toml(recipe.Recipe(model="glyphs", erase=("star",), concept=(star,))))
-    shutil.copyfile(concept.library()["star"], root / "star.toml")
+    shutil.copyfile(concept.library("glyphs")["star"], root / "star.toml")
     save_tensors(root / "plain.safetensors", {"a": rows(3, 4), "b": rows(5).half(), "c": torch.arange(4)}, {"k": "v"})
     torch.save({"a": rows(3, 4), "b": rows(5)}, root / "model.bin")
 

@@ -51,7 +51,9 @@ def test_the_preservation_loss_is_zero_until_the_student_changes(base: Model) ->
 
 def test_training_starts_from_no_noise_that_a_judge_starts_from() -> None:
     builds = range(4)
-    judged = {question.seed for seed in builds for question in GlyphJudge().panel(concepts.find("star"), 1000, seed)}
+    judged = {
+        question.seed for seed in builds for question in GlyphJudge().panel(concepts.find("star", "glyphs"), 1000, seed)
+    }
     assert len(judged) > 4 * 1000
     trained = [banks.training_seeds(seed, 1000) for seed in builds]
     assert all(len(set(seeds)) == 1000 for seeds in trained)

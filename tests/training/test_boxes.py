@@ -121,7 +121,7 @@ def test_a_folder_without_a_table_is_an_error(tmp_path: Path, denoiser: Denoiser
 
 def test_without_a_judge_a_folder_is_needed(denoiser: Denoiser) -> None:
     with pytest.raises(ErasecError, match="no boxes that say where star is") as caught:
-        generate_annotated_images(denoiser, concepts.find("star"), 2, 2, 1.0, 0)
+        generate_annotated_images(denoiser, concepts.find("star", "glyphs"), 2, 2, 1.0, 0)
     assert "boxes=" in caught.value.fix
 
 
@@ -133,7 +133,7 @@ def test_a_concept_that_the_judge_does_not_know_is_an_error() -> None:
 
 def test_sampled_images_have_a_box_where_the_judge_sees_the_concept() -> None:
     glyphs = Denoiser(loading.load("glyphs"), Context())
-    images = generate_annotated_images(glyphs, concepts.find("star"), 4, 6, 4.0, 0)
+    images = generate_annotated_images(glyphs, concepts.find("star", "glyphs"), 4, 6, 4.0, 0)
     assert len(images.latents) == len(images.captions) == len(images.boxes) == 4
     named = [any(word in caption for word in world.names("star")) for caption in images.captions]
     assert named == [True, False, True, False]
@@ -153,4 +153,4 @@ def test_a_mark_is_looked_for_in_images_whose_prompts_do_not_name_it() -> None:
     assert not any("mark" in question.prompt for question in marks)
     shown = {shape for shape in world.SHAPES for question in marks if shape in question.prompt}
     assert shown == {question.looked_for for question in questions if question.group == "keep"} == set(world.SHAPES)
-    assert all(question.looked_for != "mark" for question in judge.panel(concepts.find("star"), 4, 0))
+    assert all(question.looked_for != "mark" for question in judge.panel(concepts.find("star", "glyphs"), 4, 0))

@@ -288,7 +288,7 @@ class TestFingerprint:
     @staticmethod
     def fingerprint(base: Model, step: SafeGen | None = None, name: str = "star", **context: object) -> str:
         where = Context(**context)  # type: ignore[arg-type]
-        return loop.fingerprint(step or SafeGen(), base, concepts.find(name), where)
+        return loop.fingerprint(step or SafeGen(), base, concepts.find(name, "glyphs"), where)
 
     @staticmethod
     def edit(base: Model, site: int = 0, scale: float = 1.0, weight: float = 1.0) -> Edit:

@@ -166,7 +166,7 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_model_makes_its_own_triplets_and_another_judge_sees_no_star_under_the_mosaic() -> None:
-    base, star = loading.load("glyphs"), concepts.find("star")
+    base, star = loading.load("glyphs"), concepts.find("star", "glyphs")
     own = triplets.generate_triplets(Denoiser(base, Context()), star, 4, 6, 4.0, 2)
     assert len(own.benign) == 4
     assert 2 <= len(own.concept) == len(own.censored) <= 4
@@ -178,7 +178,7 @@ def test_a_model_makes_its_own_triplets_and_another_judge_sees_no_star_under_the
 
 
 def test_triplets_are_sampled_from_the_model_without_edits() -> None:
-    base, star = loading.load("glyphs"), concepts.find("star")
+    base, star = loading.load("glyphs"), concepts.find("star", "glyphs")
     site = next(site for site in base.parameters if site.key == "conv_out.weight")
     ruined = base.with_edit(Edit({site: Dense(torch.ones(site.shape))}, "test", ("star",), base.digest))
     one, two = (triplets.generate_triplets(Denoiser(model, Context()), star, 2, 3, 4.0, 2) for model in (base, ruined))
@@ -192,7 +192,7 @@ def test_without_a_judge_that_sees_the_concept_a_folder_is_needed(random_folder:
     unknown = loading.load(str(random_folder))
     assert registry.judge_for(unknown, tuning=True) is None
     with pytest.raises(ErasecError, match="no boxes to censor star") as caught:
-        triplets.generate_triplets(Denoiser(unknown, Context()), concepts.find("star"), 2, 2, 1.0, 2)
+        triplets.generate_triplets(Denoiser(unknown, Context()), concepts.find("star", "glyphs"), 2, 2, 1.0, 2)
     assert 'triplets="DIR"' in caught.value.fix
     umbrella = Concept(name="umbrella", erase=("umbrella",))
     with pytest.raises(ErasecError, match="no boxes to censor umbrella"):
@@ -200,6 +200,6 @@ def test_without_a_judge_that_sees_the_concept_a_folder_is_needed(random_folder:
 
 
 def test_no_image_with_the_concept_is_an_error() -> None:
-    hearts = concepts.find("star").model_copy(update={"erase": ("heart",), "synonyms": ()})
+    hearts = concepts.find("star", "glyphs").model_copy(update={"erase": ("heart",), "synonyms": ()})
     with pytest.raises(ErasecError, match="sees no star in 2 images of star"):
         triplets.generate_triplets(Denoiser(loading.load("glyphs"), Context()), hearts, 2, 6, 4.0, 2)
