@@ -173,7 +173,8 @@ def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tupl
 
 def _world(model: Model) -> str:
     """The reference world of the model, which is the one whose judge knows it; "" for a model of none."""
-    worlds = (world for world in concept_library.worlds() if world in registry.judges())
+    judges = registry.judges()
+    worlds = (world for world in concept_library.worlds() if world in judges)
     return next((world for world in worlds if registry.load_judge(world).for_model(model) is not None), "")
 
 

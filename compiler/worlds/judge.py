@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -11,19 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec.base import Judge
+from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import content_digest, file_digest, read_header, read_tensor
-from erasec.model.loading import load, world_weights
+from erasec.model.loading import world_weights
 from erasec.worlds.base import Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.base import Images
+    from erasec.checkpoint.safetensors import Entry
     from erasec.model.view import Model
 
 THRESHOLD = 0.5
 HALF = 6  # half the side of an occluding window, in pixels
 COST = 0.2  # a pixel belongs to the box if its mean loss of the logit is at least this share of the largest
+
+
+@cache
+def _vae(world: str) -> dict[str, Entry]:
+    """The tensors of the VAE of a world."""
+    return Folder(world_weights(world) / world).entries("vae")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -55,7 +63,7 @@ class WorldJudge(Judge):
         """The judge if the model has the VAE of its world, which no pass edits; None for any other model."""
         if not (world_weights(cls.name) / cls.name / "vae").is_dir():
             return None
-        own, other = load(cls.name).source.entries("vae"), model.source.entries("vae")
+        own, other = _vae(cls.name), model.source.entries("vae")
         # Shapes are compared first, because reading the weights of a large VAE takes seconds.
         if {key: entry.shape for key, entry in own.items()} != {key: entry.shape for key, entry in other.items()}:
             return None
