@@ -1,4 +1,4 @@
-"""Reads small text files that may be damaged or made to harm: JSON, TOML and plain text.
+"""Reads small text files that may be damaged or made to harm: JSON, TOML, CSV and plain text.
 
 Every reader of such a file uses these functions. A file that is missing, too large, not UTF-8, a Git LFS pointer, of
 another syntax, nested too deeply or of other content than its schema raises ErasecError.
@@ -6,10 +6,12 @@ another syntax, nested too deeply or of other content than its schema raises Era
 
 from __future__ import annotations
 
+import csv
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
@@ -93,6 +95,27 @@ def parse_toml(text: str, source: Source) -> dict[str, Any]:
 def read_text(path: Path, fix: str = FETCH) -> str:
     """The content of a UTF-8 file. Raises ErasecError."""
     return _decoded(path, Source(path.name, str(path), fix), LARGEST)
+
+
+class Table(NamedTuple):
+    """The names of the columns of a CSV file, and its rows by column; an empty or missing cell is ""."""
+
+    columns: tuple[str, ...]
+    rows: list[dict[str, str]]
+
+
+def read_csv(path: Path, fix: str = FETCH) -> Table:
+    """The content of a CSV file whose first line names the columns. Raises ErasecError."""
+    source = Source(path.name, str(path), fix)
+    text = _decoded(path, source, LARGEST).removeprefix("\ufeff")  # Excel writes a byte order mark
+    if "\0" in text:
+        raise source.error("it has a NUL byte")
+    try:
+        columns, *lines = [*csv.reader(StringIO(text, newline=""))] or [[]]
+    except csv.Error as error:
+        raise source.error(str(error)) from error
+    rows = [[cell.strip() for cell in line] + [""] * (len(columns) - len(line)) for line in lines if line]
+    return Table(tuple(columns), [dict(zip(columns, row, strict=False)) for row in rows])
 
 
 def fault(error: ValidationError) -> str:

@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from erasec import documents
-from erasec.documents import Source, parse_json, parse_toml, read_json, read_text, read_toml
+from erasec.documents import Source, parse_json, parse_toml, read_csv, read_json, read_text, read_toml
 from erasec.errors import ErasecError
 
 HERE = Source("the file", "x")
@@ -92,10 +92,28 @@ def test_text_that_is_no_json_is_an_error(text: str) -> None:
 def test_a_file_that_is_no_text_says_what_it_is(tmp_path: Path, data: bytes | None, words: str) -> None:
     if data is not None:
         (tmp_path / "x").write_bytes(data)
-    for read in (lambda p: read_json(p, dict[str, Any]), lambda p: read_toml(p, "the recipe"), read_text):
+    for read in (lambda p: read_json(p, dict[str, Any]), lambda p: read_toml(p, "the recipe"), read_text, read_csv):
         with pytest.raises(ErasecError) as caught:
             read(tmp_path / "x")
         assert words in str(caught.value)
+
+
+def test_a_table_has_its_columns_and_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes('\ufeffa,b\r\n1, "2\r\n\n"x, y"\u2028,z,more\r3'.encode())
+    assert read_csv(tmp_path / "x.csv") == (
+        ("a", "b"),
+        [{"a": "1", "b": '"2'}, {"a": "x, y", "b": "z"}, {"a": "3", "b": ""}],
+    )
+    (tmp_path / "x.csv").write_bytes(b"")
+    assert read_csv(tmp_path / "x.csv") == ((), [])
+
+
+@pytest.mark.parametrize(("data", "why"), [(b"a\nb\0\n", "NUL"), (b"a\n" + b"b" * 200_000, "field larger")])
+def test_a_damaged_table_is_an_error(tmp_path: Path, data: bytes, why: str) -> None:
+    (tmp_path / "x.csv").write_bytes(data)
+    with pytest.raises(ErasecError, match=r"x\.csv cannot be read") as caught:
+        read_csv(tmp_path / "x.csv")
+    assert why in caught.value.why
 
 
 def test_a_folder_and_a_huge_file_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ projections for every layer ship the same information many times.)
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from erasec.checkpoint.safetensors import file_digest, read_finite
 from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form import solver
+from erasec.documents import read_csv, read_text
 from erasec.errors import ErasecError, suggestion
 from erasec.progress import bar
 
@@ -34,23 +35,18 @@ def read_captions(path: Path) -> list[str]:
 
     Raises ErasecError for a file that cannot be read, has no such column or has no captions.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            if path.suffix.lower() != ".csv":
-                captions = [line.strip() for line in stream]
-            else:
-                rows = csv.DictReader(stream)
-                names = rows.fieldnames or []
-                column = next((name for name in COLUMNS if name in names), None)
-                if column is None:
-                    raise ErasecError(
-                        f"{path.name} has no column of captions",
-                        where=str(path),
-                        why=f"its columns are {', '.join(names)}; captions are in one of {', '.join(COLUMNS)}",
-                    )
-                captions = [(row[column] or "").strip() for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ErasecError(f"the captions {path} cannot be read", why=str(error)) from error
+    if path.suffix.lower() != ".csv":
+        captions = [line.strip() for line in StringIO(read_text(path).removeprefix("\ufeff"), newline="")]
+    else:
+        columns, rows = read_csv(path)
+        column = next((name for name in COLUMNS if name in columns), None)
+        if column is None:
+            raise ErasecError(
+                f"{path.name} has no column of captions",
+                where=str(path),
+                why=f"its columns are {', '.join(columns) or 'none'}; captions are in one of {', '.join(COLUMNS)}",
+            )
+        captions = [row[column] for row in rows]
     if not (captions := [caption for caption in captions if caption]):
         raise ErasecError(f"{path.name} holds no captions", where=str(path))
     return captions

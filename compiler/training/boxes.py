@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from erasec import registry
+from erasec.documents import read_csv
 from erasec.errors import ErasecError
 from erasec.training import banks
 from erasec.training.images import read_image, to_pixels, to_square_tensor
@@ -114,22 +114,19 @@ def _read_table(path: Path) -> dict[str, list[tuple[str, Box | None]]]:
         raise ErasecError(
             f"there is no {path}", fix=f"give a folder of images with a table {TABLE}: file,{','.join(EDGES)}"
         )
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file)
-        columns = table.fieldnames or ()
-        if missing := [name for name in ("file", *EDGES) if name not in columns]:
-            raise ErasecError(
-                f"{path.name} has no column {missing[0]}",
-                why=f"its columns are {', '.join(columns) or 'none'}",
-                fix=f"begin it with the line file,{','.join(EDGES)}",
-                where=str(path),
-            )
-        rows_by_file: dict[str, list[tuple[str, Box | None]]] = {}
-        for number, fields in enumerate(table, 1):
-            row = {key: (value or "").strip() for key, value in fields.items() if isinstance(value, str | None)}
-            if not row["file"]:
-                raise ErasecError(f"row {number} of {path.name} names no file", where=str(path))
-            rows_by_file.setdefault(row["file"], []).append((row.get("caption", ""), _parse_box(row, number, path)))
+    columns, rows = read_csv(path)
+    if missing := [name for name in ("file", *EDGES) if name not in columns]:
+        raise ErasecError(
+            f"{path.name} has no column {missing[0]}",
+            why=f"its columns are {', '.join(columns) or 'none'}",
+            fix=f"begin it with the line file,{','.join(EDGES)}",
+            where=str(path),
+        )
+    rows_by_file: dict[str, list[tuple[str, Box | None]]] = {}
+    for number, row in enumerate(rows, 1):
+        if not row["file"]:
+            raise ErasecError(f"row {number} of {path.name} names no file", where=str(path))
+        rows_by_file.setdefault(row["file"], []).append((row.get("caption", ""), _parse_box(row, number, path)))
     if not rows_by_file:
         raise ErasecError(f"{path.name} has no rows", where=str(path))
     return rows_by_file

@@ -28,7 +28,7 @@ def read_image(path: Path, listed_in: str = "") -> Image.Image:
     except FileNotFoundError as error:
         why = f"{listed_in} lists it" if listed_in else ""
         raise ErasecError(f"there is no image {path.name}", why=why, where=str(path)) from error
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ErasecError(f"{path.name} is not an image that can be read", why=str(error), where=str(path)) from error
 
 

@@ -5,7 +5,6 @@ They are read from a folder, or made from images of the model and the boxes of a
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from erasec import registry
+from erasec.documents import read_csv
 from erasec.errors import ErasecError
 from erasec.training import banks
 from erasec.training.denoiser import Denoiser
@@ -139,17 +139,16 @@ def read_triplets(folder: Path, size: int) -> Triplets:
 
 def _read_table(path: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Pairs of concept and censored image, and the benign images, as the table lists them."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file)
-        columns = {PUBLISHED.get(name, name): name for name in table.fieldnames or ()}
-        if missing := [part for part in PARTS if part not in columns]:
-            raise ErasecError(
-                f"{path.name} has no column {missing[0]}",
-                where=str(path),
-                why=f"its columns are {', '.join(columns.values()) or 'none'}",
-                fix=f"begin it with the line {','.join(PARTS)}",
-            )
-        rows = [{part: (row[columns[part]] or "").strip() for part in PARTS} for row in table]
+    table = read_csv(path)
+    columns = {PUBLISHED.get(name, name): name for name in table.columns}
+    if missing := [part for part in PARTS if part not in columns]:
+        raise ErasecError(
+            f"{path.name} has no column {missing[0]}",
+            where=str(path),
+            why=f"its columns are {', '.join(columns.values()) or 'none'}",
+            fix=f"begin it with the line {','.join(PARTS)}",
+        )
+    rows = [{part: row[columns[part]] for part in PARTS} for row in table.rows]
     for number, row in enumerate(rows, 1):
         if empty := [part for part in PARTS if not row[part]]:
             raise ErasecError(f"row {number} of {path.name} names no {empty[0]} image", where=str(path))

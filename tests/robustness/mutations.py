@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 LIMIT_S = 10.0  # a case that takes longer hangs
@@ -190,10 +190,12 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     ``single`` says whether there is a single file among them, which takes the longest.
     """
     import torch
+    from PIL import Image
     from random_models import random_folder, random_pipeline
 
     from erasec.base import Context
     from erasec.checkpoint import journal, pickles
+    from erasec.checkpoint import manifest as checkpoint_manifest
     from erasec.checkpoint.folder import Folder
     from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
     from erasec.closed_form import priors
@@ -215,7 +217,10 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     from erasec.runtime.schedulers import make_scheduler
     from erasec.targets.ldm import Ldm
     from erasec.tensorrt.engines import Builder, read_record, write_record
+    from erasec.training.boxes import read_annotated_images
+    from erasec.training.triplets import read_triplets
 
+    denoiser = SimpleNamespace(size=8, encode=lambda squares: squares)
     star = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
     draw = torch.Generator().manual_seed(0)
 
@@ -271,6 +276,16 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     written = [{"target": "hf", "path": "hf", "bytes": 1, "files": {"a": {"bytes": 1, "sha256": "ab" * 32}}}]
     report = {"schema": "erasec.report/1", "written": written, "seconds": {"solve": 1.5}}
     (root / "out" / "report.json").write_text(json.dumps(report))
+    checkpoint_manifest.write(root / "out")
+    for table, text in (
+        ("boxes.csv", "file,left,top,right,bottom,caption\n0.png,2,3,9,9,a star\n1.png,,,,,\n"),
+        ("triplets.csv", "concept,censored,benign\n0.png,1.png,1.png\n"),
+    ):
+        pictures = root / table.removesuffix(".csv")
+        pictures.mkdir()
+        (pictures / table).write_text(text)
+        for number in range(2):
+            Image.new("RGB", (16, 12), (80 * number, 9, 9)).save(pictures / f"{number}.png")
     (root / "recipe.toml").write_text(recipe.to_toml(recipe.Recipe(model="glyphs", erase=("star",), concept=(star,))))
     shutil.copyfile(concept.library("glyphs")["star"], root / "star.toml")
     save_tensors(root / "plain.safetensors", {"a": rows(3, 4), "b": rows(5).half(), "c": torch.arange(4)}, {"k": "v"})
@@ -344,6 +359,9 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
         content = read_manifest(at)
         relink._check_same(content, BASE, at, at / "edit")
 
+    def compared(at: Path) -> None:
+        checkpoint_manifest.compare(at, checkpoint_manifest.read(at)[0])
+
     def pickled(at: Path) -> None:
         pickles.from_pickle(at, at.with_name("new.safetensors"))
 
@@ -379,6 +397,9 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
         "graph": Reader(("weights.json",), weights_json),
         "trt": Reader(("engine.json",), read_record),
         "out": Reader(("report.json",), lambda at: (output_paths._foreign_files(at), read_report(at))),
+        "out ": Reader((checkpoint_manifest.FILE,), compared),
+        "boxes": Reader(("boxes.csv", "0.png"), lambda at: read_annotated_images(at, denoiser)),  # type: ignore[arg-type]
+        "triplets": Reader(("triplets.csv", "0.png"), lambda at: read_triplets(at, 8)),
         "model.bin": Reader(("",), pickled),
         "broken": Reader((journal_file, "plain.safetensors"), recovered),
     }

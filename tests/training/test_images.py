@@ -44,7 +44,10 @@ def test_a_file_that_is_no_image_or_is_cut_off_is_an_error(tmp_path: Path) -> No
     stripes(60, 40).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
-    for name in ("text.png", "cut.png", ""):
+    # For these, PIL raises SyntaxError and ValueError.
+    (tmp_path / "chunk.png").write_bytes(content.replace(b"IDAT", b"[[[["))
+    (tmp_path / "header.png").write_bytes(content[:11] + b"\5" + content[12:])
+    for name in ("text.png", "cut.png", "chunk.png", "header.png", ""):
         with pytest.raises(ErasecError, match="is not an image that can be read") as caught:
             read_image(tmp_path / name)
         assert caught.value.why
