@@ -148,9 +148,9 @@ def concepts() -> None:
 def models() -> None:
     """Print the names of models and where each comes from."""
     from erasec.family import HUB
-    from erasec.model.loading import BUNDLED, bundled_folder
+    from erasec.model.loading import BUNDLED, is_bundled
 
-    rows = [[name, "bundled" if bundled_folder(name).is_dir() else "bundled, missing here"] for name in BUNDLED]
+    rows = [[name, "bundled" if is_bundled(name) else "bundled, missing here"] for name in BUNDLED]
     table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in HUB.items()])
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from erasec.checkpoint import pickles
+from erasec.checkpoint.disk import named_errors
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder, check_links
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.staging import settle
 from erasec.checkpoint.tokenizer_files import SAVED, SENTENCEPIECE, VOCABULARY, read_tokenizer
 from erasec.errors import ErasecError, reason, suggestion
@@ -32,9 +36,27 @@ def world_weights(world: str) -> Path:
     return Path(str(resources.files("erasec"))) / world / "weights"
 
 
+def is_bundled(name: str) -> bool:
+    """Whether the weights of a model in ``BUNDLED`` are in this installation."""
+    return (world_weights(BUNDLED[name]) / name).is_dir()
+
+
+@cache
 def bundled_folder(name: str) -> Path:
-    """The folder of a model in ``BUNDLED``."""
-    return world_weights(BUNDLED[name]) / name
+    """The folder of a model in ``BUNDLED``.
+
+    The twin of a world's model has a UNet of its own. The rest is stored once, with the model, so the twin's folder is
+    put together in the temporary folder of this process.
+    """
+    world = BUNDLED[name]
+    own, shared = world_weights(world) / name, world_weights(world) / world
+    if own == shared:
+        return own
+    folder = process_scratch() / name
+    with named_errors(folder):
+        shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("unet"))
+        shutil.copytree(own, folder, dirs_exist_ok=True)
+    return folder
 
 
 def load(name: str, revision: str | None = None, variant: str = "", allow_pickle: bool = False) -> Model:

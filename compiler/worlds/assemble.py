@@ -18,6 +18,7 @@ from erasec.worlds.base import Sizes
 State = Mapping[str, Tensor]
 
 SCHEDULER = "DPMSolverMultistepScheduler"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # model_index.json, as StableDiffusionPipeline writes it.
 INDEX: dict[str, Any] = {
@@ -70,7 +71,7 @@ def write_pipeline(
     """Write everything except the tokenizer, which must be in ``out/tokenizer``. Weights are cast to ``dtype``."""
     tokens = tokenizer(out / "tokenizer")
     encoder = networks.text_encoder(sizes, len(tokens), tokens.bos_token_id, tokens.eos_token_id)
-    empty_vae, empty_unet = networks.vae(sizes), networks.unet(sizes)
+    empty_vae = networks.vae(sizes)
     empty_vae.register_to_config(scaling_factor=scaling_factor)
     # Without a dtype in the config, transformers loads float16 weights as float16, and diffusers as float32.
     own = {"architectures": ["CLIPTextModel"], "dtype": None, "torch_dtype": "float32"}
@@ -79,17 +80,19 @@ def write_pipeline(
         out / "text_encoder" / "config.json", {key: value for key, value in config.items() if value is not None}
     )
     _write_json(out / "vae" / "config.json", _public_config(empty_vae.config))
-    _write_json(out / "unet" / "config.json", _public_config(empty_unet.config))
     _write_json(out / "scheduler" / "scheduler_config.json", {**networks.SCHEDULER, "_class_name": SCHEDULER})
     _write_json(out / "model_index.json", INDEX)
     # The tensor names of Stable Diffusion's text encoder, which every version of transformers reads.
     text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}
-    for path, state in (
-        ("text_encoder/model", text),
-        ("vae/diffusion_pytorch_model", vae),
-        ("unet/diffusion_pytorch_model", unet),
-    ):
-        _write_tensors(out / f"{path}.safetensors", state, dtype)
+    _write_tensors(out / "text_encoder" / "model.safetensors", text, dtype)
+    _write_tensors(out / "vae" / WEIGHTS, vae, dtype)
+    write_unet(out, sizes, unet, dtype)
+
+
+def write_unet(out: Path, sizes: Sizes, unet: State, dtype: torch.dtype) -> None:
+    """Write the folder ``unet`` of a pipeline."""
+    _write_json(out / "unet" / "config.json", _public_config(networks.unet(sizes).config))
+    _write_tensors(out / "unet" / WEIGHTS, unet, dtype)
 
 
 def _public_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -364,14 +364,15 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
 def pack(work: Work, out: Path) -> None:
     """Write the published weights in float16: both models as diffusers folders, the judges and the contrastive pair.
 
-    The twin has a UNet of its own and shares VAE, text encoder and tokenizer with the model of the whole world.
+    The twin has a UNet of its own. It shares the rest with the model of the whole world, where that is written once.
     """
     sizes = work.world.sizes
     factor = json.loads((work.root / "latents" / "factor.json").read_text())["scaling_factor"]
     text, vae, pair = work.load("text", "text"), work.load("decoder", "vae"), work.load("text", "pair")
-    for name, stage in ((work.world.name, "unet"), (work.world.twin, "twin")):
-        shutil.copytree(work.root / "tokenizer", out / name / "tokenizer", dirs_exist_ok=True)
-        assemble.write_pipeline(out / name, sizes, text, vae, work.load(stage, "average"), factor, torch.float16)
+    model = out / work.world.name
+    shutil.copytree(work.root / "tokenizer", model / "tokenizer", dirs_exist_ok=True)
+    assemble.write_pipeline(model, sizes, text, vae, work.load("unet", "average"), factor, torch.float16)
+    assemble.write_unet(out / work.world.twin, sizes, work.load("twin", "average"), torch.float16)
     for name in ("judge-a", "judge-b"):
         assemble.write_half(out / "judges" / f"{name}.safetensors", work.load(name, "judge"))
     if sizes.pair:
