@@ -84,7 +84,7 @@ def test_a_prior_overwrites_no_file_and_fails_before_it_encodes(
 ) -> None:
     monkeypatch.setattr(priors, "build", lambda model, texts: {"context": torch.eye(2)})
     before = captions.read_bytes()
-    assert priors.write(tmp_path / "new", model, captions) == 80
+    assert priors.write(tmp_path / "new", model, captions) == priors.read_captions(captions)
     (tmp_path / "shut").mkdir()
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shut" and may(path, mode))
