@@ -87,9 +87,11 @@ class Pass(ABC):
     """Computes an edit and writes nothing. Decorate a subclass with ``erasec.options.options``.
 
     ``extras`` names what the edits carry in addition to changes of weights: any of "memory", "tokens" and "negative".
-    Only some targets can hold these. ``limits`` is one sentence about what the pass does not do; every report shows it.
-    ``when`` says when to use the pass, for ``erasec list passes``. ``renamed`` maps old option names to current ones.
-    ``paper`` is the source of the method. Raise ``version`` when the same options begin to give another edit.
+    Only some targets can hold these. ``prompt_options`` names the options whose values text encoders read: a plan
+    refuses a value that is too long for them. ``limits`` is one sentence about what the pass does not do; every report
+    shows it. ``when`` says when to use the pass, for ``erasec list passes``. ``renamed`` maps old option names to
+    current ones. ``paper`` is the source of the method. Raise ``version`` when the same options begin to give another
+    edit.
     """
 
     name: ClassVar[str]
@@ -99,6 +101,7 @@ class Pass(ABC):
     limits: ClassVar[str] = ""
     when: ClassVar[str] = ""
     extras: ClassVar[frozenset[str]] = frozenset()
+    prompt_options: ClassVar[frozenset[str]] = frozenset()
     renamed: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

@@ -32,12 +32,13 @@ CONFIG = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 # Class attributes that describe a pass or a target itself. They must not become options of it.
 ATTRIBUTES = {
-    "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "extras", "renamed")),
+    "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "extras", "prompt_options", "renamed")),
     "target": frozenset(("name", "summary", "extras", "renamed")),
 }
 # The types of those class attributes that are not text.
 ATTRIBUTE_TYPES = {
     "extras": "frozenset[str]",
+    "prompt_options": "frozenset[str]",
     "renamed": "Mapping[str, str]",
     "folders": "tuple[str, ...]",
 }

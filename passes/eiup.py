@@ -18,6 +18,7 @@ from erasec.family import FAMILIES
 from erasec.model.edit import Edit
 from erasec.model.memory import Memory
 from erasec.options import options
+from erasec.progress import note
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +56,7 @@ class Eiup(Pass):
         "prompts that do not name the concept still draw much of it; without the memory the whole concept is back"
     )
     extras: ClassVar[frozenset[str]] = frozenset({"memory"})
+    prompt_options: ClassVar[frozenset[str]] = frozenset({"words"})
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         """No sites: no weight changes. Raises ErasecError for a family whose pipeline reads no memories."""
@@ -65,6 +67,11 @@ class Eiup(Pass):
         check_family(model)
         sites = {site.key: site for site in model.select("cross", "kv")}
         phrases = (self.words,) if self.words else fitting_phrases(model, concept.phrases)
+        if not self.words and len(phrases) < len(concept.phrases):
+            note(
+                f"eiup: the erasure prompt holds the first {len(phrases)} of {len(concept.phrases)} phrases of "
+                f"{concept.name}, up to {phrases[-1]!r}: there is no room for more. The option words chooses others."
+            )
         prompts = [(text_rows(model, " ".join(phrases), self.tokens), self.weight)]
         if self.tokens == "all":
             empty = model.encode([""]).states[0].double()

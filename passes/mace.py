@@ -22,8 +22,9 @@ from erasec.closed_form.token_rows import erased_rows, uniform_weights
 from erasec.errors import ErasecError
 from erasec.model.edit import Edit, LowRank
 from erasec.model.edit_file import read_edits
+from erasec.model.sidecar import describe, gather_extras
 from erasec.options import options
-from erasec.recipe.goals import first_disputed
+from erasec.recipe.goals import first_disputed, recorded_goals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,7 @@ class Mace(ClosedForm):
 
     def _read_given_edits(self, model: Model, concepts: Sequence[Concept]) -> dict[str, Edit]:
         """The edits of the files in ``edits``, by concept. Raises ErasecError unless there is exactly one for each of
-        ``concepts``, made for this model and changing only what reads text."""
+        ``concepts``, made for this model and changing only weights that read text."""
         paths = [Path(name.strip()).expanduser() for name in self.edits.split(";") if name.strip()]
         edits = [(path, edit) for path in paths for edit in read_edits(path)[0]]
         by_concept = {edit.concepts[0]: edit for _, edit in edits if len(edit.concepts) == 1}
@@ -79,6 +80,14 @@ class Mace(ClosedForm):
         for path, edit in edits:
             if edit.base and edit.base != model.digest:
                 raise ErasecError(f"mace: {path.name} was made for another model", fix="make it for this model")
+            if kinds := gather_extras([edit]).kinds:
+                raise ErasecError(
+                    f"mace: {path.name} has {describe(kinds)}",
+                    why="only changes of weights can be fused",
+                    fix="make that edit again with another pass",
+                )
+            if not edit.deltas:
+                raise ErasecError(f"mace: {path.name} changes no weight", fix="make that edit again with another pass")
             if others := [site for site in edit.deltas if site not in readable]:
                 raise ErasecError(
                     f"mace: {path.name} changes {others[0].key}",
@@ -86,7 +95,7 @@ class Mace(ClosedForm):
                 )
         for name, edit in by_concept.items():
             erased = [phrase for concept in concepts if concept.name != name for phrase in concept.phrases]
-            if goal := first_disputed(edit.phrases.get(name, {}).get("goals", ()), erased):
+            if goal := first_disputed(recorded_goals(edit.phrases.get(name, {}), name), erased):
                 raise ErasecError(
                     f"mace: the given edit of {name} makes it {goal!r}, which is erased too",
                     why=f"prompts for {name} would draw what another of the concepts should not show",

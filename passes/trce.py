@@ -15,6 +15,7 @@ from erasec.closed_form.base import ClosedForm
 from erasec.closed_form.token_rows import erased_rows, goal_prompts
 from erasec.errors import ErasecError
 from erasec.options import options
+from erasec.recipe.goals import ANOTHER_GOAL
 from erasec.training.base import Learned, networks, trainable
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Steer(Learned):
             raise ErasecError(
                 f"{self.name}: the concept {concept.name} becomes itself",
                 why="the goal of each phrase is that phrase",
-                fix="give the concept another anchor, or none: its prompts then become the empty prompt",
+                fix=ANOTHER_GOAL,
             )
         prompts = banks.spread_prompts(list(goal_of), self.trajectories, seed)
         if self.reference:

@@ -322,10 +322,14 @@ def prior(
     with report_errors(verbose, model, captions, out):
         from erasec.closed_form import priors
         from erasec.model import loading
+        from erasec.model.cuts import summarise_cuts
 
-        count = priors.write(out, loading.load(model, revision, variant or "", allow_pickle), captions)
+        opened = loading.load(model, revision, variant or "", allow_pickle)
+        texts = priors.write(out, opened, captions)
+        if cuts := summarise_cuts(texts, opened):
+            say(f"captions of {captions.name}: {cuts}")
         print(out)
-        print(f"{count} captions")
+        print(f"{len(texts)} captions")
 
 
 @app.command()

@@ -74,8 +74,8 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         yield texts[start : start + BATCH]
 
 
-def write(path: Path, model: Model, file: Path) -> int:
-    """Build the prior of a file of captions for a model's text encoders and save it. Returns the number of captions.
+def write(path: Path, model: Model, file: Path) -> list[str]:
+    """Build the prior of a file of captions for a model's text encoders and save it. Returns the captions.
 
     Raises ErasecError where ``path`` exists or cannot be written; this is checked before any caption is encoded.
     """
@@ -102,7 +102,7 @@ def write(path: Path, model: Model, file: Path) -> int:
         save_sealed(own.stage, build(model, texts), metadata)
         model.check_unchanged()
         own.publish()
-    return len(texts)
+    return texts
 
 
 def read(name: str, model: Model, stream: str) -> Tensor:

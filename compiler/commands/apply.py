@@ -22,7 +22,7 @@ from erasec.model import loading
 from erasec.model.edit import Remap
 from erasec.model.edit_file import read_edits
 from erasec.model.sidecar import describe, gather_extras
-from erasec.recipe.goals import first_disputed
+from erasec.recipe.goals import first_disputed, recorded_goals
 from erasec.reporting.earlier import erased_before
 
 if TYPE_CHECKING:
@@ -132,11 +132,13 @@ def relink(
 def _goal_notes(model: Model, edits: Sequence[Edit]) -> tuple[str, ...]:
     """A sentence for each concept of the edits that becomes what was erased from the model before."""
     erased = [phrase for concept in erased_before(model) for phrase in concept.phrases]
-    goals = {name: record.get("goals", ()) for edit in edits for name, record in edit.phrases.items()}
+    if not erased:
+        return ()
+    records = {name: edit.phrases.get(name, {}) for edit in edits for name in edit.concepts}
     return tuple(
         f"{name} becomes {goal!r}, which was erased from {model.name} before: the result may show it again."
-        for name, own in goals.items()
-        if (goal := first_disputed(own, erased))
+        for name, record in records.items()
+        if (goal := first_disputed(recorded_goals(record, name), erased))
     )
 
 

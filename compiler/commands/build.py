@@ -22,6 +22,7 @@ from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
 from erasec.commands import estimates
+from erasec.commands.effect import check_change, check_goals
 from erasec.commands.output_paths import check_replaceable
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from erasec.base import Artifact, Judge, Pass
     from erasec.commands.plan import Plan
     from erasec.judging.evidence import Evidence
-    from erasec.model.edit import Edit
     from erasec.model.memory import Secret
     from erasec.model.sidecar import Extras
     from erasec.model.view import Model
@@ -163,18 +163,14 @@ def _solve(plan: Plan, work: Path) -> _Solved:
     concepts = {concept.name: concept for concept in plan.concepts}
     context = TrainingContext(plan.context.device, plan.context.seed, work)
     model, applied, secrets = plan.model, [], []
+    if plan.passes:
+        check_goals(plan.concepts, model)
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
         for step in plan.passes:
             start = time.perf_counter()
             for edit in step.solve_all(model, plan.concepts, context):
                 edited = model.with_edit(edit)
-                if not _changes(model, edited, edit):
-                    raise ErasecError(
-                        f"pass {step.name} changes nothing for {', '.join(edit.concepts)}",
-                        why="every tensor that it edits stays as it was, to the last bit",
-                        fix="name a concept to erase, and an anchor that is not the concept itself; or give the pass "
-                        "stronger options",
-                    )
+                check_change(step, model, edited, edit)
                 model = edited
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 curves = {name: list(values) for name, values in edit.curves.items()}
@@ -200,15 +196,6 @@ def _solve(plan: Plan, work: Path) -> _Solved:
     for view in (plan.model, model):  # an edit of a text encoder loads a second one
         view.release_text_encoders()
     return _Solved(model, tuple(applied), tuple(secrets))
-
-
-def _changes(before: Model, after: Model, edit: Edit) -> bool:
-    """Whether an edit moves a tensor or carries more than changes of weights. As a rule only one tensor is merged."""
-    import torch
-
-    if edit.memories or edit.tokens or edit.negative or edit.secret:
-        return True
-    return any(not torch.equal(before.merged_weight(site), after.merged_weight(site)) for site in edit.deltas)
 
 
 @fixed_threads()

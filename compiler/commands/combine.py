@@ -15,7 +15,7 @@ from erasec.family import FAMILIES
 from erasec.model.edit_file import read_edits, write_edits
 from erasec.model.sidecar import describe, gather_extras
 from erasec.options import configure
-from erasec.recipe.goals import first_disputed
+from erasec.recipe.goals import first_disputed, recorded_goals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,13 +116,13 @@ def _check_same(first: Edit, second: Edit, first_name: str, second_name: str) ->
 
 def _check_disputed(phrases: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
     """Raise ErasecError if one concept keeps a phrase that another one erases, or becomes it. ``phrases`` are by
-    concept; files of older versions do not hold the goals."""
-    for name, own in phrases.items():
+    concept."""
+    for name, own in phrases.items() if len(phrases) > 1 else ():
         erased = [phrase for other in phrases if other != name for phrase in phrases[other]["erase"]]
         folded = {phrase.casefold() for phrase in erased}
         for verb, disputed in (
             ("keeps", next((phrase for phrase in own["keep"] if phrase.casefold() in folded), "")),
-            ("becomes", first_disputed(own.get("goals", ()), erased)),
+            ("becomes", first_disputed(recorded_goals(own, name), erased)),
         ):
             if disputed:
                 raise ErasecError(

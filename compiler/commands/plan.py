@@ -18,7 +18,7 @@ from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
-from erasec.commands.prompt_lengths import check_lengths
+from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.keys.key_file import Key, check_bound, read_key
@@ -123,7 +123,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     earlier = tuple(concept for concept in erased_before(model) if concept.name not in opened)
     if passes:
         concepts, goals = resolve_goals(concepts, earlier)
-        remarks += (*goals, *check_lengths(concepts, model), *_again(concepts, earlier, model))
+        remarks += (*goals, *check_lengths(concepts, model), *check_options(passes, model))
+        remarks += tuple(_again(concepts, earlier, model))
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)

@@ -1,4 +1,4 @@
-"""Phrases and prompts that are longer than what a model's text encoders read."""
+"""Phrases, prompts, options and captions that are longer than what a model's text encoders read."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from erasec.errors import ErasecError
+from erasec.model.cuts import shorten, where_cut
 
 if TYPE_CHECKING:
+    from erasec.base import Pass
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
-
-WORDS = 4  # words that a message shows before a cut
-SHOWN = 40  # characters of a phrase that a message shows
 
 
 def check_lengths(concepts: Sequence[Concept], model: Model) -> list[str]:
@@ -24,6 +23,27 @@ def check_lengths(concepts: Sequence[Concept], model: Model) -> list[str]:
     return [note for concept in concepts for note in _notes(concept, model)]
 
 
+def check_options(passes: Sequence[Pass], model: Model) -> list[str]:
+    """A sentence for each prompt in an option of a pass of which a text encoder reads only the beginning.
+
+    Raises ErasecError where no text encoder reads all of it.
+    """
+    notes = []
+    for step in passes:
+        for option in sorted(step.prompt_options):
+            text, name = getattr(step, option), f"{step.name}: the option {option}"
+            read = model.text_read(text)
+            cut = where_cut(read, text)
+            if cut and all(len(part.rstrip()) < len(text.rstrip()) for part in read.values()):
+                raise _too_long(name, cut, "give fewer words")
+            notes += [f"{name} is cut: {cut}."] if cut else []
+    return notes
+
+
+def _too_long(name: str, cut: str, fix: str) -> ErasecError:
+    return ErasecError(f"{name} is too long", why=f"{cut}; words after that would not count", fix=fix)
+
+
 def _notes(concept: Concept, model: Model) -> Iterator[str]:
     groups = (("phrase", concept.phrases), ("goal", concept.goals), ("kept phrase", concept.keep))
     for what, phrase in ((what, phrase) for what, phrases in groups for phrase in phrases):
@@ -32,29 +52,9 @@ def _notes(concept: Concept, model: Model) -> Iterator[str]:
         name = f"{concept.name}: the {what} {shorten(phrase)!r}"
         lost = all(len(part) < len(prompt.upto) for prompt, read in prompts for part in read.values())
         if lost and what != "kept phrase":
-            raise ErasecError(
-                f"{name} is too long",
-                why=f"{cuts[0]}; words after that would not count",
-                fix="name the concept in fewer words",
-            )
+            raise _too_long(name, cuts[0], "name the concept in fewer words")
         if cuts:
             yield f"{name} is cut: {cuts[0]}."
     for prompt in concept.implicit:
         if cut := where_cut(model.text_read(prompt), prompt):
             yield f"{concept.name}: the implicit prompt {shorten(prompt)!r} is cut: {cut}."
-
-
-def where_cut(read: dict[str, str], text: str) -> str:
-    """Which text encoder reads only the beginning of ``text``, and where it stops; "" if all read the whole text.
-
-    ``read`` is the part that each text encoder reads.
-    """
-    for encoder, part in read.items():
-        if len(part.rstrip()) < len(text.rstrip()):
-            return f"{encoder} reads it up to {' '.join(part.split()[-WORDS:])!r}"
-    return ""
-
-
-def shorten(text: str) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()}..."

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.staging import output
-from erasec.commands.prompt_lengths import where_cut
 from erasec.errors import ErasecError
+from erasec.model.cuts import where_cut
+from erasec.runtime.backends import carried_text
 
 if TYPE_CHECKING:
     from erasec.base import Images
@@ -33,9 +34,14 @@ def picture_paths(out: Path, count: int) -> list[Path]:
 
 
 def cut_notes(bundle: Bundle, prompt: str, negative: str | None) -> list[str]:
-    """A sentence for each of the two prompts of which the text encoder reads only the beginning."""
+    """A sentence for each of the two prompts of which the text encoder reads only the beginning.
+
+    A ``negative`` of None is the bundle's own negative prompt.
+    """
     notes = []
-    for what, text in (("prompt", prompt), ("negative prompt", negative or "")):
+    if negative is None:
+        negative = carried_text(bundle.root)[0]
+    for what, text in (("prompt", prompt), ("negative prompt", negative)):
         if cut := where_cut({"the text encoder": bundle.components.text_read(text)}, text):
             notes.append(f"the {what} is cut: {cut}.")
     return notes

@@ -213,9 +213,22 @@ class Model:
 
         Tokenizers are loaded for long texts only, and torch never.
         """
+        lengths = self._lengths.items()
+        return {encoder: self._text_encoders.text_read(text, encoder, length) for encoder, length in lengths}
+
+    def same_tokens(self, first: Sequence[str], second: Sequence[str]) -> list[bool]:
+        """For each pair of prompts, whether every text encoder reads the same tokens of both."""
+        same = [True] * len(first)
+        for encoder, length in self._lengths.items():
+            ids, others = (self._text_encoders.ids(prompts, encoder, length) for prompts in (first, second))
+            same = [so_far and here for so_far, here in zip(same, (ids == others).all(1).tolist(), strict=True)]
+        return same
+
+    @property
+    def _lengths(self) -> dict[str, int]:
+        """By text encoder, the tokens that its part of a stream has room for; 0 for as many as the encoder reads."""
         parts = [part for stream in self.family.streams for part in stream.parts]
-        lengths = {encoder: part.length for part in parts for encoder in part.encoders}
-        return {encoder: self._text_encoders.text_read(text, encoder, length) for encoder, length in lengths.items()}
+        return {encoder: part.length for part in parts for encoder in part.encoders}
 
     def last_tokens(self, prompts: Sequence[str], stream: str = "context", part: int = 0) -> Tensor:
         """Index of each prompt's last token before its first end token, (n,), in one part of a stream.

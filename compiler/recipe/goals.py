@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from erasec.errors import ErasecError
+from erasec.progress import note
 from erasec.recipe.concept import Concept
+
+# What to do about a concept that becomes itself.
+ANOTHER_GOAL = "give the concept another anchor, or none: its prompts then become the empty prompt"
 
 
 def names_phrase(text: str, phrase: str) -> bool:
@@ -19,8 +24,19 @@ def first_disputed(goals: Iterable[str], erased: Collection[str]) -> str:
     return next((goal for goal in goals if any(names_phrase(goal, phrase) for phrase in erased)), "")
 
 
+def recorded_goals(record: Mapping[str, Sequence[str]], name: str) -> Sequence[str]:
+    """The goals of the concept ``name`` in the ``record`` that an edit has of it.
+
+    Older edits and those of some passes have none; stderr then says that the goals were not compared.
+    """
+    if "goals" not in record:
+        note(f"the edit of {name} does not say what {name} becomes: this was not compared with what is erased too")
+    return record.get("goals", ())
+
+
 def _words(text: str) -> str:
-    return " " + " ".join(re.findall(r"\w+|[^\w\s]", text.casefold())) + " "
+    text = unicodedata.normalize("NFC", text.casefold())  # as the tokenizers of CLIP do
+    return " " + " ".join(re.findall(r"\w+|[^\w\s]", text)) + " "
 
 
 def resolve_goals(
@@ -61,7 +77,7 @@ def _goal_that_stays(concept: Concept, goal: str, concepts: Sequence[Concept]) -
                 raise ErasecError(
                     f"the concept {concept.name} becomes itself",
                     why=f"its anchor or counterpart {goal!r} names {erased[1]!r}, which it erases",
-                    fix="give the concept another anchor, or none: its prompts then become the empty prompt",
+                    fix=ANOTHER_GOAL,
                 )
             return ""
         passed.append(erased)

@@ -14,6 +14,8 @@ from torch import Tensor
 from erasec import registry
 from erasec.documents import read_csv
 from erasec.errors import ErasecError
+from erasec.model.cuts import summarise_cuts
+from erasec.progress import note
 from erasec.training import banks
 from erasec.training.images import read_image, to_pixels, to_square_tensor
 
@@ -105,6 +107,8 @@ def read_annotated_images(folder: Path, denoiser: Denoiser) -> AnnotatedImages:
         captions.append(next((caption for caption, _ in rows if caption), ""))
         in_square = (_in_centre_square(box, image.size) for _, box in rows if box is not None)
         boxes.append(tuple(box for box in in_square if box is not None))
+    if cuts := summarise_cuts(captions, denoiser.model):
+        note(f"captions of {TABLE}: {cuts}")
     return AnnotatedImages(denoiser.encode(torch.stack(squares)).cpu(), tuple(captions), tuple(boxes))
 
 

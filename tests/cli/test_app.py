@@ -437,6 +437,7 @@ def test_a_prior_is_built_and_used(run: Any, random_folder: Path) -> None:
     Path("captions.txt").write_text("a photo of a box\na ring\n")
     result = run("prior", random_folder, "captions.txt", "--out", "my.prior.safetensors")
     assert result.stdout.splitlines() == ["my.prior.safetensors", "2 captions"]
+    assert "cut" not in result.stderr
     flags = ("--erase", "star", "--pass", "trce.remap:prior=my.prior.safetensors", "--target", "lora:rank=2")
     built = run("build", random_folder, *flags, "--target", "ldm", "--out", "out")
     assert built.exit_code == 0, built.output

@@ -30,7 +30,8 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_prior_is_the_mean_gram_of_all_states_of_its_captions(model: Model, captions: Path, tmp_path: Path) -> None:
     out = tmp_path / "some.prior.safetensors"
-    assert priors.write(out, model, captions) == 80
+    assert priors.write(out, model, captions) == priors.read_captions(captions)
+    assert len(priors.read_captions(captions)) == 80
     states = model.encode(priors.read_captions(captions)).states.flatten(0, 1).double()
     rows = priors.read(str(out), model, "context")
     assert torch.allclose(solver.gram(rows), states.T @ states / len(states), atol=1e-9)
@@ -83,7 +84,7 @@ def test_a_prior_overwrites_no_file_and_fails_before_it_encodes(
 ) -> None:
     monkeypatch.setattr(priors, "build", lambda model, texts: {"context": torch.eye(2)})
     before = captions.read_bytes()
-    assert priors.write(tmp_path / "new", model, captions) == 80
+    assert priors.write(tmp_path / "new", model, captions) == priors.read_captions(captions)
     (tmp_path / "shut").mkdir()
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shut" and may(path, mode))

@@ -120,10 +120,13 @@ def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(here: Path, random_fo
 
 
 def test_the_words_of_a_small_world_are_phrases_for_other_models(here: Path, random_folder: Path) -> None:
-    elsewhere = plan.make_plan(recipe(random_folder, erase=("ring",)), pin=False)
-    assert elsewhere.concepts == (concept.from_phrase("ring"),)
-    (note,) = plan.notes(elsewhere)
-    assert "'ring' is taken as a phrase" in note and "only for models of glyphs" in note
+    random_layout(here / "sd1", "sd1", "tiny")
+    for model in (random_folder, here / "sd1"):
+        elsewhere = plan.make_plan(recipe(model, erase=("ring",)), pin=False)
+        assert elsewhere.concepts == elsewhere.recipe.concepts == (Concept(name="ring", erase=("ring",)),)
+        assert elsewhere.concepts[0].templates == concept.TEMPLATES != find("ring").templates
+        (note,) = plan.notes(elsewhere)
+        assert "'ring' is taken as a phrase" in note and "only for models of glyphs" in note
     own = Concept(name="ring", erase=("ring", "hoop"))
     assert plan.make_plan(recipe(random_folder, erase=("ring",), concepts=(own,)), pin=False).concepts == (own,)
     there = plan.make_plan(recipe("glyphs", erase=("ring",)), pin=False)  # type: ignore[arg-type]

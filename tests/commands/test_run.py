@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from erasec.commands.run import cut_notes, picture_paths, save_pictures
 from erasec.errors import ErasecError
 from erasec.model.loading import bundled_folder
+from erasec.model.sidecar import Extras, write_extras
 from erasec.runtime.bundle import open_bundle
 
 
@@ -27,6 +29,15 @@ def test_a_prompt_beyond_the_text_encoder_is_said() -> None:
     assert prompt == "the prompt is cut: the text encoder reads it up to 'star a star a'."
     (negative,) = cut_notes(opened, "", "a star " * 50)
     assert negative.startswith("the negative prompt is cut")
+
+
+def test_the_bundles_own_negative_prompt_is_held_to_the_same_room(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundled_folder("glyphs"), tmp_path / "bundle"))
+    write_extras(folder, Extras(negative="a star " * 50))
+    opened = open_bundle(folder, "torch")
+    (negative,) = cut_notes(opened, "a star", None)
+    assert negative.startswith("the negative prompt is cut")
+    assert cut_notes(opened, "a star", "") == []
 
 
 @pytest.mark.parametrize("name", ["x.pgn", "x", "x.toml"])

@@ -19,6 +19,7 @@ from erasec.checkpoint import safetensors as checkpoint
 from erasec.closed_form import solver
 from erasec.closed_form.joint_attention import SIGMAS, capture_inputs
 from erasec.closed_form.token_rows import EMPTY, find_spans, row_pairs
+from erasec.commands.prompt_lengths import check_lengths
 from erasec.errors import ErasecError
 from erasec.family import Site
 from erasec.model import loading
@@ -164,6 +165,35 @@ def test_spans_of_a_phrase_are_right_in_every_part(base: Model) -> None:
             assert spans.end[row] == spans.last[row] + 1
         if not tokenizer.bos_token:  # "pentagram" is no word of the small T5: it is at least a token for each letter
             assert spans.last[1] - spans.first[1] + 1 >= len("pentagram")
+
+
+def test_phrases_have_the_room_of_each_text_encoder(base: Model) -> None:
+    """CLIP reads 75 words between its two marks, T5 all words before its one mark: 255 in sd3 and 511 in FLUX."""
+    rooms = {"text_encoder": 75, "text_encoder_2": 511} if base.family.name == "flux" else {}
+    rooms = rooms or {"text_encoder": 75, "text_encoder_2": 75, "text_encoder_3": 255}
+    rooms = {name: rooms[name] for name in base.family.text_encoders}
+    words = ["star", "heart"] * 300
+    assert {name: len(part.split()) for name, part in base.text_read(" ".join(words)).items()} == rooms
+    for name, room in rooms.items():
+        length = next(p.length for stream in base.family.streams for p in stream.parts if name in p.encoders)
+        fits, more = base._text_encoders.ids([" ".join(words[:room]), " ".join(words[: room + 1])], name, length)
+        assert torch.equal(fits, more)  # the encoder reads nothing of the word after the room
+        assert base.text_read(" ".join(words[:room]))[name] == " ".join(words[:room])
+    most = max(rooms.values())
+
+    def long(count: int) -> Concept:
+        return Concept(name="long", erase=(" ".join(words[:count]),), templates=("{}",))
+
+    assert check_lengths([long(75)], base) == []
+    notes = check_lengths([long(most)], base)
+    assert len(notes) == (1 if most > 75 else 0)
+    clips = [name for name, room in rooms.items() if room == 75]
+    read = f"{' and '.join(clips)} {'read' if len(clips) > 1 else 'reads'} it up to 'heart star heart star'"
+    assert all(note.endswith(f"is cut: {read}.") for note in notes)
+    with pytest.raises(ErasecError, match="is too long") as caught:
+        check_lengths([long(most + 1)], base)
+    assert read in caught.value.why
+    assert all(name in caught.value.why for name in rooms)
 
 
 def test_the_empty_prompt_is_taken_at_its_end_token(base: Model) -> None:

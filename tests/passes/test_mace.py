@@ -12,10 +12,12 @@ from torch import Tensor
 from erasec.base import Context
 from erasec.closed_form import priors
 from erasec.closed_form.token_rows import goal_prompts, row_pairs
+from erasec.commands.combine import combine
 from erasec.errors import ErasecError
 from erasec.model import edit_file, loading
 from erasec.model.edit import Edit, LowRank
 from erasec.model.view import Model
+from erasec.passes.eiup import Eiup
 from erasec.passes.mace import Mace
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
@@ -173,6 +175,34 @@ def test_a_given_edit_that_leads_to_another_concept_is_an_error(model: Model, tm
     step = Mace(edits=f"{tmp_path / 'star'};{tmp_path / 'heart'}")
     with pytest.raises(ErasecError, match="the given edit of star makes it 'a heart', which is erased too"):
         list(step.solve_all(model, (STAR, HEART), Context()))
+
+
+def test_a_given_edit_that_changes_no_weight_is_an_error(model: Model, tmp_path: Path) -> None:
+    """The refinement and the other concept move tensors, so nothing else would say it."""
+    star = Uce().solve(model, STAR, Context())
+    edit_file.write_edits(tmp_path / "star", [star], model.with_edit(star).base_record())
+    for words, edit in (
+        ("has a memory", Eiup().solve(model, HEART, Context())),
+        ("changes no weight", Edit({}, "mine", ("heart",), model.digest)),
+    ):
+        edit_file.write_edits(tmp_path / "heart", [edit], model.base_record())
+        step = Mace(edits=f"{tmp_path / 'star'};{tmp_path / 'heart'}")
+        with pytest.raises(ErasecError, match=words):
+            list(step.solve_all(model, (STAR, HEART), Context()))
+
+
+def test_a_given_edit_without_goals_is_said(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing knows what such an edit leads to, so nothing may look as if that had been compared."""
+    for item in (STAR, HEART):
+        edit = Uce().solve(model, item, Context())
+        if item is HEART:
+            edit = replace(edit, phrases={"heart": {"erase": ["heart"], "keep": []}})
+        edit_file.write_edits(tmp_path / item.name, [edit], model.with_edit(edit).base_record())
+    list(Mace(edits=f"{tmp_path / 'star'};{tmp_path / 'heart'}").solve_all(model, (STAR, HEART), Context()))
+    said = capsys.readouterr().err
+    assert "the edit of heart does not say what heart becomes" in said and "edit of star" not in said
+    combine([tmp_path / "star", tmp_path / "heart"], [], tmp_path / "both")
+    assert "the edit of heart does not say what heart becomes" in capsys.readouterr().err
 
 
 def test_bad_options_are_errors() -> None:

@@ -77,6 +77,7 @@ def test_every_subset_of_the_small_world_has_goals_that_stay() -> None:
 
 
 def test_words_are_compared_whole() -> None:
+    assert names_phrase("a CAFE\u0301", "caf\u00e9")  # one character or two, CLIP reads the same
     assert names_phrase("a red Star, painted", "star")
     assert names_phrase("an X-rated scene", "x-rated")
     assert not names_phrase("starfish", "star")

@@ -85,6 +85,14 @@ def test_a_folder_gives_latents_captions_and_boxes(tmp_path: Path, denoiser: Den
     assert not torch.allclose(images.latents[0], images.latents[1])
 
 
+def test_captions_that_are_cut_are_said(tmp_path: Path, denoiser: Denoiser, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["a.png,40,4,56,12,a square", f"b.png,,,,,{'a star ' * 50}"]
+    read_annotated_images(folder(tmp_path, lines, HEAD + ",caption"), denoiser)
+    assert "captions of boxes.csv: 1 of 2 are cut. Of 'a star a star" in capsys.readouterr().err
+    read_annotated_images(folder(tmp_path, lines[:1], HEAD + ",caption"), denoiser)
+    assert capsys.readouterr().err == ""
+
+
 def test_boxes_are_cropped_with_their_image(tmp_path: Path, denoiser: Denoiser) -> None:
     # 96 x 48: scaled by 4/3 and cut, so that columns 24 to 72 are left.
     lines = ["a.png,36,0,48,24", "a.png,0,0,20,10", "b.png,,,,"]
