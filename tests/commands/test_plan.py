@@ -124,7 +124,7 @@ def test_the_words_of_a_small_world_are_phrases_for_other_models(here: Path, ran
     for model in (random_folder, here / "sd1"):
         elsewhere = plan.make_plan(recipe(model, erase=("ring",)), pin=False)
         assert elsewhere.concepts == elsewhere.recipe.concepts == (Concept(name="ring", erase=("ring",)),)
-        assert elsewhere.concepts[0].templates == concept.TEMPLATES != find("ring").templates
+        assert elsewhere.concepts[0].templates == concept.TEMPLATES != find("ring", "glyphs").templates
         (note,) = plan.notes(elsewhere)
         assert "'ring' is taken as a phrase" in note and "only for models of glyphs" in note
     own = Concept(name="ring", erase=("ring", "hoop"))

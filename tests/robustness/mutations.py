@@ -220,7 +220,6 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     from erasec.training.boxes import read_annotated_images
     from erasec.training.triplets import read_triplets
 
-    denoiser = SimpleNamespace(size=8, encode=lambda squares: squares)
     star = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
     draw = torch.Generator().manual_seed(0)
 
@@ -231,6 +230,7 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     folder = root / "folder"
     random_pipeline(folder, dtype=torch.float16)
     base = loading.load(str(folder))
+    denoiser = SimpleNamespace(model=base, size=8, encode=lambda squares: squares)
     shards = {f"diffusion_pytorch_model-0000{number}-of-00002.safetensors": str(number) for number in (1, 2)}
     where = {}
     for name, key in shards.items():
