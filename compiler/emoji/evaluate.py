@@ -16,7 +16,7 @@ from erasec.checkpoint.safetensors import atomic_write
 from erasec.emoji import world
 from erasec.emoji.judge import EmojiJudge, prompt
 from erasec.emoji.words import ARTISTS, FILLERS, LABELS, LEFT_OUT, OBJECTS, SCENES, members
-from erasec.model.loading import load, world_weights
+from erasec.model.loading import load, world_folder, world_weights
 from erasec.progress import bar
 from erasec.worlds import evaluate
 from erasec.worlds.assemble import SCHEDULER
@@ -59,7 +59,7 @@ class Bench:
     """A model and judge B: what its pictures of prompts show."""
 
     def __init__(self, weights: Path, name: str) -> None:
-        self.folder, self.judge = weights / name, EmojiJudge("b", weights)
+        self.folder, self.judge = world_folder(weights, "emoji", name), EmojiJudge("b", weights)
 
     def pictures(self, prompts: list[str], seed: int) -> Images:
         return evaluate.pictures(self.folder, prompts, seed, SAMPLING)

@@ -58,6 +58,7 @@ def world(data: Path | None) -> World:
             "judge-b": 4000,
         },
         hard_negatives=True,
+        spread=0.05,
         garbage=0.1,
         unet_batches=(32, 64),
     )

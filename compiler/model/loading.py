@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -41,21 +42,24 @@ def is_bundled(name: str) -> bool:
     return (world_weights(BUNDLED[name]) / name).is_dir()
 
 
-@cache
 def bundled_folder(name: str) -> Path:
-    """The folder of a model in ``BUNDLED``.
+    """The folder of a model in ``BUNDLED``."""
+    return world_folder(world_weights(BUNDLED[name]), BUNDLED[name], name)
+
+
+@cache
+def world_folder(weights: Path, world: str, name: str) -> Path:
+    """The folder of a model of a world, among the ``weights`` of that world.
 
     The twin of a world's model has a UNet of its own. The rest is stored once, with the model, so the twin's folder is
     put together in the temporary folder of this process.
     """
-    world = BUNDLED[name]
-    own, shared = world_weights(world) / name, world_weights(world) / world
-    if own == shared:
-        return own
-    folder = process_scratch() / name
+    if name == world:
+        return weights / name
+    folder = Path(tempfile.mkdtemp(dir=process_scratch())) / name
     with named_errors(folder):
-        shutil.copytree(shared, folder, ignore=shutil.ignore_patterns("unet"))
-        shutil.copytree(own, folder, dirs_exist_ok=True)
+        shutil.copytree(weights / world, folder, ignore=shutil.ignore_patterns("unet"))
+        shutil.copytree(weights / name, folder, dirs_exist_ok=True)
     return folder
 
 

@@ -64,6 +64,7 @@ class World:
     steps: dict[str, int]
     text_rate: float = 1e-3
     hard_negatives: bool = False
+    spread: float = 0.0  # weight of the terms that spread text states over all dimensions
     garbage: float = 0.0  # share of a judge's batch that shows nothing: shuffled patches
     unet_batches: tuple[int, int] = (64, 128)  # up to 65 % of the steps, and afterwards
 

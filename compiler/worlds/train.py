@@ -36,6 +36,7 @@ SIZE = 64
 WORLD_SEED, JUDGE_SEEDS = 0, {"judge-a": 101, "judge-b": 102}
 TEXT_BATCH = 256
 GROUP = 16  # pictures of one group in a batch with hard negatives
+LEAST_DEVIATION = 0.5  # of each dimension of the text states, over a batch
 PATCH = 8  # side of the patches that are shuffled into a picture of nothing
 
 
@@ -163,17 +164,34 @@ def stage_text(work: Work) -> None:
                 length = int(ends[part].max()) + 1
                 states = encoder(ids[part, :length].to(work.device)).last_hidden_state
                 pooled.append(states[torch.arange(len(part)), ends[part]])
-            text, seen = pair.texts(torch.cat(pooled)).float(), pair.images(batch).float()
+            pooled_states = torch.cat(pooled)
+            text, seen = pair.texts(pooled_states).float(), pair.images(batch).float()
         logits = pair.log_scale.clamp(max=4.6).exp() * seen @ text.T
         # Rows of the batch with the same caption are all correct targets.
         hashes = torch.tensor([hash_of(captions[i]) for i in rows.tolist()], device=work.device)
         target = (hashes[:, None] == hashes[None, :]).float()
         target = target / target.sum(1, keepdim=True)
         contrastive: Tensor = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return contrastive
+        return (
+            contrastive + work.world.spread * spread_loss(pooled_states.float()) if work.world.spread else contrastive
+        )
 
     parts: Modules = {"text": encoder, "pair": pair}
     fit(work.root / "text", work.steps("text"), work.world.text_rate, optimizer, parts, loss, work.seed + 1)
+
+
+def spread_loss(states: Tensor) -> Tensor:
+    """The variance and covariance terms of VICReg (Bardes et al., 2022, equations 1 and 3) on states (n, d).
+
+    A contrastive loss alone is content with a few dimensions. Then every name is nearly a sum of others, and no edit
+    could change one of them alone.
+    """
+    centred = states - states.mean(0)
+    deviation = (centred.pow(2).mean(0) + 1e-4).sqrt()
+    correlation = (centred / deviation).T @ (centred / deviation) / len(states)
+    together = correlation.pow(2).sum() - correlation.diagonal().pow(2).sum()
+    spread: Tensor = F.relu(LEAST_DEVIATION - deviation).mean() / LEAST_DEVIATION + together / states.shape[1]
+    return spread
 
 
 def hash_of(text: str) -> int:
