@@ -1,4 +1,4 @@
-"""Files of erasec's own that carry a digest of their content: edits, keys, priors and extras."""
+"""Files of erasec's own that carry a digest of their content: edits, keys, priors, extras, and training states."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ DIGEST = "erasec.digest"  # the metadata key of the digest
 
 
 def save_sealed(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, private: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    private: bool = False,
+    durable: bool = False,
 ) -> None:
     """Write tensors as ``save_tensors`` does, with a digest of the content that ``read_sealed`` compares."""
     metadata = {"format": "pt", **(metadata or {})}
-    save_tensors(path, tensors, metadata | {DIGEST: _seal(tensors_digest(tensors), metadata)}, private)
+    save_tensors(path, tensors, metadata | {DIGEST: _seal(tensors_digest(tensors), metadata)}, private, durable)
 
 
 def read_sealed(path: Path, kind: str = "") -> tuple[dict[str, Entry], dict[str, str]]:
