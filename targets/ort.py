@@ -22,6 +22,7 @@ from erasec.graphs.parity import TOLERANCES, compare_outputs, compare_weights
 from erasec.graphs.signature import PRECISIONS, graphs
 from erasec.model.sidecar import KINDS
 from erasec.options import options
+from erasec.runtime.schedulers import sampling_notes
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
@@ -76,6 +77,9 @@ class Onnx(Target):
 
     def cached(self, model: Model) -> int:
         return GRAPHS_BYTES
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link all graphs, then compare each with the checkpoint and with torch.

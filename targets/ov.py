@@ -27,6 +27,7 @@ from erasec.model.sidecar import KINDS, read_extras
 from erasec.options import options
 from erasec.progress import bar
 from erasec.runtime import backends
+from erasec.runtime.schedulers import sampling_notes
 
 if TYPE_CHECKING:
     from erasec.graphs.signature import Graph
@@ -70,6 +71,9 @@ class OpenVino(Target):
 
     def cached(self, model: Model) -> int:
         return GRAPHS_BYTES
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, convert each, and compare each with the graph, the checkpoint and torch.

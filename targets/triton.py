@@ -34,6 +34,7 @@ from erasec.model.sidecar import KINDS
 from erasec.options import options
 from erasec.progress import bar
 from erasec.runtime.backends import with_vectors
+from erasec.runtime.schedulers import sampling_notes
 from erasec.targets.trt import Trt
 from erasec.tensorrt import engines
 from erasec.tensorrt.base import engine_checks
@@ -106,6 +107,9 @@ class Triton(Target):
 
     def cached(self, model: Model) -> int:
         return GRAPHS_BYTES
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, write the repository and the client's folder, then check the files that the server loads.

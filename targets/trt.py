@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from numpy.typing import NDArray
 
@@ -16,9 +16,13 @@ from erasec.checkpoint.safetensors import atomic_write, file_digest
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.weights import digests, read_weights, weight_digests
 from erasec.options import options
+from erasec.runtime.schedulers import sampling_notes
 from erasec.tensorrt import devices, engines
 from erasec.tensorrt.base import EngineTarget
 from erasec.tensorrt.engines import TRT, Builder, Profile
+
+if TYPE_CHECKING:
+    from erasec.model.view import Model
 
 # By the release notes of this version, a refittable engine may compute as if the bias of a matrix product were zero.
 REFIT_BUG_VERSIONS = "11.3.0"
@@ -59,6 +63,9 @@ class Trt(EngineTarget):
             )
         if self.refit:
             check_refit_version(installed)
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         entry, library = super().engine(graph, file, profile)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from erasec.errors import ErasecError
 from erasec.options import options
+from erasec.runtime.schedulers import sampling_notes
 from erasec.tensorrt import engines, patching
 from erasec.tensorrt.base import EngineTarget
 from erasec.tensorrt.engines import RTX, Builder, Profile
@@ -45,6 +46,9 @@ class TrtRtx(EngineTarget):
 
     def cached(self, model: Model) -> int:
         return super().cached(model) + (self.size(model) if self.patch else 0)
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         if self.patch and graph.parent.name == "unet":

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,13 +21,12 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import StringConstraints
 
 from erasec.checkpoint import manifest
-from erasec.checkpoint.safetensors import BLANK, CHUNK, Entry, checked_data, read_header
+from erasec.checkpoint.safetensors import BLANK, CHUNK, checked_data, read_header
+from erasec.checkpoint.sealed import new_seal
 from erasec.documents import Source, parse_json
 from erasec.errors import ErasecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 MAGIC = b"erasec journal 1\n"
@@ -249,16 +249,20 @@ def _lock(handle: int, journal: Path, wait: bool) -> bool:
 def _record(handle: int, folder: Path, makers: Mapping[Path, Mapping[str, Callable[[], Tensor]]]) -> list[PatchedFile]:
     """Write the journal: MAGIC, length of the list of files, that list as JSON, the new bytes, sha256 of all before."""
     patched_files: list[PatchedFile] = []
-    places: list[tuple[str, Entry, Callable[[], Tensor]]] = []
+    contents: list[Callable[[], bytes | memoryview]] = []
     for file, tensors in makers.items():
         entries, _ = read_header(file)
         if missing := set(tensors) - set(entries):
             raise ErasecError(f"{file.name} has no tensor {min(missing)!r}", where=str(file))
         keys = sorted(tensors, key=lambda key: entries[key].start)
-        ranges = tuple((entries[key].start, entries[key].stop - entries[key].start) for key in keys)
+        ranges = [(entries[key].start, entries[key].stop - entries[key].start) for key in keys]
+        contents += [partial(checked_data, key, entries[key].dtype, entries[key].shape, tensors[key]) for key in keys]
+        if seal := new_seal(file, tensors):
+            start, new = seal
+            ranges.append((start, len(new)))
+            contents.append(partial(bytes, new))
         status = file.stat()
-        patched_files.append(PatchedFile(file, status.st_size, status.st_mtime_ns, _head(file), ranges))
-        places += [(key, entries[key], tensors[key]) for key in keys]
+        patched_files.append(PatchedFile(file, status.st_size, status.st_mtime_ns, _head(file), tuple(ranges)))
     listing = [
         [patched.file.relative_to(folder).as_posix(), patched.size, patched.mtime, patched.first.hex(), patched.ranges]
         for patched in patched_files
@@ -266,10 +270,7 @@ def _record(handle: int, folder: Path, makers: Mapping[Path, Mapping[str, Callab
     text = json.dumps(listing).encode()
     digest, offset = hashlib.sha256(), 0
     head = MAGIC + len(text).to_bytes(8, "little") + text
-    contents: Iterator[bytes | memoryview] = (
-        checked_data(key, entry.dtype, entry.shape, make) for key, entry, make in places
-    )
-    for data in chain((head,), contents):
+    for data in chain((head,), (make() for make in contents)):
         digest.update(data)
         offset = _write(handle, data, offset)
     _write(handle, digest.digest(), offset)

@@ -16,14 +16,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-
-from pydantic import ConfigDict, Field, with_config
-from typing_extensions import TypedDict
+from typing import TYPE_CHECKING, Any
 
 from erasec.base import Check
 from erasec.checkpoint.disk import named_errors, new_file, sync
-from erasec.documents import POINTER, Source, parse_json, refuse_pointer
+from erasec.documents import POINTER, refuse_pointer
 from erasec.errors import ErasecError, shown
 from erasec.progress import bar
 
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from erasec.family import Shape
-
-T = TypeVar("T")
 
 DTYPES = {
     "F64": "float64",
@@ -65,29 +60,6 @@ class Entry:
     start: int
     stop: int
     transposed: bool = False
-
-
-@with_config(ConfigDict(extra="allow"))
-class _Versioned(TypedDict):
-    format: Annotated[int, Field(ge=1)]
-
-
-def read_metadata(metadata: Mapping[str, str], name: str, kind: type[T], newest: int, source: Source) -> T:
-    """The entry ``name`` of a file's metadata: JSON of the type ``kind``, whose ``format`` is at most ``newest``.
-
-    Raises ErasecError if there is none, it is damaged, or it has a later format.
-    """
-    if name not in metadata:
-        raise source.error(f"its metadata has no entry {name}")
-    number = parse_json(metadata[name], _Versioned, source)["format"]
-    if number > newest:
-        raise ErasecError(
-            f"{source.what} has the format {number}",
-            where=source.where,
-            why=f"this version of erasec reads formats up to {newest}",
-            fix="pip install --upgrade erasec",
-        )
-    return parse_json(metadata[name], kind, source)
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -287,11 +259,12 @@ def stream_tensors(
         end = position + math.prod(shape) * sizes[key]
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    total = 8 + len(text) + position
-    with atomic_write(path, private, durable, total) as temporary, temporary.open("r+b") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    head = _head(header)
+    with (
+        atomic_write(path, private, durable, len(head) + position) as temporary,
+        temporary.open("r+b") as file,
+    ):
+        file.write(head)
         for key in order:
             file.write(checked_data(key, *tensors[key]))
 
@@ -308,32 +281,56 @@ def save_tensors(
     stream_tensors(path, makers, metadata, private, durable)
 
 
-def patch_file(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Write ``base`` to ``path`` with some tensors replaced. All other bytes are copied, including the header.
+def patch_file(
+    base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``base`` to ``path`` with some tensors replaced. All other bytes are copied, including the header, unless
+    there is new ``metadata`` for it.
 
     ``changed`` maps tensor names to functions that return the new tensor in the dtype and shape of the old one. They
     are called one at a time; peak memory is one chunk or one changed tensor. Raises ErasecError for an unknown tensor
     and for another dtype or shape.
     """
     size = base.stat().st_size
-    entries, _ = read_header(base)
+    entries, old = read_header(base)
     if missing := set(changed) - set(entries):
         raise ErasecError(f"{base.name} has no tensor {sorted(missing)[0]!r}", where=str(base))
-    done = 0
+    done, head = (0, b"") if metadata is None else _new_head(base, metadata)
+    moved = len(head) - done
     with atomic_write(path, total=size) as temporary, FileIO(base) as source, FileIO(temporary, "r+") as target:
+        _write(target, head)
         for key in sorted(changed, key=lambda key: entries[key].start):
             entry = entries[key]
             _copy(source, target, done, entry.start)
             _write(target, checked_data(key, entry.dtype, entry.shape, changed[key]))
             done = entry.stop
         _copy(source, target, done, size)
-        written = {key: replace(entry, file=base) for key, entry in read_header(temporary)[0].items()}
-        if written != entries or temporary.stat().st_size != size:
+        written, stated = read_header(temporary)
+        places = {
+            key: replace(entry, file=temporary, start=entry.start + moved, stop=entry.stop + moved)
+            for key, entry in entries.items()
+        }
+        if (written, stated, temporary.stat().st_size) != (places, metadata or old, size + moved):
             raise ErasecError(
                 f"{path.name} was not written as {base.name} is",
                 why="its tensor names, dtypes, shapes or size differ",
                 fix="check the disk and whether the base has changed meanwhile, then try again",
             )
+
+
+def _new_head(file: Path, metadata: Mapping[str, str]) -> tuple[int, bytes]:
+    """Where the tensors of a file begin, and all bytes before them with other metadata."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    return 8 + length, _head({**header, "__metadata__": dict(sorted(metadata.items()))})
+
+
+def _head(header: Mapping[str, Any]) -> bytes:
+    """The length of a header and its text, padded so that tensors begin at a multiple of 8."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -390,9 +387,19 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def content_digest(entries: Mapping[str, Entry]) -> str:
-    """sha256 over the sorted (name, dtype, shape, bytes). It does not depend on the layout of the file."""
-    return _digest({key: (entry.dtype, entry.shape, partial(_stored, entry)) for key, entry in entries.items()})
+def content_digest(entries: Mapping[str, Entry], changed: Mapping[str, Callable[[], Tensor]] | None = None) -> str:
+    """sha256 over the sorted (name, dtype, shape, bytes). It does not depend on the layout of the file.
+
+    ``changed`` are functions by tensor name, as in ``patch_file``: their tensors take the place of the stored ones.
+    """
+    return _digest(
+        {
+            key: (entry.dtype, entry.shape, partial(_made, key, entry, changed[key]))
+            if changed and key in changed
+            else (entry.dtype, entry.shape, partial(_stored, entry))
+            for key, entry in entries.items()
+        }
+    )
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -421,6 +428,11 @@ def _stored(entry: Entry) -> Iterator[bytes | memoryview]:
         handle.seek(entry.start)
         for remaining in range(entry.stop - entry.start, 0, -CHUNK):
             yield handle.read(min(remaining, CHUNK))
+
+
+def _made(key: str, entry: Entry, make: Callable[[], Tensor]) -> Iterator[memoryview]:
+    """The bytes of the tensor that takes the place of a stored one, as one chunk."""
+    yield checked_data(key, entry.dtype, entry.shape, make)
 
 
 def _whole(tensor: Tensor) -> Iterator[memoryview]:

@@ -1,30 +1,48 @@
-"""Files of erasec's own that carry a digest of their content: edits, keys, priors and extras."""
+"""Files that carry a digest of their content: edits, keys, priors, extras, training states, edited single files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
-from erasec.checkpoint.safetensors import Entry, content_digest, read_header, save_tensors, tensors_digest
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from erasec.checkpoint.safetensors import (
+    Entry,
+    content_digest,
+    patch_file,
+    read_header,
+    save_tensors,
+    tensors_digest,
+)
+from erasec.documents import Source, parse_json
 from erasec.errors import ErasecError
 from erasec.progress import note
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+
 DIGEST = "erasec.digest"  # the metadata key of the digest
 
 
 def save_sealed(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, private: bool = False
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    private: bool = False,
+    durable: bool = False,
 ) -> None:
     """Write tensors as ``save_tensors`` does, with a digest of the content that ``read_sealed`` compares."""
     metadata = {"format": "pt", **(metadata or {})}
-    save_tensors(path, tensors, metadata | {DIGEST: _seal(tensors_digest(tensors), metadata)}, private)
+    save_tensors(path, tensors, metadata | {DIGEST: _seal(tensors_digest(tensors), metadata)}, private, durable)
 
 
 def read_sealed(path: Path, kind: str = "") -> tuple[dict[str, Entry], dict[str, str]]:
@@ -44,6 +62,69 @@ def read_sealed(path: Path, kind: str = "") -> tuple[dict[str, Entry], dict[str,
             fix="copy it again from where it was made, or make it again",
         )
     return entries, metadata
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Versioned(TypedDict):
+    format: Annotated[int, Field(ge=1)]
+
+
+def read_metadata(metadata: Mapping[str, str], name: str, kind: type[T], newest: int, source: Source) -> T:
+    """The entry ``name`` of a file's metadata: JSON of the type ``kind``, whose ``format`` is at most ``newest``.
+
+    Raises ErasecError if there is none, it is damaged, or it has a later format.
+    """
+    if name not in metadata:
+        raise source.error(f"its metadata has no entry {name}")
+    number = parse_json(metadata[name], _Versioned, source)["format"]
+    if number > newest:
+        raise ErasecError(
+            f"{source.what} has the format {number}",
+            where=source.where,
+            why=f"this version of erasec reads formats up to {newest}",
+            fix="pip install --upgrade erasec",
+        )
+    return parse_json(metadata[name], kind, source)
+
+
+def patch_sealed(base: Path, path: Path, changed: Mapping[str, Callable[[], Tensor]]) -> None:
+    """``patch_file`` of a file with or without a digest; the new file has one, which ``read_sealed`` compares.
+
+    Each function in ``changed`` is called twice. Raises ErasecError where ``base`` differs from its own digest.
+    """
+    metadata = {key: value for key, value in read_header(base)[1].items() if key != DIGEST}
+    patch_file(base, path, changed, metadata | {DIGEST: _patched_seal(base, changed)})
+
+
+def new_seal(file: Path, changed: Mapping[str, Callable[[], Tensor]]) -> tuple[int, bytes] | None:
+    """Where the digest of a file lies in it, and the digest that it has after ``changed`` as in ``patch_sealed``.
+
+    None where the file has no digest. Raises ErasecError where the file differs from its digest.
+    """
+    if DIGEST not in read_header(file)[1]:
+        return None
+    digest = _patched_seal(file, changed).encode()
+    with file.open("rb") as handle:
+        head = handle.read(8)
+        head += handle.read(int.from_bytes(head, "little"))
+    # Other programs may have written the header anew. Quotes within a text have a backslash before them.
+    place = re.search(rb'"%b"\s*:\s*"' % re.escape(DIGEST.encode()), head)
+    if place is None:
+        raise ErasecError(
+            f"{file.name} is not edited in place",
+            why=f"its header spells the name {DIGEST} with escapes",
+            where=str(file),
+            fix="write a new one instead: --out PATH",
+        )
+    return place.end(), digest
+
+
+def _patched_seal(file: Path, changed: Mapping[str, Callable[[], Tensor]]) -> str:
+    """The digest of a file after ``changed``. Raises ErasecError where its content now differs from its own digest."""
+    entries, metadata = read_header(file)
+    if DIGEST in metadata:
+        read_sealed(file)
+    return _seal(content_digest(entries, changed), metadata)
 
 
 def _seal(content: str, metadata: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec.checkpoint import journal, manifest
-from erasec.checkpoint.safetensors import patch_file
+from erasec.checkpoint.sealed import patch_sealed
 from erasec.checkpoint.staging import check_free, check_fresh, output
 from erasec.commands.output_paths import check_disjoint, check_not_working_directory
 from erasec.commands.relink import RelinkResult
@@ -59,6 +59,9 @@ def apply(
     diffusers folder otherwise. All other bytes stay as they are. The tensors that the edit changes must be those of its
     base model; with ``transfer``, only their family and shapes must agree. Raises ErasecError, or CheckFailed if a
     merged number is not finite.
+
+    A new single file has the digest of its content in its metadata, which ``erasec check`` compares, and which later
+    edits in place renew.
     """
     if in_place == (out is not None):
         raise ErasecError("the place of the result is not clear", fix="give either --out PATH or --in-place")
@@ -195,7 +198,7 @@ def _loading_notes(model: Model, out: Path | None) -> tuple[str, ...]:
 def _write(model: Model, path: Path, changed: Mapping[str, Mapping[str, Callable[[], Tensor]]], link: bool) -> None:
     with output(path, fresh=True, total=model.source.size()) as own:
         if isinstance(model.source, SingleFile) and _writes_file(model, path):
-            patch_file(model.source.file, own.stage, model.source.by_file(changed)[model.source.file])
+            patch_sealed(model.source.file, own.stage, model.source.by_file(changed)[model.source.file])
         else:
             model.source.write(own.new_folder(), changed, link)
             manifest.write(own.stage)

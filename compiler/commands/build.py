@@ -272,6 +272,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
         rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
+        base=collect.base_record(model),
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

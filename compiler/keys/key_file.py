@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from erasec.checkpoint.safetensors import read_finite, read_header, read_metadata, read_tensor
-from erasec.checkpoint.sealed import read_sealed, save_sealed
+from erasec.checkpoint.safetensors import read_finite, read_header, read_tensor
+from erasec.checkpoint.sealed import read_metadata, read_sealed, save_sealed
 from erasec.documents import Source
 from erasec.errors import ErasecError
 from erasec.model.memory import Memory, Secret

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from erasec.checkpoint.safetensors import Entry, read_finite, read_metadata
-from erasec.checkpoint.sealed import read_sealed, save_sealed
+from erasec.checkpoint.safetensors import Entry, read_finite
+from erasec.checkpoint.sealed import read_metadata, read_sealed, save_sealed
 from erasec.documents import Source
 from erasec.errors import ErasecError, shown
 from erasec.family import Shape, Site

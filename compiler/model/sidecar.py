@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import ConfigDict, with_config
 
 from erasec.checkpoint.folder import EXTRAS_FILE
-from erasec.checkpoint.safetensors import read_metadata
-from erasec.checkpoint.sealed import read_sealed, save_sealed
+from erasec.checkpoint.sealed import read_metadata, read_sealed, save_sealed
 from erasec.documents import Source
 from erasec.errors import ErasecError
 from erasec.model.memory import ExtrasRecord, Memory, pack_extras, unpack_extras

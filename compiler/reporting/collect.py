@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, only_variant
+from erasec.family import HUB
 from erasec.graphs.signature import pixel_unit
+from erasec.ldm.single_file import SingleFile
+from erasec.model.loading import BUNDLED
 from erasec.model.sidecar import read_extras
-from erasec.reporting.report import ArtifactRecord, Pair, SiteMove
+from erasec.reporting.report import ArtifactRecord, BaseRecord, Pair, SiteMove
 
 if TYPE_CHECKING:
     from erasec.judging.evidence import Evidence
@@ -79,6 +82,18 @@ def written_files(target: str, folder: Path) -> ArtifactRecord:
         {name: (record.bytes, record.sha256) for name, record in records.items()},
         only_variant(folder),
         pixel_unit(configs[0].config("unet"), configs[0].config("vae_decoder")) if configs else 0,
+    )
+
+
+def base_record(model: Model) -> BaseRecord:
+    """How diffusers loads the model that was edited."""
+    source = model.source
+    kind = "hub" if model.revision else "file" if isinstance(source, SingleFile) else "folder"
+    return BaseRecord(
+        "bundled" if model.name in BUNDLED else kind,
+        HUB.get(model.name, model.name) if model.revision else Path(model.name).name,
+        source.index["_class_name"],
+        source.variant or only_variant(source.root),
     )
 
 

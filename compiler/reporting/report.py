@@ -95,13 +95,24 @@ class ArtifactRecord:
 
 
 @dataclass(frozen=True)
+class BaseRecord:
+    """How diffusers loads the base model. ``kind`` is "hub", "bundled", "folder" or "file", and ``name`` is its name
+    without its path. ``pipeline`` is the class, and ``variant`` the one that a folder must be given, or ""."""
+
+    kind: str
+    name: str
+    pipeline: str
+    variant: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that a report shows. ``passed`` is False if any check failed.
 
     ``extras`` is what the build carries in addition to weights: "memories", each a dict of attention, mode, rows,
     weight and until; "tokens", the names of new tokens; "negative", a prompt; and "keys", the concepts whose keys are
     in the build. Entries that are empty may be left out. ``earlier`` are concepts that were erased from the model
-    before.
+    before. ``base`` may be left out where no target was written that needs it.
     """
 
     model: dict[str, str]  # name, revision, family, digest
@@ -119,6 +130,7 @@ class Report:
     extras: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[dict[str, Any], ...] = ()  # the Concept fields
     rebuild: str = "erasec build recipe.toml"  # the command that builds the same again
+    base: BaseRecord | None = None
 
 
 SCHEMA = "erasec.report/1"
@@ -163,7 +175,7 @@ def write_report(report: Report, out: Path) -> None:
     )
     base_model = HUB.get(report.model["name"], _title(report.model))
     card = environment.get_template("card.md.j2").render(
-        facts, groups=GROUPS, base_model=base_model, rebuild=report.rebuild
+        facts, groups=GROUPS, base_model=base_model, base=report.base, rebuild=report.rebuild
     )
     _write_text(out / "report.html", page)
     _write_text(out / "report.json", json.dumps(_plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")

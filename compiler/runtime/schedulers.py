@@ -110,10 +110,12 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
         raise ErasecError(f"there is no scheduler {kind!r}", why=suggestion(kind, ("auto", *KINDS)))
     name = str(config.get("_class_name")) if kind == "auto" else KINDS[kind]
     instead = f"--scheduler {'euler' if name == KINDS['ddim'] else 'ddim'}   uses the same model's noise schedule"
+    elsewhere = "sample with diffusers, which reads the same folder"  # no other scheduler here has the noise schedule
     if name not in DEFAULTS:
         raise ErasecError(f"the scheduler is a {name}", why=f"supported are {', '.join(DEFAULTS)}", fix=instead)
-    # Configs of other classes lack this option, and its default is not supported.
-    overrides = {"skip_prk_steps": True} if kind != "auto" else {}
+    # Configs of other classes lack the first option, and its default is not supported. The second belongs to the model:
+    # PNDM has no such option, and would take another noise schedule.
+    overrides = {"skip_prk_steps": True, "rescale_betas_zero_snr": False} if kind != "auto" else {}
     defaults = DEFAULTS[name] | overrides
     options = {key: config.get(key, default) for key, default in defaults.items()}
     for key, value in options.items():
@@ -125,7 +127,7 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
             raise ErasecError(
                 f"the {name} has {key} = {value!r}",
                 why=f"supported are {', '.join(map(repr, SUPPORTED[key]))}",
-                fix=instead,
+                fix=elsewhere if key in (*NOISE_DEFAULTS, "rescale_betas_zero_snr") else instead,
             )
     total = options["num_train_timesteps"]
     if not 0 < steps < total:
@@ -146,6 +148,15 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
             fix="take fewer",
         )
     return scheduler
+
+
+def sampling_notes(target: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence where ``erasec run`` cannot sample with the scheduler of this config, for a target's plan."""
+    try:
+        make_scheduler(config, 2)
+    except ErasecError as error:
+        return (f"{target}: erasec run cannot sample with the model's scheduler: {error.what}; {error.fix}.",)
+    return ()
 
 
 def alphas_cumprod(options: Mapping[str, Any]) -> Array:

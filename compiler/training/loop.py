@@ -15,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from erasec.base import Context
-from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors, tensor_bytes
+from erasec.checkpoint.safetensors import file_digest, read_tensor, tensor_bytes
+from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.documents import Source, parse_json
 from erasec.errors import ErasecError, reason
 from erasec.progress import bar
@@ -290,7 +291,7 @@ class _Loop:
                 tensors |= {f"adam/{number}/{names[index]}/{part}": torch.as_tensor(state[part]) for part in state}
         path.parent.mkdir(parents=True, exist_ok=True)
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
-        save_tensors(path, on_cpu, {"erasec.run": json.dumps(asdict(run))}, private=True, durable=True)
+        save_sealed(path, on_cpu, {"erasec.run": json.dumps(asdict(run))}, private=True, durable=True)
 
     def restore(self, path: Path) -> Run:
         """Read the state that ``save`` wrote. Raises ErasecError where it is damaged."""
@@ -301,7 +302,7 @@ class _Loop:
             raise source.error(error.why if isinstance(error, ErasecError) else reason(error)) from error
 
     def _restore(self, path: Path, source: Source) -> Run:
-        entries, metadata = read_header(path)
+        entries, metadata = read_sealed(path)
         tensors = {key: read_tensor(entry) for key, entry in entries.items()}
         self.put({name: tensors[f"value/{name}"] for name in self.parameters})
         for name in self.average:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from erasec.checkpoint import journal, sealed
 from erasec.checkpoint import safetensors as checkpoint
-from erasec.checkpoint import sealed
 from erasec.errors import ErasecError
 
 
@@ -48,3 +49,28 @@ def test_a_file_without_a_digest_is_read_and_one_line_says_so(
         sealed.read_sealed(tmp_path / "new")
     note = " note: old is not verified: erasec 0.1.0 wrote no digest of its content into it\n"
     assert capsys.readouterr().err == note
+
+
+@pytest.mark.parametrize("spelled", ["as written", "with spaces", "with escapes"])
+def test_an_edit_renews_the_digest_where_the_header_has_it(tmp_path: Path, spelled: str) -> None:
+    checkpoint.save_tensors(tmp_path / "base", tensors(), {"quoted": f'"{sealed.DIGEST}":"0"'})
+    sealed.patch_sealed(tmp_path / "base", tmp_path / "file", {"half": lambda: torch.zeros(5).half()})
+    data = (tmp_path / "file").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = {
+        "as written": data[8 : 8 + length],
+        "with spaces": json.dumps(json.loads(data[8 : 8 + length])).encode(),
+        "with escapes": data[8 : 8 + length].replace(f'"{sealed.DIGEST}":'.encode(), rb'"erasec\u002edigest":'),
+    }[spelled]
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    changed = {"rows": lambda: torch.zeros(3, 4)}
+    if spelled == "with escapes":
+        with pytest.raises(ErasecError, match="not edited in place"):
+            journal.patch_in_place({tmp_path / "file": changed})
+    else:
+        journal.patch_in_place({tmp_path / "file": changed})
+        assert sealed.read_sealed(tmp_path / "file")[1]["quoted"] == f'"{sealed.DIGEST}":"0"'
+        entries, _ = checkpoint.read_header(tmp_path / "file")
+        assert not checkpoint.read_tensor(entries["rows"]).any()
+        assert not checkpoint.read_tensor(entries["half"]).any()
+    assert not journal.pending(tmp_path / "file")

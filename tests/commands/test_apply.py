@@ -18,8 +18,10 @@ from erasec.checkpoint import journal, manifest
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import file_digest
+from erasec.checkpoint.sealed import DIGEST
 from erasec.checkpoint.staging import output
 from erasec.commands.apply import apply
+from erasec.commands.check import examine
 from erasec.commands.combine import combine
 from erasec.errors import CheckFailed, ErasecError
 from erasec.model import edit_file, loading
@@ -126,8 +128,43 @@ def test_a_single_file_stays_one_with_all_other_bytes_unchanged(family: str, tmp
     for site in folder.streams["context"]:
         assert torch.equal(view.stored_weight(site), wanted.merged_weight(site))
     assert torch.equal(single.encode(["a star"]).states, folder.encode(["a star"]).states)
+    metadata, sealed_metadata = (checkpoint.read_header(path)[1] for path in (file, tmp_path / "out.safetensors"))
+    assert sealed_metadata == metadata | {DIGEST: sealed_metadata[DIGEST]}
     apply(edit, str(file), in_place=True)
-    assert file.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    data, sealed_data = (path.read_bytes() for path in (file, tmp_path / "out.safetensors"))
+    start, sealed_start = (8 + int.from_bytes(each[:8], "little") for each in (data, sealed_data))
+    assert sealed_data[sealed_start:] == data[start:]
+    assert list(checkpoint.read_header(file)[0]) == list(new)
+
+
+def test_a_single_file_carries_a_digest_that_check_compares_and_later_edits_renew(tmp_path: Path) -> None:
+    random_layout(tmp_path / "base", "sd1", "tiny", dtype="float16")
+    Ldm().export(Folder(tmp_path / "base"), tmp_path, Context())
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    model = str(tmp_path / "model.safetensors")
+    apply(write(loading.load(model), Uce(), [STAR], tmp_path / "star.edit.safetensors"), model, out)
+
+    def outcome(file: Path) -> bool:
+        (check,) = examine(file).checks
+        return check.passed
+
+    assert outcome(out)
+    good = out.read_bytes()
+    heart = write(loading.load(str(out)), Uce(), [HEART], tmp_path / "heart.edit.safetensors")
+    for place in (good.index(b"modelspec.") + 30, len(good) - 1):
+        out.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        assert not outcome(out)
+    for more in ({"in_place": True}, {"out": again}):
+        with pytest.raises(ErasecError, match=r"out\.safetensors is damaged"):
+            apply(heart, str(out), **more)  # type: ignore[arg-type]
+    assert not again.exists() and not journal.pending(out)
+    out.write_bytes(good)
+    apply(heart, str(out), again)
+    apply(heart, str(out), in_place=True)
+    assert out.read_bytes() == again.read_bytes() != good
+    assert outcome(out)
+    with pytest.raises(ErasecError, match="cannot be checked"):
+        examine(Path(model))
 
 
 def test_another_base_is_refused_and_with_transfer_noted(base: Model, star: Path, tmp_path: Path) -> None:

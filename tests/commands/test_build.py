@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +22,6 @@ from erasec.checkpoint.staging import output
 from erasec.commands import build, plan
 from erasec.errors import CheckFailed, ErasecError
 from erasec.model import loading
-from erasec.model.sidecar import Extras, write_extras
 from erasec.recipe import recipe
 from erasec.recipe.recipe import Limits, NamedOptions, Recipe
 from erasec.reporting.report import Report
@@ -224,45 +219,6 @@ def test_every_target_is_made_of_the_chosen_variant(random_folder: Path, tmp_pat
     make(tmp_path / "out", model=str(base), variant="bf16", targets=("hf", "ldm"))
     single = read_header(tmp_path / "out/ldm/model.safetensors")[0]
     assert {entry.dtype for entry in single.values()} == {"BF16"}
-
-
-def as_legacy_variant(base: Path) -> None:
-    """Make fp16 the only variant of a folder, and its UNet two shards, with the names that older versions gave them."""
-    for file in base.glob("*/*.safetensors"):
-        file.rename(file.with_suffix(".fp16.safetensors"))
-    file = base / "unet" / "diffusion_pytorch_model.fp16.safetensors"
-    tensors = {key: read_tensor(entry) for key, entry in read_header(file)[0].items()}
-    shards = [f"diffusion_pytorch_model-0000{number}-of-00002.fp16.safetensors" for number in (1, 2)]
-    places = {key: shards[number % 2] for number, key in enumerate(sorted(tensors))}
-    for shard in shards:
-        save_tensors(file.with_name(shard), {key: tensors[key] for key in tensors if places[key] == shard})
-    index = file.with_name("diffusion_pytorch_model.safetensors.fp16.index.json")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    file.unlink()
-
-
-@pytest.mark.parametrize("kind", ["graphs", "variant", "bundle"])
-def test_every_snippet_of_the_card_runs(
-    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    base = Path(shutil.copytree(random_folder, tmp_path / "base"))
-    if kind == "variant":
-        as_legacy_variant(base)
-    if kind == "bundle":
-        write_extras(base, Extras(negative="a star"))
-    targets = ("onnx",) if kind == "graphs" else ()
-    make(tmp_path / "out", model=str(base), targets=targets, variant="fp16" if kind == "variant" else "")
-    monkeypatch.chdir(tmp_path / "out")
-    card = Path("README.md").read_text(encoding="utf-8")
-    made = {}
-    for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
-        if "optimum" in block and importlib.util.find_spec("optimum") is None:
-            continue
-        exec(compile(block, "card", "exec"), names := dict[str, Any]())
-        made |= names
-    assert made["image"].size == (64, 64)
-    assert ("onnxruntime" in made) == bool(targets)
-    assert ("multiples of 32 pixels" in card) == bool(targets)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -13,7 +13,7 @@ import yaml
 from sample_report import Page, leaves, star_report, written
 
 from erasec.base import Check
-from erasec.reporting.report import ArtifactRecord, Report, write_report
+from erasec.reporting.report import ArtifactRecord, BaseRecord, Report, write_report
 
 
 def test_page_and_json_have_the_same_facts(tmp_path: Path) -> None:
@@ -166,6 +166,23 @@ def test_the_card_shows_how_to_load_each_artifact(tmp_path: Path) -> None:
     assert 'from_pretrained("hf")' in only and "onnxruntime" not in only
     for block in re.findall(r"```python\n(.*?)```", both, flags=re.DOTALL):
         compile(block, "card", "exec")
+
+
+def test_the_card_loads_the_base_of_a_lora_from_the_hub_at_its_revision(tmp_path: Path) -> None:
+    model = {**star_report().model, "name": "sd14", "revision": "133a221"}
+    lora = ArtifactRecord("lora", "lora", {"pytorch_lora_weights.safetensors": (9, "0" * 64)})
+    base = BaseRecord("hub", "CompVis/stable-diffusion-v1-4", "StableDiffusionPipeline", "fp16")
+    card = written(star_report(model=model, base=base, written=(lora,)), tmp_path)[2]
+    call = 'DiffusionPipeline.from_pretrained("CompVis/stable-diffusion-v1-4", revision="133a221", variant="fp16")'
+    assert f'pipe = {call}\npipe.load_lora_weights("lora")' in card
+
+
+def test_the_card_of_a_single_file_alone_needs_no_configs(tmp_path: Path) -> None:
+    ldm = ArtifactRecord("ldm", "ldm", {"model.safetensors": (9, "0" * 64)})
+    base = BaseRecord("folder", "base", "StableDiffusionXLPipeline")
+    for number, (artifacts, more) in enumerate((((ldm,), ""), ((star_report().written[0], ldm), ', config="hf"'))):
+        card = written(star_report(base=base, written=artifacts), tmp_path / str(number))[2]
+        assert f'pipe = StableDiffusionXLPipeline.from_single_file("ldm/model.safetensors"{more})' in card
 
 
 def test_the_card_names_the_variant_and_the_sizes_that_graphs_take(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_auto_takes_the_class_of_the_config_and_a_name_only_its_noise_schedule()
         ({}, 10, "ddmi", ["no scheduler 'ddmi'", "did you mean 'ddim'?"]),
         ({"algorithm_type": "sde-dpmsolver++"}, 10, "dpm", ["'sde-dpmsolver++'", "--scheduler ddim"]),
         ({"use_karras_sigmas": True}, 10, "euler", ["use_karras_sigmas = True"]),
-        ({"prediction_type": "sample"}, 10, "ddim", ["'sample'", "--scheduler euler"]),
+        ({"prediction_type": "sample"}, 10, "ddim", ["'sample'", "with diffusers"]),
         ({"beta_schedule": "squaredcos_cap_v2"}, 10, "ddim", ["squaredcos_cap_v2"]),
         ({"skip_prk_steps": False}, 10, "pndm", ["skip_prk_steps = False"]),
         ({"_class_name": "PNDMScheduler"}, 10, "auto", ["skip_prk_steps = False"]),
@@ -123,3 +123,12 @@ def test_unsupported_options_are_refused(config: dict[str, Any], steps: int, kin
     with pytest.raises(ErasecError) as caught:
         make_scheduler(config, steps, kind)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["auto", *KINDS])
+def test_a_schedule_without_signal_at_its_end_is_refused_by_every_scheduler(kind: str) -> None:
+    config = {**SD, "_class_name": KINDS["ddim"], "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    make_scheduler({**config, "rescale_betas_zero_snr": False}, 4, kind)
+    with pytest.raises(ErasecError, match="rescale_betas_zero_snr = True") as caught:
+        make_scheduler(config, 4, kind)
+    assert "diffusers" in caught.value.fix  # and no other scheduler

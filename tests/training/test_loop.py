@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from erasec.base import Context
 from erasec.checkpoint import safetensors as checkpoint
+from erasec.checkpoint import sealed
 from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.model.edit import Dense, Edit, Remap
@@ -243,6 +244,39 @@ def test_only_its_owner_can_read_a_state(tmp_path: Path) -> None:
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
     checkpoint.save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
     assert stat.S_IMODE((tmp_path / "other.safetensors").stat().st_mode) == 0o644
+
+
+def test_no_flipped_byte_of_a_state_is_resumed_from(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    loop.fit("toy", Problem().objectives, steps=3, seed=1, ema=0.9, resume_file=state)
+    good = state.read_bytes()
+    start = 8 + int.from_bytes(good[:8], "little")
+    metadata = good.index(b"loss")  # a curve, in the header
+    for place in (metadata, start, (start + len(good)) // 2, len(good) - 1):
+        state.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        problem = Problem()
+        with pytest.raises(ErasecError, match="the state of the training cannot be read") as caught:
+            loop.fit("toy", problem.objectives, steps=5, seed=1, ema=0.9, resume_file=state)
+        assert problem.calls == 0
+        assert caught.value.where == str(state) and "delete this file" in caught.value.fix
+        assert "content is not what was written" in caught.value.why
+    state.write_bytes(good)
+    loop.fit("toy", Problem().objectives, steps=5, seed=1, ema=0.9, resume_file=state)
+
+
+def test_a_state_without_a_digest_is_resumed_from_and_stderr_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state.safetensors"
+    loop.fit("toy", Problem().objectives, steps=3, seed=1, resume_file=state)
+    entries, metadata = checkpoint.read_header(state)
+    tensors = {key: checkpoint.read_tensor(entry) for key, entry in entries.items()}
+    metadata = {key: value for key, value in metadata.items() if key != sealed.DIGEST}
+    checkpoint.save_tensors(state, tensors, metadata)
+    problem = Problem()
+    loop.fit("toy", problem.objectives, steps=5, seed=1, resume_file=state)
+    assert problem.calls == 2
+    assert "state.safetensors is not verified" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
