@@ -31,6 +31,8 @@ PAGES = [
     "docs/closed_form.md",
     "docs/learned.md",
     "docs/deploy.md",
+    "docs/emoji.md",
+    "docs/reliability.md",
 ]
 BASE, NEVER = "base", "never-star model"
 

@@ -32,7 +32,7 @@ from typing import Any
 LIMIT_S = 10.0  # a case that takes longer hangs
 MEMORY = 24 << 30  # bytes of addresses; a header that asks for more must not get it
 # Every so many cases of a whole folder, the program itself reads it, in a process of its own.
-PROGRAM_EVERY = 400
+PROGRAM_EVERY = 20
 PYTHON_WORDS = re.compile(r"__init__|NoneType|object has no|Traceback|unexpected keyword|positional argument|<class '")
 BAD = ("traceback", "hang", "words", "wrong")
 
