@@ -474,6 +474,7 @@ def test_cfg_still_sets_the_guidance_with_one_line_on_stderr(run: Any, monkeypat
 
     class Bundle:
         components = SimpleNamespace(text_read=lambda text: text)
+        root = Path("any")
 
         def generate(self, prompts: list[str], seeds: range, steps: int, guidance: float, *more: object) -> Any:
             guidances.append(guidance)
