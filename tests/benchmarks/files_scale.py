@@ -8,8 +8,8 @@ A random diffusers folder in float32 and an edit file of rank 10 for its 32 K an
 process, in turn, --rounds times; the figures are medians. "seconds" is the time that the step takes once everything is
 imported, for erasec from the parsing of its command line on; "durable" is that until the files are on disk too (fsync
 of each); "process" the whole process, imports included. ``apply`` writes the sha256 of what it writes, so it is
-compared with a copy whose files are hashed one after another. "peak_mb" is the process's resident peak, VmHWM: ru_maxrss would
-inherit that of its parent. What is measured is the disk where DIR or TMPDIR lies.
+compared with a copy whose files are hashed one after another. "peak_mb" is the process's resident peak, VmHWM:
+ru_maxrss would inherit that of its parent. What is measured is the disk where DIR or TMPDIR lies.
 """
 
 from __future__ import annotations
