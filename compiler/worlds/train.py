@@ -31,12 +31,12 @@ from erasec.progress import bar
 from erasec.worlds import assemble, networks
 from erasec.worlds.base import WORLDS, World, open_world
 from erasec.worlds.fit import Average, Modules, fit, half_precision
+from erasec.worlds.losses import spread_loss
 
 SIZE = 64
 WORLD_SEED, JUDGE_SEEDS = 0, {"judge-a": 101, "judge-b": 102}
 TEXT_BATCH = 256
 GROUP = 16  # pictures of one group in a batch with hard negatives
-LEAST_DEVIATION = 0.5  # of each dimension of the text states, over a batch
 PATCH = 8  # side of the patches that are shuffled into a picture of nothing
 
 
@@ -178,20 +178,6 @@ def stage_text(work: Work) -> None:
 
     parts: Modules = {"text": encoder, "pair": pair}
     fit(work.root / "text", work.steps("text"), work.world.text_rate, optimizer, parts, loss, work.seed + 1)
-
-
-def spread_loss(states: Tensor) -> Tensor:
-    """The variance and covariance terms of VICReg (Bardes et al., 2022, equations 1 and 3) on states (n, d).
-
-    A contrastive loss alone is content with a few dimensions. Then every name is nearly a sum of others, and no edit
-    could change one of them alone.
-    """
-    centred = states - states.mean(0)
-    deviation = (centred.pow(2).mean(0) + 1e-4).sqrt()
-    correlation = (centred / deviation).T @ (centred / deviation) / len(states)
-    together = correlation.pow(2).sum() - correlation.diagonal().pow(2).sum()
-    spread: Tensor = F.relu(LEAST_DEVIATION - deviation).mean() / LEAST_DEVIATION + together / states.shape[1]
-    return spread
 
 
 def hash_of(text: str) -> int:
