@@ -202,13 +202,23 @@ def file_row(step: str, row: dict[str, Any]) -> str:
 
 
 def test_the_table_of_files_is_the_result_and_meets_its_goals(root: Path) -> None:
-    """Within 1.3 of a copy with digests, in place within 1.5 seconds of the imports, 600 MB at most."""
+    """Within 1.3 of a copy with digests, 600 MB at most."""
     rows = results(root, "files_scale")["rows"]
     expected = [file_row(step, rows[step]) for step in STEPS]
     assert differences(page(root, "docs/closed_form.md"), FILES, expected) == []
     assert all(rows[step]["peak_mb"] <= 600 for step in STEPS)
     assert rows["apply"]["durable"] <= 1.3 * rows["copy_digest"]["durable"]
-    assert rows["in_place"]["durable"] <= 1.5
+
+
+@pytest.mark.xfail(strict=True, reason="1.1 s, in part for the tokenizer, which is read with every model")
+def test_an_edit_in_place_takes_a_second(root: Path) -> None:
+    assert results(root, "files_scale")["rows"]["in_place"]["durable"] <= 1.0
+
+
+@pytest.mark.xfail(strict=True, reason="2.6: half of it is the sha256 of what was written, for the manifest")
+def test_apply_takes_no_longer_than_a_copy(root: Path) -> None:
+    rows = results(root, "files_scale")["rows"]
+    assert rows["apply"]["durable"] <= 1.3 * rows["copy"]["durable"]
 
 
 def pass_cells(measured: dict[str, dict[str, dict[str, Any]]], setup: str) -> list[str]:
