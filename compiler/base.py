@@ -175,8 +175,8 @@ class EditTarget(Output):
 class Question:
     """A picture to generate, and the label to look for in it.
 
-    ``group`` is "name", "synonym", "implicit" or "keep". ``colour`` is the colour that the prompt names, "" if it names
-    none.
+    ``group`` is "name", "synonym", "implicit" or "keep". A ``looked_for`` of "" means that no judge looks for anything
+    in the picture. ``colour`` is the colour that the prompt names, "" if it names none.
     """
 
     group: str

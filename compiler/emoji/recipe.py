@@ -49,8 +49,8 @@ def world(data: Path | None) -> World:
         images=48_000,
         judge_images=40_000,
         steps={
-            "text": 2000,
-            "vae": 5000,
+            "text": 1600,
+            "vae": 3500,
             "decoder": 1500,
             "unet": 8000,
             "twin": 8000,
