@@ -65,10 +65,9 @@ def tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def write_pipeline(
-    out: Path, sizes: Sizes, text: State, vae: State, unet: State, scaling_factor: float, dtype: torch.dtype
-) -> None:
-    """Write everything except the tokenizer, which must be in ``out/tokenizer``. Weights are cast to ``dtype``."""
+def write_pipeline(out: Path, sizes: Sizes, text: State, vae: State, scaling_factor: float, dtype: torch.dtype) -> None:
+    """Write everything except the UNet and the tokenizer, which must be in ``out/tokenizer``. Weights are cast to
+    ``dtype``."""
     tokens = tokenizer(out / "tokenizer")
     encoder = networks.text_encoder(sizes, len(tokens), tokens.bos_token_id, tokens.eos_token_id)
     empty_vae = networks.vae(sizes)
@@ -86,7 +85,6 @@ def write_pipeline(
     text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}
     _write_tensors(out / "text_encoder" / "model.safetensors", text, dtype)
     _write_tensors(out / "vae" / WEIGHTS, vae, dtype)
-    write_unet(out, sizes, unet, dtype)
 
 
 def write_unet(out: Path, sizes: Sizes, unet: State, dtype: torch.dtype) -> None:

@@ -50,7 +50,8 @@ def fit(
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         first = state.pop("step")
-        optimizer.load_state_dict(state.pop("optimizer"))
+        if "optimizer" in state:  # published weights have none
+            optimizer.load_state_dict(state.pop("optimizer"))
         for name, part in parts.items():
             part.load_state_dict(state[name])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.errors import ErasecError
 from erasec.progress import bar
-from erasec.worlds import assemble, networks
+from erasec.worlds import assemble, networks, published
 from erasec.worlds.base import WORLDS, World, open_world
 from erasec.worlds.fit import Average, Modules, fit, half_precision
 from erasec.worlds.losses import spread_loss
@@ -62,6 +61,13 @@ class Work:
 
     def done(self, stage: str) -> bool:
         return (self.root / stage / "done").exists()
+
+    def begun(self, stage: str) -> bool:
+        return (self.root / stage / "resume.pt").exists()
+
+    def step(self, stage: str) -> int:
+        """The steps that a stage has trained."""
+        return int(torch.load(self.root / stage / "resume.pt", weights_only=True)["step"]) if self.begun(stage) else 0
 
     def load(self, stage: str, part: str) -> dict[str, Tensor]:
         state: dict[str, dict[str, Tensor]] = torch.load(self.root / stage / "resume.pt", weights_only=True)
@@ -123,7 +129,9 @@ class Work:
 
 
 def stage_render(work: Work) -> None:
-    assemble.write_tokenizer(work.root / "tokenizer", work.images()[2], work.world.sizes.vocabulary)
+    captions = work.images()[2]
+    if not (work.root / "tokenizer").exists():
+        assemble.write_tokenizer(work.root / "tokenizer", captions, work.world.sizes.vocabulary)
 
 
 def text_batches(work: Work, count: int) -> Callable[[torch.Generator], Tensor]:
@@ -365,26 +373,6 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
 }
 
 
-def pack(work: Work, out: Path) -> None:
-    """Write the published weights in float16: both models as diffusers folders, the judges and the contrastive pair.
-
-    The twin has a UNet of its own. It shares the rest with the model of the whole world, where that is written once.
-    """
-    sizes = work.world.sizes
-    factor = json.loads((work.root / "latents" / "factor.json").read_text())["scaling_factor"]
-    text, vae, pair = work.load("text", "text"), work.load("decoder", "vae"), work.load("text", "pair")
-    model = out / work.world.name
-    shutil.copytree(work.root / "tokenizer", model / "tokenizer", dirs_exist_ok=True)
-    assemble.write_pipeline(model, sizes, text, vae, work.load("unet", "average"), factor, torch.float16)
-    assemble.write_unet(out / work.world.twin, sizes, work.load("twin", "average"), torch.float16)
-    for name in ("judge-a", "judge-b"):
-        assemble.write_half(out / "judges" / f"{name}.safetensors", work.load(name, "judge"))
-    if sizes.pair:
-        assemble.write_half(out / "judges" / "pair.safetensors", pair)
-    else:
-        assemble.write_clip(out / "judges" / "clip", work.root / "tokenizer", sizes, text, pair)
-
-
 def run_stage(work: Work, stage: str) -> None:
     torch.manual_seed(work.seed + hash_of(stage) % 1000)
     STAGES[stage][1](work)
@@ -423,6 +411,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps and data, for a trial run")
     parser.add_argument("--out", type=Path, help="folder for the finished weights (default: WORK/weights)")
+    parser.add_argument("--start", type=Path, help="folder of weights from which the stages begin that lie there")
+    parser.add_argument("--pack", action="store_true", help="write what is trained so far into --out, and end")
     parser.add_argument("--only", choices=sorted(STAGES), help="run only this stage, in this process")
     parser.add_argument("--bfloat16", action="store_true", help="faster on CPUs with AMX and on GPUs")
     options = parser.parse_args(arguments)
@@ -435,9 +425,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.only:
         run_stage(work, options.only)
         return
+    out = options.out or work.root / "weights"
+    if options.pack:
+        published.pack(work, out)
+        return
+    if options.start:
+        taken = published.take(work, options.start)
+        print(f"from {options.start}: {', '.join(taken) or 'nothing, all stages have begun'}", file=sys.stderr)
     jobs = options.jobs or (2 if options.device == "cpu" else 1)
     run_all(work, jobs, arguments)
-    pack(work, options.out or work.root / "weights")
+    published.pack(work, out)
 
 
 if __name__ == "__main__":
