@@ -27,9 +27,7 @@ from torch.nn import functional as F
 
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.errors import ErasecError
-from erasec.model.loading import bundled_folder
 from erasec.progress import bar
-from erasec.recipe.presets import FILE as PRESETS_FILE
 from erasec.worlds import assemble, networks
 from erasec.worlds.base import WORLDS, World, open_world
 from erasec.worlds.fit import Average, Modules, fit, half_precision
@@ -378,8 +376,7 @@ def pack(work: Work, out: Path) -> None:
     model = out / work.world.name
     shutil.copytree(work.root / "tokenizer", model / "tokenizer", dirs_exist_ok=True)
     assemble.write_pipeline(model, sizes, text, vae, work.load("unet", "average"), factor, torch.float16)
-    # What was chosen on glyphs suits all networks of this size. Read first: it may be the file that is written.
-    (model / PRESETS_FILE).write_bytes((bundled_folder("glyphs") / PRESETS_FILE).read_bytes())
+    assemble.write_presets(model)
     assemble.write_unet(out / work.world.twin, sizes, work.load("twin", "average"), torch.float16)
     for name in ("judge-a", "judge-b"):
         assemble.write_half(out / "judges" / f"{name}.safetensors", work.load(name, "judge"))
