@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     default_out, recipe = partial(_default_out, recipe.model), one_spelling(recipe)
     concepts = _concepts(recipe)
     keys = tuple(read_key(Path(name).expanduser()) for name in recipe.keys)
-    settings.check_uses(recipe.passes)
+    classes = settings.load(recipe.passes)
     out = (out or default_out(concepts, keys)).expanduser()
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     concepts, remarks = _of_model(recipe, concepts, model)
     defaults = settings.defaults_of(model)
     uses = recipe.passes or settings.default_passes(concepts, defaults)
-    settled = settings.settle(uses, concepts, defaults, by_flag)
+    settled = settings.settle(uses, concepts, defaults, by_flag, classes)
     passes, origins = tuple(item.step for item in settled), tuple(item.origins for item in settled)
     reasons = tuple(settings.reason(step.name, concepts, defaults) for step in passes)
     for step in passes:

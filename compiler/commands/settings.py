@@ -6,7 +6,8 @@ that before the class of the pass, whose values are the published ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,33 +47,25 @@ class Settled:
 
 
 def defaults_of(model: Model) -> Defaults:
-    """The presets of a model and of its family. Raises ErasecError for presets that are damaged, and for unknown passes
-    and options in them."""
+    """The presets of a model and of its family. Raises ErasecError for presets of the model that are damaged, or name
+    passes or options that do not exist."""
     own = read_presets(model.source.root)
+    if unknown := sorted({*own.options, *own.default.values()} - (known := registry.passes()).keys()):
+        why = f"there is none; {suggestion(unknown[0], known)}"
+        raise ErasecError(f"the presets name a pass {unknown[0]!r}", why=why, where=own.where)
     for name, tables in own.options.items():
         for kind, table in tables.items():
-            _check(name, table, f"{own.where}, [{name}{f'.{kind}' if kind is not None else ''}]")
-    for name in own.default.values():
-        _check(name, {}, f"{own.where}, [default]")
+            try:
+                configure(registry.load_pass(name), table, name)
+            except ErasecError as error:
+                error.where = error.where or f"{own.where}, [{name}{f'.{kind}' if kind is not None else ''}]"
+                raise
     return Defaults(own, family_presets(model.family))
 
 
 def family_presets(family: Family) -> Presets:
-    """The presets in the file of a family."""
+    """The presets in the file of a family. A test holds them to the passes."""
     return parse_presets(family.presets, f"{family.name}.toml, [presets]")
-
-
-def _check(name: str, table: Mapping[str, object], where: str) -> None:
-    """Raise ErasecError unless there is a pass ``name`` that takes the options of a table."""
-    if name not in (known := registry.passes()):
-        raise ErasecError(
-            f"the presets name a pass {name!r}", why=f"there is none; {suggestion(name, known)}", where=where
-        )
-    try:
-        configure(registry.load_pass(name), table, name)
-    except ErasecError as error:
-        error.where = error.where or where
-        raise
 
 
 def default_passes(concepts: Sequence[Concept], defaults: Defaults) -> tuple[NamedOptions, ...]:
@@ -95,17 +88,26 @@ def reason(name: str, concepts: Sequence[Concept], defaults: Defaults) -> str:
     return f"the default for concepts of kind {', '.join(sorted({concept.kind or 'none' for concept in concepts}))}"
 
 
-def check_uses(uses: Sequence[NamedOptions]) -> None:
-    """Raise ErasecError for a pass that does not exist, or does not take its options."""
+def load(uses: Sequence[NamedOptions]) -> tuple[type[Pass], ...]:
+    """The classes of passes. Raises ErasecError for a pass that does not exist, or does not take its options."""
+    classes = []
     for number, use in enumerate(uses, 1):
-        _configured(number, use.name, use.options)
+        with _place(number, use.name):
+            kind = registry.load_pass(use.name)
+            configure(kind, use.options, use.name)
+        classes.append(kind)
+    return tuple(classes)
 
 
 def settle(
-    uses: Sequence[NamedOptions], concepts: Sequence[Concept], defaults: Defaults, by_flag: bool = False
+    uses: Sequence[NamedOptions],
+    concepts: Sequence[Concept],
+    defaults: Defaults,
+    by_flag: bool = False,
+    classes: Sequence[type[Pass]] = (),
 ) -> tuple[Settled, ...]:
     """The passes of a build with the options of all levels. The options of ``uses`` are those of flags (``by_flag``) or
-    of the recipe.
+    of the recipe; ``classes`` are their classes, if they were loaded before: a Python file runs once.
 
     A table for a kind of concept applies if all concepts have that kind. In a build of several kinds, only the tables
     for all kinds do. A pass of a local Python file has no presets.
@@ -113,8 +115,7 @@ def settle(
     kinds = {concept.kind for concept in concepts}
     kind = kinds.pop() if len(kinds) == 1 else None
     settled = []
-    for number, use in enumerate(uses, 1):
-        cls = registry.load_pass(use.name)
+    for number, (use, cls) in enumerate(zip(uses, classes or load(uses), strict=True), 1):
         values: dict[str, object] = {}
         origins: dict[str, Origin] = {}
         levels: list[tuple[Origin, Mapping[str, object]]] = [
@@ -126,15 +127,17 @@ def settle(
             given = present_names(cls, table, use.name)
             values |= given
             origins |= dict.fromkeys(given, origin)
-        step = _configured(number, use.name, values)
+        with _place(number, use.name):
+            step = configure(cls, values, use.name)
         settled.append(Settled(step, {name: origins.get(name, "class") for name in options(step)}))
     return tuple(settled)
 
 
-def _configured(number: int, name: str, values: Mapping[str, object]) -> Pass:
-    """The pass ``name`` with these options. Errors say which entry of the recipe is at fault."""
+@contextmanager
+def _place(number: int, name: str) -> Iterator[None]:
+    """Errors inside the block say which entry of the recipe is at fault."""
     try:
-        return configure(registry.load_pass(name), values, name)
+        yield
     except ErasecError as error:
         error.where = error.where or f"[[pass]] {number} ({name})"
         raise

@@ -285,10 +285,12 @@ def test_code_of_a_stranger_is_not_run(own: Path, here: Path) -> None:
 
 
 def test_a_pass_of_a_local_file_has_no_presets(own: Path, here: Path) -> None:
-    (here / "mine.py").write_text("from erasec.passes.uce import Uce")
+    count = 'with open("runs", "a") as file:\n    file.write("x")\n'
+    (here / "mine.py").write_text(f"from erasec.passes.uce import Uce\n{count}")
     step = planned(own, "mine.py:Uce:keep=7")
     assert (step["options"]["scale"], step["options"]["keep"]) == (1.0, 7.0)
     assert step["origins"]["scale"] == "class"
+    assert (here / "runs").read_text() == "x"  # it runs once
 
 
 def test_presets_travel_with_the_folders_that_are_made_of_a_model(own: Path, here: Path) -> None:
