@@ -207,7 +207,7 @@ def test_gradients_start_from_zero_at_every_step_and_only_in_the_reference_add_u
 
     def same(steps: int) -> bool:
         own, sums = (
-            Accumulating(**{**QUICK, "steps": steps}, reference=reference).solve(model, concept, Context()).deltas
+            tuned(Accumulating, **{**QUICK, "steps": steps}, reference=reference).solve(model, concept, Context()).deltas
             for reference in (False, True)
         )
         return all(torch.equal(vars(own[site])["value"], vars(sums[site])["value"]) for site in own)
@@ -236,7 +236,7 @@ there: list[weakref.ref[Any]] = []
 def test_targets_are_the_original_s_while_it_starts_from_and_is_held_to_the_model_as_given(model: Model) -> None:
     given = model.with_edit(Remap().solve(model, CONCEPT, Context()))
     seen.clear()
-    edit = Watched(**QUICK).solve(given, CONCEPT, Context())
+    edit = tuned(Watched, **QUICK).solve(given, CONCEPT, Context())
     assert seen == [(), True]  # never two networks at once
     assert edit.curves["loss preserve"][0] + edit.curves["loss keep"][0] < 1e-8
     assert edit.curves["loss preserve"][1] > 1e-8
