@@ -40,7 +40,8 @@ class ClosedForm(Pass):
 
     The published ridges are absolute, so that they mean something else for each number of rows and for text states of
     another size (the norm is about 28 in Stable Diffusion 1). The default is relative for that reason. Its value is
-    that of UCE's 0.5 for one phrase in five templates of Stable Diffusion 1: 427 rows with a mean diagonal of 436.
+    about that of UCE's 0.5 for one phrase in five templates of Stable Diffusion 1, where some 427 rows have a mean
+    diagonal of 436.
     """
 
     scale: Annotated[float, Field(gt=0)] = 1.0
