@@ -38,9 +38,9 @@ class Uce(ClosedForm):
     the text keys and values of every block instead, on their inputs at a few noise levels of seeded noise; several
     concepts are then solved one after the other.
 
-    The defaults are those of the code of 2023, which the paper describes. Its weights of up to ten kept
-    prompts, one divided by their number, add up to the weight of one erased prompt, as ``scale`` and ``keep`` of 1 do. For ``ridge`` see
-    ``ClosedForm``.
+    The defaults are those of the code of 2023, which the paper describes. Its weights of up to ten kept prompts, one
+    divided by their number, add up to the weight of one erased prompt, as ``scale`` and ``keep`` of 1 do. For ``ridge``
+    see ``ClosedForm``.
     """
 
     rows: Literal["tail", "last"] = "tail"
