@@ -207,8 +207,8 @@ def test_gradients_start_from_zero_at_every_step_and_only_in_the_reference_add_u
 
     def same(steps: int) -> bool:
         own, sums = (
-            tuned(Accumulating, **{**QUICK, "steps": steps}, reference=reference).solve(model, concept, Context()).deltas
-            for reference in (False, True)
+            tuned(Accumulating, **{**QUICK, "steps": steps, "reference": given}).solve(model, concept, Context()).deltas
+            for given in (False, True)
         )
         return all(torch.equal(vars(own[site])["value"], vars(sums[site])["value"]) for site in own)
 
