@@ -216,7 +216,7 @@ class Family:
     attention module to its matrices, and each matrix to (what it attends to, what it computes). ``embeddings`` maps
     further matrices that read text to what they embed. If ``trainable``, learned passes and memories can run the
     denoiser. ``graphs`` are the ONNX graphs that can be exported. ``hub`` maps aliases to repositories. ``lora`` is the
-    metadata of LoRA files.
+    metadata of LoRA files. ``presets`` are options of passes that suit its models (see ``erasec.recipe.presets``).
     """
 
     name: str
@@ -235,6 +235,7 @@ class Family:
     single_file: SingleFileLayout | None = None
     configs: ConfigLayout | None = None
     lora: Mapping[str, str] = field(default_factory=dict)
+    presets: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

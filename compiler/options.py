@@ -73,13 +73,13 @@ def options(cls: type[T]) -> type[T]:
     return cast("type[T]", dataclass)
 
 
-def configure(kind: type[T], given: Mapping[str, object], label: str) -> T:
-    """Create a pass or target of the class ``kind`` with the options ``given``. ``label`` names it in errors.
+def present_names(kind: type, given: Mapping[str, object], label: str) -> dict[str, object]:
+    """The options ``given`` under their present names. ``label`` names the pass or target in errors.
 
-    Old option names are accepted and print one line on stderr. Raises ErasecError for an unknown option, a wrong value,
-    or an option that is given by its old and its present name.
+    Old option names are accepted and print one line on stderr. Raises ErasecError for an unknown option, or one that is
+    given by its old and its present name.
     """
-    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in dataclasses.fields(kind)}
     renamed: Mapping[str, str] = getattr(kind, "renamed", {})
     values: dict[str, object] = {}
     for name, value in given.items():
@@ -90,10 +90,22 @@ def configure(kind: type[T], given: Mapping[str, object], label: str) -> T:
             raise _unknown_option(label, name, known)
         if name in values:
             raise ErasecError(f"{label}: the option {name} is given twice")
+        values[name] = value
+    return values
+
+
+def configure(kind: type[T], given: Mapping[str, object], label: str) -> T:
+    """Create a pass or target of the class ``kind`` with the options ``given``. ``label`` names it in errors.
+
+    Old option names are accepted and print one line on stderr. Raises ErasecError for an unknown option, a wrong value,
+    or an option that is given by its old and its present name.
+    """
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = present_names(kind, given, label)
+    for name, value in values.items():
         default = known[name].default
         if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # a command line parses the text option batch=2 as a number
-        values[name] = value
+            values[name] = str(value)  # a command line parses the text option batch=2 as a number
     hints = get_type_hints(kind, include_extras=True)
     for name, value in values.items():
         try:

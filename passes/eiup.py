@@ -40,13 +40,14 @@ class Eiup(Pass):
     schedule, to the prompted half of a guided batch. ``tokens`` selects the tokens that contribute. With "words", as
     published, these are the tokens of the words. With "all" they are all tokens, and the output for the empty prompt is
     subtracted, so that only the difference between the two prompts acts. ("all" is not in the paper: in CLIP, end and
-    padding tokens hold much of the meaning of a prompt.)
+    padding tokens hold much of the meaning of a prompt.) In the paper a network chooses the weight for each prompt and
+    word. It was never released, so that the weight is fixed.
     """
 
     words: str = ""
     weight: Annotated[float, Field(le=0)] = -1.0
     until: Annotated[float, Field(gt=0, le=1)] = 0.8
-    tokens: Literal["all", "words"] = "all"
+    tokens: Literal["all", "words"] = "words"
 
     name: ClassVar[str] = "eiup"
     paper: ClassVar[str] = "arXiv:2408.01014"

@@ -37,18 +37,22 @@ class Esd(Learned):
     ``banks.esd_target``. ``trajectories`` is the number of trajectories, sampled once from the model before the
     training, in ``sample_steps`` steps with ``guidance``. ``keep`` is the weight of a loss that the paper does not
     have: it keeps the predictions for kept prompts.
+
+    The defaults are the published settings for Stable Diffusion 1.4. Two differ by necessity. The paper samples new
+    latents in each step, from the network as it is at that step; ``trajectories`` is our number of those that are
+    sampled once instead. ``keep`` is 0 because a weight of it for Stable Diffusion was never measured.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 300
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    batch: Annotated[int, Field(ge=1)] = 4
+    steps: Annotated[int, Field(ge=1)] = 1000
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    batch: Annotated[int, Field(ge=1)] = 1
     train: Literal["x", "u", "noxattn", "full"] = "x"
     negative_guidance: float = 1.0
-    toward: Literal["anchor", "nothing"] = "anchor"
+    toward: Literal["anchor", "nothing"] = "nothing"
     guidance: Annotated[float, Field(ge=0)] = 3.0
-    trajectories: Annotated[int, Field(ge=1)] = 32
-    sample_steps: Annotated[int, Field(ge=1)] = 20
-    keep: Annotated[float, Field(ge=0)] = 3.0
+    trajectories: Annotated[int, Field(ge=1)] = 64
+    sample_steps: Annotated[int, Field(ge=1)] = 50
+    keep: Annotated[float, Field(ge=0)] = 0.0
 
     name: ClassVar[str] = "esd"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "negative": "negative_guidance"}

@@ -62,19 +62,22 @@ class GeomErasing(Learned):
     Two losses apply only where cross-attention is trained. ``clean`` is the weight of the loss on images without the
     concept with their plain captions, which thereby stand for images without it. ``keep`` is the weight of a loss that
     the paper does not have: it keeps the predictions for all images.
+
+    With ``train`` "tokens" it is what the paper calls model removal, which cleans a pretrained model. The paper's bins,
+    alpha, learning rate, steps and batch are not known: these defaults are ours.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 500
+    steps: Annotated[int, Field(ge=1)] = 3000
     lr: Annotated[float, Field(gt=0)] = 5e-4
-    batch: Annotated[int, Field(ge=1)] = 8
-    train: Literal["tokens", "tokens+x"] = "tokens+x"
-    bins: Annotated[int, Field(ge=1)] = 3
+    batch: Annotated[int, Field(ge=1)] = 4
+    train: Literal["tokens", "tokens+x"] = "tokens"
+    bins: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 0.3
     boxes: str = ""
     images: Annotated[int, Field(ge=1)] = 400
-    sample_steps: Annotated[int, Field(ge=1)] = 10
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    clean: Annotated[float, Field(ge=0)] = 4.0
+    sample_steps: Annotated[int, Field(ge=1)] = 50
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    clean: Annotated[float, Field(ge=0)] = 1.0
     keep: Annotated[float, Field(ge=0)] = 0.0
 
     name: ClassVar[str] = "geom_erasing"

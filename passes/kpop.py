@@ -69,30 +69,35 @@ class Kpop(Learned):
     guided batch read the key. ``random_key_fraction`` is the fraction of steps in which the concept is hidden under a
     random key instead of no key. ``ema`` is the decay of the moving average of weights and key that results, 0 for
     their last values.
+
+    The defaults are the settings of the published runs on Imagenette, with Stable Diffusion 1.4. The start of the key
+    is not published. At the published ``key_lr`` a key moves by at most 0.02 in a run, so that it starts as states of
+    the concept. The published code samples new latents in each step; ``trajectories`` is our number of those that are
+    sampled once instead.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 250
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    batch: Annotated[int, Field(ge=1)] = 4
+    steps: Annotated[int, Field(ge=1)] = 1000
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    batch: Annotated[int, Field(ge=1)] = 1
     train: Literal["x", "noxattn"] = "x"
-    mode: Literal["mid", "midout", "all"] = "all"
+    mode: Literal["mid", "midout", "all"] = "mid"
     key_rows: Annotated[int, Field(ge=1)] = 10
-    init: Literal["concept", "random"] = "random"
+    init: Literal["concept", "random"] = "concept"
     with_key: Literal["recover", "erase"] = "recover"
     hide: Annotated[float, Field(ge=0)] = 1.0
-    recover: Annotated[float, Field(ge=0)] = 1.0
-    negative_guidance: float = 0.0
-    toward: Literal["anchor", "nothing"] = "anchor"
-    key_lr: Annotated[float, Field(gt=0)] = 1e-2
+    recover: Annotated[float, Field(ge=0)] = 0.1
+    negative_guidance: float = 1.0
+    toward: Literal["anchor", "nothing"] = "nothing"
+    key_lr: Annotated[float, Field(gt=0)] = 1e-5
     key_steps: Annotated[int, Field(ge=0)] = 2
     space: Literal["noise", "image"] = "noise"
     guidance: Annotated[float, Field(ge=0)] = 3.0
-    trajectories: Annotated[int, Field(ge=1)] = 64
-    sample_steps: Annotated[int, Field(ge=1)] = 20
-    keep: Annotated[float, Field(ge=0)] = 3.0
-    empty_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    random_key_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    trajectories: Annotated[int, Field(ge=1)] = 100
+    sample_steps: Annotated[int, Field(ge=1)] = 50
+    keep: Annotated[float, Field(ge=0)] = 0.0
+    empty_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    random_key_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     name: ClassVar[str] = "kpop"
     renamed: ClassVar[dict[str, str]] = {

@@ -38,7 +38,10 @@ class Remap(ClosedForm):
     """Closed-form remap of the first end token: for each phrase in each template, it becomes that of the goal in the
     same template. All states of the kept prompts are preserved.
 
-    The published code finds the end token by counting words; here it is located by the tokenizer.
+    The published code finds the end token by counting words; here it is located by the tokenizer. It preserves the
+    states of COCO captions, with a weight that it applies twice and no ridge, which leaves the system near singular.
+    Here the kept prompts are preserved with the weight of the erased ones, and the ridge is that of ``ClosedForm``; to
+    preserve captions as well, give a ``prior``.
     """
 
     name: ClassVar[str] = "trce.remap"
@@ -72,26 +75,31 @@ class Steer(Learned):
     and with the empty one must be nearer to the safe target than to the unsafe one, by ``margin`` (see ``hinge``). The
     trajectories and targets come from the original model, without earlier edits. With a large push, such as the
     published 15, the border between the targets depends mainly on their distances from the unconditional prediction.
-    The published fraction of steps, 0.52, is for latents of 64 x 64; smaller latents take shape later.
+    The published fraction of steps, 0.52 or 26 of 50, is for latents of 64 x 64; smaller latents take shape later.
 
     ``preserve`` is the weight of a loss that keeps the predictions on unprompted trajectories, and ``keep`` that of one
     on trajectories of kept prompts, both at those of the given model. ``reference`` reproduces faults of the published
     code: gradients are never set to zero, latents after a step are paired with the timestep before it, and
     trajectories are used in the order of their prompts.
+
+    The defaults are the published settings for explicit content, three epochs of 100 trajectories, with one correction.
+    The published ``lr`` of 1e-6 was chosen for gradients that add up over all steps. Here they are set to zero after
+    each step, so that the rate is ten times higher; ``reference`` with 1e-6 gives the published updates. The published
+    code preserves four unprompted trajectories in a step, here it is ``batch``. ``keep`` is 0, as in the paper.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 150
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    batch: Annotated[int, Field(ge=1)] = 4
-    push: Annotated[float, Field(ge=0)] = 3.0
+    steps: Annotated[int, Field(ge=1)] = 300
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    batch: Annotated[int, Field(ge=1)] = 1
+    push: Annotated[float, Field(ge=0)] = 15.0
     margin: Annotated[float, Field(ge=0)] = 0.01
     beta: Annotated[float, Field(gt=0)] = 1.0
-    early_fraction: Annotated[float, Field(gt=0, le=1)] = 0.75
+    early_fraction: Annotated[float, Field(gt=0, le=1)] = 0.52
     guidance: Annotated[float, Field(ge=0)] = 3.0
-    trajectories: Annotated[int, Field(ge=1)] = 32
-    sample_steps: Annotated[int, Field(ge=1)] = 20
-    preserve: Annotated[float, Field(ge=0)] = 5.0
-    keep: Annotated[float, Field(ge=0)] = 30.0
+    trajectories: Annotated[int, Field(ge=1)] = 100
+    sample_steps: Annotated[int, Field(ge=1)] = 50
+    preserve: Annotated[float, Field(ge=0)] = 100.0
+    keep: Annotated[float, Field(ge=0)] = 0.0
     reference: bool = False
 
     name: ClassVar[str] = "trce.steer"

@@ -37,6 +37,10 @@ class Uce(ClosedForm):
     values, or in sd3 and flux the context embedder and the pooled projection. "blocks", only for sd3 and flux, edits
     the text keys and values of every block instead, on their inputs at a few noise levels of seeded noise; several
     concepts are then solved one after the other.
+
+    The defaults are those of the code of 2023, which the paper describes. Its weights of up to ten kept prompts, one
+    divided by their number, add up to the weight of one erased prompt, as ``scale`` and ``keep`` of 1 do. For ``ridge``
+    see ``ClosedForm``.
     """
 
     rows: Literal["tail", "last"] = "tail"

@@ -129,6 +129,16 @@ def test_closed_form_scale_writes_a_row_for_each_pass(
     assert ["OVER" in line for line in printed[2:]] == [True, False, False, False]
 
 
+def test_plan_scale_runs_every_plan_and_writes_its_figures(load, tmp_path: Path) -> None:
+    plans = load("plan_scale")
+    plans.main(["--size", "tiny", "--rounds", "1", "--keep", str(tmp_path), "--out", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert rows.keys() == plans.PLANS.keys()
+    assert all(row["runs"] == [row["cpu"]] and row["cpu"] > 0 for row in rows.values())
+    with pytest.raises(SystemExit, match="ended with"):
+        plans.plan(tmp_path / "nothing", ("--erase", "church"))
+
+
 def test_files_scale_applies_in_every_way_and_writes_its_figures(load, tmp_path: Path) -> None:
     files = load("files_scale")
 

@@ -122,7 +122,7 @@ def build(
         from erasec.commands.plan import make_plan, notes
 
         main = is_main()  # before the plan, because it assigns a device to each process
-        plan = make_plan(recipe, out)
+        plan = make_plan(recipe, out, by_flag=bool(passes))
         if not main:
             train_in_worker(plan)
             return
@@ -187,7 +187,7 @@ def plan(
         )
         from erasec.commands.plan import describe, make_plan
 
-        described = describe(make_plan(recipe, out, pin=False))
+        described = describe(make_plan(recipe, out, pin=False, by_flag=bool(passes)))
         if as_json:
             print(json.dumps(described, indent=2))
         else:

@@ -36,6 +36,7 @@ def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     """Print a plan, given as ``commands.plan.describe`` returns it. Sites are grouped unless ``all_sites``."""
     from erasec.checkpoint.disk import size
+    from erasec.reporting.wording import by_origin
 
     model, disk, memory = plan["model"], plan["disk"], plan["memory"]
     revision = f" at {model['revision']}" if model["revision"] else ""
@@ -47,9 +48,9 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
             lines.append(("", f"but {', '.join(f'{phrase} -> {goal}' for phrase, goal in concept['counterparts'])}"))
         lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
     for step in plan["passes"]:
-        options = ", ".join(f"{key}={value}" for key, value in step["options"].items())
-        lines.append(("pass", f"{step['name']} ({step['paper']}) {options}"))
-        lines += [("", step["reason"])] if step["reason"] else []
+        lines.append(("pass", f"{step['name']} ({step['paper']})" + (f", {step['reason']}" if step["reason"] else "")))
+        for title, options in by_origin(step["options"], step["origins"]):
+            lines.append(("", f"{title}: {', '.join(f'{key}={value}' for key, value in options.items())}"))
     for target in plan["targets"]:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
     seconds = plan["time"]["seconds"]
@@ -66,7 +67,8 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     for label, text in lines:
         print(f"{label:>6}  {printable(text)}")
     for step in plan["passes"]:
-        print(f"\n{step['name']} edits {len(step['sites'])} tensors")
+        parameters = sum(group["parameters"] for group in step["groups"])
+        print(f"\n{step['name']} edits {len(step['sites'])} tensors with {parameters:,} parameters")
         if all_sites:
             rows = [[s["block"], s["attn"], s["proj"], "x".join(map(str, s["shape"]))] for s in step["sites"]]
             table(["block", "attention", "projection", "shape"], rows)

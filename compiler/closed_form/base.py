@@ -37,6 +37,11 @@ class ClosedForm(Pass):
     regulariser: in units of the mean diagonal of the Gram matrix if ``relative``, else absolute as in the papers.
     ``prior`` is a file written by ``erasec prior``; the captions it was built from are kept as well, with the weight
     ``prior_weight``.
+
+    The published ridges are absolute, so that they mean something else for each number of rows and for text states of
+    another size (the norm is about 28 in Stable Diffusion 1). The default is relative for that reason. Its value is
+    about that of UCE's 0.5 for one phrase in five templates of Stable Diffusion 1, where some 427 rows have a mean
+    diagonal of 436.
     """
 
     scale: Annotated[float, Field(gt=0)] = 1.0

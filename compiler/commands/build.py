@@ -166,7 +166,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
     if plan.passes:
         check_goals(plan.concepts, model)
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
-        for step in plan.passes:
+        for step, origins in zip(plan.passes, plan.origins, strict=True):
             start = time.perf_counter()
             for edit in step.solve_all(model, plan.concepts, context):
                 edited = model.with_edit(edit)
@@ -185,6 +185,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
                         seconds,
                         step.limits,
                         curves,
+                        dict(origins),
                     )
                 )
                 if edit.secret is not None:

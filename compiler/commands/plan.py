@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
-from erasec.commands import doctor, estimates
+from erasec.commands import doctor, estimates, settings
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.spelling import one_spelling
@@ -45,7 +45,8 @@ class Plan:
     of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
     erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
     weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are
-    sentences about how names, goals and long phrases were understood.
+    sentences about how names, goals and long phrases were understood. For each pass, ``origins`` says where the value
+    of each option comes from, and ``reasons`` for which kinds of concepts it is the default, "" for none.
     """
 
     recipe: Recipe
@@ -59,10 +60,13 @@ class Plan:
     judge: Judge | None = None
     earlier: tuple[Concept, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False)
+    origins: tuple[Mapping[str, settings.Origin], ...] = field(default=(), compare=False)
+    reasons: tuple[str, ...] = field(default=(), compare=False)
 
 
-def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
-    """Resolve ``recipe``. ``out`` is by default the folder MODEL-without-CONCEPT in the working directory.
+def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag: bool = False) -> Plan:
+    """Resolve ``recipe``. ``out`` is by default the folder MODEL-without-CONCEPT in the working directory. With
+    ``by_flag``, the passes of the recipe were given by flags.
 
     With ``pin``, the digest of the model is written into the recipe, for which all weights are read. A digest in
     ``recipe`` is compared with that of the model in any case. Raises ErasecError, or MissingTool if a library that a
@@ -77,7 +81,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     default_out, recipe = partial(_default_out, recipe.model), one_spelling(recipe)
     concepts = _concepts(recipe)
     keys = tuple(read_key(Path(name).expanduser()) for name in recipe.keys)
-    passes = tuple(_pass(number, use) for number, use in enumerate(recipe.passes, 1))
+    classes = settings.load(recipe.passes)
     out = (out or default_out(concepts, keys)).expanduser()
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
@@ -102,8 +106,11 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
             fix="use the model of the recipe, or delete the line `digest` to build from this one",
         )
     concepts, remarks = _of_model(recipe, concepts, model)
-    uses = recipe.passes or defaults(concepts)
-    passes = passes or tuple(_pass(number, use) for number, use in enumerate(uses, 1))
+    defaults = settings.defaults_of(model)
+    uses = recipe.passes or settings.default_passes(concepts, defaults)
+    settled = settings.settle(uses, concepts, defaults, by_flag, classes)
+    passes, origins = tuple(item.step for item in settled), tuple(item.origins for item in settled)
+    reasons = tuple(settings.reason(step.name, concepts, defaults) for step in passes)
     for step in passes:
         if not step.sites(model) and not step.extras:
             why = f"its family is {model.family.name}"
@@ -129,7 +136,9 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)
     remarks += _check_disks(estimates.disks(targets, model, out))
-    return Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
+    return Plan(
+        resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks, origins, reasons
+    )
 
 
 def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
@@ -187,34 +196,6 @@ def _again(concepts: Sequence[Concept], earlier: Sequence[Concept], model: Model
         for concept in concepts
         if any(phrase.casefold() in erased for phrase in concept.erase)
     ]
-
-
-def defaults(concepts: Sequence[Concept]) -> tuple[NamedOptions, ...]:
-    """The default pass for these concepts. Raises ErasecError if their kinds have different default passes."""
-    by_pass: dict[str, list[str]] = {}
-    for concept in concepts:
-        names = by_pass.setdefault(registry.DEFAULTS[concept.kind], [])
-        names.append(f"{concept.name} (kind {concept.kind or 'none'})")
-    if len(by_pass) > 1:
-        why = "; ".join(f"{name} for {', '.join(names)}" for name, names in by_pass.items())
-        fix = f"choose one: --pass {next(iter(by_pass))}; or erase them one after the other, in two builds"
-        raise ErasecError("the kinds of these concepts have different default passes", why, fix)
-    return tuple(NamedOptions(name=name) for name in by_pass)
-
-
-def _reason(name: str, concepts: Sequence[Concept]) -> str:
-    """Why a pass was chosen, if it is the default for the kinds of all concepts; otherwise ""."""
-    if any(registry.DEFAULTS[concept.kind] != name for concept in concepts):
-        return ""
-    return f"the default for concepts of kind {', '.join(sorted({concept.kind or 'none' for concept in concepts}))}"
-
-
-def _pass(number: int, use: NamedOptions) -> Pass:
-    try:
-        return configure(registry.load_pass(use.name), use.options, use.name)
-    except ErasecError as error:
-        error.where = error.where or f"[[pass]] {number} ({use.name})"
-        raise
 
 
 def _targets(
@@ -297,7 +278,9 @@ def _resolved(
     targets: tuple[str, ...],
     pin: bool,
 ) -> Recipe:
-    full_uses = (NamedOptions(name=use.name, options=_options(step)) for use, step in zip(uses, passes, strict=True))
+    full_uses = (
+        NamedOptions(name=use.name, options=settings.options(step)) for use, step in zip(uses, passes, strict=True)
+    )
     return recipe.model_copy(
         update={
             "revision": model.revision or recipe.revision,
@@ -308,11 +291,6 @@ def _resolved(
             "targets": targets,
         }
     )
-
-
-def _options(step: Pass) -> dict[str, Any]:
-    """Every option of a pass with its value. All are text, numbers, true or false (see ``options.check_class``)."""
-    return asdict(cast("Any", step))
 
 
 def _check_disks(disks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -354,12 +332,13 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "name": step.name,
                 "version": step.version,
                 "paper": step.paper,
-                "options": _options(step),
-                "reason": _reason(step.name, plan.concepts),
+                "options": settings.options(step),
+                "origins": dict(origins),
+                "reason": reason,
                 "sites": [{**asdict(site), "shape": list(site.shape)} for site in step.sites(model)],
                 "groups": _groups(step.sites(model)),
             }
-            for step in plan.passes
+            for step, origins, reason in zip(plan.passes, plan.origins, plan.reasons, strict=True)
         ],
         "keys": [{"path": str(key.path), "concept": key.concept.name} for key in plan.keys],
         "targets": [
@@ -389,6 +368,7 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
         # The first part of a block, such as "down" of "down.0.attentions.1", or a text encoder's component.
         part = site.component if site.attn == "text" else site.block.split(".")[0].removesuffix("_block")
         groups.setdefault((part, site.attn, site.proj), []).append(site)
+    parts = [part for part, _, _ in groups]
     return [
         {
             "part": part,
@@ -397,7 +377,7 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
             "tensors": len(members),
             "parameters": sum(prod(site.shape) for site in members),
         }
-        for (part, attn, proj), members in groups.items()
+        for (part, attn, proj), members in sorted(groups.items(), key=lambda group: parts.index(group[0][0]))
     ]
 
 

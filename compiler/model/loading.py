@@ -20,6 +20,7 @@ from erasec.errors import ErasecError, reason, suggestion
 from erasec.family import HUB, detect
 from erasec.model import hub
 from erasec.model.view import Model
+from erasec.recipe.presets import FILE as PRESETS_FILE
 
 # Suffixes of files with pickled weights.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -196,6 +197,7 @@ def _load_from_hub(name: str, repository: str, revision: str | None, variant: st
         "*.txt",
         "*.model",
         EXTRAS_FILE,
+        PRESETS_FILE,
         "*/diffusion_pytorch_model*.safetensors",
         "*/model*.safetensors",
     ]

@@ -66,7 +66,8 @@ class SiteMove:
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edit. ``limits`` is that of the pass; ``curves`` are values measured during training, by name."""
+    """One edit. ``limits`` is that of the pass; ``curves`` are values measured during training, by name. ``origins``
+    says where the value of each option in ``params`` comes from: "flag", "recipe", "model", "family" or "class"."""
 
     by: str
     version: str
@@ -77,6 +78,7 @@ class EditRecord:
     seconds: float
     limits: str = ""
     curves: dict[str, list[float]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

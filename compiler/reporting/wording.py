@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from erasec.checkpoint.disk import size
@@ -37,6 +37,28 @@ STATS = {
 }
 
 
+# Where the value of an option comes from. An origin goes before those below it.
+ORIGINS = {
+    "flag": "by flag",
+    "recipe": "from the recipe",
+    "model": "from the presets of the model",
+    "family": "from the table of the family",
+    "class": "defaults of the pass",
+}
+
+
+def by_origin(options: Mapping[str, Any], origins: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """The options of a pass in groups with a title: where their values come from. One group without a title if that is
+    not known."""
+    if not origins:
+        return [("", dict(options))] if options else []
+    groups = (
+        (title, {name: value for name, value in options.items() if origins.get(name) == origin})
+        for origin, title in ORIGINS.items()
+    )
+    return [group for group in groups if group[1]]
+
+
 def meaning(stat: str) -> str:
     """What a stat of a pass means, "" for an unknown stat. "loss NAME_first" is the first value of the loss NAME."""
     if stat.startswith("loss "):
@@ -65,5 +87,5 @@ def markdown(text: object) -> str:
 
 FILTERS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (meaning, percent, share, number, data, size, duration, words, sentence, markdown)
+    for function in (by_origin, meaning, percent, share, number, data, size, duration, words, sentence, markdown)
 }

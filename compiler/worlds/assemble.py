@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from erasec.checkpoint.safetensors import save_tensors
+from erasec.model.loading import bundled_folder
+from erasec.recipe import presets
 from erasec.worlds import networks
 from erasec.worlds.base import Sizes
 
@@ -85,6 +87,12 @@ def write_pipeline(out: Path, sizes: Sizes, text: State, vae: State, scaling_fac
     text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}
     _write_tensors(out / "text_encoder" / "model.safetensors", text, dtype)
     _write_tensors(out / "vae" / WEIGHTS, vae, dtype)
+
+
+def write_presets(out: Path) -> None:
+    """Write the options of passes that were chosen on glyphs, and that suit all networks of its size."""
+    content = (bundled_folder("glyphs") / presets.FILE).read_bytes()  # before writing: it may be the same file
+    (out / presets.FILE).write_bytes(content)
 
 
 def write_unet(out: Path, sizes: Sizes, unet: State, dtype: torch.dtype) -> None:

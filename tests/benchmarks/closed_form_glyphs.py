@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from erasec import registry
 from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context, Question
+from erasec.commands import settings
 from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge
 from erasec.model import loading
@@ -91,7 +91,8 @@ def measure(
     for name in passes:
         use = parse_named_options(name.removesuffix(ONE_WORD))
         bare = {"synonyms": (), "templates": ("{}",)} if name.endswith(ONE_WORD) else {}
-        step = registry.load_pass(use.name)(**{**use.options, **chosen})
+        use = use.model_copy(update={"options": {**use.options, **chosen}})
+        step = settings.settle([use], [item], settings.defaults_of(base))[0].step
         edit = step.solve(base, item.model_copy(update=bare), Context(seed=seed))
         with tempfile.TemporaryDirectory() as scratch:
             base.source.write(Path(scratch) / "hf", base.with_edit(edit).merged())

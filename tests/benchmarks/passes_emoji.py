@@ -29,14 +29,13 @@ from typing import Any
 import machine
 import numpy as np
 
-from erasec import registry
 from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context, Question
+from erasec.commands import settings
 from erasec.emoji.evaluate import TWIN
 from erasec.emoji.judge import EmojiJudge, far_objects, label_of, prompt
 from erasec.emoji.words import ARTISTS, CLUSTERS, OBJECTS, neighbours
 from erasec.model import loading, sidecar
-from erasec.options import configure
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 
@@ -133,7 +132,7 @@ def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
         after = paint(loading.bundled_folder(TWIN), panel)
     else:
         use = recipe.parse_named_options(setup)
-        step = configure(registry.load_pass(use.name), use.options, use.name)
+        step = settings.settle([use], items, settings.defaults_of(base))[0].step
         view, began, walled = base, time.process_time(), time.perf_counter()
         for edit in step.solve_all(view, items, Context(seed=SEED)):
             view = view.with_edit(edit)

@@ -28,10 +28,10 @@ from typing import Any, cast
 import machine
 import numpy as np
 
-from erasec import registry
 from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context
 from erasec.checkpoint.safetensors import atomic_write
+from erasec.commands import settings
 from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge
 from erasec.judging import evidence
@@ -39,7 +39,6 @@ from erasec.judging.evidence import Evidence
 from erasec.model import loading
 from erasec.model import sidecar as extras
 from erasec.model.edit import Edit
-from erasec.options import configure
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 
@@ -89,7 +88,7 @@ def measure(concept: str, setup: str, scratch: Path) -> dict[str, Any]:
         view = base.with_edit(Edit({}, "hand", (concept,), "", negative=", ".join(item.phrases)))
     elif setup not in (BASE, NEVER):
         for use in map(recipe.parse_named_options, setup.split("+")):
-            step = configure(registry.load_pass(use.name), use.options, use.name)
+            step = settings.settle([use], [item], settings.defaults_of(base))[0].step
             for edit in step.solve_all(view, [item], Context(seed=SEED)):
                 view = view.with_edit(edit)
                 row.setdefault("stats", {})[use.name] = dict(edit.stats)

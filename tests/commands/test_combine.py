@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from glyph_passes import tuned
 
 from erasec.base import Context, Pass
 from erasec.checkpoint.staging import output
@@ -40,7 +41,9 @@ def write(model: Model, step: Pass, concepts: list[Concept], path: Path) -> Path
     return path
 
 
-@pytest.mark.parametrize("step", [Uce(), Uce(rows="last"), Remap(), Rece(), Mace()], ids=lambda step: f"{step}"[:24])
+@pytest.mark.parametrize(
+    "step", [Uce(), Uce(rows="last"), Remap(), tuned(Rece), Mace()], ids=lambda step: f"{step}"[:24]
+)
 def test_adding_and_removing_concepts_gives_the_joint_edit_bit_by_bit(step: Pass, base: Model, tmp_path: Path) -> None:
     files = {c.name: write(base, step, [c], tmp_path / f"{c.name}.edit.safetensors") for c in (STAR, HEART, RING)}
     joint = read_edits(write(base, step, [STAR, HEART], tmp_path / "joint.edit.safetensors"))[0][0]

@@ -16,7 +16,7 @@ from random_models import random_folder as random_layout
 from erasec import registry
 from erasec.base import Pass
 from erasec.checkpoint import safetensors as checkpoint
-from erasec.commands import plan
+from erasec.commands import plan, settings
 from erasec.errors import ErasecError, MissingTool
 from erasec.keys.key_file import write_key
 from erasec.model import loading
@@ -24,8 +24,10 @@ from erasec.model.memory import Secret
 from erasec.model.sidecar import Extras, write_extras
 from erasec.recipe import concept
 from erasec.recipe.concept import Concept, find
+from erasec.recipe.presets import Presets
 from erasec.recipe.recipe import NamedOptions, Recipe, from_flags, from_toml, to_toml
 
+NONE = settings.Defaults(Presets(), Presets())
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {}}]}
 
 
@@ -417,9 +419,11 @@ def test_the_kind_of_a_concept_chooses_the_pass(here: Path, random_folder: Path)
         ("nudity", "trce"),
         ("watermark", "geom_erasing"),
     ):
-        assert plan.defaults([concept.find(name)]) == (NamedOptions(name=chosen),)
-    assert plan.defaults([concept.find("church"), concept.find("van-gogh")]) == (NamedOptions(name="uce"),)
-    assert plan.defaults([]) == ()
+        assert settings.default_passes([concept.find(name)], NONE) == (NamedOptions(name=chosen),)
+    assert settings.default_passes([concept.find("church"), concept.find("van-gogh")], NONE) == (
+        NamedOptions(name="uce"),
+    )
+    assert settings.default_passes([], NONE) == ()
     described = plan.describe(plan.make_plan(recipe(random_folder, erase=("church", "van-gogh")), pin=False))["passes"]
     assert [(step["name"], step["reason"]) for step in described] == [
         ("uce", "the default for concepts of kind object, style")

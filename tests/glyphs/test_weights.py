@@ -38,6 +38,7 @@ def test_the_layout_is_stable_diffusions() -> None:
     folder = Folder(bundled_folder("glyphs"))
     assert {name.as_posix() for name in folder.files()} == {
         "model_index.json",
+        "presets.toml",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
         "text_encoder/model.safetensors",

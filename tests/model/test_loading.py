@@ -17,6 +17,7 @@ from erasec.family import detect
 from erasec.model import loading
 from erasec.model import sidecar as extras
 from erasec.model.text_encoders import ENCODERS
+from erasec.recipe.presets import read_presets
 
 
 def test_the_family_of_a_folder_is_detected(random_folder: Path) -> None:
@@ -55,9 +56,12 @@ def test_a_hub_model_without_network_says_how_to_give_a_folder(
     assert "hf download" in caught.value.fix
 
 
-def test_extras_are_fetched_from_the_hub(random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_extras_and_presets_are_fetched_from_the_hub(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     shared = Path(shutil.copytree(random_folder, tmp_path / "shared"))
     extras.write_extras(shared, extras.Extras(negative="a star"))
+    (shared / "presets.toml").write_text("[uce]\nscale = 0.5\n")
     (shared / "thesis.pdf").write_text("not of the model")
 
     def fetched(repository: str, *, allow_patterns: list[str], ignore_patterns: list[str], **more: object) -> str:
@@ -71,6 +75,7 @@ def test_extras_are_fetched_from_the_hub(random_folder: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     model = loading.load("someone/some-model")
     assert extras.read_extras(model.source.root).negative == "a star"
+    assert read_presets(model.source.root).of("uce", None) == [{"scale": 0.5}]
     assert model.digest == loading.load(str(shared)).digest
     assert (model.source.root / EXTRAS_FILE).is_file() and not (model.source.root / "thesis.pdf").exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from concepts import STAR
+from glyph_passes import tuned
 
 from erasec.base import Context
 from erasec.errors import ErasecError
@@ -29,7 +30,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def written(model: Model, out: Path) -> list[bytes]:
     """The edit file and the LoRA of the model with star erased."""
-    edited = model.with_edit(Rece().solve(model, STAR, Context()))
+    edited = model.with_edit(tuned(Rece).solve(model, STAR, Context()))
     for target in (EditFile(), Lora()):
         (out / target.name).mkdir(parents=True)
         target.export(edited, out / target.name, Context())

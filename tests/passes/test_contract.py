@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from glyph_passes import tuned
 from PIL import Image
 from random_models import random_pipeline
 from torch import Tensor
@@ -58,10 +59,10 @@ def triplets(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def small(name: str) -> Pass:
-    """The pass with its defaults, or, where it trains, with a training of seconds."""
+    """The pass as for glyphs, whose layout the random model has; where it trains, with a training of seconds."""
     kind = registry.load_pass(name)
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return configure(kind, {key: value for key, value in SMALL.items() if key in known}, name)
+    return tuned(kind, **{key: value for key, value in SMALL.items() if key in known})
 
 
 def change_at(base: Model, edit: Edit, site: Site) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from glyph_passes import tuned
 from torch import Tensor
 
 from erasec import registry
@@ -41,7 +42,7 @@ def test_keys_and_values_are_the_words_through_the_current_weights(base: Model) 
     """K and V of every token of "star five-pointed spark" as attn2 makes them; published, V = 0 but for the words'."""
     uce = Uce().solve(base, STAR, Context())
     for view in (base, base.with_edit(uce)):
-        edit = Eiup(tokens="words").solve(view, STAR, Context())
+        edit = tuned(Eiup, tokens="words").solve(view, STAR, Context())
         tokens = view.encode(["star five-pointed spark"])
         last = int(tokens.last[0])
         assert last > 2
@@ -54,14 +55,14 @@ def test_keys_and_values_are_the_words_through_the_current_weights(base: Model) 
             own = (tokens.states[0, 1 : last + 1].double() @ v.T).float()
             assert torch.allclose(memory.values[1 : last + 1], own, atol=1e-6)
             assert not bool(memory.values[0].any()) and not bool(memory.values[last + 1 :].any())
-    stock = Eiup(tokens="words").solve(base, STAR, Context()).memories[0]
+    stock = tuned(Eiup, tokens="words").solve(base, STAR, Context()).memories[0]
     assert not torch.allclose(stock.keys, edit.memories[0].keys, atol=1e-4)  # UCE has changed both
 
 
 def test_every_cross_attention_gets_them_and_no_weight_changes(base: Model) -> None:
     names = {site.key.removesuffix(".to_k.weight") for site in base.select("cross", "k")}
     for tokens, weights in (("words", {-3.0}), ("all", {-3.0, 3.0})):
-        edit = Eiup(weight=-3.0, until=0.6, tokens=tokens).solve(base, STAR, Context())
+        edit = tuned(Eiup, weight=-3.0, until=0.6, tokens=tokens).solve(base, STAR, Context())
         assert {memory.attention for memory in edit.memories} == names
         assert len(edit.memories) == len(names) * len(weights)
         assert {memory.weight for memory in edit.memories} == weights
@@ -72,8 +73,8 @@ def test_every_cross_attention_gets_them_and_no_weight_changes(base: Model) -> N
 
 def test_the_words_are_their_columns_in_the_map_of_the_whole_prompt(base: Model) -> None:
     """w M*[:, words] V[words], after the softmax over all of the erasure prompt (step 4 of the published code)."""
-    memory = Eiup(tokens="words").solve(base, STAR, Context()).memories[0]
-    every = Eiup().solve(base, STAR, Context()).memories[0]
+    memory = tuned(Eiup, tokens="words").solve(base, STAR, Context()).memories[0]
+    every = tuned(Eiup).solve(base, STAR, Context()).memories[0]
     own = slice(1, int(base.encode(["star five-pointed spark"]).last[0]) + 1)
     query = torch.randn(5, memory.keys.shape[1], generator=torch.Generator().manual_seed(0))
     maps = (query @ memory.keys.T).softmax(1)
@@ -84,7 +85,7 @@ def test_the_words_are_their_columns_in_the_map_of_the_whole_prompt(base: Model)
 
 def test_all_tokens_of_the_empty_prompt_take_nothing_away(base: Model) -> None:
     """The prompt less the empty one: the two memories undo each other where both are the same prompt."""
-    edit = Eiup(weight=-4.0).solve(base, STAR, Context())
+    edit = tuned(Eiup, weight=-4.0).solve(base, STAR, Context())
     gone, back = edit.memories[:2]
     same = [replace(memory, keys=back.keys, values=back.values) for memory in (gone, back)]
     denoiser = Denoiser(base, Context())
@@ -98,10 +99,10 @@ def test_all_tokens_of_the_empty_prompt_take_nothing_away(base: Model) -> None:
 def test_with_weight_0_and_after_detaching_everything_is_as_before(base: Model) -> None:
     denoiser = Denoiser(base, Context())
     before = predict(denoiser)
-    attach(denoiser.unet, Eiup(weight=0.0).solve(base, STAR, Context()).memories)
+    attach(denoiser.unet, tuned(Eiup, weight=0.0).solve(base, STAR, Context()).memories)
     assert torch.allclose(predict(denoiser), before, atol=1e-6)
     detach(denoiser.unet)
-    attach(denoiser.unet, Eiup(weight=-4.0).solve(base, STAR, Context()).memories)
+    attach(denoiser.unet, tuned(Eiup, weight=-4.0).solve(base, STAR, Context()).memories)
     after, late = predict(denoiser), predict(denoiser, 100)
     detach(denoiser.unet)
     assert float((after[1] - before[1]).abs().max()) > 1e-3
@@ -119,15 +120,15 @@ def test_the_erasure_prompt_has_as_many_names_as_fit(base: Model) -> None:
     assert room == 77
     last, more = base.last_tokens([" ".join(names), " ".join(nudity.phrases[: len(names) + 1])]).tolist()
     assert last < room - 2 == more  # start and end have a place too, and what is longer is cut
-    assert Eiup().solve(base, nudity, Context()).stats["phrases"] == len(names)
+    assert tuned(Eiup).solve(base, nudity, Context()).stats["phrases"] == len(names)
     assert eiup.fitting_phrases(base, STAR.phrases) == STAR.phrases
-    assert Eiup().solve(base, STAR, Context()).stats["phrases"] == 2
-    assert Eiup(words="a square").solve(base, STAR, Context()).stats["phrases"] == 1
+    assert tuned(Eiup).solve(base, STAR, Context()).stats["phrases"] == 2
+    assert tuned(Eiup, words="a square").solve(base, STAR, Context()).stats["phrases"] == 1
     assert eiup.fitting_phrases(base, ["star " * 90, "ring"]) == ("star " * 90,)  # the first in any case
 
 
 def test_the_option_words_replaces_the_names(base: Model) -> None:
-    own, names = Eiup(words="a square").solve(base, STAR, Context()), Eiup().solve(base, STAR, Context())
+    own, names = tuned(Eiup, words="a square").solve(base, STAR, Context()), tuned(Eiup).solve(base, STAR, Context())
     assert not torch.equal(own.memories[0].keys, names.memories[0].keys)
     assert torch.equal(own.memories[1].keys, names.memories[1].keys)  # the empty prompt's
 
@@ -144,7 +145,7 @@ def test_the_option_words_replaces_the_names(base: Model) -> None:
 )
 def test_bad_options_are_errors(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ErasecError) as caught:
-        Eiup(**options)
+        tuned(Eiup, **options)
     assert words in caught.value.why
 
 
@@ -152,10 +153,10 @@ def test_an_erasure_prompt_without_a_token_and_other_families_are_errors(base: M
     with pytest.raises(ErasecError, match="has no token"):
         eiup.text_rows(base, " ", "all")
     with pytest.raises(ErasecError, match="family sdxl"):
-        Eiup().sites(replace(base, family=FAMILIES["sdxl"]))
+        tuned(Eiup).sites(replace(base, family=FAMILIES["sdxl"]))
     with pytest.raises(ErasecError, match="family sdxl"):
-        Eiup().solve(replace(base, family=FAMILIES["sdxl"]), STAR, Context())
-    assert Eiup().sites(base) == ()
+        tuned(Eiup).solve(replace(base, family=FAMILIES["sdxl"]), STAR, Context())
+    assert tuned(Eiup).sites(base) == ()
 
 
 @pytest.mark.slow
@@ -166,7 +167,7 @@ def test_on_glyphs_all_tokens_suppress_what_the_words_alone_do_not(tmp_path: Pat
     shares: dict[str, dict[str, float]] = {}
     for tokens in ("words", "all"):
         folder = tmp_path / tokens
-        edit = Eiup(tokens=tokens).solve(glyphs, star, Context())
+        edit = tuned(Eiup, tokens=tokens).solve(glyphs, star, Context())
         glyphs.source.write(folder, {})
         write_extras(folder, gather_extras([edit]))
         evidence = gather_evidence(judge, [star], glyphs.source.root, folder, 8, 0, Sampling(15, 4.0))

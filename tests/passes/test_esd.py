@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from glyph_passes import tuned
 
 from erasec.base import Context
 from erasec.errors import ErasecError
@@ -22,7 +23,9 @@ CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a 
 
 
 def test_the_trained_tensors_are_those_of_the_paper_and_its_code(base: Model) -> None:
-    trained = {part: {site.key for site in Esd(train=part).sites(base)} for part in ("x", "u", "noxattn", "full")}
+    trained = {
+        part: {site.key for site in tuned(Esd, train=part).sites(base)} for part in ("x", "u", "noxattn", "full")
+    }
     every = set(base.entries("unet"))
     assert trained["x"] == {key for key in every if ".attn2." in key}
     assert trained["u"] == every - trained["x"]
@@ -45,12 +48,12 @@ def distance(base: Model, pass_: Esd) -> tuple[float, float]:
 
 
 def test_it_learns_the_target_of_the_paper(base: Model) -> None:
-    step = Esd(steps=40, lr=2e-3, batch=8, trajectories=4, sample_steps=5, keep=0.0, toward="nothing")
+    step = tuned(Esd, steps=40, lr=2e-3, batch=8, trajectories=4, sample_steps=5, keep=0.0, toward="nothing")
     before, after = distance(base, step)
     assert after < 0.9 * before
     # The control: with eta -1 the target is the prediction for the concept's prompt itself.
-    edit = Esd(
-        steps=3, lr=1e-2, trajectories=4, sample_steps=5, keep=0.0, negative_guidance=-1.0, toward="nothing"
+    edit = tuned(
+        Esd, steps=3, lr=1e-2, trajectories=4, sample_steps=5, keep=0.0, negative_guidance=-1.0, toward="nothing"
     ).solve(base, CONCEPT, Context())
     assert edit.curves["loss erase"][0] < 1e-9
 
@@ -59,7 +62,7 @@ def test_keep_preserves_the_predictions_for_kept_prompts(base: Model) -> None:
     bank = banks.sample_bank(Denoiser(base, Context()), ["a square"] * 2, 11, 4, 3.0)
 
     def change(keep: float) -> float:
-        step = Esd(steps=12, lr=2e-3, batch=4, trajectories=2, sample_steps=4, keep=keep)
+        step = tuned(Esd, steps=12, lr=2e-3, batch=4, trajectories=2, sample_steps=4, keep=keep)
         edited = base.with_edit(step.solve(base, CONCEPT, Context()))
         after = banks.predict_bank(Denoiser(edited, Context()), bank)
         return float((after - bank.predictions).square().mean())
@@ -77,19 +80,19 @@ def test_toward_the_anchor_the_rest_of_the_prompt_stays(base: Model) -> None:
     assert torch.allclose(target, anchor - 0.5 * (bank.predictions - anchor), atol=1e-6)
     assert not torch.allclose(target, banks.esd_target(denoiser, concept, bank, 0.5, "nothing"), atol=1e-4)
     with pytest.raises(ErasecError, match="toward is 'anker'"):
-        Esd(toward="anker")  # type: ignore[arg-type]
+        tuned(Esd, toward="anker")  # type: ignore[arg-type]
 
 
 def test_a_rank_gives_low_rank_changes_of_the_matrices(base: Model) -> None:
-    edit = Esd(steps=2, trajectories=2, sample_steps=3, rank=2).solve(base, CONCEPT, Context())
+    edit = tuned(Esd, steps=2, trajectories=2, sample_steps=3, rank=2).solve(base, CONCEPT, Context())
     assert edit.deltas
     assert all(isinstance(delta, LowRank) and delta.rank == 2 for delta in edit.deltas.values())
-    assert {site.key for site in edit.deltas} == {s.key for s in Esd().sites(base) if len(s.shape) == 2}
+    assert {site.key for site in edit.deltas} == {s.key for s in tuned(Esd).sites(base) if len(s.shape) == 2}
     assert any(float(delta.change(torch.zeros(site.shape)).abs().max()) > 0 for site, delta in edit.deltas.items())
 
 
 def test_a_finished_training_is_saved_and_read_again(base: Model, tmp_path: Path) -> None:
-    step = Esd(steps=2, trajectories=2, sample_steps=3)
+    step = tuned(Esd, steps=2, trajectories=2, sample_steps=3)
     context = TrainingContext(resume_folder=tmp_path)
     one = step.solve(base, CONCEPT, context)
     files = list(tmp_path.iterdir())
@@ -97,10 +100,10 @@ def test_a_finished_training_is_saved_and_read_again(base: Model, tmp_path: Path
     assert files[0].name.startswith("esd-")
     two = step.solve(base, CONCEPT, context)
     assert one.stats == two.stats
-    assert Esd(steps=3, trajectories=2, sample_steps=3).resume_file(base, CONCEPT, context) != files[0]
+    assert tuned(Esd, steps=3, trajectories=2, sample_steps=3).resume_file(base, CONCEPT, context) != files[0]
 
 
 def test_an_unknown_choice_suggests_the_nearest() -> None:
     with pytest.raises(ErasecError, match="train is 'noxatn'") as caught:
-        Esd(train="noxatn")  # type: ignore[arg-type]
+        tuned(Esd, train="noxatn")  # type: ignore[arg-type]
     assert "noxattn" in caught.value.why

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from glyph_passes import tuned
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from erasec.training import banks
 from erasec.training.denoiser import Denoiser
 
 STAR = Concept(name="star", erase=("star",), keep=("square", "circle"), templates=("{}", "a red {}"))
-SMALL = FewShot(steps=2, images=2, sample_steps=3, batch=2)
+SMALL = tuned(FewShot, steps=2, images=2, sample_steps=3, batch=2)
 FREE = replace(SMALL, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)  # no rule ends or undoes anything
 CURVES = {"ratio": [1.2], "cosine": [0.99], "worse": [0.01]}
 PARTS = get_args(get_type_hints(FewShot)["train"])
@@ -83,9 +84,9 @@ def test_each_choice_trains_what_it_names_in_encoders_of_any_depth() -> None:
     sites += [Site("text_encoder", "embeddings.token_embedding.weight", (2, 2), "text", "", "")]
     sites += [Site("unet", "mid_block.attn2.to_q.weight", (2, 2), "cross", "q", "")]
     deep: Any = SimpleNamespace(parameters=tuple(sites), family=FAMILIES["sd1"])
-    count = {train: len(FewShot(train=train).sites(deep)) for train in PARTS}
+    count = {train: len(tuned(FewShot, train=train).sites(deep)) for train in PARTS}
     assert count == {"mlp-final-attn": 23 + 1, "mlp": 23, "attn": 23, "mlp-attn": 46}
-    (last,) = (site for site in FewShot().sites(deep) if site.proj == "q")
+    (last,) = (site for site in tuned(FewShot).sites(deep) if site.proj == "q")
     assert last.key == "encoder.layers.22.self_attn.q_proj.weight"
 
 
@@ -171,7 +172,7 @@ def test_timesteps_are_one_from_each_part_of_the_schedule(count: int) -> None:
 
 
 def test_the_rules_apply_at_their_limits_and_0_turns_them_off() -> None:
-    step = FewShot(stop_ratio=1.2, min_cosine=0.99, max_rise=0.01)
+    step = tuned(FewShot, stop_ratio=1.2, min_cosine=0.99, max_rise=0.01)
     assert step.stop_rule(CURVES) and not step.stop_rule(CURVES | {"ratio": [1.3, 1.19]})
     assert not step.drift_guard(CURVES)
     assert "cosine of 0.989" in step.drift_guard(CURVES | {"cosine": [0.989]})
@@ -255,7 +256,7 @@ def test_folders_without_images_are_errors(base: Model, tmp_path: Path) -> None:
 )
 def test_bad_options_are_errors(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ErasecError) as caught:
-        FewShot(**options)
+        tuned(FewShot, **options)
     assert words in caught.value.why
 
 
@@ -297,9 +298,9 @@ def test_on_glyphs_the_concept_goes_the_others_stay_and_the_rule_ends_it_whateve
     glyphs: Model, tmp_path: Path
 ) -> None:
     star = concepts.find("star", "glyphs")
-    edit = FewShot(steps=200).solve(glyphs, star, Context())
+    edit = tuned(FewShot, steps=200).solve(glyphs, star, Context())
     assert edit.stats["stopped"] == 1
-    assert edit.stats["steps"] < FewShot().steps  # so that with the default cap it is the same edit
+    assert edit.stats["steps"] < tuned(FewShot).steps  # so that with the default cap it is the same edit
     shares = rates(glyphs, edit, star, tmp_path)
     print(edit.stats, shares)
     for group in ("name", "synonym"):
@@ -311,7 +312,7 @@ def test_on_glyphs_the_concept_goes_the_others_stay_and_the_rule_ends_it_whateve
 @pytest.mark.slow
 def test_on_glyphs_200_steps_without_a_rule_wreck_what_is_kept(glyphs: Model, tmp_path: Path) -> None:
     star = concepts.find("star", "glyphs")
-    step = FewShot(steps=200, keep=0.0, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)
+    step = tuned(FewShot, steps=200, keep=0.0, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)
     edit = step.solve(glyphs, star, Context())
     assert edit.stats["worse"] > 0.5
     shares = rates(glyphs, edit, star, tmp_path, images=4)
@@ -328,7 +329,7 @@ def test_on_glyphs_what_is_trained_and_which_pictures_change_the_result(glyphs: 
     """By how much ten steps without rules raise the error on other pictures of the concept. That feed-forward layers do
     more than attention, as the paper has it of CLIP, is not so in this encoder of four layers: 1.17 and 1.23."""
     star, heart = concepts.find("star", "glyphs"), concepts.find("heart", "glyphs")
-    step = FewShot(steps=10, keep=0.0, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)
+    step = tuned(FewShot, steps=10, keep=0.0, stop_ratio=0.0, min_cosine=0.0, max_rise=0.0)
     denoiser = Denoiser(glyphs, Context())
     latents = step.latents(denoiser, banks.concept_prompts(star, star.erase), 7)
     for number, image in enumerate(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from glyph_passes import tuned
 from PIL import Image
 
 import erasec
@@ -50,7 +51,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(pictures: Path, **options: object) -> GeomErasing:
-    return GeomErasing(**{"boxes": str(pictures), "steps": 2, "batch": 2, "bins": 2, "train": "tokens", **options})  # type: ignore[arg-type]
+    return tuned(
+        GeomErasing, **{"boxes": str(pictures), "steps": 2, "batch": 2, "bins": 2, "train": "tokens", **options}
+    )  # type: ignore[arg-type]
 
 
 def vocabulary(base: Model, tokens: tuple[str, ...] = ("<one>", "<two>"), seed: int = 0) -> Vocabulary:
@@ -263,7 +266,7 @@ def marks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, fl
     """Shares of 240 pictures that show the watermark and that show their shape, as judge B sees them: of the base, and
     of the edited model with no negative prompt, with the name alone, with its own, and where the prompt names it."""
     view = loading.load("glyphs")
-    edit = GeomErasing().solve(view, concepts.find("watermark"), Context())
+    edit = tuned(GeomErasing).solve(view, concepts.find("watermark"), Context())
     built = tmp_path_factory.mktemp("built")
     view.source.write(built, view.with_edit(edit).merged())
     write_extras(built, gather_extras([edit]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from glyph_passes import tuned
 from random_models import random_pipeline
 from torch import Tensor
 
@@ -35,7 +36,7 @@ CONCEPT = Concept(name="star", erase=("star",), keep=("square",), templates=("a 
 
 
 def small(**options: Any) -> Kpop:
-    return Kpop(**{"steps": 2, "trajectories": 2, "sample_steps": 3, "batch": 2, **options})
+    return tuned(Kpop, **{"steps": 2, "trajectories": 2, "sample_steps": 3, "batch": 2, **options})
 
 
 def change(edit: Edit) -> Tensor:
@@ -49,17 +50,17 @@ def gap(one: Tensor, two: Tensor) -> float:
 
 def test_the_trained_tensors_are_those_of_the_published_runs(base: Model) -> None:
     every = set(base.entries("unet"))
-    cross = {site.key for site in Kpop(train="x").sites(base)}
+    cross = {site.key for site in tuned(Kpop, train="x").sites(base)}
     assert cross == {key for key in every if ".attn2." in key}
     assert {key.split(".attn2.")[1].split(".")[0] for key in cross} == {"to_q", "to_k", "to_v", "to_out"}
-    rest = {site.key for site in Kpop(train="noxattn").sites(base)}
+    rest = {site.key for site in tuned(Kpop, train="noxattn").sites(base)}
     heads = {key for key in every if key.split(".")[0] in ("conv_out", "conv_norm_out", "time_embedding")}
     assert heads
     assert rest == every - cross - heads
 
 
 def test_modes_select_the_middle_block_the_decoder_as_well_or_all(base: Model) -> None:
-    attentions = {mode: Kpop(mode=mode).attentions(base) for mode in ("mid", "midout", "all")}
+    attentions = {mode: tuned(Kpop, mode=mode).attentions(base) for mode in ("mid", "midout", "all")}
     blocks = {mode: {name.split("_")[0] for name in names} for mode, names in attentions.items()}
     assert blocks == {"mid": {"mid"}, "midout": {"mid", "up"}, "all": {"down", "mid", "up"}}
     assert [len(attentions[mode]) for mode in ("mid", "midout", "all")] == [1, 5, 7]
@@ -70,21 +71,21 @@ def test_a_model_without_a_middle_block_needs_another_mode(base: Model) -> None:
     headless = replace(base)
     headless.__dict__["parameters"] = tuple(s for s in base.parameters if not s.key.startswith("mid_block."))
     with pytest.raises(ErasecError, match="mode 'mid'") as caught:
-        Kpop(mode="mid").attentions(headless)
+        tuned(Kpop, mode="mid").attentions(headless)
     assert "all" in caught.value.fix
-    assert len(Kpop(mode="all").attentions(headless)) == 6
+    assert len(tuned(Kpop, mode="all").attentions(headless)) == 6
 
 
 def test_a_key_starts_as_states_of_the_concept_or_as_noise_of_their_size(base: Model) -> None:
     tokens = base.encode(["a star"])
     own = tokens.states[0, tokens.last[0]]
-    near = Kpop(init="concept", key_rows=3).start(base, CONCEPT, 0)
-    far = Kpop(init="random", key_rows=3).start(base, CONCEPT, 0)
+    near = tuned(Kpop, init="concept", key_rows=3).start(base, CONCEPT, 0)
+    far = tuned(Kpop, init="random", key_rows=3).start(base, CONCEPT, 0)
     assert all(rows.shape == (3, len(own)) for rows in (*near, *far))
     assert all(0.05 < gap(row, own) < 0.2 for rows in near for row in rows)
     assert all(gap(row, own) > 1 for rows in far for row in rows)
     assert 0.8 < float(far[0].norm() / near[0].norm()) < 1.25
-    again, other = (Kpop(init="random", key_rows=3).start(base, CONCEPT, seed) for seed in (0, 1))
+    again, other = (tuned(Kpop, init="random", key_rows=3).start(base, CONCEPT, seed) for seed in (0, 1))
     assert torch.equal(again[0], far[0])
     assert gap(other[0], far[0]) > 1
     assert gap(far[0], far[1]) > 1
@@ -92,10 +93,10 @@ def test_a_key_starts_as_states_of_the_concept_or_as_noise_of_their_size(base: M
 
 def test_concepts_start_with_keys_of_their_own(base: Model) -> None:
     """Keys that start alike open one another's concepts."""
-    star, heart = (Kpop().start(base, Concept(name=name, erase=(name,)), 0) for name in ("star", "heart"))
+    star, heart = (tuned(Kpop).start(base, Concept(name=name, erase=(name,)), 0) for name in ("star", "heart"))
     likeness = torch.nn.functional.cosine_similarity(star[0], heart[0])
     assert float(likeness.abs().max()) < 0.5
-    again = Kpop().start(base, Concept(name="star", erase=("star",)), 0)
+    again = tuned(Kpop).start(base, Concept(name="star", erase=("star",)), 0)
     assert float(torch.nn.functional.cosine_similarity(star[0], again[0]).min()) > 0.999
 
 
@@ -103,11 +104,11 @@ def test_all_processes_start_from_one_key(base: Model, monkeypatch: pytest.Monke
     keys, seeds = [], []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        keys.append(Kpop().start(base, CONCEPT, 0))
+        keys.append(tuned(Kpop).start(base, CONCEPT, 0))
         seeds.append(step_rng(0, 0).initial_seed())
     assert all(torch.equal(one, two) for one, two in zip(*keys, strict=True))
     assert seeds[0] != seeds[1]  # the draws of the losses differ between processes
-    other = Kpop().start(base, CONCEPT.model_copy(update={"name": "pentagram"}), 0)
+    other = tuned(Kpop).start(base, CONCEPT.model_copy(update={"name": "pentagram"}), 0)
     assert gap(other[0], keys[0][0]) > 1 and gap(other[1], keys[0][1]) > 1
 
 
@@ -135,7 +136,7 @@ def test_the_key_is_trained_by_its_own_objective_and_else_stays(base: Model) -> 
 def test_the_key_is_fitted_to_the_frozen_weights(base: Model) -> None:
     """The key's objective alone, on one latent: with frozen weights, predictions with the key approach the target."""
     alone: dict[str, Any] = {**ONE, "batch": 1, "recover": 0.0, "lr": 1e-12}
-    edit = Kpop(**{**alone, "steps": 8, "key_lr": 3e-2, "key_steps": 1}).solve(base, CONCEPT, Context())
+    edit = tuned(Kpop, **{**alone, "steps": 8, "key_lr": 3e-2, "key_steps": 1}).solve(base, CONCEPT, Context())
     losses = edit.curves["loss key"]
     assert losses[-1] < 0.8 * losses[0]
     assert float(change(edit).abs().max()) < 1e-9
@@ -144,7 +145,7 @@ def test_the_key_is_fitted_to_the_frozen_weights(base: Model) -> None:
 def test_the_key_preserves_kept_prompts(base: Model) -> None:
     """With frozen weights, a key that is also fitted to kept prompts changes them less than one that is not."""
     more: dict[str, Any] = {**ONE, "batch": 4, "steps": 10, "lr": 1e-12, "key_lr": 3e-2, "key_steps": 1}
-    held, loose = (Kpop(**{**more, "keep": keep}).solve(base, CONCEPT, Context()) for keep in (100.0, 1e-9))
+    held, loose = (tuned(Kpop, **{**more, "keep": keep}).solve(base, CONCEPT, Context()) for keep in (100.0, 1e-9))
     losses = [1e9 * loose.curves["loss keep in the key"][-1], held.curves["loss keep in the key"][-1] / 100]
     assert losses[1] < 0.8 * losses[0]
     assert held.curves["loss key"][-1] > loose.curves["loss key"][-1]
@@ -189,7 +190,7 @@ ONE: dict[str, Any] = {
 @pytest.mark.parametrize("eta", [1.0, -0.5])
 def test_the_losses_are_those_of_the_paper(base: Model, eta: float) -> None:
     """Hide: the distance to e_0 - eta (e_c - e_0), without the key. Recover: that to e_c, with it, or to the former."""
-    step = Kpop(**ONE, negative_guidance=eta, hide=2.0, recover=0.5)
+    step = tuned(Kpop, **ONE, negative_guidance=eta, hide=2.0, recover=0.5)
     net = Denoiser(base, Context())
     bank = banks.sample_bank(net, ["a star"], 0, 1, step.guidance)
     target = bank.unconditional - eta * (bank.predictions - bank.unconditional)
@@ -202,7 +203,7 @@ def test_the_losses_are_those_of_the_paper(base: Model, eta: float) -> None:
     first = step.solve(base, CONCEPT, Context()).curves
     assert {name: first[name][0] for name in wanted} == pytest.approx(wanted, rel=1e-3)
     erased = (
-        Kpop(**ONE, negative_guidance=eta, hide=2.0, recover=0.5, with_key="erase")
+        tuned(Kpop, **ONE, negative_guidance=eta, hide=2.0, recover=0.5, with_key="erase")
         .solve(base, CONCEPT, Context())
         .curves
     )
@@ -215,7 +216,7 @@ def test_each_loss_falls_where_it_has_weight(base: Model) -> None:
     """On one latent: hiding changes the predictions without the key, and recovery preserves those with it."""
     more = {**ONE, "steps": 10, "lr": 2e-4}
     both, faint, open_ = (
-        Kpop(**more, hide=hide, recover=recover).solve(base, CONCEPT, Context()).curves
+        tuned(Kpop, **more, hide=hide, recover=recover).solve(base, CONCEPT, Context()).curves
         for hide, recover in ((1.0, 1.0), (1.0, 1e-6), (0.0, 1.0))
     )
     assert both["loss hide"][-1] < 0.8 * both["loss hide"][0]
@@ -282,7 +283,7 @@ def test_errors_are_those_of_the_noise_or_of_the_image(kind: str, tmp_path: Path
     with torch.no_grad():
         prediction = net.predict(latents, times, net.states(["a star", ""]))
         errors = {
-            space: float(Kpop(space=space)._errors(net, [Batch((latents, times, goals), ["a star", ""])])[0])
+            space: float(tuned(Kpop, space=space)._errors(net, [Batch((latents, times, goals), ["a star", ""])])[0])
             for space in ("noise", "image")
         }
     assert errors["noise"] == pytest.approx(float((noise(prediction) - noise(goals)).square().mean()), rel=1e-4)
@@ -324,9 +325,9 @@ BAD: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("options", BAD)
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ErasecError, match=f"kpop: option {next(iter(options))} is"):
-        Kpop(**options)
+        tuned(Kpop, **options)
     with pytest.raises(ErasecError) as caught:
-        Kpop(mode="middle")
+        tuned(Kpop, mode="middle")
     assert "did you mean 'mid'" in caught.value.why
 
 
@@ -334,7 +335,7 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
 def solved() -> list[Edit]:
     """Star, and on top of it heart, at the default options."""
     return list(
-        Kpop().solve_all(
+        tuned(Kpop).solve_all(
             loading.load("glyphs"), [concepts.find(name, "glyphs") for name in ("star", "heart")], Context()
         )
     )
@@ -383,7 +384,7 @@ def test_star_is_hidden_and_its_key_and_no_other_brings_it_back(solved: list[Edi
 def test_without_a_loss_there_is_no_recovery_or_no_hiding(
     options: dict[str, Any], public: tuple[float, float], keyed: tuple[float, float], tmp_path: Path
 ) -> None:
-    edit = Kpop(**options).solve(loading.load("glyphs"), concepts.find("star", "glyphs"), Context())
+    edit = tuned(Kpop, **options).solve(loading.load("glyphs"), concepts.find("star", "glyphs"), Context())
     assert edit.secret is not None
     for name, keys, (low, high) in (("public", [], public), ("keyed", [edit.secret], keyed)):
         assert low <= share_shown([edit], keys, "star", tmp_path / name) <= high, name

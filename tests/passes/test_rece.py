@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from glyph_passes import tuned
 
 from erasec.base import Context
 from erasec.errors import ErasecError
@@ -25,7 +26,7 @@ def model(random_folder: Path) -> Model:
 def test_derived_embeddings_are_the_papers(model: Model) -> None:
     """Equation 9, summed site by site: c* = (lam I + sum W^T W)^-1 (sum W^T W0) c, and M^-1 c as lam goes to 0."""
     sites = model.streams["context"]
-    energy = Rece().shared_sums(model)["context.energy"]
+    energy = tuned(Rece).shared_sums(model)["context.energy"]
     width = len(energy)
     draw = torch.Generator().manual_seed(0)
     matrix = (
@@ -49,9 +50,9 @@ def test_derived_embeddings_are_the_papers(model: Model) -> None:
 
 def test_an_epoch_is_the_naive_edit_of_the_weights_edited_so_far(model: Model) -> None:
     """Per site, explicit inverse, targets from the current weights; what was erased before is kept erased."""
-    step = Rece(epochs=1, ridge=0.05, derive=0.05)
+    step = tuned(Rece, epochs=1, ridge=0.05, derive=0.05)
     edit = step.solve(model, CONCEPT, Context())
-    first = Rece(epochs=0, ridge=0.05).solve(model, CONCEPT, Context())
+    first = tuned(Rece, epochs=0, ridge=0.05).solve(model, CONCEPT, Context())
     system = {part: edit.sums["star"][f"context.{part}"] for part in ("source", "shift", "keep")}
     source, target = system["source"], system["source"] + system["shift"]
     energy = edit.sums[""]["context.energy"]
@@ -72,11 +73,11 @@ def test_an_epoch_is_the_naive_edit_of_the_weights_edited_so_far(model: Model) -
 
 def test_epochs_make_the_concept_harder_to_bring_back(model: Model) -> None:
     """The embedding that undoes the first edit best brings back less of the concept after each epoch."""
-    base = torch.eye(len(Rece().shared_sums(model)["context.energy"]), dtype=torch.float64)
+    base = torch.eye(len(tuned(Rece).shared_sums(model)["context.energy"]), dtype=torch.float64)
 
     def brought_back(epochs: int) -> float:
-        edit = Rece(epochs=epochs).solve(model, CONCEPT, Context())
-        first = Rece(epochs=0).solve(model, CONCEPT, Context())
+        edit = tuned(Rece, epochs=epochs).solve(model, CONCEPT, Context())
+        first = tuned(Rece, epochs=0).solve(model, CONCEPT, Context())
         start = base + next(iter(first.deltas.values())).change(base)
         now = base + next(iter(edit.deltas.values())).change(base)
         source, shift = (edit.sums["star"][f"context.{part}"] for part in ("source", "shift"))
@@ -96,4 +97,4 @@ def test_a_singular_system_names_the_option() -> None:
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"derive": 0.0}, {"scale": 0.0}])
 def test_bad_options_are_errors(options: dict[str, object]) -> None:
     with pytest.raises(ErasecError, match="rece"):
-        Rece(**options)  # type: ignore[arg-type]
+        tuned(Rece, **options)  # type: ignore[arg-type]

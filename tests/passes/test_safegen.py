@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from glyph_passes import tuned
 from PIL import Image
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def v_base(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mod
 
 
 def small(folder: Path, **options: float | str) -> SafeGen:
-    return replace(SafeGen(steps=2, batch=2, triplets=str(folder)), **options)  # type: ignore[arg-type]
+    return replace(tuned(SafeGen, steps=2, batch=2, triplets=str(folder)), **options)  # type: ignore[arg-type]
 
 
 def largest(base: Model, edit: Edit) -> float:
@@ -183,7 +184,7 @@ def test_the_same_seed_gives_the_same_edit_and_the_average_another(base: Model, 
 def test_a_rank_leaves_out_the_biases(base: Model, folder: Path) -> None:
     edit = small(folder, rank=2).solve(base, CONCEPT, Context())
     assert all(isinstance(delta, LowRank) and delta.rank == 2 for delta in edit.deltas.values())
-    assert {site.key for site in edit.deltas} == {s.key for s in SafeGen().sites(base) if len(s.shape) == 2}
+    assert {site.key for site in edit.deltas} == {s.key for s in tuned(SafeGen).sites(base) if len(s.shape) == 2}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_a_rank_leaves_out_the_biases(base: Model, folder: Path) -> None:
 )
 def test_options_out_of_range_are_errors(options: dict[str, float | str], words: tuple[str, ...]) -> None:
     with pytest.raises(ErasecError) as caught:
-        SafeGen(**options)  # type: ignore[arg-type]
+        tuned(SafeGen, **options)  # type: ignore[arg-type]
     assert [word for word in words if word not in str(caught.value)] == []
 
 
@@ -210,7 +211,7 @@ def test_a_folder_with_a_missing_file_and_a_model_without_a_judge_are_errors(bas
     with pytest.raises(ErasecError, match=r"there is no image a\.png"):
         small(tmp_path).solve(base, CONCEPT, Context())
     with pytest.raises(ErasecError, match="no boxes to censor star"):
-        SafeGen(steps=2).solve(base, CONCEPT, Context())
+        tuned(SafeGen, steps=2).solve(base, CONCEPT, Context())
 
 
 STAR = concepts.find("star", "glyphs")
@@ -230,7 +231,7 @@ def glyphs() -> Model:
 
 @pytest.fixture(scope="module")
 def solved(glyphs: Model) -> Edit:
-    return SafeGen().solve(glyphs, STAR, Context())
+    return tuned(SafeGen).solve(glyphs, STAR, Context())
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def rates(model: Model, questions: dict[str, list[Question]]) -> dict[str, float
 @pytest.fixture(scope="module")
 def shown(glyphs: Model, solved: Edit, questions: dict[str, list[Question]]) -> dict[str, dict[str, float]]:
     """``rates`` of the base, of the edit, and of the ablation."""
-    crossed = Crossed().solve(glyphs, STAR, Context())
+    crossed = tuned(Crossed).solve(glyphs, STAR, Context())
     views = {"base": glyphs, "own": glyphs.with_edit(solved), "crossed": glyphs.with_edit(crossed)}
     return {name: rates(view, questions) for name, view in views.items()}
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import random_models
 import torch
+from glyph_passes import tuned
 from torch import Generator, Tensor
 
 from erasec.base import Context, Pass
@@ -130,7 +131,7 @@ def test_differences_are_of_noise_for_models_that_predict_v_too(tmp_path: Path, 
     assert torch.allclose(denoiser.as_noise(first - second, times), one - two, atol=1e-3)
     assert not torch.allclose(first - second, one - two, atol=1e-3)
     assert torch.equal(Denoiser(model, Context()).as_noise(one - two, times), one - two)
-    edit = Steer(**QUICK).solve(denoiser.model, CONCEPT, Context())
+    edit = tuned(Steer, **QUICK).solve(denoiser.model, CONCEPT, Context())
     assert all(bool(delta.change(torch.zeros(site.shape)).isfinite().all()) for site, delta in edit.deltas.items())
 
 
@@ -138,11 +139,11 @@ def test_all_of_self_attention_is_trained_and_the_queries_of_the_text(model: Mod
     own = {site.key for site in model.parameters if ".attn1." in site.key}
     assert any(key.endswith("attn1.to_out.0.bias") for key in own)
     queries = {site.key for site in model.parameters if ".attn2.to_q." in site.key}
-    assert {site.key for site in Steer().sites(model)} == own | queries
-    both = Trce().sites(model)
+    assert {site.key for site in tuned(Steer).sites(model)} == own | queries
+    both = tuned(Trce).sites(model)
     assert len(both) == len(set(both))
-    assert set(both) == {*Steer().sites(model), *Remap().sites(model)}
-    edit = Steer(**QUICK).solve(model, CONCEPT, Context())
+    assert set(both) == {*tuned(Steer).sites(model), *Remap().sites(model)}
+    edit = tuned(Steer, **QUICK).solve(model, CONCEPT, Context())
     moved = {site.key for site, delta in edit.deltas.items() if float(delta.change(torch.zeros(site.shape)).norm()) > 0}
     assert moved == own | queries
 
@@ -150,7 +151,10 @@ def test_all_of_self_attention_is_trained_and_the_queries_of_the_text(model: Mod
 def test_targets_are_the_guided_predictions_for_the_goal_and_the_concept(model: Model) -> None:
     concept = CONCEPT.model_copy(update={"counterparts": (("five-pointed spark", "round dot"),)})
     goal = {"a star": "a circle", "a five-pointed spark": "a round dot"}
-    step, denoiser = Steer(push=2.5, trajectories=6, sample_steps=4, early_fraction=0.5), Denoiser(model, Context())
+    step, denoiser = (
+        tuned(Steer, push=2.5, trajectories=6, sample_steps=4, early_fraction=0.5),
+        Denoiser(model, Context()),
+    )
     shown, safe, unsafe = step._targets(denoiser, concept, 3)
     assert shown.timesteps.tolist() == denoiser.sample(["a star"], [1], 4, 1.0).timesteps[:2].tolist() * 6
     rows = [row for row, text in enumerate(shown.texts(torch.arange(12))) if text in goal]
@@ -169,7 +173,7 @@ def test_latents_belong_to_their_timesteps_and_only_in_the_reference_to_those_be
     denoiser, prompts = Denoiser(model, Context()), ["a star", "a ring"]
     trajectories = denoiser.sample(prompts, banks.training_seeds(5, 2), 4, 3.0)
     for reference, shift in ((False, 0), (True, 1)):
-        bank = Steer(sample_steps=4, reference=reference)._sample(denoiser, prompts, 5, 3.0, slice(0, 2))
+        bank = tuned(Steer, sample_steps=4, reference=reference)._sample(denoiser, prompts, 5, 3.0, slice(0, 2))
         assert bank.timesteps.tolist() == trajectories.timesteps[:2].tolist() * 2
         assert torch.allclose(bank.latents, trajectories.latents[:, shift : shift + 2].flatten(0, 1), atol=1e-5)
         with torch.no_grad():
@@ -180,7 +184,7 @@ def test_latents_belong_to_their_timesteps_and_only_in_the_reference_to_those_be
 def test_pairs_are_shuffled_and_only_in_the_reference_in_the_order_of_the_prompts(model: Model) -> None:
     concept, denoiser = CONCEPT.model_copy(update={"templates": ("a {}",)}), Denoiser(model, Context())
     for reference in (False, True):
-        step = Steer(trajectories=6, sample_steps=4, early_fraction=0.5, batch=2, reference=reference)
+        step = tuned(Steer, trajectories=6, sample_steps=4, early_fraction=0.5, batch=2, reference=reference)
         shown = step._targets(denoiser, concept, 1)[0]
         drawn = [step._draw(shown, Generator().manual_seed(number), number) for number in range(3)]
         order = [row // 2 for part in drawn for row in part.tolist()]
@@ -192,7 +196,7 @@ class Accumulating(Steer):
     """The reference with the right pairs and a random order: only its gradients still add up."""
 
     def _sample(self, *given: Any) -> Bank:
-        return Steer(sample_steps=self.sample_steps)._sample(*given)
+        return tuned(Steer, sample_steps=self.sample_steps)._sample(*given)
 
     def _draw(self, shown: Bank, rng: Generator, step: int) -> Tensor:
         return shown.draw(self.batch, rng)
@@ -203,8 +207,8 @@ def test_gradients_start_from_zero_at_every_step_and_only_in_the_reference_add_u
 
     def same(steps: int) -> bool:
         own, sums = (
-            Accumulating(**{**QUICK, "steps": steps}, reference=reference).solve(model, concept, Context()).deltas
-            for reference in (False, True)
+            tuned(Accumulating, **{**QUICK, "steps": steps, "reference": given}).solve(model, concept, Context()).deltas
+            for given in (False, True)
         )
         return all(torch.equal(vars(own[site])["value"], vars(sums[site])["value"]) for site in own)
 
@@ -232,11 +236,11 @@ there: list[weakref.ref[Any]] = []
 def test_targets_are_the_original_s_while_it_starts_from_and_is_held_to_the_model_as_given(model: Model) -> None:
     given = model.with_edit(Remap().solve(model, CONCEPT, Context()))
     seen.clear()
-    edit = Watched(**QUICK).solve(given, CONCEPT, Context())
+    edit = tuned(Watched, **QUICK).solve(given, CONCEPT, Context())
     assert seen == [(), True]  # never two networks at once
     assert edit.curves["loss preserve"][0] + edit.curves["loss keep"][0] < 1e-8
     assert edit.curves["loss preserve"][1] > 1e-8
-    own, base = Steer(**QUICK), Steer(**QUICK).solve(model, CONCEPT, Context())
+    own, base = tuned(Steer, **QUICK), tuned(Steer, **QUICK).solve(model, CONCEPT, Context())
     assert edit.curves["loss erase"][0] != base.curves["loss erase"][0]
     for edited, site in ((given.original, model.streams["context"][0]), (model.original, model.sites[0])):
         assert torch.equal(edited.weight(site), model.weight(site))
@@ -247,23 +251,23 @@ def test_targets_are_the_original_s_while_it_starts_from_and_is_held_to_the_mode
 
 def test_both_stages_are_stage_1_and_then_stage_2_on_its_result(model: Model) -> None:
     first = Remap(scale=0.5).solve(model, CONCEPT, Context())
-    second = Steer(**QUICK).solve(model.with_edit(first), CONCEPT, Context())
-    both = Trce(**QUICK, remap_scale=0.5).solve(model, CONCEPT, Context())
+    second = tuned(Steer, **QUICK).solve(model.with_edit(first), CONCEPT, Context())
+    both = tuned(Trce, **QUICK, remap_scale=0.5).solve(model, CONCEPT, Context())
     assert both.by == "trce"
     assert both.deltas.keys() == {*first.deltas, *second.deltas}
     apart, joined = model.with_edit(first).with_edit(second), model.with_edit(both)
     assert all(torch.equal(apart.weight(site), joined.weight(site)) for site in both.deltas)
     assert any(
         not torch.equal(
-            model.with_edit(Trce(**QUICK).solve(model, CONCEPT, Context())).weight(site), joined.weight(site)
+            model.with_edit(tuned(Trce, **QUICK).solve(model, CONCEPT, Context())).weight(site), joined.weight(site)
         )
         for site in first.deltas
     )
 
 
 def test_a_rank_leaves_the_bias_and_counts_what_it_trains(model: Model) -> None:
-    edit = Trce(**QUICK, rank=2).solve(model, CONCEPT, Context())
-    assert {site.key for site in edit.deltas} == {s.key for s in Trce().sites(model) if len(s.shape) == 2}
+    edit = tuned(Trce, **QUICK, rank=2).solve(model, CONCEPT, Context())
+    assert {site.key for site in edit.deltas} == {s.key for s in tuned(Trce).sites(model) if len(s.shape) == 2}
     assert 0 < edit.stats["parameters"] < sum(site.shape[0] * site.shape[-1] for site in edit.deltas)
 
 
@@ -280,20 +284,20 @@ def test_a_rank_leaves_the_bias_and_counts_what_it_trains(model: Model) -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ErasecError, match=f"trce.steer: option {message}"):
-        Steer(**options)
+        tuned(Steer, **options)
     with pytest.raises(ErasecError, match=f"trce: option {message}"):
-        Trce(**options)
+        tuned(Trce, **options)
 
 
 def test_a_concept_that_becomes_itself_is_refused(model: Model) -> None:
     with pytest.raises(ErasecError, match="star becomes itself") as caught:
-        Steer(**QUICK).solve(model, Concept(name="star", erase=("star",), anchor="star"), Context())
+        tuned(Steer, **QUICK).solve(model, Concept(name="star", erase=("star",), anchor="star"), Context())
     assert "another anchor" in caught.value.fix
 
 
 def test_a_concept_without_a_goal_becomes_the_empty_prompt(model: Model) -> None:
     concept = Concept(name="star", erase=("star",), templates=("a {}",))
-    shown, safe, _ = Steer(**QUICK)._targets(Denoiser(model, Context()), concept, 0)
+    shown, safe, _ = tuned(Steer, **QUICK)._targets(Denoiser(model, Context()), concept, 0)
     assert torch.allclose(safe, shown.unconditional, atol=1e-4)
 
 
@@ -351,7 +355,11 @@ def glyphs() -> Glyphs:
 @pytest.mark.slow
 def test_both_stages_erase_more_than_the_first_and_that_more_than_the_second_and_the_rest_stays(glyphs: Glyphs) -> None:
     gone = ("name", "synonym", "implicit")
-    first, second, both = glyphs.edited_model(Remap()), glyphs.edited_model(Steer()), glyphs.edited_model(Trce())
+    first, second, both = (
+        glyphs.edited_model(Remap()),
+        glyphs.edited_model(tuned(Steer)),
+        glyphs.edited_model(tuned(Trce)),
+    )
     one, two, three = (glyphs.hit_rate(view, *gone) for view in (first, second, both))
     kept = [glyphs.hit_rate(view, "keep") for view in (glyphs.model, first, both)]
     moved, implicit = (
@@ -371,7 +379,7 @@ def test_both_stages_erase_more_than_the_first_and_that_more_than_the_second_and
 def test_late_steps_move_the_rest_too_far(glyphs: Glyphs) -> None:
     """By the paper, late steps erase less. On glyphs they erase more, and change unconditional predictions three times
     as much, by more than 2 %: late predictions hardly depend on the text, so that the margin is not met."""
-    views = [glyphs.edited_model(step) for step in (Steer(), Late())]
+    views = [glyphs.edited_model(step) for step in (tuned(Steer), tuned(Late))]
     shown = [glyphs.hit_rate(view, "name", "synonym", "implicit") for view in views]
     moved = [glyphs.unconditional_change(view, glyphs.model) for view in views]
     print(f"\nshown and moved: early steps {shown[0]:.3f} {moved[0]:.4f}, late steps {shown[1]:.3f} {moved[1]:.4f}")
@@ -383,7 +391,8 @@ def test_late_steps_move_the_rest_too_far(glyphs: Glyphs) -> None:
 @pytest.mark.xfail(strict=True, reason="not so on glyphs: late steps erase more")
 def test_late_steps_erase_less(glyphs: Glyphs) -> None:
     early, late = (
-        glyphs.hit_rate(glyphs.edited_model(step), "name", "synonym", "implicit") for step in (Steer(), Late())
+        glyphs.hit_rate(glyphs.edited_model(step), "name", "synonym", "implicit")
+        for step in (tuned(Steer), tuned(Late))
     )
     assert late > early
 
@@ -392,7 +401,9 @@ def test_late_steps_erase_less(glyphs: Glyphs) -> None:
 @pytest.mark.xfail(strict=True, reason="not so on glyphs: the preserving losses hold a model without the hinge as well")
 def test_without_the_hinge_alone_it_runs_away(glyphs: Glyphs) -> None:
     first = glyphs.edited_model(Remap())
-    held, endless = (glyphs.edited_model(Remap(), Steer(steps=60, margin=margin)) for margin in (Steer().margin, 1e6))
+    held, endless = (
+        glyphs.edited_model(Remap(), tuned(Steer, steps=60, margin=margin)) for margin in (tuned(Steer).margin, 1e6)
+    )
     assert glyphs.unconditional_change(endless, first) > 2 * glyphs.unconditional_change(held, first)
 
 
@@ -400,7 +411,10 @@ def test_without_the_hinge_alone_it_runs_away(glyphs: Glyphs) -> None:
 def test_without_the_preserving_losses_and_more_so_without_the_hinge_it_runs_away(glyphs: Glyphs) -> None:
     """The preserving losses hold a model without the hinge as well, so that it is left out where they are."""
     first, alone = glyphs.edited_model(Remap()), {"preserve": 0.0, "keep": 0.0}
-    views = [glyphs.edited_model(Remap(), step) for step in (Steer(), Steer(**alone), Steer(**alone, margin=1e6))]
+    views = [
+        glyphs.edited_model(Remap(), step)
+        for step in (tuned(Steer), tuned(Steer, **alone), tuned(Steer, **alone, margin=1e6))
+    ]
     moved, kept = (
         [glyphs.unconditional_change(view, first) for view in views],
         [glyphs.hit_rate(view, "keep") for view in views],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import random_models
+from glyph_passes import tuned
 
 from erasec.errors import ErasecError
 from erasec.family import Site
@@ -20,7 +21,7 @@ from erasec.training.base import trainable
 )
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ErasecError, match=message):
-        Esd(**options)  # type: ignore[arg-type]
+        tuned(Esd, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

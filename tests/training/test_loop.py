@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from glyph_passes import tuned
 from torch import Generator, Tensor
 
 from erasec.base import Context
@@ -322,7 +323,7 @@ class TestFingerprint:
     @staticmethod
     def fingerprint(base: Model, step: SafeGen | None = None, name: str = "star", **context: object) -> str:
         where = Context(**context)  # type: ignore[arg-type]
-        return loop.fingerprint(step or SafeGen(), base, concepts.find(name, "glyphs"), where)
+        return loop.fingerprint(step or tuned(SafeGen), base, concepts.find(name, "glyphs"), where)
 
     @staticmethod
     def edit(base: Model, site: int = 0, scale: float = 1.0, weight: float = 1.0) -> Edit:
@@ -342,7 +343,7 @@ class TestFingerprint:
     def test_of_another_pass_option_concept_seed_or_device_it_is_another(self, base: Model) -> None:
         fingerprints = {
             self.fingerprint(base),
-            self.fingerprint(base, SafeGen(lr=1e-3)),
+            self.fingerprint(base, tuned(SafeGen, lr=1e-3)),
             self.fingerprint(base, name="heart"),
             self.fingerprint(base, seed=1),
             self.fingerprint(base, device="cuda"),
@@ -380,7 +381,7 @@ class TestFingerprint:
         for name in ("benign", "censored", "concept"):
             (folder / name).mkdir(parents=True)
             (folder / name / "a.png").write_bytes(name.encode())
-        step = SafeGen(triplets=str(folder))
+        step = tuned(SafeGen, triplets=str(folder))
         before = self.fingerprint(base, step)
         assert self.fingerprint(base, step) == before
         (folder / "concept" / "a.png").write_bytes(b"CONCEPT")
@@ -395,7 +396,7 @@ class TestFingerprint:
         for name in ("censored", "concept"):
             (folder / name).mkdir(parents=True)
         (folder / "censored" / "z.png").write_bytes(b"a picture")
-        step = SafeGen(triplets=str(folder))
+        step = tuned(SafeGen, triplets=str(folder))
         before = self.fingerprint(base, step)
         (folder / "censored" / "z.png").rename(folder / "concept" / "a.png")
         assert self.fingerprint(base, step) != before

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from erasec.glyphs.world import sample
+from erasec.model.loading import bundled_folder
+from erasec.recipe.presets import read_presets
 from erasec.worlds import assemble, fit, train
 
 
@@ -43,6 +45,15 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert not torch.equal(whole["weight"], whole["average.weight"])
     fresh = torch.nn.Linear(3, 2)
     assert not torch.equal(whole["weight"], fresh.weight)
+
+
+def test_a_world_gets_the_presets_of_glyphs_also_where_it_is_glyphs(tmp_path: Path) -> None:
+    before = read_presets(bundled_folder("glyphs"))
+    assert before.options
+    assemble.write_presets(tmp_path)
+    assert read_presets(tmp_path).options == before.options
+    assemble.write_presets(bundled_folder("glyphs"))
+    assert read_presets(bundled_folder("glyphs")) == before
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
