@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     defaults = settings.defaults_of(model)
     uses = recipe.passes or settings.default_passes(concepts, defaults)
     settled = settings.settle(uses, concepts, defaults, by_flag, classes)
-    passes, origins = tuple(item.step for item in settled), tuple(item.origins for item in settled)
+    passes = tuple(item.step for item in settled)
     reasons = tuple(settings.reason(step.name, concepts, defaults) for step in passes)
     for step in passes:
         if not step.sites(model) and not step.extras:
@@ -137,7 +137,19 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     judge = registry.judge_for(model, recipe.judge)
     remarks += _check_disks(estimates.disks(targets, model, out))
     return Plan(
-        resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks, origins, reasons
+        resolved,
+        model,
+        concepts,
+        passes,
+        targets,
+        out,
+        context,
+        keys,
+        judge,
+        earlier,
+        remarks,
+        origins=tuple(item.origins for item in settled),
+        reasons=reasons,
     )
 
 
