@@ -63,7 +63,7 @@ def test_a_passed_build_says_what_was_erased(tmp_path: Path) -> None:
 def test_a_failed_build_says_rejected(tmp_path: Path) -> None:
     finite, by_name, *rest = star_report().checks
     checks = (finite, replace(by_name, value=0.4, passed=False), *rest)
-    html, facts, card = written(star_report(checks=checks, passed=False), tmp_path)
+    html, facts, card = written(star_report(checks=checks), tmp_path)
     assert facts["verdict"] == "build rejected: erased/name failed"
     assert facts["passed"] is False and facts["failed"] == ["erased/name"]
     page = Page(html)
@@ -72,7 +72,7 @@ def test_a_failed_build_says_rejected(tmp_path: Path) -> None:
     assert "**Rejected**: erased/name failed." in card and "**Passed**" not in card
 
 
-@pytest.mark.parametrize("changes", [{"rates": ()}, {"checks": ()}])
+@pytest.mark.parametrize("changes", [{"rates": ()}, {"checks": ()}, {"judged": ()}])
 def test_nothing_is_called_erased_that_was_not_measured(tmp_path: Path, changes: dict[str, Any]) -> None:
     note = "no judge: erasure was not measured"
     html, facts, card = written(star_report(**changes, notes=(note,)), tmp_path)
@@ -85,7 +85,7 @@ def test_a_mark_without_a_limit_is_called_measured(tmp_path: Path) -> None:
     """A mark comes with prompts that do not name it: its rates are implicit alone."""
     mark = {**star_report().concepts[0], "name": "watermark", "kind": "mark", "label": "mark"}
     rates = tuple({**rate, "looked_for": "mark"} for rate in star_report().rates if rate["group"] == "implicit")
-    _, facts, card = written(star_report(concepts=(mark,), rates=rates), tmp_path)
+    _, facts, card = written(star_report(concepts=(mark,), rates=rates, judged=("watermark",)), tmp_path)
     assert facts["verdict"] == "glyphs edited; how much of watermark is left was measured, without a limit"
     assert facts["verdict"] in card
     _, facts, _ = written(star_report(concepts=(mark,), rates=()), tmp_path)
@@ -96,7 +96,7 @@ def test_a_mark_with_a_limit_is_not_called_measured_without_one(tmp_path: Path) 
     mark = {**star_report().concepts[0], "name": "watermark", "kind": "mark", "label": "mark"}
     rates = tuple({**rate, "looked_for": "mark"} for rate in star_report().rates if rate["group"] == "implicit")
     checks = (Check("erased/implicit", 0.6, 0.7, True, "judge B"),)
-    _, facts, _ = written(star_report(concepts=(mark,), rates=rates, checks=checks), tmp_path)
+    _, facts, _ = written(star_report(concepts=(mark,), rates=rates, checks=checks, judged=("watermark",)), tmp_path)
     assert "without a limit" not in facts["verdict"]
 
 
@@ -131,13 +131,13 @@ def test_limits_say_which_side_is_good(tmp_path: Path) -> None:
         Check("too high", 3, 2, False, ""),
         Check("equal", 2, 2, True, ""),
     )
-    facts = written(star_report(checks=checks, passed=False), tmp_path)[1]
+    facts = written(star_report(checks=checks), tmp_path)[1]
     assert [check["bound"] for check in facts["checks"]] == ["at most", "at least", "at least", "at most", ""]
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     checks = (Check("finite", math.nan, 0.0, False, "unet"), Check("parity", math.inf, 1e-4, False, "unet"))
-    html, facts, card = written(star_report(checks=checks, passed=False), tmp_path)
+    html, facts, card = written(star_report(checks=checks), tmp_path)
     assert [(check["value"], check["value_text"]) for check in facts["checks"]] == [(None, "nan"), (None, "inf")]
     assert "limit_text" not in facts["checks"][0]
     assert "not a number" in Page(html).text and "infinite" in Page(html).text and "not a number" in card
