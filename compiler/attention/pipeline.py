@@ -60,7 +60,10 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
         raise ErasecError(f"{folder} cannot be run with a prompt alone", why=why, where=str(root))
     if extras and name != PIPELINES[0]:
         raise ErasecError(f"a {name} cannot carry what {folder} has besides its weights", where=str(root))
-    read_tokenizer(root / "tokenizer")
+    for tokenizer in sorted(root.glob("tokenizer*")):
+        read_tokenizer(tokenizer)
+    if not (root / "text_encoder_3").is_dir() and name == "StableDiffusion3Pipeline":  # which wants to be told
+        options = {"text_encoder_3": None, "tokenizer_3": None} | options
     if name != PIPELINES[0]:  # the others have no safety checker, which would replace pictures by black ones
         options = {key: value for key, value in options.items() if "safety_checker" not in key}
     with described_by("the pipeline", root):
@@ -68,7 +71,8 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
     limit_length(pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings)
     if extras.tokens:
         _add_tokens(pipe, extras.tokens)
-    attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)
+    if extras.memories:
+        attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)
     if extras.negative or any(memory.guided for memory in extras.memories):
         _wrap_encode_prompt(pipe, extras)
     return pipe

@@ -156,6 +156,11 @@ class Report:
         """The state of the build: everything that says whether it is good says this, and nothing else."""
         return "rejected" if self.failed else "not judged" if self.unjudged else "passed"
 
+    @property
+    def passed(self) -> bool:
+        """Whether a judge saw every concept and no check failed."""
+        return self.outcome == "passed"
+
 
 SCHEMA = "erasec.report/1"
 GROUPS: dict[str, tuple[str, str]] = {
@@ -219,7 +224,7 @@ def _facts(report: Report) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "outcome": report.outcome,
-        "passed": report.outcome == "passed",
+        "passed": report.passed,
         "verdict": _verdict(report),
         "failed": list(report.failed),
         "unjudged": list(report.unjudged),
