@@ -72,6 +72,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         ("tools", ", ".join(f"{name} {version}" for name, version in plan["tools"].items())),
         *(("note", note) for note in plan["notes"]),
     ]
+    lines += [("end", plan["end"])] if plan["end"] else []
     for label, text in lines:
         print(f"{label:>6}  {printable(text)}")
     for step in plan["passes"]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,7 +246,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         ]
 
     secrets = [(concept, secret) for _, concept, secret in solved.secrets]
-    with _timed(seconds, "pictures and judge"):
+    with _timed(seconds, "pictures and judge") if plan.painting else nullcontext():
         looked = pictures.look(plan, secrets, public, built, extras)
     checks += looked.checks
     if looked.evidence and plan.judge is not None and plan.painting.judged:

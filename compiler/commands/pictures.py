@@ -40,14 +40,21 @@ class Looked:
 
 
 def unjudged_notes(plan: Plan) -> list[str]:
-    """A sentence about the concepts that no judge can see: the state in which the build will end."""
-    if not plan.unjudged:
+    """A sentence about the concepts that no judge can see, where the build will be rejected for want of a judge."""
+    if not (plan.unjudged and plan.recipe.checks.require_judge):
         return []
-    end = "rejected, because it requires a judge" if plan.recipe.checks.require_judge else "as not judged"
     return [
-        f"No judge can see {', '.join(plan.unjudged)} in pictures of this model, so a build without failures will end "
-        f"{end}. --judge names another judge."
+        f"No judge can see {', '.join(plan.unjudged)} in pictures of this model: the build will be rejected, because "
+        "it requires a judge. --judge names another judge."
     ]
+
+
+def end(plan: Plan) -> str:
+    """The best state in which the build can end, and why it is not "passed"; "" where it can be."""
+    if not plan.unjudged:
+        return ""
+    best = "rejected" if plan.recipe.checks.require_judge else "not judged at best"
+    return f"{best}: no judge can see {', '.join(plan.unjudged)}"
 
 
 def gate_checks(plan: Plan) -> list[Check]:

@@ -18,7 +18,7 @@ from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
-from erasec.commands.pictures import unjudged_notes
+from erasec.commands.pictures import end, unjudged_notes
 from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
@@ -393,6 +393,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "time": estimates.time(plan.out),
         "judge": plan.judge.title if plan.judge else "",
         "unjudged": list(plan.unjudged),
+        "end": end(plan),
         "pictures": {**asdict(plan.painting), "how": plan.painting.text},
         "device": plan.context.device,
         "seed": plan.context.seed,

@@ -159,9 +159,11 @@ def test_a_plan_says_what_will_be_painted_and_how_the_build_will_end(random_fold
     text, described = run(*words), json.loads(run(*words, "--json").stdout)
     assert " paint  2 for each group of prompts, 4 steps" in text.stdout and "at most 10 minutes" in text.stdout
     assert described["unjudged"] == ["church"] and described["pictures"]["sampling"]["steps"] == 4
-    assert any(note.endswith("not judged. --judge names another judge.") for note in described["notes"])
-    assert "rejected, because it requires a judge" in run(*words, "--gate").stdout
+    assert "   end  not judged at best: no judge can see church\n" in text.stdout
+    assert "will be rejected, because it requires a judge" in run(*words, "--gate").stdout
+    assert "requires a judge" not in text.stdout
     judged = json.loads(run("plan", "glyphs", "--erase", "star", "--gate", "--json").stdout)
+    assert "requires a judge" not in str(judged["notes"])
     assert judged["unjudged"] == [] and "that the judge looks at" in judged["pictures"]["how"]
     wrong = run(*words, "--pictures", "few")
     assert wrong.exit_code == 2 and "--pictures 1" in wrong.stderr
