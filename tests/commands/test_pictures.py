@@ -8,16 +8,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import random_models
 import torch
 from typer.testing import CliRunner, Result
 
+from erasec.attention.pipeline import Sampling, generate
 from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.cli.app import app
-from erasec.commands import build, pictures, plan
+from erasec.commands import build, plan
 from erasec.commands.check import examine
 from erasec.errors import CheckFailed
-from erasec.model import loading
 from erasec.recipe import concept
 from erasec.recipe.recipe import Limits, Recipe
 from erasec.reporting.report import Report
@@ -139,18 +141,22 @@ def test_a_failure_to_paint_is_a_note_and_not_hidden(
         make(tmp_path / "judged")
 
 
-def test_the_pictures_of_a_single_file_are_those_of_its_folder(random_folder: Path, tmp_path: Path) -> None:
-    first = make(tmp_path / "out", model=str(random_folder), erase=("church",), targets=("ldm",))
-    single = loading.load(str(tmp_path / "out" / "ldm" / "model.safetensors"))
-    with pictures._base(plan_of(single), plan_of(single).model.source) as folder:  # type: ignore[arg-type]
-        assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
-    assert first.pairs and not folder.exists()
-
-
-def plan_of(model: Any) -> Any:
-    from types import SimpleNamespace
-
-    return SimpleNamespace(model=model, keys=())
+def test_the_pictures_of_a_single_file_are_those_of_its_folder(tmp_path: Path) -> None:
+    random_models.random_folder(tmp_path / "sd1", "sd1")
+    small = QUICK.model_copy(update={"picture_size": 64})
+    fields: dict[str, Any] = {"erase": ("church",), "checks": small}
+    first = make(tmp_path / "out", model=str(tmp_path / "sd1"), targets=("ldm",), **fields)
+    file = tmp_path / "out" / "ldm" / "model.safetensors"
+    again = make(tmp_path / "again", model=str(file), **{**fields, "erase": ("golf-ball",)})
+    prompts, seeds = [pair.prompt for pair in again.pairs], [pair.seed for pair in again.pairs]
+    wanted = generate(tmp_path / "out" / "hf", prompts, seeds, Sampling(1, QUICK.guidance, side=64), "")
+    assert len(first.pairs) == len(again.pairs) == 4 and wanted.shape == (4, 64, 64, 3)
+    for pair, picture in zip(again.pairs, wanted.astype(int), strict=True):
+        assert np.abs(pair.before - picture).max() <= 2
+    assert any(
+        np.abs(pair.after - picture).max() > 2 for pair, picture in zip(again.pairs, wanted.astype(int), strict=True)
+    )
+    assert not [name for name in os.listdir(tmp_path / "again") if name.startswith(".")]
 
 
 def test_a_plan_says_what_will_be_painted_and_how_the_build_will_end(random_folder: Path, tmp_path: Path) -> None:
