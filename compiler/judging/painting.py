@@ -95,7 +95,7 @@ def plan_painting(
         limits.picture_size or (CPU_SIDE if cpu else 0),
     )
     needed, free = int(SPARE * BYTES[dtype] * sum(weights.values())), available_memory()
-    obstacle = unsupported(model.source.index["_class_name"])
+    obstacle = unsupported(model.source.index.get("_class_name"))
     if not obstacle and free is not None and needed > free:
         obstacle = f"the model needs about {size(needed)} of memory, {size(free)} are free"
     return Painting(False, limits.images, pictures, sampling, limits.picture_minutes or MINUTES, obstacle)

@@ -369,6 +369,8 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
                     "about": about,
                     "total": len(pairs),
                     "judged": sum(bool(pair.looked_for) for pair in pairs),
+                    # The hit rate of a group is that of all its concepts.
+                    "rated": not any(pair.looked_for for pair in members if own and pair.concept != concept),
                     "items": items,
                 }
             )

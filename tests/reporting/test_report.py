@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -13,6 +14,8 @@ import yaml
 from sample_report import Page, leaves, star_report, written
 
 from erasec.base import Check
+from erasec.reporting.read import outcome as read_outcome
+from erasec.reporting.read import read_report
 from erasec.reporting.report import ArtifactRecord, BaseRecord, Report, write_report
 
 
@@ -206,3 +209,34 @@ def test_a_card_loads_a_bundle_with_what_it_carries(tmp_path: Path) -> None:
     card = written(star_report(written=(bundle,)), tmp_path)[2]
     assert 'erasec.pipeline("bundle")' in card and "from_pretrained" not in card
     assert "erasec.pipeline" not in written(star_report(), tmp_path / "hf")[2]
+
+
+def test_a_build_that_nothing_could_see_never_reads_as_passed(tmp_path: Path) -> None:
+    """Page, facts and card say that it was not judged; a rejected build is rejected, whatever a judge saw."""
+    html, facts, card = written(star_report(judged=()), tmp_path / "unseen")
+    assert (facts["outcome"], facts["passed"], facts["unjudged"]) == ("not judged", False, ["star"])
+    header = html.split("<body>")[1].split("</header>")[0]
+    assert "? not judged" in header and '<h1 class="unjudged">' in header and "passed" not in header.lower()
+    assert "**Not judged**: no judge could see star" in card and "**Passed**" not in card
+    assert read_outcome(read_report(tmp_path / "unseen")) == "not judged"
+    finite, by_name, *rest = star_report().checks
+    failed = star_report(checks=(finite, replace(by_name, passed=False), *rest), judged=())
+    assert written(failed, tmp_path / "failed")[1]["outcome"] == failed.outcome == "rejected"
+    seen = star_report()
+    assert (seen.outcome, seen.passed, seen.unjudged) == ("passed", True, ())
+    assert written(seen, tmp_path / "seen")[1]["outcome"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("old", "outcome"),
+    [
+        ({"passed": True}, "passed"),
+        ({"passed": False}, "rejected"),
+        ({}, "rejected"),
+        ({"passed": True, "outcome": "not judged"}, "not judged"),
+        ({"passed": True, "outcome": "perfect"}, "rejected"),
+    ],
+)
+def test_reports_without_an_outcome_are_still_read(tmp_path: Path, old: dict[str, Any], outcome: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert read_outcome(read_report(tmp_path)) == outcome
