@@ -1,22 +1,24 @@
-"""The pipeline of a bundle: a StableDiffusionPipeline with all that the folder carries, and images from it."""
+"""The pipeline of a folder: that of diffusers with all that the folder carries, and images from it."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from erasec.attention.batches import FIX, in_batches, out_of_memory
 from erasec.attention.processors import attach, call_state
+from erasec.attention.sampling import LARGE, PIPELINES, unsupported
+from erasec.attention.sampling import Sampling as Sampling
 from erasec.checkpoint.configs import described_by, read_index
 from erasec.checkpoint.folder import only_variant
 from erasec.checkpoint.tokenizer_files import read_tokenizer
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, reason
 from erasec.model.sidecar import Extras, read_extras
 from erasec.model.text_encoders import limit_length
 from erasec.progress import bar, disable_library_bars
@@ -24,23 +26,24 @@ from erasec.progress import bar, disable_library_bars
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from diffusers import StableDiffusionPipeline
     from torch import Tensor
 
     from erasec.base import Images
 
 BATCH = 32  # images that are generated at once
+LARGE_BATCH = {"cuda": 8}  # images of a large model that are generated at once, by kind of device; elsewhere one
 
 
-def pipeline(folder: str | Path, **options: Any) -> StableDiffusionPipeline:
-    """The StableDiffusionPipeline of a diffusers folder, with the memories, tokens and negative prompt that it carries.
+def pipeline(folder: str | Path, **options: Any) -> Any:
+    """The diffusers pipeline of a folder, with the memories, tokens and negative prompt that it carries.
 
-    ``options`` go to ``StableDiffusionPipeline.from_pretrained``. Memories are attached to the UNet, new tokens are
-    added to tokenizer and text encoder, and calls without a negative prompt use the folder's. ``save_pretrained`` of
-    the pipeline saves weights and tokens alone. Raises ErasecError where ``folder`` is not a diffusers folder, or what
-    it carries does not fit its weights.
+    Its class is the one that model_index.json names, one of PIPELINES, and ``options`` go to its ``from_pretrained``.
+    Memories are attached to the UNet, new tokens are added to tokenizer and text encoder, and calls without a negative
+    prompt use the folder's; only a StableDiffusionPipeline can carry them. ``save_pretrained`` of the pipeline saves
+    weights and tokens alone. Raises ErasecError where ``folder`` is not a diffusers folder, has a pipeline of another
+    class, or what it carries does not fit its weights.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
     root = Path(folder).expanduser()
     if not (root / "model_index.json").is_file():
@@ -52,14 +55,24 @@ def pipeline(folder: str | Path, **options: Any) -> StableDiffusionPipeline:
     extras = read_extras(root)
     options = {"variant": only_variant(root) or None} | options
     disable_library_bars()
-    read_index(root)  # diffusers imports every module that it names
-    read_tokenizer(root / "tokenizer")
+    name = read_index(root)["_class_name"]  # diffusers imports every module that the index names
+    if why := unsupported(name):
+        raise ErasecError(f"{folder} cannot be run with a prompt alone", why=why, where=str(root))
+    if extras and name != PIPELINES[0]:
+        raise ErasecError(f"a {name} cannot carry what {folder} has besides its weights", where=str(root))
+    for tokenizer in sorted(root.glob("tokenizer*")):
+        read_tokenizer(tokenizer)
+    if not (root / "text_encoder_3").is_dir() and name == "StableDiffusion3Pipeline":  # which wants to be told
+        options = {"text_encoder_3": None, "tokenizer_3": None} | options
+    if name != PIPELINES[0]:  # the others have no safety checker, which would replace pictures by black ones
+        options = {key: value for key, value in options.items() if "safety_checker" not in key}
     with described_by("the pipeline", root):
-        pipe = StableDiffusionPipeline.from_pretrained(root, **options)
+        pipe = getattr(diffusers, name).from_pretrained(root, **options)
     limit_length(pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings)
     if extras.tokens:
         _add_tokens(pipe, extras.tokens)
-    attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)
+    if extras.memories:
+        attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)
     if extras.negative or any(memory.guided for memory in extras.memories):
         _wrap_encode_prompt(pipe, extras)
     return pipe
@@ -124,39 +137,78 @@ def _wrap_encode_prompt(pipe: Any, extras: Extras) -> None:
     pipe.encode_prompt = encode_prompt
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How images are generated: with the checkpoint's own scheduler, in ``steps`` steps, with classifier-free guidance
-    of scale ``guidance``, on ``device``."""
-
-    steps: int
-    guidance: float
-    device: str = "cpu"
-
-
-def generate(folder: Path, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, title: str) -> Images:
+def generate(
+    folder: Path, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, title: str, variant: str = ""
+) -> Images:
     """Images (n, h, w, 3) of n prompts as the pipeline of a folder generates them, with all that the folder carries.
 
     Each image starts from its own seed of ``seeds`` (n,), so that it does not depend on the batch. ``title`` is the
-    label of the progress bar.
+    label of the progress bar. ``variant`` is that of the weights; by default the plain one, or the only one.
     """
+    return np.concatenate(list(paint(folder, prompts, seeds, sampling, title, variant)))
+
+
+def paint(
+    folder: Path, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, title: str, variant: str = ""
+) -> Iterator[Images]:
+    """The images of ``generate``, one batch after another. A batch that does not fit into memory is halved.
+
+    Raises ErasecError where the pipeline, or one image, does not fit into memory.
+    """
+    pipe = _loaded(folder, sampling, variant)
+    size = _size(pipe, sampling.side)
+
+    def run(start: int, stop: int) -> Images:
+        images = pipe(
+            list(prompts[start:stop]),
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start:stop]],
+            output_type="np",
+            **size,
+        ).images
+        pictures: Images = np.rint(np.nan_to_num(images) * 255).astype(np.uint8)
+        return pictures
+
+    with bar(title, len(prompts)) as advance:
+        for images in in_batches(len(prompts), _batch(pipe, sampling.device), run):
+            advance(len(images))
+            yield images
+
+
+def _loaded(folder: Path, sampling: Sampling, variant: str) -> Any:
+    """The pipeline of a folder on its device, without a safety checker and without bars."""
+    options = {"torch_dtype": getattr(torch, sampling.dtype), "safety_checker": None, "requires_safety_checker": False}
+    options |= {"variant": variant} if variant else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = pipeline(folder, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False).to(
-            sampling.device
-        )
+        try:
+            pipe = pipeline(folder, **options).to(sampling.device)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            what = "the model does not fit into the memory of the device"
+            raise ErasecError(what, why=reason(error), fix=FIX) from error
     pipe.set_progress_bar_config(disable=True)
-    batches = []
-    with bar(title, len(prompts)) as advance:
-        for start in range(0, len(prompts), BATCH):
-            batch = list(prompts[start : start + BATCH])
-            images = pipe(
-                batch,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + BATCH]],
-                output_type="np",
-            ).images
-            batches.append(np.rint(np.nan_to_num(images) * 255).astype(np.uint8))
-            advance(len(batch))
-    return np.concatenate(batches)
+    return pipe
+
+
+def _batch(pipe: Any, device: str) -> int:
+    """The largest batch to begin with. It is that of small models, or that of large ones on this kind of device."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    small = sum(weight.numel() for weight in denoiser.parameters()) <= LARGE
+    return BATCH if small else LARGE_BATCH.get(device.partition(":")[0], 1)
+
+
+def _size(pipe: Any, side: int) -> dict[str, int]:
+    """The arguments height and width for pictures of at most ``side`` pixels; none where that is the pipeline's own."""
+    if not side:
+        return {}
+    native = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
+    height, width = native if isinstance(native, (list, tuple)) else (native, native)
+    height, width = height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+    if max(height, width) <= side:
+        return {}
+    # Multiples of 64 pixels suit every family: a latent of eight, three halvings in the UNet.
+    scale = side / max(height, width)
+    return {"height": max(64, int(height * scale) // 64 * 64), "width": max(64, int(width * scale) // 64 * 64)}

@@ -17,6 +17,7 @@ from erasec.cli.options import (
     CODE,
     DEVICE,
     ERASE,
+    GATE,
     JSON,
     JUDGE,
     KEY,
@@ -25,6 +26,7 @@ from erasec.cli.options import (
     OUT,
     PASS,
     PICKLE,
+    PICTURES,
     REVISION,
     SEED,
     TARGET,
@@ -89,6 +91,8 @@ def build(
     key: KEY = None,
     absorb: ABSORB = None,
     judge: JUDGE = None,
+    gate: GATE = False,
+    pictures: PICTURES = None,
     device: DEVICE = None,
     seed: SEED = None,
     revision: REVISION = None,
@@ -109,6 +113,8 @@ def build(
             keys=key,
             absorb=absorb,
             judge=judge,
+            gate=gate or None,
+            pictures=pictures,
             device=device,
             seed=seed,
             revision=revision,
@@ -140,7 +146,7 @@ def build(
             print((plan.out / "report.json").read_text(encoding="utf-8"))
             return
         print(f"{plan.out}\n{plan.out / 'report.html'}")
-        print(output.verdict(sum(check.limit is not None for check in report.checks), report.rates))
+        print(output.verdict(report))
         for note in report.notes:
             if note not in printed:
                 say(note)
@@ -156,6 +162,8 @@ def plan(
     key: KEY = None,
     absorb: ABSORB = None,
     judge: JUDGE = None,
+    gate: GATE = False,
+    pictures: PICTURES = None,
     device: DEVICE = None,
     seed: SEED = None,
     revision: REVISION = None,
@@ -177,6 +185,8 @@ def plan(
             keys=key,
             absorb=absorb,
             judge=judge,
+            gate=gate or None,
+            pictures=pictures,
             device=device,
             seed=seed,
             revision=revision,

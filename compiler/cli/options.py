@@ -71,6 +71,18 @@ JUDGE = Annotated[
         "--judge", metavar="NAME", help="judge of the pictures, by default one that knows the model; or file.py:Class"
     ),
 ]
+GATE = Annotated[
+    bool, typer.Option("--gate", help="reject a build with a concept that no judge can see, for release pipelines")
+]
+PICTURES = Annotated[
+    str | None,
+    typer.Option(
+        "--pictures",
+        metavar="N[:key=value,...]",
+        help="pictures for each group of prompts about concepts that no judge can see, 0 for none; "
+        "keys: steps, size (pixels), minutes  [default: by the device]",
+    ),
+]
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
 SEED = Annotated[int | None, typer.Option("--seed", help="seed of all random numbers  [default: 0]")]

@@ -12,10 +12,12 @@ from erasec.errors import printable
 
 if TYPE_CHECKING:
     from erasec.base import Check
+    from erasec.reporting.report import Report
 
 
-def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
-    """One line: how many checks passed, and the hit rate before and after the edit for each group of prompts."""
+def verdict(report: Report) -> str:
+    """One line: the state of the build, how many checks hold, and the hit rate before and after the edit for each group
+    of prompts."""
     from erasec.reporting.report import mean_rates
 
     titles = {
@@ -26,11 +28,17 @@ def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
         "keep": "everything else",
     }
     parts = []
-    for group in dict.fromkeys(row["group"] for row in rates):
-        if mean := mean_rates(rates, group):
+    for group in dict.fromkeys(row["group"] for row in report.rates):
+        if mean := mean_rates(report.rates, group):
             parts.append(f"{titles.get(group, group)} {mean['before']:.0%} -> {mean['after']:.0%}")
-    passed = "its one check" if checks == 1 else f"all {checks} checks"
-    return f"passed {passed}" + (f"; shown {', '.join(parts)}" if parts else "")
+    shown = f"; shown {', '.join(parts)}" if parts else ""
+    checks = sum(check.limit is not None for check in report.checks)
+    if report.outcome == "passed":
+        return f"passed {'its one check' if checks == 1 else f'all {checks} checks'}{shown}"
+    if report.outcome == "not judged":
+        held = f"of what could be checked nothing failed ({checks} checks)"
+        return f"not judged: no judge can see {', '.join(report.unjudged)} in these pictures; {held}{shown}"
+    return f"rejected: {', '.join(report.failed)} failed{shown}"
 
 
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
@@ -56,6 +64,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     seconds = plan["time"]["seconds"]
     lines += [
         ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
+        ("paint", plan["pictures"]["how"]),
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
@@ -64,6 +73,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         ("tools", ", ".join(f"{name} {version}" for name, version in plan["tools"].items())),
         *(("note", note) for note in plan["notes"]),
     ]
+    lines += [("end", plan["end"])] if plan["end"] else []
     for label, text in lines:
         print(f"{label:>6}  {printable(text)}")
     for step in plan["passes"]:

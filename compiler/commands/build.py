@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from erasec import registry
-from erasec.attention.pipeline import Sampling
 from erasec.base import Check, EditTarget
 from erasec.checkpoint import manifest
 from erasec.checkpoint.disk import PRIVATE_FOLDER
@@ -21,13 +18,13 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
-from erasec.commands import estimates
+from erasec.commands import estimates, pictures
 from erasec.commands.effect import check_change, check_goals
 from erasec.commands.output_paths import check_replaceable
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
-from erasec.judging.evidence import gather_evidence, labels, rates, with_key
+from erasec.judging.evidence import rates
 from erasec.keys import key_file
 from erasec.keys.absorb import absorb_keys
 from erasec.ldm.single_file import SingleFile
@@ -40,9 +37,8 @@ from erasec.reporting.report import EditRecord, Report, write_report
 from erasec.training.base import TrainingContext
 
 if TYPE_CHECKING:
-    from erasec.base import Artifact, Judge, Pass
+    from erasec.base import Pass
     from erasec.commands.plan import Plan
-    from erasec.judging.evidence import Evidence
     from erasec.model.memory import Secret
     from erasec.model.sidecar import Extras
     from erasec.model.view import Model
@@ -92,7 +88,7 @@ def run(plan: Plan) -> Report:
             raise
         plan.model.check_unchanged()
         check_replaceable(plan.out)
-        if not report.passed:
+        if report.outcome == "rejected":
             rejected = plan.out / manifest.REJECTED
             plan.out.mkdir(exist_ok=True)
             own.publish(own.path / manifest.REJECTED)
@@ -122,11 +118,19 @@ def _rejection(plan: Plan, report: Report, rejected: Path, work: Path) -> CheckF
             "the model does not know",
             where=where,
         )
-    values = "; ".join(f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" for check in failed)
+    values = "; ".join(_explained(check, alone=len(failed) == 1) for check in failed)
+    if names == {pictures.JUDGED}:
+        return CheckFailed(what, values, "name a judge that can see it: --judge; or build without --gate", where)
     fix = "look at report.html there; then change the pass options, the concept's keep phrases, or a limit"
     if any(work.iterdir()):
         fix += f"; the trained state stays in {work} for a build with another limit"
     return CheckFailed(what, values, fix, where)
+
+
+def _explained(check: Check, alone: bool) -> str:
+    """Value, limit and explanation of a failed check; of several checks only the beginnings of the explanations."""
+    how = check.how if alone else check.how.split("; ")[0]
+    return f"{check.name} is {check.value:.4g}, the limit {check.limit:.4g}" + (f" ({how})" if how else "")
 
 
 def _broken_tensor(model: Model) -> str:
@@ -242,14 +246,14 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
             for check in artifact.checks
         ]
 
-    evidence: list[Evidence] = []
-    if plan.judge is not None:
-        with _timed(seconds, "pictures and judge"):
-            evidence, picture_checks = _judge(plan, plan.judge, solved, public, built, extras)
-        checks += picture_checks
-        if evidence:
-            with _timed(seconds, "pictures of what was written"):
-                checks += _check_artifacts(plan, plan.judge, evidence[0], artifacts)
+    secrets = [(concept, secret) for _, concept, secret in solved.secrets]
+    with _timed(seconds, "pictures and judge") if plan.painting else nullcontext():
+        looked = pictures.look(plan, secrets, public, built, extras)
+    checks += looked.checks
+    if looked.evidence and plan.judge is not None and plan.painting.judged:
+        with _timed(seconds, "pictures of what was written"):
+            checks += pictures.check_artifacts(plan, plan.judge, looked.evidence[0], built, artifacts)
+    checks += pictures.gate_checks(plan)
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
     with _timed(seconds, "report"):
@@ -263,13 +267,13 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         applied=solved.applied,
         moves=moves,
         checks=tuple(checks),
-        pairs=tuple(pair for item in evidence for pair in collect.picture_pairs(item)),
-        rates=tuple(row for item in evidence for group in groups for row in rates(item, group)),
+        pairs=tuple(pair for item in looked.evidence for pair in collect.picture_pairs(item)),
+        rates=tuple(row for item in looked.evidence for group in groups for row in rates(item, group)),
         written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
         seconds=seconds,
         environment=collect.environment(),
-        notes=tuple(_notes(plan, solved, built, bool(evidence))),
-        passed=all(check.passed for check in checks),
+        notes=tuple(_notes(plan, solved, built, looked)),
+        judged=tuple(concept.name for concept in plan.looked_for if concept.name not in plan.unjudged),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
         rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
@@ -327,81 +331,25 @@ def _key_name(concept: Concept) -> str:
     return file_name([concept.name]) or "concept"
 
 
-def _judge(
-    plan: Plan, judge: Judge, solved: _Solved, public: Folder, built: Folder, extras: Extras
-) -> tuple[list[Evidence], list[Check]]:
-    """The judge's evidence before and after the edit, and its checks. Both are empty if the judge has no questions."""
-    limits, seed = plan.recipe.checks, plan.context.seed
-    sampling = Sampling(limits.steps, limits.guidance, plan.context.device)
-    scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
-    unlocked = [key.concept for key in plan.keys]
-    evidence = gather_evidence(
-        judge,
-        unlocked or plan.concepts,
-        public.root if unlocked else plan.model.source.root,
-        built.root,
-        limits.images,
-        seed,
-        sampling,
-        keyed=bool(unlocked),
-        earlier=plan.earlier,
-    )
-    if evidence is None:
-        return [], []
-    gathered, checks = [evidence], list(validate.checks(evidence, judge, limits, seed, scheduler))
-    for concept in unlocked:
-        checks += validate.recovery_checks(judge, concept, evidence, None, limits, seed, scheduler)
-    for _, concept, secret in () if unlocked else solved.secrets:
-        memories = key_file.fold_secret(secret, built.entries(plan.model.family.denoiser))
-        with _copy_with_extras(built, replace(extras, memories=(*extras.memories, *memories))) as keyed:
-            keyed_evidence = with_key(judge, concept, evidence, keyed, sampling)
-        if keyed_evidence is not None:
-            gathered.append(keyed_evidence)
-            checks += validate.recovery_checks(judge, concept, keyed_evidence, evidence, limits, seed, scheduler)
-    return gathered, checks
-
-
-def _check_artifacts(plan: Plan, judge: Judge, evidence: Evidence, artifacts: Sequence[Artifact]) -> Iterator[Check]:
-    """Checks of pictures that the artifacts generate, for each artifact that a portable runtime can run."""
-    runtimes = [registry.load_runtime(name) for name in registry.runtimes()]
-    for artifact in artifacts:
-        for runtime in runtimes:
-            if runtime.portable and artifact.target in runtime.folders:
-                scheduler = Folder(artifact.path).config("scheduler", "scheduler_config.json")["_class_name"]
-                limits, seed = plan.recipe.checks, plan.context.seed
-                yield from validate.artifact_checks(
-                    judge, evidence, artifact.path, runtime.name, artifact.precision, limits, seed, scheduler
-                )
-
-
-@contextmanager
-def _copy_with_extras(folder: Folder, extras: Extras) -> Iterator[Path]:
-    """A hard-linked copy of a folder with other extras, deleted when the block ends."""
-    with TemporaryDirectory(prefix=".keyed-", dir=folder.root.parent) as scratch:
-        root = Path(scratch) / "model"
-        folder.write(root, {}, link=True)
-        write_extras(root, extras)
-        yield root
-
-
-def _notes(plan: Plan, solved: _Solved, built: Folder, measured: bool) -> Iterator[str]:
+def _notes(plan: Plan, solved: _Solved, built: Folder, looked: pictures.Looked) -> Iterator[str]:
     """Sentences that every reader of the report must know."""
     source, name = plan.model.source, built.root.name
     if isinstance(source, SingleFile):
         yield from source.notes
     for target in plan.targets:
         yield from target.notes(plan.model)
-    concepts = [key.concept for key in plan.keys] or plan.concepts
-    if unseen := [c.name for c in concepts if plan.judge is None or not labels(plan.judge, c)]:
+    if plan.unjudged:
         what = "the key brings it back" if plan.keys else "it is gone"
-        yield f"No judge can see {', '.join(unseen)} in pictures of this model: whether {what} was not measured." + (
-            "" if measured else " The checks below only show that the files are valid."
+        yield (
+            f"No judge can see {', '.join(plan.unjudged)} in pictures of this model: whether {what} was not measured."
+            + ("" if plan.painting.judged else " The checks below only show that the files are valid.")
         )
+    yield from looked.notes
     yield from plan.remarks
     if plan.earlier:
         yield f"Erased from the base before this build: {', '.join(concept.name for concept in plan.earlier)}."
     if plan.keys:
-        names = ", ".join(concept.name for concept in concepts)
+        names = ", ".join(concept.name for concept in plan.looked_for)
         yield f"This build contains a key and shows {names} again: it is as secret as the key."
     elif solved.secrets:
         names = ", ".join(f"{_key_name(concept)}{key_file.SUFFIX}" for _, concept, _ in solved.secrets)

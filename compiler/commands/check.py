@@ -25,7 +25,7 @@ from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, downscale, only_variant, variants
 from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, finite_check
-from erasec.commands.integrity import compare_with_manifest, listed, recorded_digests, sealed_check
+from erasec.commands.integrity import compare_with_manifest, listed, outcome_notes, recorded_digests, sealed_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
 from erasec.graphs.manifest import MANIFEST, file_records, read_manifest
 from erasec.graphs.signature import NAMES, input_shapes
@@ -85,7 +85,7 @@ def examine(folder: Path, against: Path | None = None) -> Examination:
             if not differences.below(path.relative_to(root).as_posix())
         }
         rest = _examine_folders(folder, same, {}, against, compared=True)
-        return replace(rest, checks=(*checks, *rest.checks))
+        return replace(rest, checks=(*checks, *rest.checks), notes=outcome_notes(root))
     if folder.is_file():
         return Examination((sealed_check(folder),))
     recorded = recorded_digests(folder)

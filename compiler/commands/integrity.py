@@ -12,7 +12,7 @@ from erasec.checkpoint.manifest import Differences, Manifest
 from erasec.checkpoint.safetensors import read_header
 from erasec.checkpoint.sealed import DIGEST, read_sealed
 from erasec.errors import ErasecError
-from erasec.reporting.read import REPORT, Record, read_report
+from erasec.reporting.read import REPORT, Record, outcome, read_report
 
 STATES = ("lost", "changed", "added")
 NAMED = 5  # names of files that a check lists for each state
@@ -56,7 +56,7 @@ def _report_checks(root: Path, content: Manifest, differences: Differences) -> I
     except ErasecError as error:
         yield Check("report", math.inf, 0.0, False, f"{error.what}: {error.why}")
         return
-    faults = [] if report.get("passed") is True else ["that the build was rejected, because a check failed"]
+    faults = ["that the build was rejected, because a check failed"] if outcome(report) == "rejected" else []
     digests = {f"{target}/{name}": file for target, own in _digests(report).items() for name, file in own.items()}
     described = {name: file for name, file in digests.items() if name not in content.renewed}
     recorded = {name: file.sha256 for name, file in content.files.items()}
@@ -64,7 +64,23 @@ def _report_checks(root: Path, content: Manifest, differences: Differences) -> I
     how = f"disagreements of {REPORT} and {manifest.FILE} on {len(described)} files, and whether the build was rejected"
     if content.renewed:
         how += f"; {len(content.renewed)} files were changed by erasec later, and the report is about those before"
+    if outcome(report) == "not judged":
+        how += f"; the build was {not_judged(report)}"
     yield Check.count("report", faults, how)
+
+
+def not_judged(report: Record) -> str:
+    """That a build was not judged, and which concepts no judge could see."""
+    return f"not judged: no judge could see {', '.join(report.get('unjudged', [])) or 'a concept'} in its pictures"
+
+
+def outcome_notes(root: Path) -> tuple[str, ...]:
+    """A sentence where the build with the manifest in ``root`` was not judged: its checks say nothing about that."""
+    try:
+        report = read_report(root)
+    except ErasecError:  # of another folder than a build; a damaged report is a check of its own
+        return ()
+    return (f"the build in {root} was {not_judged(report)}",) if outcome(report) == "not judged" else ()
 
 
 def sealed_check(file: Path) -> Check:

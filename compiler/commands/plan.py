@@ -18,9 +18,12 @@ from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, estimates, settings
 from erasec.commands.output_paths import check_disjoint, check_replaceable
+from erasec.commands.pictures import end, unjudged_notes
 from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
+from erasec.judging.evidence import labels
+from erasec.judging.painting import plan_painting
 from erasec.keys.key_file import Key, check_bound, read_key
 from erasec.ldm.single_file import SingleFile
 from erasec.model import loading, sidecar
@@ -34,6 +37,7 @@ from erasec.reporting.earlier import erased_before
 if TYPE_CHECKING:
     from erasec.base import Judge
     from erasec.family import Site
+    from erasec.judging.painting import Painting
     from erasec.model.view import Model
 
 
@@ -44,9 +48,10 @@ class Plan:
     ``recipe`` is resolved: it contains the concepts, every option of the passes, and the digest of the model. The goals
     of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
     erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
-    weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are
-    sentences about how names, goals and long phrases were understood. For each pass, ``origins`` says where the value
-    of each option comes from, and ``reasons`` for which kinds of concepts it is the default, "" for none.
+    weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``painting`` says
+    which pictures are painted. ``remarks`` are sentences about how names, goals and long phrases were understood. For
+    each pass, ``origins`` says where the value of each option comes from, and ``reasons`` for which kinds of concepts
+    it is the default, "" for none.
     """
 
     recipe: Recipe
@@ -56,12 +61,23 @@ class Plan:
     targets: tuple[Target | EditTarget, ...]
     out: Path
     context: Context
+    painting: Painting = field(compare=False)  # what fits into memory depends on the moment
     keys: tuple[Key, ...] = ()
     judge: Judge | None = None
     earlier: tuple[Concept, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False)
     origins: tuple[Mapping[str, settings.Origin], ...] = field(default=(), compare=False)
     reasons: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def looked_for(self) -> tuple[Concept, ...]:
+        """The concepts that pictures are about: those of the keys in a build with keys, or those that are erased."""
+        return tuple(key.concept for key in self.keys) or self.concepts
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Those of them that no judge can see in pictures of the model."""
+        return tuple(concept.name for concept in self.looked_for if not labels(self.judge, concept))
 
 
 def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag: bool = False) -> Plan:
@@ -136,6 +152,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)
     remarks += _check_disks(estimates.disks(targets, model, out))
+    looked_for = [key.concept for key in keys] or concepts
+    painting = plan_painting(model, judge, looked_for, recipe.checks, context.device)
     return Plan(
         resolved,
         model,
@@ -144,6 +162,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
         targets,
         out,
         context,
+        painting,
         keys,
         judge,
         earlier,
@@ -363,9 +382,12 @@ def describe(plan: Plan) -> dict[str, Any]:
             "disks": disks,
             "how": "estimate of each target, by default all weights in float32; with graphs in the cache and in TMPDIR",
         },
-        "memory": estimates.memory(model, plan.passes, plan.judge is not None, len(plan.targets) > 1),
+        "memory": estimates.memory(model, plan.passes, bool(plan.painting), len(plan.targets) > 1),
         "time": estimates.time(plan.out),
         "judge": plan.judge.title if plan.judge else "",
+        "unjudged": list(plan.unjudged),
+        "end": end(plan),
+        "pictures": {**asdict(plan.painting), "how": plan.painting.text},
         "device": plan.context.device,
         "seed": plan.context.seed,
         "tools": {name: doctor.version(name) or "missing" for name in (*doctor.CORE, *doctor.OPTIONAL)},
@@ -402,6 +424,7 @@ def notes(plan: Plan) -> list[str]:
         *(source.notes if isinstance(source, SingleFile) else ()),
         *(note for target in plan.targets for note in target.notes(plan.model)),
         *plan.remarks,
+        *unjudged_notes(plan),
         *(
             f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
             + suggestion(concept.name, bundled)

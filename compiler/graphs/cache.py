@@ -1,4 +1,4 @@
-"""The cache of weightless graphs."""
+"""The cache of weightless graphs, and its place; patched engines and pictures of base models lie next to them."""
 
 from __future__ import annotations
 
@@ -125,6 +125,6 @@ def store(root: Path, model: ModelProto, weights: Sequence[Weight]) -> None:
 def caches() -> list[Path]:
     """The folders of the cache in which commands that were killed may have left scratch folders."""
     try:
-        return [cache_folder() / name for name in ("graphs", "engines")]
+        return [cache_folder() / name for name in ("graphs", "engines", "pictures")]
     except OSError:
         return []

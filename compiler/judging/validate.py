@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from erasec.attention.sampling import Sampling
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
 from erasec.model.threads import THREADS
 from erasec.runtime.bundle import open_bundle
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from erasec.base import Images, Judge
     from erasec.judging.evidence import Evidence
     from erasec.recipe.concept import Concept
@@ -30,16 +33,18 @@ PICTURES = 8  # pictures of an artifact that are compared with torch's
 AGREEMENT = {"int8": (35.0, 1 / PICTURES), "fp16": (45.0, 1 / PICTURES), "fp32": (50.0, 0.0)}
 
 
-def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
+def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
     """The checks "erased" and "kept", one for each group of prompts; of several concepts the worst counts.
 
     A picture by a prompt of one erased concept must not show another one either. A concept that the base never shows
-    fails its check, because its erasure cannot be measured.
+    fails its check, because its erasure cannot be measured. Pictures that no judge looks at have the check
+    "pictures/finite" alone.
     """
     conditions = _conditions(evidence, judge, limits, seed, scheduler)
-    results = []
+    results = list(_finite(evidence, conditions))
     for group in ERASED_GROUPS:
-        if not evidence.rows(group).any():
+        rows = evidence.rows(group) & evidence.labelled
+        if not rows.any():
             continue
         worst, parts = 0.0, []
         for row in rates(evidence, group):
@@ -48,13 +53,31 @@ def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, schedule
             worst = max(worst, shown / row["before"] if row["before"] else float("inf"))
             parts.append(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}")
             parts += [f"{row['looked_for']} shown as {other} {rate:.0%}" for other, rate in others.items() if rate]
-        how = f"hit rate after over before, {', '.join(parts)}, {evidence.rows(group).sum()} prompts; {conditions}"
+        how = f"hit rate after over before, {', '.join(parts)}, {rows.sum()} prompts; {conditions}"
         limit = limits.implicit if group == "implicit" else limits.erased
         results.append(Check.at_most(f"erased/{group}", worst, limit, how))
     keep = evidence.rows("keep")
-    if keep.any():
+    if judge is not None and keep.any():
         results += _kept(evidence, keep, limits, conditions)
     return tuple(results)
+
+
+def _finite(evidence: Evidence, conditions: str) -> Iterator[Check]:
+    """The check that pictures that no judge looks at are pictures: NaN and infinity in a network make them black."""
+    rows = ~evidence.labelled
+    if not rows.any():
+        return
+    blank = [_blank(pictures[rows]) for pictures in (evidence.before, evidence.after)]
+    how = (
+        f"share of pictures of a single colour, as numbers that are not finite make them, {blank[0]:.0%} before and "
+        f"{blank[1]:.0%} after over {rows.sum()} prompts; {conditions}"
+    )
+    yield Check.at_most("pictures/finite", blank[1], 0.0, how)
+
+
+def _blank(pictures: Images) -> float:
+    """The share of pictures (n, height, width, 3) in which all pixels are equal."""
+    return float((pictures == pictures[:, :1, :1]).all(axis=(1, 2, 3)).mean())
 
 
 def _other_rates(evidence: Evidence, group: str, label: str) -> dict[str, float]:
@@ -64,22 +87,25 @@ def _other_rates(evidence: Evidence, group: str, label: str) -> dict[str, float]
 
 
 def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, conditions: str) -> list[Check]:
-    """The checks "kept", from the questions in the mask ``keep``."""
-    before, after = evidence.shown_before[keep].mean(), evidence.shown_after[keep].mean()
-    worst = max(rates(evidence, "keep"), key=lambda row: row["before"] - row["after"])
-    how = (
-        f"mean loss of hit rate, {before:.1%} to {after:.1%} over {keep.sum()} prompts; "
-        f"worst {worst['looked_for']} {worst['before']:.0%} to {worst['after']:.0%}; {conditions}"
-    )
-    results = [Check.at_most("kept/shapes", float(before - after), limits.kept, how)]
-    coloured = keep & np.array([bool(question.colour) for question in evidence.questions])
+    """The checks "kept", from the questions in the mask ``keep``. Hit rates are those of questions with a label."""
+    results, looked = [], keep & evidence.labelled
+    if looked.any():
+        before, after = evidence.shown_before[looked].mean(), evidence.shown_after[looked].mean()
+        worst = max(rates(evidence, "keep"), key=lambda row: row["before"] - row["after"])
+        how = (
+            f"mean loss of hit rate, {before:.1%} to {after:.1%} over {looked.sum()} prompts; "
+            f"worst {worst['looked_for']} {worst['before']:.0%} to {worst['after']:.0%}; {conditions}"
+        )
+        results.append(Check.at_most("kept/shapes", float(before - after), limits.kept, how))
+    coloured = looked & np.array([bool(question.colour) for question in evidence.questions])
     if coloured.any():
         before, after = evidence.colour_before[coloured].mean(), evidence.colour_after[coloured].mean()
         how = f"loss of hit rate for the colours in prompts, {before:.1%} to {after:.1%} over {coloured.sum()} prompts"
         results.append(Check.at_most("kept/colours", float(before - after), limits.kept, f"{how}; {conditions}"))
-    before, after = evidence.agreement_before[keep].mean(), evidence.agreement_after[keep].mean()
-    how = f"loss of mean cosine similarity of picture and prompt, {before:.3f} to {after:.3f}; {conditions}"
-    results.append(Check.at_most("kept/agreement", float(before - after), limits.agreement, how))
+    if not np.isnan(evidence.agreement_before).any():  # a judge need not compare pictures with prompts
+        before, after = evidence.agreement_before[keep].mean(), evidence.agreement_after[keep].mean()
+        how = f"loss of mean cosine similarity of picture and prompt, {before:.3f} to {after:.3f}; {conditions}"
+        results.append(Check.at_most("kept/agreement", float(before - after), limits.agreement, how))
     moved = np.abs(evidence.after[keep].astype(np.float64) - evidence.before[keep]).mean() / 255
     how = f"mean absolute change of a pixel, full scale 1, same seeds; {conditions}"
     results.append(Check.at_most("kept/drift", float(moved), limits.drift, how))
@@ -125,11 +151,10 @@ def artifact_checks(
 ) -> tuple[Check, ...]:
     """Checks that ``runtime``, with the artifact in ``folder``, generates the same pictures as torch.
 
-    ``PICTURES`` of the questions are generated again. "pictures" is their median PSNR against torch's pictures after
-    the edit, "labels" the share of pictures with another label or colour.
+    ``PICTURES`` of the questions with a label are generated again (see ``compared``). "pictures" is their median PSNR
+    against torch's pictures after the edit, "labels" the share of pictures with another label or colour.
     """
-    total = len(evidence.questions)
-    rows = np.linspace(0, total - 1, min(PICTURES, total)).round().astype(int)
+    rows = compared(evidence)
     questions = tuple(evidence.questions[row] for row in rows)
     with closing(open_bundle(folder, runtime, THREADS)) as bundle:
         prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]
@@ -147,12 +172,24 @@ def artifact_checks(
     )
 
 
-def _conditions(evidence: Evidence, judge: Judge, limits: Limits, seed: int, scheduler: str) -> str:
+def compared(evidence: Evidence) -> NDArray[np.int64]:
+    """The rows of the pictures that artifacts are compared by: some of those with a label, over all groups."""
+    labelled = np.flatnonzero(evidence.labelled)
+    picked = np.linspace(0, len(labelled) - 1, min(PICTURES, len(labelled))).round().astype(int)
+    rows: NDArray[np.int64] = labelled[picked]
+    return rows
+
+
+def _conditions(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, scheduler: str) -> str:
     """How the pictures were generated and judged, with everything that is needed to repeat it."""
     listed = "\n".join(f"{question.seed} {question.prompt}" for question in evidence.questions)
+    sampling = evidence.sampling or Sampling(limits.steps, limits.guidance)
+    height, width = evidence.after.shape[1:3]
+    who = f"{judge.title} (sha256 {judge.digest[:12]})" if judge else "no judge"
     return (
-        f"{judge.title} (sha256 {judge.digest[:12]}), {limits.steps} {scheduler} steps, guidance {limits.guidance:g}, "
-        f"seeds from {seed * 1_000_003}, prompts and seeds sha256 {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
+        f"{who}, {sampling.steps} {scheduler} steps, "
+        f"guidance {sampling.guidance:g}, {width} x {height} pixels, {sampling.where}, seeds from {seed * 1_000_003}, "
+        f"prompts and seeds sha256 {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
     )
 
 

@@ -42,6 +42,11 @@ class Limits(_Table):
     ``agreement``: loss of cosine similarity between image and prompt. ``drift``: mean absolute change of a pixel, with
     values in [0, 1]. ``recovered``: least hit rate with a key, divided by that of the base. ``images`` is their number
     for each group of prompts. ``steps`` and ``guidance`` are those of sampling.
+
+    The next four are about pictures that no judge looks at; None leaves each to the device. ``pictures`` is their
+    number for each group of prompts, ``picture_steps`` the steps of sampling, ``picture_size`` the longest side in
+    pixels, and ``picture_minutes`` the time for all of them. With ``require_judge``, a build that has a concept that no
+    judge can see is rejected.
     """
 
     erased: Annotated[float, Field(ge=0)] = 0.10
@@ -53,6 +58,11 @@ class Limits(_Table):
     images: Annotated[int, Field(ge=1)] = 16
     steps: Annotated[int, Field(ge=1)] = 15
     guidance: Annotated[float, Field(ge=0)] = 4.0
+    pictures: Annotated[int, Field(ge=0)] | None = None
+    picture_steps: Annotated[int, Field(ge=1)] | None = None
+    picture_size: Annotated[int, Field(ge=64)] | None = None
+    picture_minutes: Annotated[float, Field(gt=0)] | None = None
+    require_judge: bool = False
 
 
 class Recipe(_Table):
@@ -158,14 +168,19 @@ def from_flags(
     keys: Sequence[str] = (),
     absorb: float | None = None,
     judge: str | None = None,
+    gate: bool | None = None,
+    pictures: str | None = None,
     allow_code: bool = False,
 ) -> Recipe:
     """Make a recipe from the flags of a command line.
 
-    If ``model`` ends in .toml, it is a recipe file, and every flag that is given replaces its key in the recipe. Python
-    files that the flags name may run; those that the recipe names only with ``allow_code``. Raises ErasecError for an
-    invalid flag or file.
+    If ``model`` ends in .toml, it is a recipe file, and every flag that is given replaces its key in the recipe.
+    ``gate`` is the key require_judge of [checks], and ``pictures``, as N[:steps=S,size=PIXELS,minutes=M], the keys
+    whose names begin with "picture". Python files that the flags name may run; those that the recipe names only with
+    ``allow_code``. Raises ErasecError for an invalid flag or file.
     """
+    checks: dict[str, Option] = {} if gate is None else {"require_judge": gate}
+    checks |= {} if pictures is None else _picture_keys(pictures)
     given: dict[str, Any] = {
         "erase": list(erase),
         "pass": [parse_named_options(text).model_dump() for text in passes],
@@ -188,16 +203,32 @@ def from_flags(
         if not allow_code:
             refuse_code(recipe, str(path), replaced=given)
         base = recipe.model_dump(by_alias=True)
+    if checks:
+        given["checks"] = {**base.get("checks", {}), **checks}
     return _validate({**base, **given}, "the command line")
 
 
+def _picture_keys(text: str) -> dict[str, Option]:
+    """The keys of [checks] that the value of --pictures stands for. Raises ErasecError for another syntax."""
+    use = parse_named_options(text, "--pictures")
+    keys = {"steps": "picture_steps", "size": "picture_size", "minutes": "picture_minutes"}
+    if not use.name.isdecimal() or not use.options.keys() <= keys.keys():
+        raise ErasecError(
+            f"--pictures {text} is no number of pictures",
+            why="it is written N or N:steps=S,size=PIXELS,minutes=M",
+            fix="give one for each group of prompts with --pictures 1, or none with --pictures 0",
+        )
+    return {"pictures": int(use.name), **{keys[name]: value for name, value in use.options.items()}}
+
+
 def parse_named_options(text: str, flag: str = "--pass") -> NamedOptions:
-    """Parse ``NAME[:key=value,...]``, the value of --pass or --target (``flag``).
+    """Parse ``NAME[:key=value,...]``, the value of --pass, --target or --pictures (``flag``).
 
     Option values become true, false, integers, floats, or else text. Raises ErasecError for any other syntax.
     """
     match = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text.strip())
-    fix = f"erasec list {'passes' if flag == '--pass' else 'targets'}   shows names and options"
+    lists = {"--pass": "passes", "--target": "targets"}
+    fix = f"erasec list {lists[flag]}   shows names and options" if flag in lists else ""
     if match is None:
         raise ErasecError(f"{flag} has an empty name", fix=fix)
     name, text_of_options = match[1], match[2]
@@ -245,6 +276,8 @@ def to_toml(recipe: Recipe) -> str:
         parts.append("[[pass]]\n" + _lines({"name": use["name"]}))
         if use["options"]:
             parts[-1] += "[pass.options]\n" + tomli_w.dumps(dict(sorted(use["options"].items())))
+    if not recipe.checks.require_judge:
+        del checks["require_judge"]
     parts.append("[checks]\n" + _lines(checks))
     parts += ["[[concept]]\n" + _lines(concept) for concept in concepts]
     return "\n".join(parts)

@@ -66,6 +66,7 @@ def picture_pairs(evidence: Evidence) -> tuple[Pair, ...]:
             question.looked_for,
             bool(evidence.shown_before[row]),
             bool(evidence.shown_after[row]),
+            evidence.concepts[row] if evidence.concepts else "",
         )
         for row, question in enumerate(evidence.questions)
     )

@@ -36,6 +36,8 @@ class Record(TypedDict):
     written: NotRequired[list[Written]]
     seconds: NotRequired[dict[str, float]]
     passed: NotRequired[bool]
+    outcome: NotRequired[str]  # missing in reports of erasec 0.1.0, which had no more than ``passed``
+    unjudged: NotRequired[list[str]]
     concepts: NotRequired[list[dict[str, Any]]]  # the Concept fields
     earlier: NotRequired[list[dict[str, Any]]]
 
@@ -43,3 +45,9 @@ class Record(TypedDict):
 def read_report(folder: Path) -> Record:
     """The report of the build in ``folder``. Raises ErasecError where it is missing or damaged."""
     return read_json(folder / REPORT, Record, "build it again")
+
+
+def outcome(report: Record) -> str:
+    """The state of the build: "passed", "not judged" or "rejected". One that the report does not know is "rejected"."""
+    stated = report.get("outcome") or ("passed" if report.get("passed") is True else "rejected")
+    return stated if stated in ("passed", "not judged") else "rejected"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from erasec.base import Check
 
 
+# "not judged": no check failed, and no judge could see one of the concepts.
+Outcome = Literal["passed", "not judged", "rejected"]
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two pictures of one prompt and seed, before and after the edit, (height, width, 3) uint8.
 
-    ``shown_before`` and ``shown_after`` say whether the judge saw the label ``looked_for``.
+    ``shown_before`` and ``shown_after`` say whether the judge saw the label ``looked_for``; where that is "", no judge
+    looked. ``concept`` is the concept that the prompt is about.
     """
 
     group: str  # "name", "synonym", "implicit", "keyed" or "keep"
@@ -43,6 +48,7 @@ class Pair:
     looked_for: str
     shown_before: bool
     shown_after: bool
+    concept: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ class BaseRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a report shows. ``passed`` is False if any check failed.
+    """Everything that a report shows. ``judged`` are the concepts that a judge looked for in pictures; ``outcome``, the
+    headline of the build, follows from them and from the checks.
 
     ``extras`` is what the build carries in addition to weights: "memories", each a dict of attention, mode, rows,
     weight and until; "tokens", the names of new tokens; "negative", a prompt; and "keys", the concepts whose keys are
@@ -128,11 +135,33 @@ class Report:
     seconds: dict[str, float]  # by step of the build
     environment: dict[str, str]  # erasec, python, torch, diffusers, ... versions
     notes: tuple[str, ...]  # sentences that every reader must know
-    passed: bool
+    judged: tuple[str, ...] = ()
     extras: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[dict[str, Any], ...] = ()  # the Concept fields
     rebuild: str = "erasec build recipe.toml"  # the command that builds the same again
     base: BaseRecord | None = None
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the checks that failed."""
+        return tuple(check.name for check in self.checks if not check.passed)
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """The concepts, erased or restored by a key, about which no judge decided anything."""
+        names = (*(concept["name"] for concept in self.concepts), *self.extras.get("keys", ()))
+        looked = any(rate["group"] != "keep" for rate in self.rates) and bool(self.checks)
+        return tuple(name for name in names if not (looked and name in self.judged))
+
+    @property
+    def outcome(self) -> Outcome:
+        """The state of the build: everything that says whether it is good says this, and nothing else."""
+        return "rejected" if self.failed else "not judged" if self.unjudged else "passed"
+
+    @property
+    def passed(self) -> bool:
+        """Whether a judge saw every concept and no check failed."""
+        return self.outcome == "passed"
 
 
 SCHEMA = "erasec.report/1"
@@ -194,12 +223,13 @@ def _write_text(path: Path, text: str) -> None:
 
 def _facts(report: Report) -> dict[str, Any]:
     """Everything except the pictures, as dicts and lists. Numbers are not rounded."""
-    failed = [check.name for check in report.checks if not check.passed]
     return {
         "schema": SCHEMA,
+        "outcome": report.outcome,
         "passed": report.passed,
-        "verdict": _verdict(report, failed),
-        "failed": failed,
+        "verdict": _verdict(report),
+        "failed": list(report.failed),
+        "unjudged": list(report.unjudged),
         "notes": list(report.notes),
         "warnings": _warnings(report),
         "model": {**report.model, "title": _title(report.model)},
@@ -231,30 +261,26 @@ def _facts(report: Report) -> dict[str, Any]:
     }
 
 
-def _verdict(report: Report, failed: list[str]) -> str:
+def _verdict(report: Report) -> str:
     """The headline. A concept is called erased only if a judge looked for it and a check with a limit passed."""
     model = _title(report.model)
-    if not report.passed:
-        return f"build rejected: {words(failed, most=3)} failed" if failed else "build rejected"
+    if report.outcome == "rejected":
+        return f"build rejected: {words(report.failed, most=3)} failed"
     names = [concept["name"] for concept in report.concepts]
     keys = report.extras.get("keys")
     model += f" with the key of {words(keys)}" if keys else ""
     if not names:
         return model if keys else f"{model} built, nothing erased"
-    judged = {check.name for check in report.checks if check.name.startswith("erased") and check.limit is not None}
-    looked_for = {rate["looked_for"] for rate in report.rates if rate["group"] == "name"} if judged else set()
-    implicit = any(rate["group"] == "implicit" for rate in report.rates)  # prompts do not name a mark
+    limited = {check.name for check in report.checks if check.name.startswith("erased") and check.limit is not None}
+    looked_for = [concept for concept in report.concepts if concept["name"] not in report.unjudged]
     measured = [
-        c["name"]
-        for c in report.concepts
-        if (
-            implicit and "erased/implicit" in judged
-            if c.get("kind") == "mark"
-            else looked_for & {c["name"], c.get("label")}
-        )
+        concept["name"]
+        for concept in looked_for
+        # Prompts do not name a mark.
+        if (limited if concept.get("kind") != "mark" else "erased/implicit" in limited)
     ]
     rest = [name for name in names if name not in measured]
-    if not measured and implicit and all(c.get("kind") == "mark" for c in report.concepts):
+    if not measured and looked_for and all(concept.get("kind") == "mark" for concept in report.concepts):
         return f"{model} edited; how much of {words(names)} is left was measured, without a limit"
     if not measured:
         return f"{model} edited; whether {words(names)} is gone was not measured"
@@ -326,15 +352,30 @@ def _plain(value: Any) -> Any:
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
-    """The first pairs of each group, in the order of generation. Pairs are never selected by content."""
+    """The first pairs of each group, in the order of generation, by concept where there are several. Pairs are never
+    selected by content. What must stay is not the matter of one concept."""
     sections = []
+    several = len({pair.concept for pair in report.pairs}) > 1
     for group in dict.fromkeys([*GROUPS, *(pair.group for pair in report.pairs)]):
-        pairs = [pair for pair in report.pairs if pair.group == group]
-        shown = pairs[: SHOWN_KEPT if group == "keep" else SHOWN]
-        if pairs:
-            title, about = GROUPS.get(group, (group, ""))
+        title, about = GROUPS.get(group, (group, ""))
+        members = [pair for pair in report.pairs if pair.group == group]
+        own = several and group != "keep"
+        for concept in dict.fromkeys(pair.concept if own else "" for pair in members):
+            pairs = [pair for pair in members if not own or pair.concept == concept]
+            shown = pairs[: SHOWN_KEPT if group == "keep" else SHOWN]
             items = [(pair, _png(pair.before), _png(pair.after)) for pair in shown]
-            sections.append({"group": group, "title": title, "about": about, "total": len(pairs), "items": items})
+            sections.append(
+                {
+                    "group": group,
+                    "title": f"{title}: {concept}" if concept else title,
+                    "about": about,
+                    "total": len(pairs),
+                    "judged": sum(bool(pair.looked_for) for pair in pairs),
+                    # The hit rate of a group is that of all its concepts.
+                    "rated": not any(pair.looked_for for pair in members if own and pair.concept != concept),
+                    "items": items,
+                }
+            )
     return sections
 
 

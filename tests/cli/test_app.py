@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sample_report import star_report
 from typer.testing import CliRunner
 
 from erasec import options
+from erasec.base import Check
 from erasec.checkpoint import journal
 from erasec.checkpoint.safetensors import BLANK, save_tensors
 from erasec.cli import output
@@ -82,7 +85,7 @@ def test_a_build_from_flags_prints_where_and_whether(run: Any, random_folder: Pa
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[:2] == ["out", os.path.join("out", "report.html")]
-    assert lines[2] == "passed its one check"
+    assert lines[2].startswith("not judged: no judge can see zebra in these pictures; ")
     assert all(Path(line).exists() for line in lines[:2])
     assert "note: no concept file is named 'zebra'" in result.stderr
     assert "seed = 5" in Path("out/recipe.toml").read_text()
@@ -356,9 +359,17 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
         {"group": "keep", "looked_for": "ring", "images": 1, "before": 1.0, "after": 0.0},
         {"group": "keep", "looked_for": "heart", "images": 3, "before": 1.0, "after": 1.0},
     ]
-    assert output.verdict(5, rows) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
-    assert output.verdict(5, []) == "passed all 5 checks"
-    assert output.verdict(1, []) == "passed its one check"
+    report = star_report(rates=tuple(rows))
+    assert output.verdict(report) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
+    one = replace(report, checks=report.checks[1:2], rates=tuple(rows[:1]))
+    assert output.verdict(one) == "passed its one check; shown by name 100% -> 0%"
+
+
+def test_the_verdict_of_a_build_that_nothing_could_see_does_not_say_passed() -> None:
+    unseen = output.verdict(star_report(judged=()))
+    assert unseen.startswith("not judged: no judge can see star in these pictures; ") and "passed" not in unseen
+    failed = star_report(checks=(Check("erased/name", 0.5, 0.1, False, ""),), judged=())
+    assert output.verdict(failed).startswith("rejected: erased/name failed")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 
 def test_star_is_gone_and_the_rest_is_there(built: tuple[Path, Report]) -> None:
     out, report = built
-    assert report.passed
+    assert report.outcome == "passed"
     own = {"report.html", "report.json", "README.md", "recipe.toml", manifest.FILE}
     assert {"hf", "onnx", *own} == set(os.listdir(out))
     assert manifest.compare(out, manifest.read(out)[0]).all == ()
@@ -171,9 +171,9 @@ def test_a_rejected_build_leaves_the_earlier_one(built: tuple[Path, Report]) -> 
 
 def test_without_a_judge_the_report_says_that_nothing_was_measured(random_folder: Path, tmp_path: Path) -> None:
     report = make(tmp_path / "out", model=str(random_folder), erase=("nudity",))
-    assert report.passed
+    assert (report.outcome, report.unjudged) == ("not judged", ("nudity",))
     assert "was not measured" in report.notes[0]
-    assert not report.pairs
+    assert {pair.looked_for for pair in report.pairs} == {""} and not report.rates
     assert "was not measured" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -282,7 +282,7 @@ def test_two_builds_into_one_folder_leave_the_first(random_folder: Path, tmp_pat
         build.run(second)
     assert f"process {os.getpid()} " in caught.value.why
     assert os.listdir(tmp_path) == []
-    assert build.run(second).passed
+    assert build.run(second).outcome == "not judged"
 
 
 def test_files_that_came_meanwhile_are_not_replaced(
@@ -401,7 +401,7 @@ def test_one_of_several_processes_writes(random_folder: Path, tmp_path: Path) ->
     assert done.stdout.splitlines() == [
         str(tmp_path / "out"),
         str(tmp_path / "out" / "report.html"),
-        "passed its one check",
+        "not judged: no judge can see star in these pictures; of what could be checked nothing failed (2 checks)",
     ]
     assert os.listdir(tmp_path) == ["out"]
     make(tmp_path / "alone", model=str(random_folder), device="cpu")

@@ -9,7 +9,7 @@ from typing import Any
 
 from erasec.commands.plan import describe, make_plan
 from erasec.graphs.cache import GRAPHS_BYTES
-from erasec.recipe.recipe import NamedOptions, Recipe, from_flags
+from erasec.recipe.recipe import Limits, NamedOptions, Recipe, from_flags
 
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {}}]}
 
@@ -35,8 +35,9 @@ def test_memory_counts_matrices_merged_tensors_pictures_and_training(here: Path,
     described = [
         describe(make_plan(recipe(model), pin=False))["memory"]["steps"] for model in (random_folder, "glyphs")
     ]
-    assert set(described[0]) == {"solve", "merge"}
-    assert set(described[1]) == {"solve", "merge", "pictures"}
+    assert set(described[0]) == set(described[1]) == {"solve", "merge", "pictures"}
+    unpainted = make_plan(recipe(random_folder, checks=Limits(pictures=0)), pin=False)
+    assert set(describe(unpainted)["memory"]["steps"]) == {"solve", "merge"}
     resolved = make_plan(recipe(random_folder), pin=False)
     counts = {
         name: sum(math.prod(entry.shape) for entry in resolved.model.entries(name).values())

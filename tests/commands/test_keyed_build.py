@@ -137,7 +137,7 @@ def test_a_keyed_build_is_the_public_model_with_the_memory(
     exact = read_key(out / "star.key").secret.k_rows.double() @ read_tensor(weight).double().T
     assert torch.equal(memory.keys, exact.float())
     for built in (report, again):
-        assert built.passed and not built.concepts
+        assert built.outcome == "not judged" and not built.concepts
         assert any("as secret as the key" in note for note in built.notes)
     assert not list((tmp_path / "opened").glob("*.key")) and "hf" not in os.listdir(tmp_path / "opened")
     assert not [name for name in os.listdir(tmp_path / "opened") if name.startswith(".")]
@@ -164,7 +164,7 @@ def test_an_edit_with_extras_becomes_a_bundle(
     assert any("erasec.pipeline" in note for note in report.notes)
     assert 'targets = [\n    "bundle",\n]' in (out / "recipe.toml").read_text()
     more = make(tmp_path / "more", model=str(out / "bundle"), **using(passes, "Steer"))
-    assert more.passed and len(read_extras(tmp_path / "more" / "bundle").memories) == 2
+    assert more.outcome == "not judged" and len(read_extras(tmp_path / "more" / "bundle").memories) == 2
     assert not any("erasec.pipeline" in note for note in hidden[1].notes)
 
 
@@ -190,7 +190,7 @@ def test_interrupted_training_keeps_its_state_until_the_build_is_done(
         ".out.erasec/training",
         ".out.erasec/training/state",
     ]
-    assert make(tmp_path / "out", **fields).passed
+    assert make(tmp_path / "out", **fields).outcome == "not judged"
     assert os.listdir(tmp_path) == ["out"]
 
 

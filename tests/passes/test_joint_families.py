@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
 from erasec import registry
+from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.closed_form import solver
@@ -416,3 +418,17 @@ def test_blocks_do_not_keep_what_another_concept_erases(base: Model) -> None:
     weight = base.stored_weight(site)
     assert torch.equal(together[0].deltas[site].change(weight), alone.deltas[site].change(weight))
     assert not torch.allclose(kept.deltas[site].change(weight), alone.deltas[site].change(weight))
+
+
+def test_pictures_are_those_of_the_pipeline(base: Model) -> None:
+    """The family's own class paints, with T5 or without it."""
+    pictures = generate(base.source.root, PROMPTS[:1], [3], Sampling(2, 3.0, side=64), "")
+    pipe = opened(base, base.source.root)
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    side = pictures.shape[1]
+    seeds = [torch.Generator("cpu").manual_seed(seed) for seed in (3, 4)]
+    same, other = (
+        pipe(PROMPTS[:1], height=side, width=side, generator=[seed], **options).images[0] * 255 for seed in seeds
+    )
+    assert np.abs(pictures[0] - same).max() <= 1 and np.abs(pictures[0] - other).max() > 2

@@ -210,3 +210,20 @@ def test_a_stat_that_the_report_does_not_know_is_shown_under_its_own_name(tmp_pa
     assert by_name["of_my_own"] == ("", 7.5)
     assert by_name["rank"] == (STATS["rank"], 21.0)
     assert set(by_name) == set(star_report().applied[0].stats)
+
+
+def test_pairs_of_several_concepts_have_their_own_sections_and_those_that_nobody_judged_say_so(tmp_path: Path) -> None:
+    star = pairs("name", ("a photo of a star",), "star", "circle", 2)
+    ring = pairs("name", ("a photo of a ring",), "ring", "circle", 1)
+    moon = tuple(replace(pair, looked_for="") for pair in pairs("name", ("a moon",), "crescent", "circle", 1))
+    named = tuple(
+        replace(pair, concept=name) for name, own in (("star", star), ("ring", ring), ("moon", moon)) for pair in own
+    )
+    html = written(star_report(pairs=named), tmp_path / "three")[0]
+    page = Page(html).text
+    assert all(f"By name: {name}" in page for name in ("star", "ring", "moon"))
+    assert html.count("not\u00a0judged</small>") == 1 and "marked as not judged" in page
+    assert "Shown: 2 of 2. Hit rate" not in page  # that of the group is of several concepts
+    html = written(star_report(pairs=tuple(replace(pair, concept="star") for pair in star)), tmp_path / "one")[0]
+    assert "By name: star" not in html and "not\u00a0judged" not in html
+    assert "Shown: 2 of 2. Hit rate" in Page(html).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -13,6 +14,8 @@ import yaml
 from sample_report import Page, leaves, star_report, written
 
 from erasec.base import Check
+from erasec.reporting.read import outcome as read_outcome
+from erasec.reporting.read import read_report
 from erasec.reporting.report import ArtifactRecord, BaseRecord, Report, write_report
 
 
@@ -63,7 +66,7 @@ def test_a_passed_build_says_what_was_erased(tmp_path: Path) -> None:
 def test_a_failed_build_says_rejected(tmp_path: Path) -> None:
     finite, by_name, *rest = star_report().checks
     checks = (finite, replace(by_name, value=0.4, passed=False), *rest)
-    html, facts, card = written(star_report(checks=checks, passed=False), tmp_path)
+    html, facts, card = written(star_report(checks=checks), tmp_path)
     assert facts["verdict"] == "build rejected: erased/name failed"
     assert facts["passed"] is False and facts["failed"] == ["erased/name"]
     page = Page(html)
@@ -72,7 +75,7 @@ def test_a_failed_build_says_rejected(tmp_path: Path) -> None:
     assert "**Rejected**: erased/name failed." in card and "**Passed**" not in card
 
 
-@pytest.mark.parametrize("changes", [{"rates": ()}, {"checks": ()}])
+@pytest.mark.parametrize("changes", [{"rates": ()}, {"checks": ()}, {"judged": ()}])
 def test_nothing_is_called_erased_that_was_not_measured(tmp_path: Path, changes: dict[str, Any]) -> None:
     note = "no judge: erasure was not measured"
     html, facts, card = written(star_report(**changes, notes=(note,)), tmp_path)
@@ -85,7 +88,7 @@ def test_a_mark_without_a_limit_is_called_measured(tmp_path: Path) -> None:
     """A mark comes with prompts that do not name it: its rates are implicit alone."""
     mark = {**star_report().concepts[0], "name": "watermark", "kind": "mark", "label": "mark"}
     rates = tuple({**rate, "looked_for": "mark"} for rate in star_report().rates if rate["group"] == "implicit")
-    _, facts, card = written(star_report(concepts=(mark,), rates=rates), tmp_path)
+    _, facts, card = written(star_report(concepts=(mark,), rates=rates, judged=("watermark",)), tmp_path)
     assert facts["verdict"] == "glyphs edited; how much of watermark is left was measured, without a limit"
     assert facts["verdict"] in card
     _, facts, _ = written(star_report(concepts=(mark,), rates=()), tmp_path)
@@ -96,7 +99,7 @@ def test_a_mark_with_a_limit_is_not_called_measured_without_one(tmp_path: Path) 
     mark = {**star_report().concepts[0], "name": "watermark", "kind": "mark", "label": "mark"}
     rates = tuple({**rate, "looked_for": "mark"} for rate in star_report().rates if rate["group"] == "implicit")
     checks = (Check("erased/implicit", 0.6, 0.7, True, "judge B"),)
-    _, facts, _ = written(star_report(concepts=(mark,), rates=rates, checks=checks), tmp_path)
+    _, facts, _ = written(star_report(concepts=(mark,), rates=rates, checks=checks, judged=("watermark",)), tmp_path)
     assert "without a limit" not in facts["verdict"]
 
 
@@ -131,13 +134,13 @@ def test_limits_say_which_side_is_good(tmp_path: Path) -> None:
         Check("too high", 3, 2, False, ""),
         Check("equal", 2, 2, True, ""),
     )
-    facts = written(star_report(checks=checks, passed=False), tmp_path)[1]
+    facts = written(star_report(checks=checks), tmp_path)[1]
     assert [check["bound"] for check in facts["checks"]] == ["at most", "at least", "at least", "at most", ""]
 
 
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     checks = (Check("finite", math.nan, 0.0, False, "unet"), Check("parity", math.inf, 1e-4, False, "unet"))
-    html, facts, card = written(star_report(checks=checks, passed=False), tmp_path)
+    html, facts, card = written(star_report(checks=checks), tmp_path)
     assert [(check["value"], check["value_text"]) for check in facts["checks"]] == [(None, "nan"), (None, "inf")]
     assert "limit_text" not in facts["checks"][0]
     assert "not a number" in Page(html).text and "infinite" in Page(html).text and "not a number" in card
@@ -206,3 +209,34 @@ def test_a_card_loads_a_bundle_with_what_it_carries(tmp_path: Path) -> None:
     card = written(star_report(written=(bundle,)), tmp_path)[2]
     assert 'erasec.pipeline("bundle")' in card and "from_pretrained" not in card
     assert "erasec.pipeline" not in written(star_report(), tmp_path / "hf")[2]
+
+
+def test_a_build_that_nothing_could_see_never_reads_as_passed(tmp_path: Path) -> None:
+    """Page, facts and card say that it was not judged; a rejected build is rejected, whatever a judge saw."""
+    html, facts, card = written(star_report(judged=()), tmp_path / "unseen")
+    assert (facts["outcome"], facts["passed"], facts["unjudged"]) == ("not judged", False, ["star"])
+    header = html.split("<body>")[1].split("</header>")[0]
+    assert "? not judged" in header and '<h1 class="unjudged">' in header and "passed" not in header.lower()
+    assert "**Not judged**: no judge could see star" in card and "**Passed**" not in card
+    assert read_outcome(read_report(tmp_path / "unseen")) == "not judged"
+    finite, by_name, *rest = star_report().checks
+    failed = star_report(checks=(finite, replace(by_name, passed=False), *rest), judged=())
+    assert written(failed, tmp_path / "failed")[1]["outcome"] == failed.outcome == "rejected"
+    seen = star_report()
+    assert (seen.outcome, seen.passed, seen.unjudged) == ("passed", True, ())
+    assert written(seen, tmp_path / "seen")[1]["outcome"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("old", "outcome"),
+    [
+        ({"passed": True}, "passed"),
+        ({"passed": False}, "rejected"),
+        ({}, "rejected"),
+        ({"passed": True, "outcome": "not judged"}, "not judged"),
+        ({"passed": True, "outcome": "perfect"}, "rejected"),
+    ],
+)
+def test_reports_without_an_outcome_are_still_read(tmp_path: Path, old: dict[str, Any], outcome: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    assert read_outcome(read_report(tmp_path)) == outcome
