@@ -54,7 +54,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
     seconds = plan["time"]["seconds"]
     lines += [
-        ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
+        ("judge", plan["judge"] or "no judge knows this model or can see the concept: pictures are not judged"),
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
@@ -98,8 +98,13 @@ def targets() -> None:
 
 
 def judges() -> None:
-    """Print every judge with its summary."""
-    table(["judge", "summary"], [[name, registry.load_judge(name).summary] for name in registry.judges()])
+    """Print every judge with its options, and how it becomes usable if it is not."""
+    rows = []
+    for name in registry.judges():
+        kind = registry.load_judge(name)
+        settings = options(kind.settings) if kind.settings else ""
+        rows.append([name, kind.summary, settings, kind.needs() or "yes"])
+    table(["judge", "summary", "options with defaults and ranges", "usable"], rows)
 
 
 def runtimes() -> None:
@@ -110,7 +115,7 @@ def runtimes() -> None:
 
 
 def options(kind: type) -> str:
-    """The options of a pass or target as users type them, with their defaults and ranges."""
+    """The options of a pass, target or judge as users type them, with their defaults and ranges."""
     from erasec.options import ranges
 
     limits, cells = ranges(kind), []

@@ -64,9 +64,15 @@ def judge_pictures(judge: Judge, questions: Sequence[Question], before: Images, 
         judge.sees(after, labels),
         judge.sees(before, colours),
         judge.sees(after, colours),
-        judge.agreement(before, prompts),
-        judge.agreement(after, prompts),
+        _agreement(judge, before, prompts),
+        _agreement(judge, after, prompts),
     )
+
+
+def _agreement(judge: Judge, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
+    """Cosine similarity of each image and its prompt, (n,); NaN for a judge that does not compare them."""
+    found = judge.agreement(images, prompts)
+    return np.full(len(images), np.nan) if found is None else found
 
 
 def gather_evidence(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
+from erasec.judging.protocols import protocol_counts
 from erasec.model.threads import THREADS
 from erasec.runtime.bundle import open_bundle
 
@@ -47,6 +48,7 @@ def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, schedule
             shown = max((row["after"], *others.values()))
             worst = max(worst, shown / row["before"] if row["before"] else float("inf"))
             parts.append(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}")
+            parts += protocol_counts(judge, evidence, group, row["looked_for"])
             parts += [f"{row['looked_for']} shown as {other} {rate:.0%}" for other, rate in others.items() if rate]
         how = f"hit rate after over before, {', '.join(parts)}, {evidence.rows(group).sum()} prompts; {conditions}"
         limit = limits.implicit if group == "implicit" else limits.erased

@@ -1,0 +1,83 @@
+"""Small CLIPModel folders in transformers' layout. The text half is that of glyphs' contrastive pair."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erasec.glyphs.judge import GlyphJudge
+from erasec.model.loading import world_weights
+
+SIDE = 64
+
+
+def small_clip() -> Any:
+    """A CLIPModel whose text half is that of glyphs' pair, with a vision tower that is not trained."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextModel
+
+    from erasec.glyphs.recipe import SIZES
+    from erasec.worlds.networks import vision_config
+
+    encoder = CLIPTextModel.from_pretrained(world_weights("glyphs") / "glyphs" / "text_encoder", dtype=torch.float32)
+    pair = GlyphJudge()._pair
+    torch.manual_seed(0)
+    # Half the layers, and a quarter of the patches, of the emoji world's tower: it is trained in a test.
+    vision = {**vision_config(SIZES), "num_hidden_layers": 2, "patch_size": 16}
+    config = CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision, projection_dim=SIZES.text_width)
+    model = CLIPModel(config)
+    state = encoder.state_dict()
+    missing = model.text_model.load_state_dict(
+        {key.removeprefix("text_model."): value for key, value in state.items()}, strict=True
+    )
+    assert not missing.missing_keys
+    model.text_projection.weight.data = pair.text.weight.data.clone()
+    model.logit_scale.data = pair.log_scale.data.clone()
+    return model.eval()
+
+
+def write(model: Any, folder: Path) -> Path:
+    """Write the model with the tokenizer of glyphs and an image processor for pictures of 64 pixels."""
+    from transformers import CLIPImageProcessorPil
+
+    model.save_pretrained(folder)
+    for path in (world_weights("glyphs") / "glyphs" / "tokenizer").iterdir():
+        shutil.copy(path, folder)
+    size = {"height": SIDE, "width": SIDE}
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
+    return folder
+
+
+def distil(model: Any, steps: int, batch: int = 64, lr: float = 1e-3, seed: int = 90) -> None:
+    """Train the vision tower of ``model`` to give the image embeddings of glyphs' pair, on renders."""
+    import numpy as np
+
+    from erasec.glyphs import world
+
+    pair = GlyphJudge()._pair
+    tower = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+    optimiser = torch.optim.AdamW(tower, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in range(steps):
+        images = np.stack([world.sample(seed, step * batch + index).image for index in range(batch)])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            target = pair.images(pixels)
+        pooled = model.vision_model(pixel_values=pixels).pooler_output
+        embedding = torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+        loss = 1 - (embedding * target).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 20 == 0:
+            print(step, float(loss), flush=True)
+    model.eval()
