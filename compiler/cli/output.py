@@ -54,7 +54,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
     seconds = plan["time"]["seconds"]
     lines += [
-        ("judge", plan["judge"] or "no judge knows this model or can see the concept: pictures are not judged"),
+        ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),

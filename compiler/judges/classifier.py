@@ -174,6 +174,7 @@ def _require(path: Path, fix: str) -> None:
 @cache
 def _network(path: Path, device: str) -> Remembered:
     """The logits of pictures by a classifier in a folder, or in an ONNX file."""
+    from safetensors import SafetensorError
     from transformers import AutoImageProcessor
 
     folder = path if path.is_dir() else path.parent
@@ -187,7 +188,7 @@ def _network(path: Path, device: str) -> Remembered:
             where=str(path),
             fix="pip install timm   for a folder of timm's",
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise ErasecError("the classifier of the judge cannot be read", why=reason(error), where=str(path)) from error
 
     return Remembered(lambda images: run(prepare(list(images), return_tensors="np")["pixel_values"]), BATCH)

@@ -130,6 +130,7 @@ class _Network:
     """A CLIPModel with its tokenizer and image processor. Embeddings have unit length."""
 
     def __init__(self, folder: Path, device: str) -> None:
+        from safetensors import SafetensorError
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         try:
@@ -137,7 +138,7 @@ class _Network:
             self._prepare = CLIPImageProcessorPil.from_pretrained(folder)
             self._tokens = CLIPTokenizer.from_pretrained(folder)
             model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             raise ErasecError("the CLIP of the judge cannot be read", why=reason(error), where=str(folder)) from error
         self._model, self._device = model.eval().to(device), device
         self.scale = float(model.logit_scale.detach().exp())
