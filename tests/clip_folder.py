@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from erasec.base import Images
 
 SIDE = 64
+SCALE = 14.0  # the temperature of glyphs' pair, about
 
 
 def small_clip() -> Any:
@@ -52,15 +53,24 @@ def pictures() -> tuple[Images, tuple[str, ...]]:
     return np.stack([shapes[shape] for shape in world.SHAPES]), tuple(world.SHAPES)
 
 
+def shape_texts() -> torch.Tensor:
+    """The embeddings of "a star" and so on by glyphs' pair, (10, width)."""
+    from erasec.glyphs import world
+
+    tokens = load("glyphs").encode([f"a {shape}" for shape in world.SHAPES])
+    with torch.no_grad():
+        texts: torch.Tensor = GlyphJudge()._pair.texts(tokens.states[torch.arange(10), tokens.last + 1].float())
+    return texts
+
+
 def memorise(model: Any) -> None:
     """Solve the projection of the vision tower so that each of ``pictures`` is embedded where its text is.
 
     There are more features than pictures, so that the equations have an exact solution. Other pictures mean nothing.
     """
-    images, shapes = pictures()
-    tokens = load("glyphs").encode([f"a {shape}" for shape in shapes])
+    images, _ = pictures()
+    targets = shape_texts()
     with torch.no_grad():
-        targets = GlyphJudge()._pair.texts(tokens.states[torch.arange(len(shapes)), tokens.last + 1].float())
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         features = model.vision_model(pixel_values=pixels).pooler_output
         model.visual_projection.weight.copy_(torch.linalg.lstsq(features.double(), targets.double()).solution.T)
@@ -82,23 +92,25 @@ def write(model: Any, folder: Path) -> Path:
     return folder
 
 
-def distil(model: Any, steps: int, batch: int = 64, lr: float = 1e-3, seed: int = 90) -> None:
-    """Train the vision tower of ``model`` to give the image embeddings of glyphs' pair, on renders."""
+def train(model: Any, steps: int, batch: int = 64, lr: float = 1e-3, seed: int = 90) -> None:
+    """Train the vision tower of ``model`` on renders with one shape: as CLIP is trained, towards the text about the
+    shape and away from those about the others. The texts stay as they are."""
     from erasec.glyphs import world
 
-    pair = GlyphJudge()._pair
+    samples = [sample for index in range(4000) if len((sample := world.sample(seed, index)).glyphs) == 1]
+    pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    shapes = torch.tensor([tuple(world.SHAPES).index(sample.glyphs[0].shape) for sample in samples])
+    texts = shape_texts()
     tower = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
-    optimiser = torch.optim.AdamW(tower, lr=lr, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(tower, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    rng = torch.Generator().manual_seed(seed)
     model.train()
-    for step in range(steps):
-        images = np.stack([world.sample(seed, step * batch + index).image for index in range(batch)])
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.no_grad():
-            target = pair.images(pixels)
-        pooled = model.vision_model(pixel_values=pixels).pooler_output
-        embedding = torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
-        loss = 1 - (embedding * target).sum(1).mean()
+    for _ in range(steps):
+        rows = torch.randint(len(samples), (batch,), generator=rng)
+        pooled = model.vision_model(pixel_values=pixels[rows]).pooler_output
+        embeddings = torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+        loss = torch.nn.functional.cross_entropy(SCALE * embeddings @ texts.T, shapes[rows])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

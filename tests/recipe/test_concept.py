@@ -299,7 +299,7 @@ def test_the_judge_table_keeps_its_order_and_comes_back_from_a_resolved_recipe(t
     assert concept.judges == {"nudenet": {"classes": ("FACE_MALE", "FACE_FEMALE"), "at": 0.5}, "clip": {}}
     assert [*concept.judges] == ["nudenet", "clip"]
     assert hash(concept) == hash(from_file(path))
-    recipe = Recipe(model="glyphs", erase=("it",), concepts=(concept,))
+    recipe = Recipe.model_validate({"model": "glyphs", "erase": ["it"], "concept": [concept]})
     assert from_toml(to_toml(recipe)).concepts == (concept,)
 
 
