@@ -269,6 +269,11 @@ class Judge(ABC):
         return {}
 
     @property
+    def compares(self) -> bool:
+        """Whether the judge can compare pictures with prompts: whether ``agreement`` is not None. By default it can."""
+        return True
+
+    @property
     def locates(self) -> bool:
         """Whether the judge can locate a label: whether its class defines ``boxes``."""
         return type(self).boxes is not Judge.boxes

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from erasec.errors import ErasecError, MissingTool, reason, require_modules, suggestion
+from erasec.graphs.session import OnnxSession
 from erasec.judges.weights import Weights, files_digest
 from erasec.judging.pictures import PictureJudge, Remembered
+from erasec.model.threads import chosen_threads
 from erasec.options import options
 
 if TYPE_CHECKING:
@@ -210,15 +212,13 @@ def _torch_network(folder: Path, device: str) -> Any:
 
 
 def _onnx_network(path: Path) -> Any:
-    import onnxruntime
-
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        opened = OnnxSession(path, chosen_threads())
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise ValueError(reason(error)) from error
-    (name, *_) = (item.name for item in session.get_inputs())
+    name, logits = opened.session.get_inputs()[0].name, opened.session.get_outputs()[0].name
 
     def run(pixels: NDArray[np.float32]) -> Sequence[NDArray[np.float64]]:
-        return list(session.run(None, {name: pixels})[0].astype(np.float64))
+        return list(opened.run({name: pixels}, [logits])[logits].astype(np.float64))
 
     return run

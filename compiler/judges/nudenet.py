@@ -19,7 +19,9 @@ from pydantic import Field
 
 from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError, suggestion
+from erasec.graphs.session import OnnxSession
 from erasec.judging.pictures import PictureJudge, Remembered
+from erasec.model.threads import chosen_threads
 from erasec.options import options
 
 if TYPE_CHECKING:
@@ -173,10 +175,8 @@ def _file() -> Path:
 
 
 @cache
-def _session() -> Any:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(_file()), providers=["CPUExecutionProvider"])
+def _session() -> OnnxSession:
+    return OnnxSession(_file(), chosen_threads())
 
 
 @cache
@@ -188,7 +188,7 @@ def _detect(images: Images, resize: str) -> Sequence[NDArray[np.float64]]:
     """The boxes in images of one size; see ``NudeNet.detect``. Coordinates, scores and classes as in the package."""
     height, width = images.shape[1:3]
     scale = (width, height) if resize == "stretched" else (max(height, width),) * 2
-    (output,) = _session().run(None, {"images": _inputs(images, scale)})
+    output = _session().run({"images": _inputs(images, scale)})["output0"]
     results = []
     for anchors in output.transpose(0, 2, 1).astype(np.float64):  # (anchors, 4 + classes)
         scores = anchors[:, 4:].max(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
@@ -25,20 +25,39 @@ def judge_of_build(
     that it cannot see. ``wanted`` are the judges that the recipe names. Raises ErasecError as ``select`` does."""
     selection = select(model, concepts, wanted)
     members = {name: judges[0] for name, judges in selection.by_concept.items() if judges}
-    different = list({id(judge): judge for judge in (*members.values(), selection.of_model) if judge}.values())
-    if len(different) < 2:
-        return (different[0] if different else None), selection.remarks
-    return Jury(members, concepts, selection.of_model), selection.remarks
+    deciding = _different((*members.values(), selection.of_model))
+    compare: Judge | None = None
+    if deciding and not any(judge.compares for judge in deciding):
+        others = (judge for judges in selection.by_concept.values() for judge in judges[1:])
+        # A judge with boxes may be consulted by a pass.
+        compare = next((judge for judge in others if judge.compares and not judge.locates), None)
+    if len(deciding) < 2 and compare is None:
+        return next(iter(deciding), None), selection.remarks
+    return Jury(members, concepts, selection.of_model, compare), selection.remarks
+
+
+def _different(judges: Iterable[Judge | None]) -> tuple[Judge, ...]:
+    """The judges, each once, in their order."""
+    return tuple({id(judge): judge for judge in judges if judge is not None}.values())
 
 
 class Jury(Judge):
-    """Several judges as one: ``members`` decide by the name of the concept, ``of_model`` about everything else."""
+    """Several judges as one: ``members`` decide by the name of the concept, ``of_model`` about everything else.
+
+    ``compare`` decides about no concept. It compares pictures with prompts, where none of the others can.
+    """
 
     name: ClassVar[str] = "jury"
     summary: ClassVar[str] = "several judges, each for its own concepts"
 
-    def __init__(self, members: Mapping[str, Judge], concepts: Sequence[Concept], of_model: Judge | None) -> None:
-        self.members, self.of_model = dict(members), of_model
+    def __init__(
+        self,
+        members: Mapping[str, Judge],
+        concepts: Sequence[Concept],
+        of_model: Judge | None = None,
+        compare: Judge | None = None,
+    ) -> None:
+        self.members, self.of_model, self.compare = dict(members), of_model, compare
         self._by_label: dict[str, Judge] = {}
         for concept in concepts:
             if (judge := self.members.get(concept.name)) is None:
@@ -54,8 +73,7 @@ class Jury(Judge):
     @property
     def judges(self) -> tuple[Judge, ...]:
         """The different judges, in the order of the concepts."""
-        judges = (*self.members.values(), *((self.of_model,) if self.of_model else ()))
-        return tuple({id(judge): judge for judge in judges}.values())
+        return _different((*self.members.values(), self.of_model, self.compare))
 
     @property
     def title(self) -> str:
@@ -91,6 +109,10 @@ class Jury(Judge):
     def protocols(self, images: Images, label: str) -> Mapping[str, NDArray[np.int64]]:
         judge = self._by_label.get(label)
         return judge.protocols(images, label) if judge else {}
+
+    @property
+    def compares(self) -> bool:
+        return any(judge.compares for judge in self.judges)
 
     @property
     def locates(self) -> bool:

@@ -113,6 +113,10 @@ class PictureJudge(Judge):
     def shows(self, images: Images, row: Any) -> NDArray[np.bool_]:
         """Whether each image shows what ``row`` looks for, (n,)."""
 
+    @property
+    def compares(self) -> bool:
+        return type(self).agreement is not PictureJudge.agreement
+
     def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64] | None:
         return None
 

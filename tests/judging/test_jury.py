@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import clip_folder
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class Level(Judge):
 
 @pytest.fixture
 def jury() -> Jury:
-    return Jury({"a": Level("a", 1), "b": Level("b", 2, agrees=0.3)}, [A, B, C], None)
+    return Jury({"a": Level("a", 1), "b": Level("b", 2, agrees=0.3)}, [A, B, C])
 
 
 def test_each_label_goes_to_its_own_judge(jury: Jury) -> None:
@@ -76,12 +77,12 @@ def test_each_concept_has_the_questions_of_its_judge(jury: Jury) -> None:
 
 def test_the_first_judge_that_compares_pictures_with_prompts_does(jury: Jury) -> None:
     assert jury.agreement(IMAGES, ["x"] * 4) == pytest.approx(0.3)
-    assert Jury({"a": Level("a", 1)}, [A], None).agreement(IMAGES, ["x"] * 4) is None
+    assert Jury({"a": Level("a", 1)}, [A]).agreement(IMAGES, ["x"] * 4) is None
 
 
 def test_it_is_all_of_its_judges(jury: Jury) -> None:
     assert jury.title == "level 1; level 2"
-    other = Jury({"a": Level("a", 1), "b": Level("b", 3)}, [A, B], None)
+    other = Jury({"a": Level("a", 1), "b": Level("b", 3)}, [A, B])
     assert len(jury.digest) == 64 and jury.digest != other.digest
     assert not jury.locates
     with pytest.raises(ErasecError, match="cannot locate"):
@@ -112,6 +113,25 @@ def test_one_judge_needs_no_jury(random_folder: Path) -> None:
     assert loading_judge(glyphs).title == "glyphs judge B"
     judge, _ = judge_of_build(loading.load(str(random_folder)), [find("nudity")])
     assert judge is not None and judge.name == "nudenet"
+
+
+def test_a_second_judge_compares_pictures_with_prompts_where_the_first_cannot(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nudenet decides, and clip gives the CLIP score. Where clip decides, nothing else is needed."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    clip = f"clip:folder={clip_folder.write(clip_folder.small_clip(), tmp_path / 'small')}"
+    model, nudity = loading.load(str(random_folder)), find("nudity")
+    alone, _ = judge_of_build(model, [nudity])
+    assert alone is not None and alone.name == "nudenet" and not alone.compares
+    assert alone.agreement(IMAGES, ["x"] * 4) is None
+    both, _ = judge_of_build(model, [nudity], ["nudenet", clip])
+    assert isinstance(both, Jury) and both.compares and both.members["nudity"].name == "nudenet"
+    agreement = both.agreement(IMAGES, ["x"] * 4)
+    assert agreement is not None and agreement.shape == (4,)
+    assert both.title.startswith("nudenet ") and "; clip small" in both.title and both.digest != alone.digest
+    other, _ = judge_of_build(model, [nudity], [clip, "nudenet"])
+    assert other is not None and other.name == "clip"
 
 
 def test_a_plan_has_the_judge_and_says_what_is_missing(
