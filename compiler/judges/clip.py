@@ -57,6 +57,11 @@ class Clip(PictureJudge):
 
     @classmethod
     def look_for(cls, concept: Concept, row: Any) -> Row:
+        if wrong := [template for template in row.templates if template.count("{}") != 1]:
+            raise ErasecError(
+                f"[judge] clip of {concept.name}: the template {wrong[0]!r} is no template",
+                why="it needs one {} for the phrase",
+            )
         phrases = row.phrases or concept.phrases
         own = {phrase.casefold() for phrase in phrases}
         against = row.against or tuple(dict.fromkeys(filter(None, (concept.anchor, *concept.keep))))

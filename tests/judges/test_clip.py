@@ -95,6 +95,12 @@ def test_a_concept_with_nothing_to_compare_it_with_is_an_error(clip: Path) -> No
     assert "no anchor and keeps no phrase" in caught.value.why
 
 
+def test_a_template_without_a_place_for_the_phrase_is_an_error(clip: Path) -> None:
+    row = (("templates", ("a photo",)),)
+    with pytest.raises(ErasecError, match="the template 'a photo' is no template"):
+        judge_of(clip, shape_concept("star").model_copy(update={"judge": (("clip", row),)}))
+
+
 def test_it_looks_for_unnamed_concepts_only_where_the_user_names_it(clip: Path) -> None:
     concept = Concept(name="lighthouse", erase=("lighthouse",), anchor="a tower")
     assert Clip.for_concepts([concept], {"folder": str(clip)}) is None
@@ -182,3 +188,28 @@ def test_it_cannot_locate_a_concept(clip: Path) -> None:
     with pytest.raises(ErasecError, match="cannot locate"):
         judge.boxes(clip_folder.pictures()[0], "star")
     assert judge.embed(clip_folder.pictures()[0]).shape == (10, 128)
+
+
+def rates(folder: Path) -> tuple[float, float]:
+    """How often the judge sees a shape in held-out renders that show it, and in those that show another one: the means
+    over ten shapes."""
+    samples = [sample for index in range(1000) if len((sample := world.sample(12345, index)).glyphs) == 1]
+    images = np.stack([sample.image for sample in samples])
+    truth = np.array([sample.glyphs[0].shape for sample in samples])
+    concepts = [find(shape, "glyphs") for shape in SHAPES]
+    seen = [judge_of(folder, concept).sees(images, [concept.name] * len(images)) for concept in concepts]
+    own = [row[truth == shape].mean() for row, shape in zip(seen, SHAPES, strict=True)]
+    others = [row[truth != shape].mean() for row, shape in zip(seen, SHAPES, strict=True)]
+    return float(np.mean(own)), float(np.mean(others))
+
+
+@pytest.mark.slow
+def test_a_trained_clip_sees_shapes_in_renders_that_it_never_saw(tmp_path: Path) -> None:
+    """A vision tower of two layers, 600 steps: 80 % against the 100 % of judge B, and 2 % false. The control is the
+    same model before the training."""
+    model = clip_folder.small_clip()
+    before = rates(clip_folder.write(model, tmp_path / "before"))
+    clip_folder.train(model, 600)
+    after = rates(clip_folder.write(model, tmp_path / "after"))
+    assert before[0] - before[1] < 0.1
+    assert after[0] > 0.7 and after[1] < 0.05
