@@ -32,10 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """How a build runs: the device, as torch names it, and the seed of every random draw."""
+    """How a build runs: the device, as torch names it, and the seed of every random draw.
+
+    ``judges`` are the judges that the recipe names. A pass that needs a judge while it trains must not get the one that
+    decides the checks (see ``erasec.selection``).
+    """
 
     device: str = "cpu"
     seed: int = 0
+    judges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,18 @@ class Question:
 
 
 class Judge(ABC):
-    """Decides what pictures show. It chooses the prompts that test a concept, and finds labels in pictures."""
+    """Decides what pictures show. It chooses the prompts that test a concept, and finds labels in pictures.
+
+    There are two kinds. A judge of models knows the pictures of some models (``for_model``). A judge of concepts looks
+    at pictures of any model, for concepts whose [judge] table names it (``for_concepts``). Its class attributes ``row``
+    and ``settings`` are dataclasses of options, those in that table and those of ``--judge NAME:key=value``, which
+    ``erasec.options`` checks. ``erasec.judging.pictures.PictureJudge`` is the base of such judges.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    row: ClassVar[type | None] = None
+    settings: ClassVar[type | None] = None
 
     @classmethod
     @abstractmethod
@@ -200,6 +213,24 @@ class Judge(ABC):
         With ``tuning``, a second judge, for passes that need one while they train: it must differ from the judge that
         decides the checks of a build. None if there is no second judge.
         """
+
+    @classmethod
+    def for_concepts(
+        cls, concepts: Sequence[Concept], options: Mapping[str, object] | None = None, explicit: bool = False
+    ) -> Judge | None:
+        """The judge for pictures of any model that show these concepts; None if it is no judge of concepts.
+
+        ``options`` are those of ``--judge NAME:key=value``. ``explicit`` says that the user named the judge: only then
+        may it fetch weights, and look for a concept whose [judge] table does not name it. Raises MissingTool, whose
+        ``fix`` is a command, where its library or weights are not here, and ErasecError for an option or a row that it
+        does not accept. Reads no weights.
+        """
+        return None
+
+    @classmethod
+    def needs(cls) -> str:
+        """The command that makes the judge usable on this machine, "" if it is usable. Loads no library."""
+        return ""
 
     @property
     def title(self) -> str:
@@ -221,8 +252,31 @@ class Judge(ABC):
         """Whether each of ``images`` (n, height, width, 3) shows the label at its index, (n,)."""
 
     @abstractmethod
-    def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """Cosine similarity of each image and its prompt, as in CLIP score (Hessel et al., 2021), (n,)."""
+    def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64] | None:
+        """Cosine similarity of each image and its prompt, as in CLIP score (Hessel et al., 2021), (n,). None if the
+        judge cannot compare pictures with prompts."""
+
+    def embed(self, images: Images) -> NDArray[np.floating] | None:
+        """Embeddings of pictures, (n, d), from which the distance of two sets of pictures is computed, such as CLIP's.
+
+        By default None: the judge has no embeddings.
+        """
+        return None
+
+    def protocols(self, images: Images, label: str) -> Mapping[str, NDArray[np.int64]]:
+        """What published protocols count in each image for the label, (n,), by the name of the protocol and its unit.
+        The checks show them beside the judge's own answer. By default none."""
+        return {}
+
+    @property
+    def compares(self) -> bool:
+        """Whether the judge can compare pictures with prompts: whether ``agreement`` is not None. By default it can."""
+        return True
+
+    @property
+    def locates(self) -> bool:
+        """Whether the judge can locate a label: whether its class defines ``boxes``."""
+        return type(self).boxes is not Judge.boxes
 
     def boxes(self, images: Images, label: str) -> NDArray[np.int64]:
         """Boxes around the label in each image, (n, 4): left, top, right, bottom in pixels, the last two exclusive.

@@ -29,7 +29,13 @@ T = TypeVar("T")
 
 # Strict: "3" is not converted to 3, nor true to 1. A value of another type is more likely a mistake than intended.
 CONFIG = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
-TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple[str, ...]: "a list of texts",
+}
 # Class attributes that describe a pass or a target itself. They must not become options of it.
 ATTRIBUTES = {
     "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "extras", "prompt_options", "renamed")),

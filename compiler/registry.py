@@ -54,7 +54,12 @@ TARGETS = {
     "trt": "erasec.targets.trt:Trt",
     "trt-rtx": "erasec.targets.trt_rtx:TrtRtx",
 }
-JUDGES = {"glyphs": "erasec.glyphs.judge:GlyphJudge"}
+JUDGES = {
+    "classifier": "erasec.judges.classifier:Classifier",
+    "clip": "erasec.judges.clip:Clip",
+    "glyphs": "erasec.glyphs.judge:GlyphJudge",
+    "nudenet": "erasec.judges.nudenet:NudeNet",
+}
 # `--backend auto` takes the first runtime that can run a folder, in this order.
 RUNTIMES = {
     "ort": "erasec.runtime.backends:OnnxRuntime",

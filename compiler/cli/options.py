@@ -66,9 +66,12 @@ ABSORB = Annotated[
     ),
 ]
 JUDGE = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--judge", metavar="NAME", help="judge of the pictures, by default one that knows the model; or file.py:Class"
+        "--judge",
+        metavar="NAME",
+        help="judge of the pictures, by default one that knows the model or can see the concept; "
+        "NAME[:key=value,...] or file.py:Class; may be repeated",
     ),
 ]
 GATE = Annotated[

@@ -110,8 +110,13 @@ def targets() -> None:
 
 
 def judges() -> None:
-    """Print every judge with its summary."""
-    table(["judge", "summary"], [[name, registry.load_judge(name).summary] for name in registry.judges()])
+    """Print every judge with its options, and how it becomes usable if it is not."""
+    rows = []
+    for name in registry.judges():
+        kind = registry.load_judge(name)
+        settings = options(kind.settings) if kind.settings else ""
+        rows.append([name, kind.summary, settings, kind.needs() or "yes"])
+    table(["judge", "summary", "options with defaults and ranges", "usable"], rows)
 
 
 def runtimes() -> None:
@@ -122,7 +127,7 @@ def runtimes() -> None:
 
 
 def options(kind: type) -> str:
-    """The options of a pass or target as users type them, with their defaults and ranges."""
+    """The options of a pass, target or judge as users type them, with their defaults and ranges."""
     from erasec.options import ranges
 
     limits, cells = ranges(kind), []

@@ -165,7 +165,7 @@ def _resumable(own: Output) -> Iterator[Path]:
 
 def _solve(plan: Plan, work: Path) -> _Solved:
     concepts = {concept.name: concept for concept in plan.concepts}
-    context = TrainingContext(plan.context.device, plan.context.seed, work)
+    context = TrainingContext(**vars(plan.context), resume_folder=work)
     model, applied, secrets = plan.model, [], []
     if plan.passes:
         check_goals(plan.concepts, model)
@@ -229,7 +229,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         else:
             _write_keys(solved, built, stage)
 
-    context = LinkContext(plan.context.device, plan.context.seed, None if plan.keys else edit_origin(model))
+    context = LinkContext(**vars(plan.context), origin=None if plan.keys else edit_origin(model))
     artifacts = []
     for target in plan.targets:
         with _timed(seconds, f"export {target.name}"):

@@ -23,6 +23,7 @@ from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.judging.evidence import labels
+from erasec.judging.jury import judge_of_build
 from erasec.judging.painting import plan_painting
 from erasec.keys.key_file import Key, check_bound, read_key
 from erasec.ldm.single_file import SingleFile
@@ -110,7 +111,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     check_free(out)
     for text in recipe.targets:
         _target(text).check()
-    context = Context(_device(recipe.device), recipe.seed)
+    context = Context(_device(recipe.device), recipe.seed, recipe.judges)
 
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
@@ -150,8 +151,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
         remarks += tuple(_again(concepts, earlier, model))
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
-    judge = registry.judge_for(model, recipe.judge)
-    remarks += _check_disks(estimates.disks(targets, model, out))
+    judge, missing = judge_of_build(model, (*(key.concept for key in keys), *concepts, *earlier), recipe.judges)
+    remarks += (*missing, *_check_disks(estimates.disks(targets, model, out)))
     looked_for = [key.concept for key in keys] or concepts
     painting = plan_painting(model, judge, looked_for, recipe.checks, context.device)
     return Plan(

@@ -25,7 +25,9 @@ def one_spelling(recipe: Recipe) -> Recipe:
             "model": recipe.model if recipe.model in loading.BUNDLED else _spelling(recipe.model),
             "keys": tuple(map(_spelling, recipe.keys)),
             "targets": tuple(map(_code_spelling, recipe.targets)),
-            "judge": _code_spelling(recipe.judge),
+            "judge": _code_spelling(recipe.judge)
+            if isinstance(recipe.judge, str)
+            else tuple(map(_code_spelling, recipe.judge)),
             "passes": tuple(uses),
         }
     )

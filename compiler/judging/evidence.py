@@ -97,8 +97,8 @@ def _sees(judge: Judge | None, images: Images, labels: Sequence[str]) -> NDArray
 
 def _agreement(judge: Judge | None, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
     """Cosine similarity of each image and its prompt, (n,); NaN without a judge that compares them."""
-    found = None if judge is None else judge.agreement(images, prompts)
-    return np.full(len(images), np.nan) if found is None else found
+    cosines = None if judge is None else judge.agreement(images, prompts)
+    return np.full(len(images), np.nan) if cosines is None else cosines
 
 
 def gather_evidence(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from erasec.attention.sampling import Sampling
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
+from erasec.judging.protocols import protocol_counts
 from erasec.model.threads import THREADS
 from erasec.runtime.bundle import open_bundle
 
@@ -52,6 +53,7 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
             shown = max((row["after"], *others.values()))
             worst = max(worst, shown / row["before"] if row["before"] else float("inf"))
             parts.append(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}")
+            parts += protocol_counts(judge, evidence, group, row["looked_for"])
             parts += [f"{row['looked_for']} shown as {other} {rate:.0%}" for other, rate in others.items() if rate]
         how = f"hit rate after over before, {', '.join(parts)}, {rows.sum()} prompts; {conditions}"
         limit = limits.implicit if group == "implicit" else limits.erased

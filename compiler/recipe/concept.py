@@ -15,6 +15,8 @@ from erasec.documents import read_toml
 from erasec.errors import ErasecError, suggestion
 
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+# The options of one judge in a concept's [judge] table.
+JudgeOption = bool | int | float | str | tuple[str, ...]
 
 
 class Prompt(NamedTuple):
@@ -40,7 +42,9 @@ class Concept(BaseModel):
     as well. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept without
     its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the concept's
     weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's label for
-    the concept. ``sources`` are the papers, data sets and policies behind the file.
+    the concept. ``judge`` (a table in TOML) says which judges can see the concept in pictures of any model, the best
+    first, with their options: ``nudenet = {classes = ["FACE_FEMALE"], at = 0.45}``. ``sources`` are the papers, data
+    sets and policies behind the file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +61,7 @@ class Concept(BaseModel):
     kind: Literal["", "safety", "style", "object", "person", "mark"] = ""
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     label: str = ""
+    judge: tuple[tuple[Phrase, tuple[tuple[Phrase, JudgeOption], ...]], ...] = ()
     sources: tuple[Phrase, ...] = ()
     notes: str = ""
 
@@ -69,6 +74,25 @@ class Concept(BaseModel):
         if isinstance(value, list):
             return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value)
         return value
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _judge_pairs(cls, value: object) -> object:
+        # Pairs instead of tables, for the same reasons. A judge checks its own options: the registry knows it, not a
+        # concept.
+        pairs = list(value.items()) if isinstance(value, Mapping) else value
+        if not isinstance(pairs, list | tuple):
+            raise ValueError("write a table of judges: nudenet = {at = 0.45}")
+        result = []
+        for pair in pairs:
+            name, options = pair if isinstance(pair, list | tuple) and len(pair) == 2 else (pair, None)
+            if not isinstance(options, Mapping | list | tuple):
+                raise ValueError(f"{name!r} needs a table of options: {name} = {{}}")
+            items = options.items() if isinstance(options, Mapping) else options
+            result.append((name, tuple(tuple(item) if isinstance(item, list) else item for item in items)))
+        if len({name for name, _ in result}) < len(result):
+            raise ValueError("a judge is named twice")
+        return tuple(result)
 
     @field_validator("counterparts")
     @classmethod
@@ -105,6 +129,11 @@ class Concept(BaseModel):
     def goal(self, phrase: str) -> str:
         """The phrase that replaces ``phrase``: its counterpart, else the anchor. "" means the empty prompt."""
         return dict(self.counterparts).get(phrase, self.anchor)
+
+    @property
+    def judges(self) -> dict[str, dict[str, JudgeOption]]:
+        """The options of each judge in the [judge] table, by name, in the order of the table."""
+        return {name: dict(options) for name, options in self.judge}
 
     @property
     def record(self) -> dict[str, list[str]]:

@@ -72,7 +72,8 @@ class Recipe(_Table):
     Each of ``targets`` is NAME or NAME:key=value,... as on the command line. A plan adds the merged checkpoint as the
     first target, because every build writes it. ``keys`` are key files: the built model shows the concepts that they
     restore. If ``absorb`` is above 0, the keys are merged into stock weights as far as possible, and ``absorb`` is the
-    largest residual allowed. ``judge`` is the name of a judge, or "" for the registered judge of the model.
+    largest residual allowed. ``judge`` is one judge or a list of them, each NAME or NAME:key=value,...;
+    "" leaves the choice to the model and the concepts (see ``erasec.selection``).
     ``revision`` and ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions,
     such as "fp16". With ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files
     become hard links.
@@ -89,7 +90,7 @@ class Recipe(_Table):
     targets: tuple[Phrase, ...] = ()
     keys: tuple[Phrase, ...] = ()
     absorb: Annotated[float, Field(ge=0)] = 0.0
-    judge: str = ""
+    judge: str | tuple[Phrase, ...] = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
@@ -100,6 +101,11 @@ class Recipe(_Table):
     @classmethod
     def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(value))
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """The judges that the recipe names, in their order."""
+        return tuple(filter(None, (self.judge,))) if isinstance(self.judge, str) else self.judge
 
     @field_validator("concepts")
     @classmethod
@@ -132,7 +138,7 @@ def code_files(recipe: Recipe, replaced: Collection[str] = ()) -> list[Path]:
     names = {
         "pass": [use.name for use in recipe.passes],
         "targets": [parse_named_options(text, "--target").name for text in recipe.targets],
-        "judge": [recipe.judge],
+        "judge": [parse_named_options(text, "--judge").name for text in recipe.judges],
     }
     files = (code_file(name) for key in names.keys() - set(replaced) for name in names[key])
     return sorted(file for file in files if file is not None)
@@ -167,7 +173,7 @@ def from_flags(
     link: bool | None = None,
     keys: Sequence[str] = (),
     absorb: float | None = None,
-    judge: str | None = None,
+    judge: str | Sequence[str] | None = None,
     gate: bool | None = None,
     pictures: str | None = None,
     allow_code: bool = False,
@@ -193,7 +199,8 @@ def from_flags(
         "link": link,
         "keys": list(keys),
         "absorb": absorb,
-        "judge": judge,
+        # One judge is written as a plain string, as in recipes by hand.
+        "judge": judge if judge is None or isinstance(judge, str) else judge[0] if len(judge) == 1 else list(judge),
     }
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}
@@ -222,12 +229,12 @@ def _picture_keys(text: str) -> dict[str, Option]:
 
 
 def parse_named_options(text: str, flag: str = "--pass") -> NamedOptions:
-    """Parse ``NAME[:key=value,...]``, the value of --pass, --target or --pictures (``flag``).
+    """Parse ``NAME[:key=value,...]``, the value of --pass, --target, --judge or --pictures (``flag``).
 
     Option values become true, false, integers, floats, or else text. Raises ErasecError for any other syntax.
     """
     match = re.fullmatch(r"(.+?)(?::(\w+=.*))?", text.strip())
-    lists = {"--pass": "passes", "--target": "targets"}
+    lists = {"--pass": "passes", "--target": "targets", "--judge": "judges"}
     fix = f"erasec list {lists[flag]}   shows names and options" if flag in lists else ""
     if match is None:
         raise ErasecError(f"{flag} has an empty name", fix=fix)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erasec import registry
 from erasec.documents import read_csv
 from erasec.errors import ErasecError
 from erasec.model.cuts import summarise_cuts
 from erasec.progress import note
+from erasec.selection import no_tuning_judge, tuning_judge
 from erasec.training import banks
 from erasec.training.images import read_image, to_pixels, to_square_tensor
 
@@ -71,13 +71,13 @@ def generate_annotated_images(
     model draws a mark unprompted, and no prompt calls for it. Raises ErasecError where no judge can judge the model, or
     the judge has no label for the concept.
     """
-    judge = registry.judge_for(denoiser.model, tuning=True)
+    judge = tuning_judge(denoiser.model, concept, denoiser.context.judges)
     questions = judge.panel(concept, 1, seed) if judge else ()
     label = next((question.looked_for for question in questions if question.group != "keep"), "")
     if judge is None or not label:
         raise ErasecError(
             f"there are no boxes that say where {concept.name} is",
-            why=f"no judge can see {concept.name} in the images of {denoiser.model.name}",
+            why=no_tuning_judge(denoiser.model, concept, denoiser.context.judges),
             fix=f'give images and the boxes that a detector found in them: boxes="DIR", with DIR/{TABLE}',
         )
     prompts = banks.spread_prompts(["", *banks.concept_prompts(concept, concept.keep)], count, seed)

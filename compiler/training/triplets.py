@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from erasec import registry
 from erasec.documents import read_csv
 from erasec.errors import ErasecError
+from erasec.selection import no_tuning_judge, tuning_judge
 from erasec.training import banks
 from erasec.training.denoiser import Denoiser
 from erasec.training.images import read_image, to_pixels, to_square_tensor
@@ -77,13 +77,13 @@ def generate_triplets(
     original model: after an edit it may no longer show the concept. Raises ErasecError where no judge can judge the
     model, the judge has no label for the concept, or it sees the concept in no image.
     """
-    judge = registry.judge_for(denoiser.model, tuning=True)
+    judge = tuning_judge(denoiser.model, concept, denoiser.context.judges)
     questions = judge.panel(concept, 1, 0) if judge else ()
     label = next((question.looked_for for question in questions if question.group == "name"), "")
     if judge is None or not label:
         raise ErasecError(
             f"there are no boxes to censor {concept.name} in",
-            why=f"no judge can see {concept.name} in the images of {denoiser.model.name}",
+            why=no_tuning_judge(denoiser.model, concept, denoiser.context.judges),
             fix=f'give images: triplets="DIR", with DIR/{TABLE} or the folders {", ".join(PARTS)} in DIR',
         )
     context = denoiser.context

@@ -280,3 +280,43 @@ def test_concepts_are_frozen_and_hash() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Concept(name="x", erase=("x",)).name = "y"  # type: ignore[misc]
     assert len({find("nudity"), find("nudity"), find("hate")}) == 2
+
+
+JUDGES = """
+name = "it"
+erase = ["it"]
+
+[judge]
+nudenet = {classes = ["FACE_MALE", "FACE_FEMALE"], at = 0.5}
+clip = {}
+"""
+
+
+def test_the_judge_table_keeps_its_order_and_comes_back_from_a_resolved_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "it.toml"
+    path.write_text(JUDGES)
+    concept = from_file(path)
+    assert concept.judges == {"nudenet": {"classes": ("FACE_MALE", "FACE_FEMALE"), "at": 0.5}, "clip": {}}
+    assert [*concept.judges] == ["nudenet", "clip"]
+    assert hash(concept) == hash(from_file(path))
+    recipe = Recipe.model_validate({"model": "glyphs", "erase": ["it"], "concept": [concept]})
+    assert from_toml(to_toml(recipe)).concepts == (concept,)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("judge = 3", "write a table of judges"),
+        ("judge = {nudenet = 0.45}", "'nudenet' needs a table of options"),
+        ('judge = ["nudenet"]', "'nudenet' needs a table of options"),
+        ("judge = {nudenet = {at = [1, 2]}}", "judge."),
+        ("judge = {nudenet = {at = {least = 1}}}", "judge."),
+        ('judge = [["clip", []], ["clip", []]]', "a judge is named twice"),
+    ],
+)
+def test_a_judge_table_that_is_none_is_an_error(tmp_path: Path, table: str, message: str) -> None:
+    path = tmp_path / "it.toml"
+    path.write_text(f'name = "it"\nerase = ["it"]\n{table}\n')
+    with pytest.raises(ErasecError) as caught:
+        from_file(path)
+    assert message in caught.value.why
