@@ -187,10 +187,15 @@ class Question:
 
 
 class Judge(ABC):
-    """Decides what pictures show. It chooses the prompts that test a concept, and finds labels in pictures."""
+    """Decides what pictures show. It chooses the prompts that test a concept, and finds labels in pictures.
+
+    ``everyday`` says whether its models can paint captions of everyday scenes. A judge of a synthetic world, whose
+    models know the words of that world alone, sets it to False.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    everyday: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -223,6 +228,13 @@ class Judge(ABC):
     @abstractmethod
     def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Cosine similarity of each image and its prompt, as in CLIP score (Hessel et al., 2021), (n,)."""
+
+    def embed(self, images: Images) -> NDArray[np.floating] | None:
+        """Embeddings of pictures, (n, d), from which the distance of two sets of pictures is computed, such as CLIP's.
+
+        By default None: the judge has no embeddings.
+        """
+        return None
 
     def boxes(self, images: Images, label: str) -> NDArray[np.int64]:
         """Boxes around the label in each image, (n, 4): left, top, right, bottom in pixels, the last two exclusive.

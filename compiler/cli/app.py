@@ -14,6 +14,7 @@ import typer
 from erasec.cli import output
 from erasec.cli.options import (
     ABSORB,
+    CAPTIONS,
     CODE,
     DEVICE,
     ERASE,
@@ -25,6 +26,8 @@ from erasec.cli.options import (
     OUT,
     PASS,
     PICKLE,
+    PROMPT_LIMIT,
+    PROMPTS,
     REVISION,
     SEED,
     TARGET,
@@ -89,6 +92,9 @@ def build(
     key: KEY = None,
     absorb: ABSORB = None,
     judge: JUDGE = None,
+    prompts: PROMPTS = None,
+    captions: CAPTIONS = None,
+    prompt_limit: PROMPT_LIMIT = None,
     device: DEVICE = None,
     seed: SEED = None,
     revision: REVISION = None,
@@ -109,6 +115,9 @@ def build(
             keys=key,
             absorb=absorb,
             judge=judge,
+            prompts=prompts,
+            captions=captions,
+            prompt_limit=prompt_limit,
             device=device,
             seed=seed,
             revision=revision,
@@ -126,8 +135,7 @@ def build(
         if not main:
             train_in_worker(plan)
             return
-        printed = notes(plan)
-        for note in printed:
+        for note in (printed := notes(plan)):
             say(note)
         try:
             report = run_plan(plan)
@@ -140,7 +148,8 @@ def build(
             print((plan.out / "report.json").read_text(encoding="utf-8"))
             return
         print(f"{plan.out}\n{plan.out / 'report.html'}")
-        print(output.verdict(sum(check.limit is not None for check in report.checks), report.rates))
+        limited = sum(check.limit is not None for check in report.checks)
+        print(output.verdict(limited, report.rates, report.prompt_files))
         for note in report.notes:
             if note not in printed:
                 say(note)
@@ -156,6 +165,9 @@ def plan(
     key: KEY = None,
     absorb: ABSORB = None,
     judge: JUDGE = None,
+    prompts: PROMPTS = None,
+    captions: CAPTIONS = None,
+    prompt_limit: PROMPT_LIMIT = None,
     device: DEVICE = None,
     seed: SEED = None,
     revision: REVISION = None,
@@ -177,6 +189,9 @@ def plan(
             keys=key,
             absorb=absorb,
             judge=judge,
+            prompts=prompts,
+            captions=captions,
+            prompt_limit=prompt_limit,
             device=device,
             seed=seed,
             revision=revision,
@@ -362,25 +377,7 @@ def diff(
         if as_json:
             print(json.dumps([dataclasses.asdict(item) for item in differences], indent=2))
             return
-        tensors = [item for item in differences if item.kind != "file"]
-        if tensors:
-            output.table(
-                ["tensor", "what", "change", "largest", "rank", "note"],
-                [
-                    [
-                        item.key,
-                        item.kind,
-                        output.number(item.change),
-                        output.number(item.largest),
-                        "-" if item.rank is None else str(item.rank),
-                        item.note,
-                    ]
-                    for item in tensors
-                ],
-            )
-        if files := [item for item in differences if item.kind == "file"]:
-            output.table(["file", "note"], [[item.key, item.note] for item in files])
-        print(f"{len(tensors)} tensors differ" if tensors else "no tensor differs")
+        output.differences(differences)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
 from erasec.commands import estimates
 from erasec.commands.effect import check_change, check_goals
+from erasec.commands.measures import Measured, measure_files
 from erasec.commands.output_paths import check_replaceable
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
@@ -249,6 +250,14 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         if evidence:
             with _timed(seconds, "pictures of what was written"):
                 checks += _check_artifacts(plan, plan.judge, evidence[0], artifacts)
+    measured = Measured()
+    if plan.files.pictures:
+        with _timed(seconds, "prompt and caption files"):
+            before = public.root if plan.keys else plan.model.source.root
+            limits, scheduler = plan.recipe.checks, _scheduler(built)
+            sampling = Sampling(limits.steps, limits.guidance, plan.context.device)
+            measured = measure_files(plan, before, built.root, sampling, scheduler)
+        checks += measured.checks
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
     with _timed(seconds, "report"):
@@ -262,17 +271,18 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         applied=solved.applied,
         moves=moves,
         checks=tuple(checks),
-        pairs=tuple(pair for item in evidence for pair in collect.picture_pairs(item)),
+        pairs=(*(pair for item in evidence for pair in collect.picture_pairs(item)), *measured.pairs),
         rates=tuple(row for item in evidence for group in groups for row in rates(item, group)),
         written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
         seconds=seconds,
         environment=collect.environment(),
-        notes=tuple(_notes(plan, solved, built, bool(evidence))),
+        notes=(*_notes(plan, solved, built, bool(evidence)), *measured.notes),
         passed=all(check.passed for check in checks),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
         rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
         base=collect.base_record(model),
+        prompt_files=tuple(measured.tables),
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
@@ -332,7 +342,7 @@ def _judge(
     """The judge's evidence before and after the edit, and its checks. Both are empty if the judge has no questions."""
     limits, seed = plan.recipe.checks, plan.context.seed
     sampling = Sampling(limits.steps, limits.guidance, plan.context.device)
-    scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
+    scheduler = _scheduler(built)
     unlocked = [key.concept for key in plan.keys]
     evidence = gather_evidence(
         judge,
@@ -366,11 +376,14 @@ def _check_artifacts(plan: Plan, judge: Judge, evidence: Evidence, artifacts: Se
     for artifact in artifacts:
         for runtime in runtimes:
             if runtime.portable and artifact.target in runtime.folders:
-                scheduler = Folder(artifact.path).config("scheduler", "scheduler_config.json")["_class_name"]
-                limits, seed = plan.recipe.checks, plan.context.seed
+                scheduler, limits, seed = _scheduler(Folder(artifact.path)), plan.recipe.checks, plan.context.seed
                 yield from validate.artifact_checks(
                     judge, evidence, artifact.path, runtime.name, artifact.precision, limits, seed, scheduler
                 )
+
+
+def _scheduler(folder: Folder) -> str:
+    return str(folder.config("scheduler", "scheduler_config.json")["_class_name"])
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.prompt_lengths import check_lengths, check_options
+from erasec.commands.question_files import QuestionFiles, read_files
+from erasec.commands.question_files import remarks as file_remarks
 from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.keys.key_file import Key, check_bound, read_key
@@ -44,8 +46,8 @@ class Plan:
     ``recipe`` is resolved: it contains the concepts, every option of the passes, and the digest of the model. The goals
     of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
     erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
-    weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are
-    sentences about how names, goals and long phrases were understood.
+    weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``files`` are the
+    prompt and caption files. ``remarks`` are sentences about how names, goals, files and long phrases were understood.
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Plan:
     keys: tuple[Key, ...] = ()
     judge: Judge | None = None
     earlier: tuple[Concept, ...] = ()
+    files: QuestionFiles = field(default_factory=QuestionFiles)
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -128,8 +131,9 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)
-    remarks += _check_disks(estimates.disks(targets, model, out))
-    return Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
+    files = read_files(recipe, judge, context.device)
+    remarks += (*file_remarks(files, recipe.seed), *_check_disks(estimates.disks(targets, model, out)))
+    return Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, files, remarks)
 
 
 def _concepts(recipe: Recipe) -> tuple[Concept, ...]:
@@ -372,9 +376,12 @@ def describe(plan: Plan) -> dict[str, Any]:
             "disks": disks,
             "how": "estimate of each target, by default all weights in float32; with graphs in the cache and in TMPDIR",
         },
-        "memory": estimates.memory(model, plan.passes, plan.judge is not None, len(plan.targets) > 1),
+        "memory": estimates.memory(
+            model, plan.passes, plan.judge is not None or bool(plan.files.pictures), len(plan.targets) > 1
+        ),
         "time": estimates.time(plan.out),
         "judge": plan.judge.title if plan.judge else "",
+        "files": plan.files.described(),
         "device": plan.context.device,
         "seed": plan.context.seed,
         "tools": {name: doctor.version(name) or "missing" for name in (*doctor.CORE, *doctor.OPTIONAL)},

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
+from erasec.judging.kept import Pictures, kept_checks
 from erasec.model.threads import THREADS
 from erasec.runtime.bundle import open_bundle
 
@@ -53,7 +54,7 @@ def checks(evidence: Evidence, judge: Judge, limits: Limits, seed: int, schedule
         results.append(Check.at_most(f"erased/{group}", worst, limit, how))
     keep = evidence.rows("keep")
     if keep.any():
-        results += _kept(evidence, keep, limits, conditions)
+        results += _kept(evidence, keep, judge, limits, conditions)
     return tuple(results)
 
 
@@ -63,7 +64,7 @@ def _other_rates(evidence: Evidence, group: str, label: str) -> dict[str, float]
     return {other: float(seen[rows].mean()) for other, seen in evidence.erased_after.items() if other != label}
 
 
-def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, conditions: str) -> list[Check]:
+def _kept(evidence: Evidence, keep: NDArray[np.bool_], judge: Judge, limits: Limits, conditions: str) -> list[Check]:
     """The checks "kept", from the questions in the mask ``keep``."""
     before, after = evidence.shown_before[keep].mean(), evidence.shown_after[keep].mean()
     worst = max(rates(evidence, "keep"), key=lambda row: row["before"] - row["after"])
@@ -77,13 +78,9 @@ def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, condition
         before, after = evidence.colour_before[coloured].mean(), evidence.colour_after[coloured].mean()
         how = f"loss of hit rate for the colours in prompts, {before:.1%} to {after:.1%} over {coloured.sum()} prompts"
         results.append(Check.at_most("kept/colours", float(before - after), limits.kept, f"{how}; {conditions}"))
-    before, after = evidence.agreement_before[keep].mean(), evidence.agreement_after[keep].mean()
-    how = f"loss of mean cosine similarity of picture and prompt, {before:.3f} to {after:.3f}; {conditions}"
-    results.append(Check.at_most("kept/agreement", float(before - after), limits.agreement, how))
-    moved = np.abs(evidence.after[keep].astype(np.float64) - evidence.before[keep]).mean() / 255
-    how = f"mean absolute change of a pixel, full scale 1, same seeds; {conditions}"
-    results.append(Check.at_most("kept/drift", float(moved), limits.drift, how))
-    return results
+    agreement = evidence.agreement_before[keep], evidence.agreement_after[keep]
+    pictures = Pictures("kept", evidence.before[keep], evidence.after[keep], agreement)
+    return [*results, *kept_checks(pictures, judge, limits, conditions)]
 
 
 def recovery_checks(
