@@ -49,9 +49,10 @@ def kid(before: NDArray[np.floating], after: NDArray[np.floating]) -> Interval:
 
 
 def halves(rows: NDArray[np.floating], distance: Callable[[Rows, Rows], Interval]) -> Interval:
-    """The distance between the even and the odd rows of one set (n, d): what other prompts and seeds alone change."""
-    count = len(rows) // 2 * 2
-    return distance(rows[0:count:2].astype(np.float64), rows[1:count:2].astype(np.float64))
+    """The distance between two random halves of one set (n, d): what other prompts and seeds alone change."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    half = len(rows) // 2
+    return distance(rows[order[:half]], rows[order[half : 2 * half]])
 
 
 def _gaussian(x: Rows, y: Rows) -> Rows:
