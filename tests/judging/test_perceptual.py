@@ -6,7 +6,7 @@ import importlib.machinery
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,8 +18,8 @@ from erasec.judging import perceptual
 class StandIn(torch.nn.Module):
     """In the place of lpips.LPIPS: keeps what it is given, and returns the mean squared difference as LPIPS does."""
 
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-    made: list[dict[str, Any]] = []
+    calls: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    made: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
