@@ -124,7 +124,7 @@ def read_prompts(path: Path) -> tuple[PromptRow, ...]:
     if twice := [name for name in columns if name not in UNUSED and columns.count(name) > 1]:
         raise ErasecError(f"{path.name} has two columns {twice[0]!r}", where=str(path), fix=fix)
     prompt, seed, guidance, category = (
-        next((name for name in names if name in columns), "") for names in (PROMPTS, SEEDS, GUIDANCE, CATEGORIES)
+        next((name for name in names if name in columns), None) for names in (PROMPTS, SEEDS, GUIDANCE, CATEGORIES)
     )
     if not prompt:
         why = f"its columns are {', '.join(filter(None, columns)) or 'none'}"
@@ -140,9 +140,9 @@ def read_prompts(path: Path) -> tuple[PromptRow, ...]:
         result.append(
             PromptRow(
                 row[prompt],
-                _categories(category, row.get(category, ""), where),
-                _value(row.get(seed, ""), _seed, seed, where),
-                _value(row.get(guidance, ""), _guidance, guidance, where),
+                _categories(category, row[category], where) if category else (),
+                _value(row[seed], _seed, seed, where) if seed else None,
+                _value(row[guidance], _guidance, guidance, where) if guidance else None,
             )
         )
     if not result:
