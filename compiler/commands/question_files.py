@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.errors import ErasecError, MissingTool
 from erasec.judging import captions, prompt_files
-from erasec.judging.captions import CaptionFile
+from erasec.judging.captions import LEAST, CaptionFile
 from erasec.judging.prompt_files import PromptFile
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def read_files(recipe: Recipe, judge: Judge | None, device: str) -> QuestionFile
 
     The captions that come with erasec are used by default where a judge of everyday pictures looks at them and an
     accelerator paints them: a CPU would need hours. Raises ErasecError for a file that cannot be used, for prompt files
-    in a build with a key, and for two prompt files of one name; MissingTool where a limit needs LPIPS.
+    in a build with a key, for two prompt files of one name, and for a limit that needs more captions; MissingTool where
+    a limit needs LPIPS.
     """
     if recipe.prompts and recipe.keys:
         raise ErasecError(
@@ -67,7 +68,9 @@ def read_files(recipe: Recipe, judge: Judge | None, device: str) -> QuestionFile
         path = Path(recipe.captions).expanduser()
     elif recipe.captions == DEFAULT or (not recipe.captions and judge and judge.everyday and device != "cpu"):
         path = captions.DEFAULT
-    return QuestionFiles(files, captions.load(path, recipe.prompt_limit, recipe.seed) if path else None)
+    shown = captions.load(path, recipe.prompt_limit, recipe.seed) if path else None
+    _check_distances(recipe, len(shown.captions) if shown else 0)
+    return QuestionFiles(files, shown)
 
 
 def remarks(files: QuestionFiles, seed: int) -> Iterator[str]:
@@ -78,6 +81,17 @@ def remarks(files: QuestionFiles, seed: int) -> Iterator[str]:
                 f"{row['name']}: {row['used']} of {row['total']} {row['holds']} are used, chosen at random by the seed "
                 f"{seed}; --prompt-limit sets their number."
             )
+
+
+def _check_distances(recipe: Recipe, count: int) -> None:
+    """Raise ErasecError where the limits cmmd and kid have fewer captions than they need."""
+    limited = [name for name in ("cmmd", "kid") if getattr(recipe.checks, name) is not None]
+    if limited and count < LEAST:
+        raise ErasecError(
+            f"the limit {limited[0]} needs at least {LEAST} captions",
+            why=f"it compares the pictures of captions, and {count} are used",
+            fix="give captions: --captions FILE, or --captions default; and raise --prompt-limit if it is below that",
+        )
 
 
 def _require_lpips() -> None:

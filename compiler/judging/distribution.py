@@ -25,7 +25,6 @@ from erasec.judging.intervals import Interval, Z
 
 Rows = NDArray[np.float64]
 
-LEAST = 200  # pairs; with fewer, the intervals are wider than what single edits change
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
 BLOCK = 512  # rows of a kernel matrix that are computed at once
 

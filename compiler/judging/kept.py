@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from erasec.base import Check
 from erasec.judging import distribution, intervals, perceptual
+from erasec.judging.captions import LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +49,8 @@ class Pictures:
 def kept_checks(pictures: Pictures, judge: Judge | None, limits: Limits, conditions: str) -> tuple[Check, ...]:
     """The checks of what is kept, named ``GROUP/MEASURE``; ``conditions`` says how the pictures were made.
 
-    A measure that is not possible here has no check, unless it has a limit: its check fails then.
+    A measure that is not possible here has no check, unless it has a limit: its check fails then. ``cmmd`` and ``kid``
+    of fewer pictures than ``captions.LEAST`` have none in any case.
     """
     return tuple(
         Check.at_most(f"{pictures.group}/{name}", value, limit, f"{how}; {conditions}")
@@ -103,13 +105,13 @@ def _distances(
     pictures: Pictures, judge: Judge | None, limits: Limits
 ) -> Iterator[tuple[str, float, float | None, str]]:
     count = len(pictures.before)
-    before = judge.embed(pictures.before) if judge is not None and count >= distribution.LEAST else None
+    if count < LEAST:  # a plan refuses limits on them where there are not enough captions
+        return
+    before = judge.embed(pictures.before) if judge is not None else None
     if judge is None or before is None:
-        few = f"{count} pictures, and {distribution.LEAST} are needed"
-        why = "no judge embeds pictures" if judge is None or count >= distribution.LEAST else few
         for name, limit in (("cmmd", limits.cmmd), ("kid", limits.kid)):
             if limit is not None:
-                yield name, math.nan, limit, f"not measured: {why}"
+                yield name, math.nan, limit, "not measured: no judge embeds pictures"
         return
     after = judge.embed(pictures.after)
     assert after is not None  # a judge embeds all pictures or none

@@ -77,6 +77,15 @@ def test_files_that_make_no_sense_are_errors(night: Path, tmp_path: Path) -> Non
     assert 'pip install "erasec[lpips]"' in caught.value.why
 
 
+@pytest.mark.parametrize("limit", ["cmmd", "kid"])
+def test_a_limit_on_a_distance_needs_captions(night: Path, limit: str) -> None:
+    checks = Limits(**{limit: 0.5})
+    for fields in ({}, {"captions": str(night)}, {"captions": "default", "prompt_limit": 199}):
+        with pytest.raises(ErasecError, match=f"the limit {limit} needs at least 200 captions"):
+            read_files(recipe(checks=checks, **fields), None, "cpu")
+    assert read_files(recipe(checks=checks, captions="default"), None, "cpu").pictures == 400
+
+
 def test_flags_and_recipes_name_files(night: Path) -> None:
     made = from_flags("glyphs", ["star"], prompts=["a.csv", "b.csv", "a.csv"], captions="c.csv", prompt_limit=7)
     assert (made.prompts, made.captions, made.prompt_limit) == (("a.csv", "b.csv"), "c.csv", 7)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from erasec.errors import ErasecError
-from erasec.judging import captions, distribution
+from erasec.judging import captions
 from erasec.recipe import concept
 from erasec.recipe.recipe import PROMPT_LIMIT
 
@@ -19,7 +19,7 @@ def shipped() -> tuple[str, ...]:
 
 
 def test_there_are_enough_different_captions(shipped: tuple[str, ...]) -> None:
-    assert len(set(shipped)) == len(shipped) == PROMPT_LIMIT == distribution.LEAST == 200
+    assert len(set(shipped)) == len(shipped) == PROMPT_LIMIT == captions.LEAST == 200
     assert len({caption.casefold().split()[-1] for caption in shipped}) > 100
 
 

@@ -15,7 +15,7 @@ from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Check, Context
 from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge, prompt
-from erasec.judging import distribution, perceptual
+from erasec.judging import kept, perceptual
 from erasec.judging.kept import Pictures, kept_checks, not_measured
 from erasec.model import loading
 from erasec.model.edit import Dense, Edit
@@ -63,7 +63,7 @@ def after(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Callable[[E
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """The distances are measured on few pictures, to save time."""
-    monkeypatch.setattr(distribution, "LEAST", COUNT)
+    monkeypatch.setattr(kept, "LEAST", COUNT)
 
 
 def checks(shown: Pictures, limits: Limits = LIMITS) -> dict[str, Check]:
@@ -122,16 +122,26 @@ def test_without_a_judge_only_the_pictures_are_compared(noisy: Pictures, monkeyp
     assert not_measured(GlyphJudge()) == ()  # whose world has no photographs
 
 
+class Blind(GlyphJudge):
+    """Embeds nothing."""
+
+    def embed(self, images: object) -> None:  # type: ignore[override]
+        return None
+
+
 @pytest.mark.parametrize("limit", ["cmmd", "kid", "lpips"])
 def test_a_limit_on_what_cannot_be_measured_fails(noisy: Pictures, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(perceptual, "unavailable", lambda: "no lpips")
-    monkeypatch.setattr(distribution, "LEAST", COUNT + 1)
-    limits = Limits(**{limit: 1e9})
-    for judge in (None, GlyphJudge()):
-        found = {check.name: check for check in kept_checks(noisy, judge, limits, "")}
+    for judge in (None, Blind()):
+        found = {check.name: check for check in kept_checks(noisy, judge, Limits(**{limit: 1e9}), "")}
         assert math.isnan(found[f"kept/{limit}"].value) and not found[f"kept/{limit}"].passed
         assert found[f"kept/{limit}"].how.startswith("not measured: ")
         assert {f"kept/{name}" for name in {"cmmd", "kid", "lpips"} - {limit}}.isdisjoint(found)
+
+
+def test_few_pictures_have_no_distances(noisy: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "LEAST", COUNT + 1)
+    assert checks(noisy).keys() == {"agreement", "drift"}
 
 
 def test_lpips_is_the_mean_of_pairs_and_has_its_limit(noisy: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
