@@ -13,9 +13,8 @@ from pathlib import Path
 from erasec.documents import read_captions
 from erasec.judging.prompt_files import digest, sample
 
-LEAST = (
-    200  # captions from which CMMD and KID are measured; with fewer, their intervals are wider than what edits change
-)
+# Of fewer captions, CMMD and KID have intervals that are wider than what edits change.
+LEAST = 200
 DEFAULT = Path(str(resources.files("erasec.judging"))) / "captions.csv"
 
 

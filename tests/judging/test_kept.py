@@ -27,7 +27,7 @@ from erasec.recipe.recipe import Limits
 COUNT = 48
 OTHERS = [shape for shape in world.SHAPES if shape != "star"]
 PROMPTS = [prompt(OTHERS[index % 9], index // 9 + index) for index in range(COUNT)]
-LIMITS = Limits(cmmd=0.2, kid=0.1)
+LIMITS = Limits(cmmd=0.15, kid=0.06)
 NOISY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v.weight"
 
 
