@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 
 from erasec.judging.intervals import Interval, Z
 
+Embeddings = NDArray[np.floating]  # (n, d)
 Rows = NDArray[np.float64]
 
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
 BLOCK = 512  # rows of a kernel matrix that are computed at once
 
 
-def cmmd(before: NDArray[np.floating], after: NDArray[np.floating]) -> Interval:
+def cmmd(before: Embeddings, after: Embeddings) -> Interval:
     """CMMD of embeddings (n, d) in pairs (Jayasumana et al., 2024): k(x, y) = exp(−|x − y|² / (2 · SIGMA²)) on unit
     embeddings, times SCALE. The paper's embeddings are those of CLIP ViT-L/14 at 336 pixels; values of other
     embeddings are on another scale."""
@@ -37,7 +38,7 @@ def cmmd(before: NDArray[np.floating], after: NDArray[np.floating]) -> Interval:
     return Interval(SCALE * value, SCALE * low, SCALE * high)
 
 
-def kid(before: NDArray[np.floating], after: NDArray[np.floating]) -> Interval:
+def kid(before: Embeddings, after: Embeddings) -> Interval:
     """KID (Binkowski et al., 2018) of embeddings (n, d) in pairs: k(x, y) = (x·y / d + 1)³.
 
     Embeddings are scaled to length √d, so that x·y / d is their cosine; the paper's are those of Inception, whose
@@ -47,7 +48,7 @@ def kid(before: NDArray[np.floating], after: NDArray[np.floating]) -> Interval:
     return _distance(size * _unit(before), size * _unit(after), _cubic)
 
 
-def halves(rows: NDArray[np.floating], distance: Callable[[Rows, Rows], Interval]) -> Interval:
+def halves(rows: Embeddings, distance: Callable[[Embeddings, Embeddings], Interval]) -> Interval:
     """The distance between two random halves of one set (n, d): what other prompts and seeds alone change."""
     order = np.random.default_rng(0).permutation(len(rows))
     half = len(rows) // 2
@@ -65,7 +66,7 @@ def _cubic(x: Rows, y: Rows) -> Rows:
     return kernel
 
 
-def _unit(rows: NDArray[np.floating]) -> Rows:
+def _unit(rows: Embeddings) -> Rows:
     rows = rows.astype(np.float64)
     unit: Rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit
