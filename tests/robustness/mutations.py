@@ -253,8 +253,8 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     (root / "extras").mkdir()
     sidecar.write_extras(root / "extras", sidecar.Extras((memory,), {"<a>": rows(128)}, "a star"))
     (root / "captions.csv").write_text("id,prompt\n1,a red star\n2,a circle\n")
-    rows = ('"a star, at night","hate, violence",41,7.5', "a circle,hate,7.0,")
-    (root / "prompts.csv").write_text("\n".join(("prompt,categories,evaluation_seed,evaluation_guidance", *rows)))
+    lines = ('"a star, at night","hate, violence",41,7.5', "a circle,hate,7.0,")
+    (root / "prompts.csv").write_text("\n".join(("prompt,categories,evaluation_seed,evaluation_guidance", *lines)))
     priors.write(root / "coco.prior.safetensors", base, root / "captions.csv")
     weight = {"name": "w", "key": "a.weight", "source": [2, 3], "axes": [1, 0], "shape": [3, 2], "dtype": "float32"}
     graph = {
