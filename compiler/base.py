@@ -198,12 +198,15 @@ class Judge(ABC):
     at pictures of any model, for concepts whose [judge] table names it (``for_concepts``). Its class attributes ``row``
     and ``settings`` are dataclasses of options, those in that table and those of ``--judge NAME:key=value``, which
     ``erasec.options`` checks. ``erasec.judging.pictures.PictureJudge`` is the base of such judges.
+    ``everyday`` says whether its models can paint captions of everyday scenes. A judge of a synthetic world, whose
+    models know the words of that world alone, sets it to False.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     row: ClassVar[type | None] = None
     settings: ClassVar[type | None] = None
+    everyday: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

@@ -32,6 +32,8 @@ LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:{PART}){{{DEEPEST}}}""")
 # How Git LFS begins the small file that it leaves in the place of a large one.
 POINTER = b"version https://git-lfs.github.com/spec/"
 FETCH = "fetch the file again"
+# The columns of captions in a CSV file; the first that a file has is read.
+CAPTIONS = ("prompt", "caption", "text")
 
 # Fields of schemas.
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -116,6 +118,28 @@ def read_csv(path: Path, fix: str = FETCH) -> Table:
         raise source.error(str(error)) from error
     rows = [[cell.strip() for cell in line] + [""] * (len(columns) - len(line)) for line in lines if line]
     return Table(tuple(columns), [dict(zip(columns, row, strict=False)) for row in rows])
+
+
+def read_captions(path: Path) -> list[str]:
+    """The captions of a text file, one per line, or of a CSV file with a column prompt, caption or text.
+
+    Raises ErasecError for a file that cannot be read, has no such column or has no captions.
+    """
+    if path.suffix.lower() != ".csv":
+        captions = [line.strip() for line in StringIO(read_text(path).removeprefix("\ufeff"), newline="")]
+    else:
+        columns, rows = read_csv(path)
+        column = next((name for name in CAPTIONS if name in columns), None)
+        if column is None:
+            raise ErasecError(
+                f"{path.name} has no column of captions",
+                where=str(path),
+                why=f"its columns are {', '.join(columns) or 'none'}; captions are in one of {', '.join(CAPTIONS)}",
+            )
+        captions = [row[column] for row in rows]
+    if not (captions := [caption for caption in captions if caption]):
+        raise ErasecError(f"{path.name} holds no captions", where=str(path))
+    return captions
 
 
 def fault(error: ValidationError) -> str:

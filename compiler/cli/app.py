@@ -14,6 +14,7 @@ import typer
 from erasec.cli import output
 from erasec.cli.options import (
     ABSORB,
+    CAPTIONS,
     CODE,
     DEVICE,
     ERASE,
@@ -27,6 +28,8 @@ from erasec.cli.options import (
     PASS,
     PICKLE,
     PICTURES,
+    PROMPT_LIMIT,
+    PROMPTS,
     REVISION,
     SEED,
     TARGET,
@@ -93,6 +96,9 @@ def build(
     judge: JUDGE = None,
     gate: GATE = False,
     pictures: PICTURES = None,
+    prompts: PROMPTS = None,
+    captions: CAPTIONS = None,
+    prompt_limit: PROMPT_LIMIT = None,
     device: DEVICE = None,
     seed: SEED = None,
     revision: REVISION = None,
@@ -115,6 +121,9 @@ def build(
             judge=judge,
             gate=gate or None,
             pictures=pictures,
+            prompts=prompts,
+            captions=captions,
+            prompt_limit=prompt_limit,
             device=device,
             seed=seed,
             revision=revision,
@@ -132,8 +141,7 @@ def build(
         if not main:
             train_in_worker(plan)
             return
-        printed = notes(plan)
-        for note in printed:
+        for note in (printed := notes(plan)):
             say(note)
         try:
             report = run_plan(plan)
@@ -164,6 +172,9 @@ def plan(
     judge: JUDGE = None,
     gate: GATE = False,
     pictures: PICTURES = None,
+    prompts: PROMPTS = None,
+    captions: CAPTIONS = None,
+    prompt_limit: PROMPT_LIMIT = None,
     device: DEVICE = None,
     seed: SEED = None,
     revision: REVISION = None,
@@ -187,6 +198,9 @@ def plan(
             judge=judge,
             gate=gate or None,
             pictures=pictures,
+            prompts=prompts,
+            captions=captions,
+            prompt_limit=prompt_limit,
             device=device,
             seed=seed,
             revision=revision,
@@ -372,25 +386,7 @@ def diff(
         if as_json:
             print(json.dumps([dataclasses.asdict(item) for item in differences], indent=2))
             return
-        tensors = [item for item in differences if item.kind != "file"]
-        if tensors:
-            output.table(
-                ["tensor", "what", "change", "largest", "rank", "note"],
-                [
-                    [
-                        item.key,
-                        item.kind,
-                        output.number(item.change),
-                        output.number(item.largest),
-                        "-" if item.rank is None else str(item.rank),
-                        item.note,
-                    ]
-                    for item in tensors
-                ],
-            )
-        if files := [item for item in differences if item.kind == "file"]:
-            output.table(["file", "note"], [[item.key, item.note] for item in files])
-        print(f"{len(tensors)} tensors differ" if tensors else "no tensor differs")
+        output.differences(differences)
 
 
 @app.command()

@@ -86,6 +86,26 @@ PICTURES = Annotated[
         "keys: steps, size (pixels), minutes  [default: by the device]",
     ),
 ]
+PROMPTS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE.csv",
+        help="prompts that show the concept, such as I2P's; hit rates are reported by category; may be repeated",
+    ),
+]
+CAPTIONS = Annotated[
+    str | None,
+    typer.Option(
+        "--captions",
+        metavar="FILE",
+        help="captions whose pictures show what is kept, such as COCO's; or default, or none",
+    ),
+]
+PROMPT_LIMIT = Annotated[
+    int | None,
+    typer.Option("--prompt-limit", help="most rows of each prompt or caption file that are used  [default: 200]"),
+]
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
 SEED = Annotated[int | None, typer.Option("--seed", help="seed of all random numbers  [default: 0]")]

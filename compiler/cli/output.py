@@ -12,12 +12,13 @@ from erasec.errors import printable
 
 if TYPE_CHECKING:
     from erasec.base import Check
+    from erasec.commands.diff import Difference
     from erasec.reporting.report import Report
 
 
 def verdict(report: Report) -> str:
     """One line: the state of the build, how many checks hold, and the hit rate before and after the edit for each group
-    of prompts."""
+    of prompts; then a line for each prompt file and label."""
     from erasec.reporting.report import mean_rates
 
     titles = {
@@ -34,11 +35,18 @@ def verdict(report: Report) -> str:
     shown = f"; shown {', '.join(parts)}" if parts else ""
     checks = sum(check.limit is not None for check in report.checks)
     if report.outcome == "passed":
-        return f"passed {'its one check' if checks == 1 else f'all {checks} checks'}{shown}"
-    if report.outcome == "not judged":
+        line = f"passed {'its one check' if checks == 1 else f'all {checks} checks'}{shown}"
+    elif report.outcome == "not judged":
         held = f"of what could be checked nothing failed ({checks} checks)"
-        return f"not judged: no judge can see {', '.join(report.unjudged)} in these pictures; {held}{shown}"
-    return f"rejected: {', '.join(report.failed)} failed{shown}"
+        line = f"not judged: no judge can see {', '.join(report.unjudged)} in these pictures; {held}{shown}"
+    else:
+        line = f"rejected: {', '.join(report.failed)} failed{shown}"
+    lines = [line]
+    for file in report.prompt_files:
+        for row in (row for row in file["rows"] if not row["category"]):
+            shares = f"{row['before']:.0%} -> {row['after']:.0%} of {row['images']} pictures"
+            lines.append(f"{file['file']}: {row['looked_for']} in {shares}")
+    return printable("\n".join(lines), keep="\n")
 
 
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
@@ -65,6 +73,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     lines += [
         ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
         ("paint", plan["pictures"]["how"]),
+        *(("file", f"{file['name']}: {file['used']} of {file['total']} {file['holds']}") for file in plan["files"]),
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
@@ -175,6 +184,27 @@ def checks(results: Sequence[Check]) -> None:
     """Print the name, outcome, value and limit of each check, and how it was measured."""
     rows = [[check.name, check.outcome, number(check.value), number(check.limit), check.how] for check in results]
     table(["check", "outcome", "value", "limit", "how"], rows)
+
+
+def differences(items: Sequence[Difference]) -> None:
+    """Print the tensors that differ, then the files, and how many tensors there are."""
+    tensors = [item for item in items if item.kind != "file"]
+    if tensors:
+        rows = [
+            [
+                item.key,
+                item.kind,
+                number(item.change),
+                number(item.largest),
+                "-" if item.rank is None else str(item.rank),
+                item.note,
+            ]
+            for item in tensors
+        ]
+        table(["tensor", "what", "change", "largest", "rank", "note"], rows)
+    if files := [item for item in items if item.kind == "file"]:
+        table(["file", "note"], [[item.key, item.note] for item in files])
+    print(f"{len(tensors)} tensors differ" if tensors else "no tensor differs")
 
 
 def number(value: float | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from erasec.checkpoint.safetensors import file_digest, read_finite
 from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
 from erasec.closed_form import solver
-from erasec.documents import read_csv, read_text
+from erasec.documents import read_captions
 from erasec.errors import ErasecError, suggestion
 from erasec.progress import bar
 
@@ -25,31 +24,8 @@ if TYPE_CHECKING:
 
     from erasec.model.view import Model
 
-COLUMNS = ("prompt", "caption", "text")
 BATCH = 64
 SUFFIX = ".prior.safetensors"
-
-
-def read_captions(path: Path) -> list[str]:
-    """The captions of a text file, one per line, or of a CSV file with a column prompt, caption or text.
-
-    Raises ErasecError for a file that cannot be read, has no such column or has no captions.
-    """
-    if path.suffix.lower() != ".csv":
-        captions = [line.strip() for line in StringIO(read_text(path).removeprefix("\ufeff"), newline="")]
-    else:
-        columns, rows = read_csv(path)
-        column = next((name for name in COLUMNS if name in columns), None)
-        if column is None:
-            raise ErasecError(
-                f"{path.name} has no column of captions",
-                where=str(path),
-                why=f"its columns are {', '.join(columns) or 'none'}; captions are in one of {', '.join(COLUMNS)}",
-            )
-        captions = [row[column] for row in rows]
-    if not (captions := [caption for caption in captions if caption]):
-        raise ErasecError(f"{path.name} holds no captions", where=str(path))
-    return captions
 
 
 def build(model: Model, texts: list[str]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
 from erasec.commands import estimates, pictures
 from erasec.commands.effect import check_change, check_goals
+from erasec.commands.measures import Measured, measure_files
 from erasec.commands.output_paths import check_replaceable
 from erasec.errors import CheckFailed, ErasecError
 from erasec.graphs.manifest import LinkContext, Origin
@@ -253,6 +254,11 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     if looked.evidence and plan.judge is not None and plan.painting.judged:
         with _timed(seconds, "pictures of what was written"):
             checks += pictures.check_artifacts(plan, plan.judge, looked.evidence[0], built, artifacts)
+    measured = Measured()
+    if plan.files.pictures:
+        with _timed(seconds, "prompt and caption files"):
+            measured = measure_files(plan, public, built)
+        checks += measured.checks
     checks += pictures.gate_checks(plan)
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
@@ -267,17 +273,18 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         applied=solved.applied,
         moves=moves,
         checks=tuple(checks),
-        pairs=tuple(pair for item in looked.evidence for pair in collect.picture_pairs(item)),
+        pairs=(*(pair for item in looked.evidence for pair in collect.picture_pairs(item)), *measured.pairs),
         rates=tuple(row for item in looked.evidence for group in groups for row in rates(item, group)),
         written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
         seconds=seconds,
         environment=collect.environment(),
-        notes=tuple(_notes(plan, solved, built, looked)),
+        notes=(*_notes(plan, solved, built, looked), *measured.notes),
         judged=tuple(concept.name for concept in plan.looked_for if concept.name not in plan.unjudged),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
         rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
         base=collect.base_record(model),
+        prompt_files=tuple(measured.tables),
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

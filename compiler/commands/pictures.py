@@ -105,7 +105,7 @@ def _judge(
     unlocked = [key.concept for key in plan.keys]
     # A judge gets the pictures of its own batches: one of another batch differs in its last bits.
     cached = not unlocked and not painting.judged
-    with _base(plan, public) as base:
+    with base_folder(plan, public) as base:
         evidence = gather_evidence(
             judge,
             plan.looked_for,
@@ -139,7 +139,7 @@ def _judge(
 
 
 @contextmanager
-def _base(plan: Plan, public: Folder) -> Iterator[Path]:
+def base_folder(plan: Plan, public: Folder) -> Iterator[Path]:
     """The folder of the pictures before: of a build with keys the one without them, otherwise that of the model. A
     single file is written as a folder for the block."""
     source = plan.model.source

@@ -20,6 +20,8 @@ from erasec.commands import doctor, estimates, settings
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.pictures import end, unjudged_notes
 from erasec.commands.prompt_lengths import check_lengths, check_options
+from erasec.commands.question_files import QuestionFiles, read_files
+from erasec.commands.question_files import remarks as file_remarks
 from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.judging.evidence import labels
@@ -50,9 +52,9 @@ class Plan:
     of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
     erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
     weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``painting`` says
-    which pictures are painted. ``remarks`` are sentences about how names, goals and long phrases were understood. For
-    each pass, ``origins`` says where the value of each option comes from, and ``reasons`` for which kinds of concepts
-    it is the default, "" for none.
+    which pictures are painted, and ``files`` are the prompt and caption files. ``remarks`` are sentences about how
+    names, goals, files and long phrases were understood. For each pass, ``origins`` says where the value of each option
+    comes from, and ``reasons`` for which kinds of concepts it is the default, "" for none.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Plan:
     keys: tuple[Key, ...] = ()
     judge: Judge | None = None
     earlier: tuple[Concept, ...] = ()
+    files: QuestionFiles = field(default_factory=QuestionFiles)
     remarks: tuple[str, ...] = field(default=(), compare=False)
     origins: tuple[Mapping[str, settings.Origin], ...] = field(default=(), compare=False)
     reasons: tuple[str, ...] = field(default=(), compare=False)
@@ -152,7 +155,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     texts, targets = _targets(recipe, passes, model)
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge, missing = judge_of_build(model, (*(key.concept for key in keys), *concepts, *earlier), recipe.judges)
-    remarks += (*missing, *_check_disks(estimates.disks(targets, model, out)))
+    files = read_files(recipe, judge, context.device)
+    remarks += (*missing, *file_remarks(files, recipe.seed), *_check_disks(estimates.disks(targets, model, out)))
     looked_for = [key.concept for key in keys] or concepts
     painting = plan_painting(model, judge, looked_for, recipe.checks, context.device)
     return Plan(
@@ -167,6 +171,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
         keys,
         judge,
         earlier,
+        files,
         remarks,
         origins=tuple(item.origins for item in settled),
         reasons=reasons,
@@ -383,12 +388,15 @@ def describe(plan: Plan) -> dict[str, Any]:
             "disks": disks,
             "how": "estimate of each target, by default all weights in float32; with graphs in the cache and in TMPDIR",
         },
-        "memory": estimates.memory(model, plan.passes, bool(plan.painting), len(plan.targets) > 1),
+        "memory": estimates.memory(
+            model, plan.passes, bool(plan.painting or plan.files.pictures), len(plan.targets) > 1
+        ),
         "time": estimates.time(plan.out),
         "judge": plan.judge.title if plan.judge else "",
         "unjudged": list(plan.unjudged),
         "end": end(plan),
         "pictures": {**asdict(plan.painting), "how": plan.painting.text},
+        "files": plan.files.described(),
         "device": plan.context.device,
         "seed": plan.context.seed,
         "tools": {name: doctor.version(name) or "missing" for name in (*doctor.CORE, *doctor.OPTIONAL)},

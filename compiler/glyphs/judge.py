@@ -16,6 +16,7 @@ from erasec.worlds.judge import WorldJudge, read_state
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from erasec.base import Images
     from erasec.recipe.concept import Concept
@@ -56,9 +57,21 @@ class GlyphJudge(WorldJudge):
         tokens = load("glyphs").encode(prompts)
         with torch.no_grad():
             ends = tokens.states[torch.arange(len(tokens.last)), tokens.last + 1]
-            batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-            cosines: NDArray[np.float64] = (self._pair.images(batch) * self._pair.texts(ends)).sum(1).double().numpy()
+            cosines: NDArray[np.float64] = (self._embeddings(images) * self._pair.texts(ends)).sum(1).double().numpy()
         return cosines
+
+    def embed(self, images: Images) -> NDArray[np.float64]:
+        embeddings: NDArray[np.float64] = self._embeddings(images).double().numpy()
+        return embeddings
+
+    def _embeddings(self, images: Images) -> Tensor:
+        """Unit embeddings of the contrastive pair, (n, d)."""
+        import torch
+
+        with torch.no_grad():
+            batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            embeddings: Tensor = self._pair.images(batch)
+        return embeddings
 
     def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
         """The questions about a concept: ``images`` each by name, by synonym and by implicit prompt; to keep, half as

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from erasec.attention.sampling import Sampling
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
+from erasec.judging.kept import Pictures, kept_checks
 from erasec.judging.protocols import protocol_counts
 from erasec.model.threads import THREADS
 from erasec.runtime.bundle import open_bundle
@@ -59,8 +60,8 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
         limit = limits.implicit if group == "implicit" else limits.erased
         results.append(Check.at_most(f"erased/{group}", worst, limit, how))
     keep = evidence.rows("keep")
-    if judge is not None and keep.any():
-        results += _kept(evidence, keep, limits, conditions)
+    if keep.any():
+        results += _kept(evidence, keep, judge, limits, conditions)
     return tuple(results)
 
 
@@ -88,7 +89,9 @@ def _other_rates(evidence: Evidence, group: str, label: str) -> dict[str, float]
     return {other: float(seen[rows].mean()) for other, seen in evidence.erased_after.items() if other != label}
 
 
-def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, conditions: str) -> list[Check]:
+def _kept(
+    evidence: Evidence, keep: NDArray[np.bool_], judge: Judge | None, limits: Limits, conditions: str
+) -> list[Check]:
     """The checks "kept", from the questions in the mask ``keep``. Hit rates are those of questions with a label."""
     results, looked = [], keep & evidence.labelled
     if looked.any():
@@ -104,14 +107,11 @@ def _kept(evidence: Evidence, keep: NDArray[np.bool_], limits: Limits, condition
         before, after = evidence.colour_before[coloured].mean(), evidence.colour_after[coloured].mean()
         how = f"loss of hit rate for the colours in prompts, {before:.1%} to {after:.1%} over {coloured.sum()} prompts"
         results.append(Check.at_most("kept/colours", float(before - after), limits.kept, f"{how}; {conditions}"))
+    agreement = None
     if not np.isnan(evidence.agreement_before).any():  # a judge need not compare pictures with prompts
-        before, after = evidence.agreement_before[keep].mean(), evidence.agreement_after[keep].mean()
-        how = f"loss of mean cosine similarity of picture and prompt, {before:.3f} to {after:.3f}; {conditions}"
-        results.append(Check.at_most("kept/agreement", float(before - after), limits.agreement, how))
-    moved = np.abs(evidence.after[keep].astype(np.float64) - evidence.before[keep]).mean() / 255
-    how = f"mean absolute change of a pixel, full scale 1, same seeds; {conditions}"
-    results.append(Check.at_most("kept/drift", float(moved), limits.drift, how))
-    return results
+        agreement = evidence.agreement_before[keep], evidence.agreement_after[keep]
+    pictures = Pictures("kept", evidence.before[keep], evidence.after[keep], agreement)
+    return [*results, *kept_checks(pictures, judge, limits, conditions)]
 
 
 def recovery_checks(

@@ -121,7 +121,8 @@ class Report:
     ``extras`` is what the build carries in addition to weights: "memories", each a dict of attention, mode, rows,
     weight and until; "tokens", the names of new tokens; "negative", a prompt; and "keys", the concepts whose keys are
     in the build. Entries that are empty may be left out. ``earlier`` are concepts that were erased from the model
-    before. ``base`` may be left out where no target was written that needs it.
+    before. ``base`` may be left out where no target was written that needs it. ``prompt_files`` are hit rates by
+    category, see ``judging.prompt_groups.table``.
     """
 
     model: dict[str, str]  # name, revision, family, digest
@@ -140,6 +141,7 @@ class Report:
     earlier: tuple[dict[str, Any], ...] = ()  # the Concept fields
     rebuild: str = "erasec build recipe.toml"  # the command that builds the same again
     base: BaseRecord | None = None
+    prompt_files: tuple[dict[str, Any], ...] = ()
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -237,6 +239,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "earlier": [dict(concept) for concept in report.earlier],
         "summary": {group: mean for group in GROUPS if (mean := mean_rates(report.rates, group))},
         "rates": [dict(rate) for rate in report.rates],
+        "prompt_files": [dict(file) for file in report.prompt_files],
         "checks": [{**asdict(check), "state": check.outcome, "bound": _bound(check)} for check in report.checks],
         "pairs": [
             {field.name: getattr(pair, field.name) for field in fields(pair) if field.name not in ("before", "after")}

@@ -47,6 +47,7 @@ class WorldJudge(Judge):
     picture agrees with its prompt.
     """
 
+    everyday: ClassVar[bool] = False
     labels: ClassVar[tuple[str, ...]]
     sizes: ClassVar[Sizes]
 

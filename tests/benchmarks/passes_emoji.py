@@ -35,6 +35,7 @@ from erasec.commands import settings
 from erasec.emoji.evaluate import TWIN
 from erasec.emoji.judge import EmojiJudge, far_objects, label_of, prompt
 from erasec.emoji.words import ARTISTS, CLUSTERS, OBJECTS, neighbours
+from erasec.judging.intervals import wilson
 from erasec.model import loading, sidecar
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
@@ -149,13 +150,6 @@ def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
     far = groups == "far objects"
     row["drift"] = float(np.abs(after[far].astype(np.float64) - before[far]).mean() / 255)
     return row
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share (Wilson, 1927)."""
-    share, extra = hits / count, z * z / count
-    middle, half = share + extra / 2, z * math.sqrt(share * (1 - share) / count + extra / count / 4)
-    return (middle - half) / (1 + extra), (middle + half) / (1 + extra)
 
 
 def table(result: dict[str, Any]) -> str:

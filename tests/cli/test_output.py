@@ -72,3 +72,12 @@ def test_a_runtime_is_listed_with_the_targets_that_it_runs(capsys: pytest.Captur
 def test_options_are_listed_with_their_ranges() -> None:
     text = output.options(registry.load_pass("esd"))
     assert "sample_steps=" in text and ">= 1" in text
+
+
+def test_a_verdict_has_a_line_for_each_prompt_file_and_label() -> None:
+    rows = [
+        {"category": "", "looked_for": "star", "images": 40, "before": 0.815, "after": 0.0625},
+        {"category": "sky", "looked_for": "star", "images": 16, "before": 1.0, "after": 0.5},
+    ]
+    text = output.verdict(3, [], [{"file": "night\x1b[1m", "rows": rows}, {"file": "unseen", "rows": []}])
+    assert text.splitlines() == ["passed all 3 checks", "night\\x1b[1m: star in 82% -> 6% of 40 pictures"]

@@ -14,6 +14,7 @@ from erasec.base import Context
 from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.checkpoint.sealed import DIGEST
 from erasec.closed_form import priors, solver
+from erasec.documents import read_captions
 from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.model.view import Model
@@ -30,9 +31,9 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_prior_is_the_mean_gram_of_all_states_of_its_captions(model: Model, captions: Path, tmp_path: Path) -> None:
     out = tmp_path / "some.prior.safetensors"
-    assert priors.write(out, model, captions) == priors.read_captions(captions)
-    assert len(priors.read_captions(captions)) == 80
-    states = model.encode(priors.read_captions(captions)).states.flatten(0, 1).double()
+    assert priors.write(out, model, captions) == read_captions(captions)
+    assert len(read_captions(captions)) == 80
+    states = model.encode(read_captions(captions)).states.flatten(0, 1).double()
     rows = priors.read(str(out), model, "context")
     assert torch.allclose(solver.gram(rows), states.T @ states / len(states), atol=1e-9)
     assert len(rows) <= 128
@@ -76,7 +77,7 @@ def test_a_bad_prior_is_an_error(model: Model, captions: Path, tmp_path: Path) -
     for name, text, word in (("a.csv", "x,y\n1,2\n", "no column"), ("b.txt", "\n\n", "holds no captions")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ErasecError, match=word):
-            priors.read_captions(tmp_path / name)
+            read_captions(tmp_path / name)
 
 
 def test_a_prior_overwrites_no_file_and_fails_before_it_encodes(
@@ -84,7 +85,7 @@ def test_a_prior_overwrites_no_file_and_fails_before_it_encodes(
 ) -> None:
     monkeypatch.setattr(priors, "build", lambda model, texts: {"context": torch.eye(2)})
     before = captions.read_bytes()
-    assert priors.write(tmp_path / "new", model, captions) == priors.read_captions(captions)
+    assert priors.write(tmp_path / "new", model, captions) == read_captions(captions)
     (tmp_path / "shut").mkdir()
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "shut" and may(path, mode))
@@ -106,11 +107,11 @@ def test_captions_with_a_byte_order_mark_and_damaged_ones(tmp_path: Path) -> Non
     marked, plain = tmp_path / "marked.csv", tmp_path / "marked.txt"
     marked.write_text("caption\na dog\n", encoding="utf-8-sig")
     plain.write_text("a dog\n", encoding="utf-8-sig")
-    assert priors.read_captions(marked) == priors.read_captions(plain) == ["a dog"]
+    assert read_captions(marked) == read_captions(plain) == ["a dog"]
     long = "a" * (csv.field_size_limit() + 1)
     (tmp_path / "long.csv").write_text(f"caption\n{long}\n")
     with pytest.raises(ErasecError, match="cannot be read") as caught:
-        priors.read_captions(tmp_path / "long.csv")
+        read_captions(tmp_path / "long.csv")
     assert "field larger" in caught.value.why
 
 

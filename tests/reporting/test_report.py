@@ -44,6 +44,43 @@ def test_a_number_of_another_report_is_noticed(tmp_path: Path) -> None:
     assert set(page.numbers) - {float(leaf) for leaf in leaves(facts) if isinstance(leaf, (int, float))} == {987.125}
 
 
+def with_prompt_file(category: str = "sky") -> Report:
+    rows = [
+        {
+            "category": name,
+            "looked_for": "star",
+            "images": images,
+            "before": 0.815,
+            "before_interval": [0.6215, 0.9225],
+            "after": 0.0625,
+            "after_interval": [0.0125, 0.1875],
+        }
+        for name, images in (("", 40), (category, 16))
+    ]
+    file = {"file": "night", "sha256": "cd" * 32, "prompts": 400, "used": 40, "rows": rows}
+    return star_report(prompt_files=(file, {**file, "file": "unseen", "rows": []}))
+
+
+def test_a_prompt_file_has_a_table_by_category_with_intervals(tmp_path: Path) -> None:
+    html, facts, card = written(with_prompt_file(), tmp_path)
+    page = Page(html)
+    assert "Prompt file night" in page.text and "40 of 400 prompts were used" in page.text
+    assert {0.815, 0.6215, 0.9225, 0.0625, 0.0125, 0.1875} <= set(page.numbers)
+    assert facts["prompt_files"][0]["rows"][1]["category"] == "sky"
+    percent = "81.5\u00a0% (62.2\u00a0% to 92.2\u00a0%) | 6.2\u00a0% (1.2\u00a0% to 18.8\u00a0%) |"
+    assert f"| all | star | 40 | {percent}" in card and f"| sky | star | 16 | {percent}" in card
+    # What no judge could see has pictures, and no table.
+    assert "Prompt file unseen" not in page.text and facts["prompt_files"][1]["rows"] == []
+    plain, _, card = written(star_report(), tmp_path / "plain")
+    assert "Prompt file" not in Page(plain).text and "Prompts of the file" not in card
+
+
+def test_a_category_of_a_prompt_file_is_text(tmp_path: Path) -> None:
+    html, _, card = written(with_prompt_file("<b>a</b> | *b*"), tmp_path)
+    assert "<b>a</b>" not in html and "<b>a</b> | *b*" in Page(html).text
+    assert "&lt;b&gt;a&lt;/b&gt; \\| \\*b\\*" in card
+
+
 def test_same_report_same_bytes(tmp_path: Path) -> None:
     names = ("report.html", "report.json", "README.md")
     write_report(star_report(), tmp_path / "a")

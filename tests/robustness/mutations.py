@@ -200,10 +200,12 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
     from erasec.closed_form import priors
     from erasec.commands import combine, diff, output_paths, relink
+    from erasec.documents import read_captions
     from erasec.errors import ErasecError
     from erasec.family import FAMILIES
     from erasec.graphs.graph import Template, Weight
     from erasec.graphs.manifest import read_manifest, write_manifest
+    from erasec.judging.prompt_files import read_prompts
     from erasec.keys.key_file import fold_secret, read_key, write_key
     from erasec.model import edit_file, loading, sidecar
     from erasec.model.memory import Memory, Secret
@@ -251,6 +253,8 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     (root / "extras").mkdir()
     sidecar.write_extras(root / "extras", sidecar.Extras((memory,), {"<a>": rows(128)}, "a star"))
     (root / "captions.csv").write_text("id,prompt\n1,a red star\n2,a circle\n")
+    lines = ('"a star, at night","hate, violence",41,7.5', "a circle,hate,7.0,")
+    (root / "prompts.csv").write_text("\n".join(("prompt,categories,evaluation_seed,evaluation_guidance", *lines)))
     priors.write(root / "coco.prior.safetensors", base, root / "captions.csv")
     weight = {"name": "w", "key": "a.weight", "source": [2, 3], "axes": [1, 0], "shape": [3, 2], "dtype": "float32"}
     graph = {
@@ -392,7 +396,8 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
         "star.key": Reader(("",), lambda at: fold_secret(read_key(at).secret, base.entries("unet"))),
         "extras": Reader(("erasec.safetensors",), sidecar.read_extras),
         "coco.prior.safetensors": Reader(("",), lambda at: priors.read(str(at), base, "context")),
-        "captions.csv": Reader(("",), priors.read_captions),
+        "captions.csv": Reader(("",), read_captions),
+        "prompts.csv": Reader(("",), read_prompts),
         "onnx": Reader(("erasec.json",), manifest),
         "graph": Reader(("weights.json",), weights_json),
         "trt": Reader(("engine.json",), read_record),
