@@ -74,6 +74,7 @@ class Learned(Pass):
             steps=self.steps,
             minutes=self.minutes,
             seed=context.seed,
+            optimizer=measures_of(context).optimizer,
             resume_file=self.resume_file(model, concept, context),
             drift=student.drift if student else None,
             **more,
@@ -117,8 +118,29 @@ def check_trainable(model: Model) -> None:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a training does so that it fits the memory of a device. None of it changes the edit, except by rounding.
+
+    ``rows`` is the micro-batch, the largest number of rows in one call of the denoiser; their activations are computed
+    again in the backward pass, one call after another (see ``Denoiser.predict``). With 0, a batch is one call.
+    ``checkpointing`` computes the activations of a block again in the backward pass. ``optimizer`` is one of
+    ``training.optimizers.OPTIMIZERS``.
+    """
+
+    rows: int = 0
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True)
 class TrainingContext(Context):
     """A context for passes that train. ``resume_folder`` is the folder for the state of interrupted trainings, None
-    where none is kept."""
+    where none is kept. With ``measures`` None, a training does nothing to save memory except what large models need."""
 
     resume_folder: Path | None = None
+    measures: Measures | None = None
+
+
+def measures_of(context: Context) -> Measures:
+    """The measures of a context; none for a context without."""
+    return (context.measures if isinstance(context, TrainingContext) else None) or Measures()
