@@ -25,6 +25,15 @@ MATRICES = 5
 COPIES = 4
 
 
+def free_memory(device: str) -> int:
+    """The bytes that a GPU has free; 0 for a CPU, whose memory trainings use without a limit."""
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
+
+
 def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> dict[str, Any]:
     """Bytes held at the same time in each step and in the largest, estimated from the sizes of tensors.
 

@@ -30,11 +30,14 @@ from erasec.recipe.concept import Concept
 from erasec.recipe.goals import resolve_goals
 from erasec.recipe.recipe import NamedOptions, Recipe, parse_named_options
 from erasec.reporting.earlier import erased_before
+from erasec.training.base import Learned
+from erasec.training.measures import choose, parse_memory
 
 if TYPE_CHECKING:
     from erasec.base import Judge
     from erasec.family import Site
     from erasec.model.view import Model
+    from erasec.training.base import Measures
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Plan:
     of ``concepts`` are resolved as well: none of them leads to what is erased. ``earlier`` are concepts that were
     erased from the model before. The first target is the plain folder: "hf", or "bundle" if the result is more than
     weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``remarks`` are
-    sentences about how names, goals and long phrases were understood.
+    sentences about how names, goals and long phrases were understood. ``measures`` has an entry for each pass: what it
+    does to fit the memory; None where the memory has no limit.
     """
 
     recipe: Recipe
@@ -59,6 +63,7 @@ class Plan:
     judge: Judge | None = None
     earlier: tuple[Concept, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False)
+    measures: tuple[Measures | None, ...] = ()
 
 
 def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan:
@@ -129,7 +134,12 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge = registry.judge_for(model, recipe.judge)
     remarks += _check_disks(estimates.disks(targets, model, out))
-    return Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks)
+    limit = parse_memory(recipe.memory) or estimates.free_memory(context.device)
+    measures = tuple(
+        choose(step, model, concepts, context.device, limit) if limit and isinstance(step, Learned) else None
+        for step in passes
+    )
+    return Plan(resolved, model, concepts, passes, targets, out, context, keys, judge, earlier, remarks, measures)
 
 
 def _concepts(recipe: Recipe) -> tuple[Concept, ...]:

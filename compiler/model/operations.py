@@ -45,9 +45,7 @@ def denoiser(model: Model) -> Cost:
     config = model.source.config(model.family.denoiser)
     height, width = trained_size(config)
     depth = downscale(config).bit_length() - 1
-    return _network(
-        _shapes(model, model.family.denoiser), lambda key: _unet_scale(key, depth), height * width, TOKENS
-    )
+    return _network(_shapes(model, model.family.denoiser), lambda key: _unet_scale(key, depth), height * width, TOKENS)
 
 
 def decoder(model: Model) -> Cost:
@@ -63,7 +61,8 @@ def encoder(model: Model) -> Cost:
 def text(model: Model) -> Cost:
     """Encoding of one prompt by all text encoders."""
     costs = [_network(_shapes(model, name), lambda key: 1.0, TOKENS, TOKENS) for name in model.family.text_encoders]
-    return Cost(*(sum(values) for values in zip(*((c.operations, c.layers, c.saved, c.recomputed) for c in costs))))
+    operations, layers = sum(cost.operations for cost in costs), sum(cost.layers for cost in costs)
+    return Cost(operations, layers, sum(cost.saved for cost in costs), sum(cost.recomputed for cost in costs))
 
 
 def _vae(model: Model, *parts: str) -> Cost:
@@ -128,7 +127,9 @@ def _network(shapes: Mapping[str, Shape], scale: Callable[[str], float], pixels:
             # A kernel's input has four times as many positions below, and a quarter above.
             at_input = 4.0 if ".downsamplers." in key else 1.0
             kept = positions * at_input * shape[1]
-            if projection := re.search(r"\b(?:attn\d|self_attn|attentions\.0)\.(to_q|q_proj|to_k|k_proj|to_v|v_proj)\.", key):
+            if projection := re.search(
+                r"\b(?:attn\d|self_attn|attentions\.0)\.(to_q|q_proj|to_k|k_proj|to_v|v_proj)\.", key
+            ):
                 kept = positions * shape[0]  # queries, keys and values; their common input is that of a norm's output
                 if projection[1] in ("to_q", "q_proj"):
                     keys = tokens if ".attn2." in key else positions

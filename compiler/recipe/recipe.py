@@ -64,7 +64,8 @@ class Recipe(_Table):
     restore. If ``absorb`` is above 0, the keys are merged into stock weights as far as possible, and ``absorb`` is the
     largest residual allowed. ``judge`` is the name of a judge, or "" for the registered judge of the model.
     ``revision`` and ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions,
-    such as "fp16". With ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files
+    such as "fp16". ``memory`` is what trainings may use, such as "8GB"; "" for what a GPU has free, and without a limit
+    on a CPU. With ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files
     become hard links.
     """
 
@@ -82,6 +83,7 @@ class Recipe(_Table):
     judge: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    memory: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?([kMG]i?)?B?)?$")] = ""
     passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
@@ -158,6 +160,7 @@ def from_flags(
     keys: Sequence[str] = (),
     absorb: float | None = None,
     judge: str | None = None,
+    memory: str | None = None,
     allow_code: bool = False,
 ) -> Recipe:
     """Make a recipe from the flags of a command line.
@@ -179,6 +182,7 @@ def from_flags(
         "keys": list(keys),
         "absorb": absorb,
         "judge": judge,
+        "memory": memory,
     }
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}

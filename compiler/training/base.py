@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from erasec.base import Context, Pass
+from erasec.base import Context, Pass, Work
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
 from erasec.model.edit import Edit
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from erasec.training.loop import Objective, Run
     from erasec.training.student import Student
 
+SAMPLED = 16  # prompts that are sampled at once
+CHECKPOINTING_SIZE = 200_000_000  # above so many parameters, activations are recomputed in the backward pass
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
 HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")
 
@@ -86,6 +89,25 @@ class Learned(Pass):
         options, concepts = asdict(self), (concept.name,)
         more |= {"stats": stats, "curves": run.curves, "phrases": {concept.name: concept.record}}
         return Edit(student.deltas(), self.name, concepts, model.digest, options, **more)
+
+    def training(self, rows: float, calls: float = 1, rest: Work | None = None) -> Work:
+        """The work of all steps: each predicts ``rows`` rows with gradients in ``calls`` calls, and does ``rest``."""
+        rest = rest or Work()
+        every = {item.name: self.steps * getattr(rest, item.name) for item in fields(rest)}
+        every |= {"trained_rows": self.steps * rows, "trained_calls": self.steps * calls, "graph_rows": math.ceil(rows)}
+        return Work(**every)
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        """By default the steps of the training, with one prediction of a batch in each."""
+        return super().work(model, concept) + self.training(self.batch)
+
+
+def sampling(count: int, steps: int, guidance: float, scored: bool = True) -> Work:
+    """The work of sampling ``count`` trajectories; where a bank is made of them and they have no guidance, of their
+    unconditional predictions as well, for which they are predicted again (``scored``)."""
+    rows = count * steps * (1 if guidance == 1 else 2)
+    scores = 2 * count * steps if scored and guidance == 1 else 0
+    return Work(rows=rows + scores, calls=math.ceil(count / SAMPLED) * rows / count + scores / SAMPLED)
 
 
 def trainable(model: Model, selects: Callable[[Site], bool], rank: int = 0) -> tuple[Site, ...]:

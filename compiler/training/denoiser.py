@@ -22,13 +22,11 @@ from erasec.errors import ErasecError
 from erasec.model.networks import load_network
 from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar, disable_library_bars
-from erasec.training.base import TrainingContext, check_trainable, measures_of
+from erasec.training.base import CHECKPOINTING_SIZE, SAMPLED, TrainingContext, check_trainable, measures_of
 
 if TYPE_CHECKING:
     from erasec.base import Context
     from erasec.model.view import Model
-
-CHECKPOINTING_SIZE = 200_000_000  # above so many parameters, activations are recomputed in the backward pass
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ class Denoiser:
         seeds: Sequence[int],
         sample_steps: int,
         guidance: float,
-        batch: int = 16,
+        batch: int = SAMPLED,
         title: str = "trajectories",
         until: int = 0,
     ) -> Trajectories:

@@ -155,7 +155,8 @@ def fit(
     curves, and return "" to continue or the reason to stop: for the reason of ``guard`` the step is undone, for that of
     ``stop_rule`` it is kept. ``drift`` is measured in every tenth step and at the end. With ``ema`` above 0, the
     parameters end as their exponential moving averages of that decay, with warm-up, in place of their last values.
-    ``optimizer`` is the AdamW, one of ``optimizers.OPTIMIZERS``. Raises ErasecError where a loss or a gradient is not finite.
+    ``optimizer`` is the AdamW, one of ``optimizers.OPTIMIZERS``. Raises ErasecError where a loss or a gradient is not
+    finite.
     """
     loop = _Loop(objectives, ema, optimizer)
     run = loop.restore(resume_file) if resume_file is not None and resume_file.exists() else Run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,13 +9,11 @@ import pytest
 import torch
 
 from erasec import registry
-from erasec.base import Context
 from erasec.model import loading
 from erasec.model.edit import Edit
 from erasec.options import configure
 from erasec.recipe import concept as concepts
 from erasec.training.base import Learned, Measures, TrainingContext
-from erasec.training.denoiser import Denoiser
 
 SMALL: dict[str, int | str | float] = {
     "steps": 2,
