@@ -425,9 +425,23 @@ def list_(
 
 
 @app.command()
-def doctor(verbose: VERBOSE = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure the device for ten seconds, for the times in plans")
+    ] = False,
+    device: DEVICE = None,
+    verbose: VERBOSE = False,
+) -> None:
     """Show what this machine can run, and the pip command for each library that is missing."""
     with report_errors(verbose):
+        if measure:
+            from erasec.commands.plan import find_device
+            from erasec.commands.speed import describe
+            from erasec.commands.speed import measure as measure_device
+
+            found = find_device(device or "auto")
+            print(f"{found}: {describe(measure_device(found))}")
+            return
         from erasec.commands.doctor import examine
 
         findings = examine(Path.cwd())

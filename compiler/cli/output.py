@@ -36,6 +36,7 @@ def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     """Print a plan, given as ``commands.plan.describe`` returns it. Sites are grouped unless ``all_sites``."""
     from erasec.checkpoint.disk import size
+    from erasec.reporting.format import about
 
     model, disk, memory = plan["model"], plan["disk"], plan["memory"]
     revision = f" at {model['revision']}" if model["revision"] else ""
@@ -52,13 +53,17 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         lines += [("", step["reason"])] if step["reason"] else []
     for target in plan["targets"]:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
-    seconds = plan["time"]["seconds"]
+    duration = plan["time"]
+    limits = [duration["seconds"]] * 2 if duration["seconds"] else duration["range"]
+    fit = f" to fit {size(memory['limit'])}" if memory["limit"] else ""
     lines += [
         ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
-        ("time", (f"{seconds:.0f} s, " if seconds else "") + plan["time"]["how"]),
+        *(("", f"{name} trains{fit} with {measures}") for name, measures in memory["measures"].items()),
+        ("time", f"{about(*limits)}; {duration['how']}"),
+        *(("", f"{name}: {about(*each)}") for name, each in duration["steps"].items()),
         ("device", f"{plan['device']}, seed {plan['seed']}"),
         ("tools", ", ".join(f"{name} {version}" for name, version in plan["tools"].items())),
         *(("note", note) for note in plan["notes"]),

@@ -21,7 +21,7 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
-from erasec.commands import estimates
+from erasec.commands import durations, estimates
 from erasec.commands.effect import check_change, check_goals
 from erasec.commands.output_paths import check_replaceable
 from erasec.errors import CheckFailed, ErasecError, is_out_of_memory, reason
@@ -287,6 +287,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
         rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
         base=collect.base_record(model),
+        estimated=durations.estimate(plan)["steps"],
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

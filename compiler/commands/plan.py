@@ -16,7 +16,7 @@ from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
-from erasec.commands import doctor, estimates
+from erasec.commands import doctor, durations, estimates
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.spelling import one_spelling
@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True) -> Plan
     check_free(out)
     for text in recipe.targets:
         _target(text).check()
-    context = Context(_device(recipe.device), recipe.seed)
+    context = Context(find_device(recipe.device), recipe.seed)
 
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
@@ -278,7 +278,7 @@ def _default_out(model: str, concepts: Sequence[Concept], keys: Sequence[Key] = 
     return Path(file_name(words))
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
     """The device of a build. Imports torch only where it may have another device than the CPU."""
     if name == "cpu" or (name == "auto" and not doctor.accelerator_build()):
         return "cpu"
@@ -382,8 +382,8 @@ def describe(plan: Plan) -> dict[str, Any]:
             "disks": disks,
             "how": "estimate of each target, by default all weights in float32; with graphs in the cache and in TMPDIR",
         },
-        "memory": estimates.memory(model, plan.passes, plan.judge is not None, len(plan.targets) > 1),
-        "time": estimates.time(plan.out),
+        "memory": estimates.memory(plan),
+        "time": durations.estimate(plan),
         "judge": plan.judge.title if plan.judge else "",
         "device": plan.context.device,
         "seed": plan.context.seed,

@@ -105,8 +105,8 @@ def _has_8bit() -> bool:
 
 
 def describe(measures: Measures) -> str:
-    """The measures in words; "none" where there are none."""
+    """The measures in words."""
     words = ["activations computed again"] if measures.checkpointing else []
     words += [f"batches in parts of {measures.rows}"] if measures.rows else []
     words += [f"optimizer {measures.optimizer}"] if measures.optimizer != "adamw" else []
-    return ", ".join(words) or "none"
+    return ", ".join(words) or "whole batches"
