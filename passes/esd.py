@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from erasec.base import Pass, Work
+from erasec.base import Work
 from erasec.options import options
 from erasec.training.base import HEADS, Learned, networks, sampling, trainable
 
@@ -78,7 +78,12 @@ class Esd(Learned):
         goals = Work(rows=self.trajectories * self.sample_steps * (self.toward == "anchor"))
         losses = 1 + bool(self.keep)
         banks = bank + bank if self.keep else bank
-        return Pass.work(self, model, concept) + banks + goals + self.training(losses * self.batch, losses)
+        return (
+            self.reads(model, concept, 3 * self.trajectories)
+            + banks
+            + goals
+            + self.training(losses * self.batch, losses)
+        )
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         from erasec.training import banks

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from erasec.base import Pass, Work
+from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.training.base import Learned, check_trainable, sampling
@@ -97,7 +97,7 @@ class FewShot(Learned):
 
     def work(self, model: Model, concept: Concept) -> Work:
         given = self.images if self.folder else 0
-        work = Pass.work(self, model, concept) + Work(prompts=KEPT, encoded=given)
+        work = self.reads(model, concept, 2 * PANEL**2 + self.images) + Work(prompts=KEPT, encoded=given)
         work += sampling(self.images - given + PANEL, self.sample_steps, self.guidance, scored=False)
         rows = PANEL * (min(PANEL, self.images) + PANEL)  # of both panels, which are measured after every step
         panels = Work(prompts=rows + MONITORED, rows=rows, calls=rows / self.batch)

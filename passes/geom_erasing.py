@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from erasec.base import Pass, Work
+from erasec.base import Work
 from erasec.checkpoint.staging import file_name
 from erasec.errors import ErasecError
 from erasec.model.edit import Edit
@@ -94,7 +94,7 @@ class GeomErasing(Learned):
         return () if self.train == "tokens" else cross
 
     def work(self, model: Model, concept: Concept) -> Work:
-        work = Pass.work(self, model, concept)
+        work = self.reads(model, concept, self.images)
         if self.boxes:
             work += Work(encoded=self.images)
         else:

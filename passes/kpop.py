@@ -13,7 +13,7 @@ from zlib import crc32
 
 from pydantic import Field
 
-from erasec.base import Pass, Work
+from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.model.memory import Secret
 from erasec.options import options
@@ -164,7 +164,13 @@ class Kpop(Learned):
         together = (1 + bool(self.keep)) * self.batch  # rows of one call, which its backward pass follows
         calls = self.key_steps + 1 + bool(self.recover)
         training = replace(self.training(calls * together, calls), graph_rows=together)
-        return Pass.work(self, model, concept) + bank + (bank if self.keep else Work()) + goals + training
+        return (
+            self.reads(model, concept, 3 * self.trajectories)
+            + bank
+            + (bank if self.keep else Work())
+            + goals
+            + training
+        )
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         return self._solve(model, concept, context, ())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from erasec.base import Pass, Work
+from erasec.base import Work
 from erasec.options import options
 from erasec.training.base import Learned, networks, sampling, trainable
 
@@ -96,7 +96,7 @@ class SafeGen(Learned):
         return trainable(model, lambda site: site.attn == "self", self.rank)
 
     def work(self, model: Model, concept: Concept) -> Work:
-        work = Pass.work(self, model, concept) + Work(encoded=3 * self.images)
+        work = self.reads(model, concept, 2 * self.images) + Work(encoded=3 * self.images)
         if not self.triplets:
             work += sampling(2 * self.images, self.sample_steps, self.guidance, scored=False)
             work += Work(decoded=2 * self.images)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from erasec.base import Pass, Work
+from erasec.base import Work
 from erasec.closed_form.base import ClosedForm
 from erasec.closed_form.token_rows import erased_rows, goal_prompts
 from erasec.errors import ErasecError
@@ -117,7 +117,7 @@ class Steer(Learned):
     def work(self, model: Model, concept: Concept) -> Work:
         part = self.part()
         early = len(range(self.sample_steps)[part])
-        work = Pass.work(self, model, concept) + sampling(self.trajectories, early, self.guidance)
+        work = self.reads(model, concept, 3 * self.trajectories) + sampling(self.trajectories, early, self.guidance)
         work += Work(rows=self.trajectories * early)  # the predictions for the goals
         losses = 2.0  # each row of the erasing loss is predicted twice, in one call
         if self.preserve:

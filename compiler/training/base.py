@@ -90,6 +90,10 @@ class Learned(Pass):
         more |= {"stats": stats, "curves": run.curves, "phrases": {concept.name: concept.record}}
         return Edit(student.deltas(), self.name, concepts, model.digest, options, **more)
 
+    def reads(self, model: Model, concept: Concept, count: int) -> Work:
+        """The work of encoding ``count`` prompts of a concept, of which none is encoded twice."""
+        return Work(prompts=min(count, super().work(model, concept).prompts))
+
     def training(self, rows: float, calls: float = 1, rest: Work | None = None) -> Work:
         """The work of all steps: each predicts ``rows`` rows with gradients in ``calls`` calls, and does ``rest``."""
         rest = rest or Work()
@@ -99,7 +103,7 @@ class Learned(Pass):
 
     def work(self, model: Model, concept: Concept) -> Work:
         """By default the steps of the training, with one prediction of a batch in each."""
-        return super().work(model, concept) + self.training(self.batch)
+        return self.reads(model, concept, 3 * self.steps * self.batch) + self.training(self.batch)
 
 
 def sampling(count: int, steps: int, guidance: float, scored: bool = True) -> Work:
