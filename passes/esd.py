@@ -78,12 +78,8 @@ class Esd(Learned):
         goals = Work(rows=self.trajectories * self.sample_steps * (self.toward == "anchor"))
         losses = 1 + bool(self.keep)
         banks = bank + bank if self.keep else bank
-        return (
-            self.reads(model, concept, 3 * self.trajectories)
-            + banks
-            + goals
-            + self.training(losses * self.batch, losses)
-        )
+        training = self.training(losses * self.batch, losses)
+        return self.reads(model, concept, 3 * self.trajectories) + banks + goals + training
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         from erasec.training import banks

@@ -164,13 +164,8 @@ class Kpop(Learned):
         together = (1 + bool(self.keep)) * self.batch  # rows of one call, which its backward pass follows
         calls = self.key_steps + 1 + bool(self.recover)
         training = replace(self.training(calls * together, calls), graph_rows=together)
-        return (
-            self.reads(model, concept, 3 * self.trajectories)
-            + bank
-            + (bank if self.keep else Work())
-            + goals
-            + training
-        )
+        banks = bank + bank if self.keep else bank
+        return self.reads(model, concept, 3 * self.trajectories) + banks + goals + training
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         return self._solve(model, concept, context, ())

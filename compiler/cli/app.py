@@ -21,6 +21,7 @@ from erasec.cli.options import (
     JUDGE,
     KEY,
     LINK,
+    MEASURE,
     MEMORY,
     MODEL,
     OUT,
@@ -425,28 +426,19 @@ def list_(
 
 
 @app.command()
-def doctor(
-    measure: Annotated[
-        bool, typer.Option("--measure", help="measure the device for ten seconds, for the times in plans")
-    ] = False,
-    device: DEVICE = None,
-    verbose: VERBOSE = False,
-) -> None:
+def doctor(measure: MEASURE = False, device: DEVICE = None, verbose: VERBOSE = False) -> None:
     """Show what this machine can run, and the pip command for each library that is missing."""
     with report_errors(verbose):
         if measure:
             from erasec.commands.plan import find_device
-            from erasec.commands.speed import describe
-            from erasec.commands.speed import measure as measure_device
+            from erasec.commands.speed import measured
 
-            found = find_device(device or "auto")
-            print(f"{found}: {describe(measure_device(found))}")
+            print(measured(find_device(device or "auto")))
             return
         from erasec.commands.doctor import examine
 
         findings = examine(Path.cwd())
-        rows = [[item.name, "ok" if item.available else "missing", item.detail, item.fix] for item in findings]
-        output.table(["what", "state", "detail", "fix"], rows)
+        output.findings(findings)
         if any(item.required and not item.available for item in findings):
             raise typer.Exit(TOOL_MISSING)
 

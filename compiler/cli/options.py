@@ -73,6 +73,7 @@ JUDGE = Annotated[
 ]
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
+MEASURE = Annotated[bool, typer.Option("--measure", help="measure the device for ten seconds, for times in plans")]
 MEMORY = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ from erasec.errors import printable
 
 if TYPE_CHECKING:
     from erasec.base import Check
+    from erasec.commands.doctor import Finding
 
 
 def verdict(checks: int, rates: Sequence[dict[str, Any]]) -> str:
@@ -157,6 +158,12 @@ def models() -> None:
 
     rows = [[name, "bundled" if is_bundled(name) else "bundled, missing here"] for name in BUNDLED]
     table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in HUB.items()])
+
+
+def findings(results: Sequence[Finding]) -> None:
+    """Print the table of ``erasec doctor``."""
+    rows = [[item.name, "ok" if item.available else "missing", item.detail, item.fix] for item in results]
+    table(["what", "state", "detail", "fix"], rows)
 
 
 def checks(results: Sequence[Check]) -> None:

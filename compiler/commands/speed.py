@@ -90,6 +90,11 @@ def bounds(device: str) -> tuple[Speed, Speed, str]:
     return *ASSUMED[kind], how
 
 
+def measured(device: str) -> str:
+    """A new measurement of a device in words."""
+    return f"{device}: {describe(measure(device))}"
+
+
 def describe(speed: Speed) -> str:
     """A measurement in words."""
     return (
