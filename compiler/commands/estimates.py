@@ -54,7 +54,7 @@ def memory(plan: Plan) -> dict[str, Any]:
     }
     if taken:
         peaks = (peak(step, model, plan.concepts, plan.context.device, each) for step, each in taken.values())
-        steps["train"] = max(peaks)
+        steps["train"] = int(max(peaks))
     if plan.judge is not None:
         steps["pictures"] = 4 * sum(counts.values())
     if len(plan.targets) > 1:

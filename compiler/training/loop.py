@@ -319,10 +319,10 @@ class _Loop:
             for index, name in enumerate(self.objectives[number].parameters):
                 start = f"adam/{number}/{name}/"
                 parts = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-                # An 8-bit optimizer counts its steps in an int, and torch's in a tensor of floating point.
-                parts = {key: int(value) if value.dtype == torch.int64 else value for key, value in parts.items()}
                 if parts:
-                    state[index] = parts
+                    # An 8-bit optimizer counts its steps in an int, and torch's in a tensor of floating point.
+                    whole = {key: int(value) for key, value in parts.items() if value.dtype == torch.int64}
+                    state[index] = {**parts, **whole}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return parse_json(metadata.get("erasec.run", ""), Run, source)
 

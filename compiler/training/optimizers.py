@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from erasec.errors import require_modules
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
 # By name: the class in bitsandbytes ("" for torch's own), and the bytes on the device of the two moments of a number.
@@ -19,7 +21,7 @@ OPTIMIZERS: dict[str, tuple[str, float]] = {
 }
 
 
-def optimizer_class(name: str) -> type[Optimizer]:
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
     """The class of an optimizer of ``OPTIMIZERS``. Raises MissingTool where bitsandbytes is needed and not installed.
 
     Both libraries take parameters, lr, betas, eps and weight_decay in this order.
@@ -31,5 +33,5 @@ def optimizer_class(name: str) -> type[Optimizer]:
     require_modules(f"the optimizer {name}", ("bitsandbytes",), "memory")
     import bitsandbytes
 
-    kind: Any = getattr(bitsandbytes.optim, OPTIMIZERS[name][0])
-    return kind  # type: ignore[no-any-return]
+    kind: Callable[..., Optimizer] = getattr(bitsandbytes.optim, OPTIMIZERS[name][0])
+    return kind
