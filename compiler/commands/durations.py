@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # Python's own work, in units of the time of a small layer, which is mostly Python's as well.
 TRACED = 700  # tracing and linking a layer of a graph
 REPORT = 30_000  # the charts of a report
+LOADED = 60_000  # loading libraries and tokenizers
+# Norms, activations, copies and the optimizer, relative to counted operations: the processor seconds of learned passes
+# on glyphs (tests/benchmarks/results/passes_glyphs.json) are 0.7 to 2.3 times those of the operations alone.
+OTHERS = 1.5
 ENGINE = 1.2e-8  # seconds a byte of building an engine, on few cores
 COMPARED = 8  # predictions with which a graph is compared with torch's
 WRITES = 3  # times that a byte of an output is written or read: written, read back for its checks, and hashed
@@ -81,7 +85,7 @@ def _graphs(model: Model) -> list[Cost]:
 
 def calls(cost: Cost, rows: float, count: float, speed: Speed, factor: float = 1.0) -> float:
     """Seconds of ``count`` calls of a network with ``rows`` rows in all; ``factor`` is 1 for a forward pass."""
-    return factor * (rows * cost.operations / speed.operations + count * cost.layers * speed.layer)
+    return OTHERS * factor * (rows * cost.operations / speed.operations + count * cost.layers * speed.layer)
 
 
 def pictures(model: Model, count: int, sampling_steps: int, guidance: float, speed: Speed) -> float:
@@ -96,8 +100,9 @@ def solving(step: Pass, work: Work, model: Model, measures: Measures | None, spe
     """Seconds of computing the edit of one concept."""
     text, sites = operations.text(model), step.sites(model)
     width = max((site.shape[-1] for stream in model.streams.values() for site in stream), default=0)
+    seconds = LOADED * speed.layer
     # Factors of a few systems of the width of the text states; then one product for each matrix.
-    seconds = 12 * width**3 / speed.double
+    seconds += 12 * width**3 / speed.double
     seconds += sum(2 * math.prod(site.shape) * width for site in sites if site.proj in ("k", "v")) / speed.double / 4
     seconds += calls(text, work.prompts, work.prompts / 16, speed) + calls(text, work.trained_prompts, 0, speed, 3)
     if not isinstance(step, Learned):

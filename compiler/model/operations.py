@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from erasec.family import Shape
     from erasec.model.view import Model
 
+# Tables whose rows are looked up: embeddings of tokens and positions, in CLIP and in T5.
+LOOKED_UP = re.compile(
+    r"(token_embedding|position_embedding|position_ids|embed_tokens|shared|relative_attention_bias)\b"
+)
 TOKENS = 77  # of a prompt, in every text encoder of CLIP
 
 
@@ -119,8 +123,8 @@ def _network(shapes: Mapping[str, Shape], scale: Callable[[str], float], pixels:
         if len(shape) == 1:
             if key.endswith(".weight"):  # of a norm: its input, and the input of the activation after it
                 kept = positions * shape[0] * (2 if _before_activation(key) else 1)
-        elif "embedding." in key and not key.startswith(("time_", "add_", "class_")):
-            continue  # rows are looked up
+        elif LOOKED_UP.search(key):
+            continue
         else:
             operations += 2 * prod(shape) * positions
             layers += 1
