@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from erasec import registry
 from erasec.model import loading
 from erasec.model.edit import Edit
+from erasec.model.view import Model
 from erasec.options import configure
 from erasec.recipe import concept as concepts
 from erasec.training import loop
@@ -29,6 +31,12 @@ CONCEPTS = {"geom_erasing": "watermark"}
 LEARNED = [name for name in sorted(registry.passes()) if issubclass(registry.load_pass(name), Learned)]
 
 
+@cache
+def glyphs() -> Model:
+    """One model for all trainings, so that its text encoder is loaded once."""
+    return loading.load("glyphs")
+
+
 def solved(name: str, batch: int, rows: int = 0) -> dict[str, torch.Tensor]:
     """What the pass trains in two steps, by name."""
     kind = registry.load_pass(name)
@@ -38,7 +46,7 @@ def solved(name: str, batch: int, rows: int = 0) -> dict[str, torch.Tensor]:
         options |= {"images": 16, "sample_steps": 8}
     context = TrainingContext("cpu", measures=Measures(rows) if rows else None)
     concept = concepts.find(CONCEPTS.get(name, "star"), "glyphs")
-    edit = configure(kind, options, name).solve(loading.load("glyphs"), concept, context)
+    edit = configure(kind, options, name).solve(glyphs(), concept, context)
     return tensors(edit)
 
 
@@ -89,7 +97,7 @@ def test_a_part_holds_the_activations_of_its_rows_alone() -> None:
 
     def kept(rows: int) -> int:
         context = TrainingContext("cpu", measures=Measures(rows))
-        denoiser = Denoiser(loading.load("glyphs"), context)
+        denoiser = Denoiser(glyphs(), context)
         denoiser.unet.conv_in.weight.requires_grad_(True)
         sizes: list[int] = []
 
@@ -106,7 +114,7 @@ def test_a_part_holds_the_activations_of_its_rows_alone() -> None:
 
 
 def test_predictions_without_gradients_are_made_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    denoiser = Denoiser(loading.load("glyphs"), TrainingContext("cpu", measures=Measures(3)))
+    denoiser = Denoiser(glyphs(), TrainingContext("cpu", measures=Measures(3)))
     sizes: list[int] = []
     predict = denoiser._predict
     monkeypatch.setattr(denoiser, "_predict", lambda *rows: sizes.append(len(rows[0])) or predict(*rows))
