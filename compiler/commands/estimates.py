@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,8 +25,9 @@ MATRICES = 5
 
 
 def free_memory(device: str) -> int:
-    """The bytes that a GPU has free; 0 for a CPU, whose memory trainings use without a limit."""
-    if not device.startswith("cuda"):
+    """The bytes that a GPU has free; 0 for a CPU, whose memory trainings use without a limit, and for processes that
+    train together, which must all take the same measures."""
+    if not device.startswith("cuda") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return 0
     import torch
 

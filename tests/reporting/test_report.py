@@ -206,3 +206,13 @@ def test_a_card_loads_a_bundle_with_what_it_carries(tmp_path: Path) -> None:
     card = written(star_report(written=(bundle,)), tmp_path)[2]
     assert 'erasec.pipeline("bundle")' in card and "from_pretrained" not in card
     assert "erasec.pipeline" not in written(star_report(), tmp_path / "hf")[2]
+
+
+def test_the_estimated_time_stands_beside_the_measured_one(tmp_path: Path) -> None:
+    html, facts, _ = written(star_report(estimated={"solve": [240.0, 540.0], "never": [1.0, 2.0]}), tmp_path / "a")
+    assert "estimated: about 4 to 9 minutes" in Page(html).text
+    assert "about 1 to 2 s" not in Page(html).text  # of a step that the build did not have
+    assert facts["estimated"]["solve"] == [240.0, 540.0]
+    html, facts, _ = written(star_report(), tmp_path / "b")
+    assert "estimated: about" not in Page(html).text
+    assert facts["estimated"] == {}
