@@ -44,7 +44,7 @@ def test_other_errors_are_not(error: Exception) -> None:
 
 @pytest.fixture
 def plan(here: Path) -> Plan:
-    flags = {"passes": ["esd:steps=1,trajectories=2,sample_steps=1"], "device": "cpu"}
+    flags = {"passes": ["esd:steps=1,batch=4,trajectories=2,sample_steps=1"], "device": "cpu"}
     return make_plan(from_flags("glyphs", ["star"], **flags), Path("out"), pin=False)
 
 
