@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -88,6 +88,32 @@ class Artifact:
     precision: str = "fp32"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a pass computes for one concept, in calls of networks: estimates of time and memory follow from it.
+
+    ``prompts`` are encoded, and ``trained_prompts`` with a backward pass. ``rows`` are latents that the denoiser
+    predicts, in ``calls`` calls, and ``trained_rows`` those with a backward pass, in ``trained_calls`` calls.
+    ``graph_rows`` is the largest number of rows whose activations a training step holds at the same time. ``encoded``
+    and ``decoded`` are pictures of the VAE.
+    """
+
+    prompts: float = 0
+    trained_prompts: float = 0
+    rows: float = 0
+    calls: float = 0
+    trained_rows: float = 0
+    trained_calls: float = 0
+    graph_rows: int = 0
+    encoded: float = 0
+    decoded: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other."""
+        sums = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
+        return Work(**{**sums, "graph_rows": max(self.graph_rows, other.graph_rows)})
+
+
 class Pass(ABC):
     """Computes an edit and writes nothing. Decorate a subclass with ``erasec.options.options``.
 
@@ -116,6 +142,11 @@ class Pass(ABC):
     @abstractmethod
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         """The edit that erases ``concept`` from ``model``, which includes the edits before it. Raises ErasecError."""
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        """What ``solve`` computes; ``erasec plan`` calls it, so it reads no tensors. By default the prompts of the
+        concept are encoded, with their goals, and those of its kept phrases."""
+        return Work(prompts=(2 * len(concept.phrases) + len(concept.keep)) * len(concept.templates) + 1)
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
         """The edits that erase several concepts. By default ``solve`` runs once for each concept, on the model that

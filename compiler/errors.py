@@ -79,6 +79,17 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+# What torch says where an allocation fails: on a CPU it raises a RuntimeError.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be allocated, on the host or on a device. Imports no library."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
+
+
 def suggestion(name: str, options: Iterable[str]) -> str:
     """A half sentence that suggests the name in ``options`` closest to ``name``, or lists all of them."""
     options = sorted(options)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from erasec.base import Work
 from erasec.options import options
-from erasec.training.base import HEADS, Learned, networks, trainable
+from erasec.training.base import HEADS, Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +76,14 @@ class Esd(Learned):
             return self.train == "full" or cross == (self.train == "x")
 
         return trainable(model, selects, self.rank)
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        bank = sampling(self.trajectories, self.sample_steps, self.guidance)
+        goals = Work(rows=self.trajectories * self.sample_steps * (self.toward == "anchor"))
+        losses = 1 + bool(self.keep)
+        banks = bank + bank if self.keep else bank
+        training = self.training(losses * self.batch, losses)
+        return self.reads(model, concept, 3 * self.trajectories) + banks + goals + training
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         from erasec.training import banks

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.options import options
-from erasec.training.base import Learned, check_trainable
+from erasec.training.base import Learned, check_trainable, sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,15 @@ class FewShot(Learned):
             return _layer(site) == last if "final" in self.train else "attn" in self.train
 
         return tuple(site for site in sites if selects(site))
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        given = self.images if self.folder else 0
+        work = self.reads(model, concept, 2 * PANEL**2 + self.images) + Work(prompts=KEPT, encoded=given)
+        work += sampling(self.images - given + PANEL, self.sample_steps, self.guidance, scored=False)
+        rows = PANEL * (min(PANEL, self.images) + PANEL)  # of both panels, which are measured after every step
+        panels = Work(prompts=rows + MONITORED, rows=rows, calls=rows / self.batch)
+        encoded = Work(trained_prompts=self.batch + (DRAWN if self.keep else 0))
+        return work + panels + self.training(self.batch, 1, panels + encoded)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         import torch

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from erasec.base import Work
 from erasec.checkpoint.staging import file_name
 from erasec.errors import ErasecError
 from erasec.model.edit import Edit
 from erasec.options import options
-from erasec.training.base import Learned, networks, trainable
+from erasec.training.base import Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -94,6 +95,18 @@ class GeomErasing(Learned):
     def sites(self, model: Model) -> tuple[Site, ...]:
         cross = trainable(model, lambda site: site.attn == "cross", self.rank)
         return () if self.train == "tokens" else cross
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        work = self.reads(model, concept, self.images)
+        if self.boxes:
+            work += Work(encoded=self.images)
+        else:
+            work += sampling(self.images, self.sample_steps, self.guidance, scored=False) + Work(decoded=self.images)
+        both = self.train != "tokens"
+        losses = 1 + both * (bool(self.clean) + bool(self.keep))
+        rest = Work(trained_prompts=self.batch)
+        rest += Work(rows=self.batch, calls=1) if both and self.keep else Work()
+        return work + self.training(losses * self.batch, losses, rest)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         from erasec.training.denoiser import Denoiser

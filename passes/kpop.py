@@ -7,15 +7,17 @@ Each step first fits the key to the weights, then the weights to the key.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from zlib import crc32
 
 from pydantic import Field
 
+from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.model.memory import Secret
 from erasec.options import options
-from erasec.training.base import HEADS, Learned, networks, trainable
+from erasec.training.base import HEADS, Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -160,6 +162,15 @@ class Kpop(Learned):
         noise *= states.square().mean().sqrt()
         k_rows, v_rows = noise if self.init == "random" else rows + JITTER * noise
         return k_rows, v_rows
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        bank = sampling(self.trajectories, self.sample_steps, self.guidance)
+        goals = Work(rows=self.trajectories * self.sample_steps * (self.toward == "anchor"))
+        together = (1 + bool(self.keep)) * self.batch  # rows of one call, which its backward pass follows
+        calls = self.key_steps + 1 + bool(self.recover)
+        training = replace(self.training(calls * together, calls), graph_rows=together)
+        banks = bank + bank if self.keep else bank
+        return self.reads(model, concept, 3 * self.trajectories) + banks + goals + training
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         return self._solve(model, concept, context, ())

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from erasec.base import Work
 from erasec.options import options
-from erasec.training.base import Learned, networks, trainable
+from erasec.training.base import Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -99,6 +100,15 @@ class SafeGen(Learned):
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         return trainable(model, lambda site: site.attn == "self", self.rank)
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        work = self.reads(model, concept, 2 * self.images) + Work(encoded=3 * self.images)
+        if not self.triplets:
+            work += sampling(2 * self.images, self.sample_steps, self.guidance, scored=False)
+            work += Work(decoded=2 * self.images)
+        teacher = Work(rows=self.batch, calls=1) if self.keep else Work()
+        losses = 1 + bool(self.keep)
+        return work + self.training(losses * self.batch, losses, teacher)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         import torch

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from erasec.base import Work
 from erasec.closed_form.base import ClosedForm
 from erasec.closed_form.token_rows import erased_rows, goal_prompts
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.recipe.goals import ANOTHER_GOAL
-from erasec.training.base import Learned, networks, trainable
+from erasec.training.base import Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,6 +121,20 @@ class Steer(Learned):
     def part(self) -> slice:
         """The steps of a trajectory that are steered."""
         return slice(0, max(1, round(self.early_fraction * self.sample_steps)))
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        part = self.part()
+        early = len(range(self.sample_steps)[part])
+        work = self.reads(model, concept, 3 * self.trajectories) + sampling(self.trajectories, early, self.guidance)
+        work += Work(rows=self.trajectories * early)  # the predictions for the goals
+        losses = 2.0  # each row of the erasing loss is predicted twice, in one call
+        if self.preserve:
+            work += sampling(self.trajectories, self.sample_steps, 1.0, scored=False)
+            losses += 1
+        if self.keep and concept.keep:
+            work += sampling(self.trajectories, self.sample_steps, self.guidance)
+            losses += 1
+        return work + self.training(losses * self.batch, losses - 1)
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         # The original network is released before the given model is loaded, so that there are never two in memory.
@@ -252,6 +267,9 @@ class Trce(Steer):
 
     def _steer(self) -> Steer:
         return Steer(**{field.name: getattr(self, field.name) for field in fields(Steer)})
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        return self._remap().work(model, concept) + super().work(model, concept)
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         return (*self._remap().sites(model), *super().sites(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -124,3 +125,19 @@ def test_two_steps_of_a_learned_pass_stay_below_14_gb(root: Path, tmp_path: Path
     row = json.loads(out.read_text())["rows"][name]
     assert row["stats"]["steps"] == 2
     assert 4 < row["peak_gb"] <= 14  # the UNet alone has 3.4 GB
+
+
+def test_the_rehearsal_of_the_whole_line_stays_below_16_gb(root: Path, tmp_path: Path) -> None:
+    """Nudity out of Stable Diffusion 1.4 by the default pass, with graphs and engines, in one command."""
+    targets = ["onnx", *(["trt-rtx"] if importlib.util.find_spec("tensorrt_rtx") else [])]
+    script, out = root / "tests/benchmarks/rehearsal.py", tmp_path / "found.json"
+    words = ["--targets", *targets, "--scratch", str(tmp_path), "--out", str(out)]
+    subprocess.run([sys.executable, str(script), *words], check=True)
+    found = json.loads(out.read_text())
+    assert {"solve", "merge and write", "export hf", "report", *(f"export {name}" for name in targets)} <= set(
+        found["phases"]
+    )
+    assert all(0.5 < row["peak_gb"] < 16 for row in found["phases"].values())
+    assert max(row["peak_gb"] for row in found["phases"].values()) > 3.4  # the UNet alone
+    assert found["report"]["page_bytes"] > 10_000
+    assert not found["rejected"]

@@ -23,6 +23,8 @@ from erasec.cli.options import (
     JUDGE,
     KEY,
     LINK,
+    MEASURE,
+    MEMORY,
     MODEL,
     OUT,
     PASS,
@@ -100,6 +102,7 @@ def build(
     captions: CAPTIONS = None,
     prompt_limit: PROMPT_LIMIT = None,
     device: DEVICE = None,
+    memory: MEMORY = None,
     seed: SEED = None,
     revision: REVISION = None,
     variant: VARIANT = None,
@@ -125,6 +128,7 @@ def build(
             captions=captions,
             prompt_limit=prompt_limit,
             device=device,
+            memory=memory,
             seed=seed,
             revision=revision,
             variant=variant,
@@ -176,6 +180,7 @@ def plan(
     captions: CAPTIONS = None,
     prompt_limit: PROMPT_LIMIT = None,
     device: DEVICE = None,
+    memory: MEMORY = None,
     seed: SEED = None,
     revision: REVISION = None,
     variant: VARIANT = None,
@@ -202,6 +207,7 @@ def plan(
             captions=captions,
             prompt_limit=prompt_limit,
             device=device,
+            memory=memory,
             seed=seed,
             revision=revision,
             variant=variant,
@@ -426,14 +432,19 @@ def list_(
 
 
 @app.command()
-def doctor(verbose: VERBOSE = False) -> None:
+def doctor(measure: MEASURE = False, device: DEVICE = None, verbose: VERBOSE = False) -> None:
     """Show what this machine can run, and the pip command for each library that is missing."""
     with report_errors(verbose):
+        if measure:
+            from erasec.commands.plan import find_device
+            from erasec.commands.speed import measured
+
+            print(measured(find_device(device or "auto")))
+            return
         from erasec.commands.doctor import examine
 
         findings = examine(Path.cwd())
-        rows = [[item.name, "ok" if item.available else "missing", item.detail, item.fix] for item in findings]
-        output.table(["what", "state", "detail", "fix"], rows)
+        output.findings(findings)
         if any(item.required and not item.available for item in findings):
             raise typer.Exit(TOOL_MISSING)
 

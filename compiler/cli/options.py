@@ -108,6 +108,13 @@ PROMPT_LIMIT = Annotated[
 ]
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
+MEASURE = Annotated[bool, typer.Option("--measure", help="measure the device for ten seconds, for times in plans")]
+MEMORY = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="memory that trainings may use, such as 8GB  [default: what a GPU has free]"
+    ),
+]
 SEED = Annotated[int | None, typer.Option("--seed", help="seed of all random numbers  [default: 0]")]
 REVISION = Annotated[str | None, typer.Option("--revision", help="commit, tag or branch of a hub model")]
 VARIANT = Annotated[str | None, typer.Option("--variant", help="variant of a folder's weights, such as fp16")]

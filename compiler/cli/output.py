@@ -13,6 +13,7 @@ from erasec.errors import printable
 if TYPE_CHECKING:
     from erasec.base import Check
     from erasec.commands.diff import Difference
+    from erasec.commands.doctor import Finding
     from erasec.reporting.report import Report
 
 
@@ -52,6 +53,7 @@ def verdict(report: Report) -> str:
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     """Print a plan, given as ``commands.plan.describe`` returns it. Sites are grouped unless ``all_sites``."""
     from erasec.checkpoint.disk import size
+    from erasec.reporting.format import about
     from erasec.reporting.wording import by_origin
 
     model, disk, memory = plan["model"], plan["disk"], plan["memory"]
@@ -69,7 +71,9 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
             lines.append(("", f"{title}: {', '.join(f'{key}={value}' for key, value in options.items())}"))
     for target in plan["targets"]:
         lines.append(("target", f"{target['name']}: {target['summary']}; about {size(target['bytes'])}"))
-    seconds = plan["time"]["seconds"]
+    duration = plan["time"]
+    limits = [duration["seconds"]] * 2 if duration["seconds"] else duration["range"]
+    fit = f" to fit {size(memory['limit'])}" if memory["limit"] else ""
     lines += [
         ("judge", plan["judge"] or "no judge knows this model: pictures are not checked"),
         ("paint", plan["pictures"]["how"]),
@@ -77,7 +81,9 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         ("out", disk["out"]),
         ("disk", f"{size(disk['needed'])} needed, {size(disk['free'])} free ({disk['how']})"),
         ("memory", f"{size(memory['bytes'])} ({memory['how']})"),
-        ("time", (f"{seconds:.0f} s, " if seconds else "") + plan["time"]["how"]),
+        *(("", f"{name} trains{fit} with {measures}") for name, measures in memory["measures"].items()),
+        ("time", f"{about(*limits)}; {duration['how']}"),
+        *(("", f"{name}: {about(*each)}") for name, each in duration["steps"].items()),
         ("device", f"{plan['device']}, seed {plan['seed']}"),
         ("tools", ", ".join(f"{name} {version}" for name, version in plan["tools"].items())),
         *(("note", note) for note in plan["notes"]),
@@ -178,6 +184,12 @@ def models() -> None:
 
     rows = [[name, "bundled" if is_bundled(name) else "bundled, missing here"] for name in BUNDLED]
     table(["model", "where"], rows + [[name, f"hub: {repository}"] for name, repository in HUB.items()])
+
+
+def findings(results: Sequence[Finding]) -> None:
+    """Print the table of ``erasec doctor``."""
+    rows = [[item.name, "ok" if item.available else "missing", item.detail, item.fix] for item in results]
+    table(["what", "state", "detail", "fix"], rows)
 
 
 def checks(results: Sequence[Check]) -> None:

@@ -18,11 +18,11 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
-from erasec.commands import estimates, pictures
+from erasec.commands import durations, estimates, pictures
 from erasec.commands.effect import check_change, check_goals
 from erasec.commands.measures import Measured, measure_files
 from erasec.commands.output_paths import check_replaceable
-from erasec.errors import CheckFailed, ErasecError
+from erasec.errors import CheckFailed, ErasecError, is_out_of_memory, reason
 from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
 from erasec.judging.evidence import rates
@@ -35,7 +35,7 @@ from erasec.progress import bar
 from erasec.recipe.recipe import code_files, to_toml
 from erasec.reporting import collect
 from erasec.reporting.report import EditRecord, Report, write_report
-from erasec.training.base import TrainingContext
+from erasec.training.base import Learned, TrainingContext
 
 if TYPE_CHECKING:
     from erasec.base import Pass
@@ -84,8 +84,10 @@ def run(plan: Plan) -> Report:
     with output(plan.out, total=estimates.output_bytes(plan.targets, plan.model)) as own, _resumable(own) as work:
         try:
             report = _build(plan, own.new_folder(), work)
-        except Exception:
+        except Exception as error:
             plan.model.check_unchanged()  # a change explains every other error
+            if is_out_of_memory(error):
+                raise _out_of_memory(plan, error) from error
             raise
         plan.model.check_unchanged()
         check_replaceable(plan.out)
@@ -96,6 +98,18 @@ def run(plan: Plan) -> Report:
             raise _rejection(plan, report, rejected, work)
         own.publish()
         return report
+
+
+def _out_of_memory(plan: Plan, error: Exception) -> ErasecError:
+    """The error for a build for which the memory of its device, or of the machine, was not enough."""
+    fix = "stop other programs, or use another --device"
+    if learned := [step for step in plan.passes if isinstance(step, Learned)]:
+        step = learned[0]
+        fix = (
+            "give less memory than there is, such as --memory 8GB: trainings then use smaller parts of a batch; or a "
+            f"smaller batch: --pass {step.name}:batch={max(1, step.batch // 2)}; or " + fix
+        )
+    return ErasecError(f"the memory was not enough (device {plan.context.device})", why=reason(error), fix=fix)
 
 
 def _rejection(plan: Plan, report: Report, rejected: Path, work: Path) -> CheckFailed:
@@ -166,12 +180,12 @@ def _resumable(own: Output) -> Iterator[Path]:
 
 def _solve(plan: Plan, work: Path) -> _Solved:
     concepts = {concept.name: concept for concept in plan.concepts}
-    context = TrainingContext(**vars(plan.context), resume_folder=work)
     model, applied, secrets = plan.model, [], []
     if plan.passes:
         check_goals(plan.concepts, model)
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
-        for step, origins in zip(plan.passes, plan.origins, strict=True):
+        for step, origins, measures in zip(plan.passes, plan.origins, plan.measures, strict=True):
+            context = TrainingContext(**vars(plan.context), resume_folder=work, measures=measures)
             start = time.perf_counter()
             for edit in step.solve_all(model, plan.concepts, context):
                 edited = model.with_edit(edit)
@@ -285,6 +299,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         rebuild="erasec build recipe.toml" + (" --allow-code" if code_files(plan.recipe) else ""),
         base=collect.base_record(model),
         prompt_files=tuple(measured.tables),
+        estimated=durations.estimate(plan)["steps"],
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

@@ -1,8 +1,9 @@
-"""Estimates of the memory, the disk space and the time of a build, before it runs."""
+"""Estimates of the memory and the disk space of a build, before it runs."""
 
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,50 +11,64 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.disk import existing, free_bytes
-from erasec.errors import ErasecError
 from erasec.graphs.cache import cache_folder
-from erasec.reporting.read import read_report
 from erasec.training.base import Learned
+from erasec.training.measures import describe, parse_memory, peak, unlimited
 
 if TYPE_CHECKING:
-    from erasec.base import Output, Pass
+    from erasec.base import Output
+    from erasec.commands.plan import Plan
     from erasec.model.view import Model
 
 # Closed-form solving holds five d x d float64 matrices for each stream: a system, its two sides, the solution, a copy.
 MATRICES = 5
-# Training holds four more numbers for each trained parameter: that of the teacher, a gradient, and Adam's two moments.
-COPIES = 4
 
 
-def memory(model: Model, passes: Sequence[Pass], pictures: bool, more: bool) -> dict[str, Any]:
-    """Bytes held at the same time in each step and in the largest, estimated from the sizes of tensors.
+def free_memory(device: str) -> int:
+    """The bytes that a GPU has free; 0 for a CPU, whose memory trainings use without a limit, and for processes that
+    train together, which must all take the same measures."""
+    if not device.startswith("cuda") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return 0
+    import torch
 
-    ``pictures`` says whether pictures are generated and judged; ``more`` whether any target besides the plain folder is
-    written.
-    """
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
+
+
+def memory(plan: Plan) -> dict[str, Any]:
+    """Bytes held at the same time in each step and in the largest, estimated from the sizes of tensors, with what
+    learned passes do to fit a limit (``measures``, by pass), and that limit (0 for none)."""
+    model = plan.model
     counts = {
         component: sum(math.prod(entry.shape) for entry in model.entries(component).values())
         for component in model.family.components
     }
     text = 4 * sum(counts[component] for component in model.family.text_encoders)
     widths = [sites[0].shape[1] for sites in model.streams.values()]
-    sizes = {step: [math.prod(site.shape) for site in step.sites(model)] for step in passes}
+    sizes = {step: [math.prod(site.shape) for site in step.sites(model)] for step in plan.passes}
     steps = {
         "solve": text + 8 * sum(MATRICES * width**2 for width in widths),
         "merge": 8 * max((size for step_sizes in sizes.values() for size in step_sizes), default=0),
     }
-    if trained := [sum(step_sizes) for step, step_sizes in sizes.items() if isinstance(step, Learned)]:
-        steps["train"] = text + 4 * (counts[model.family.denoiser] + COPIES * max(trained))
-    if pictures:
+    taken = {
+        step.name: (step, measures or unlimited(model))
+        for step, measures in zip(plan.passes, plan.measures, strict=True)
+        if isinstance(step, Learned)
+    }
+    if taken:
+        peaks = (peak(step, model, plan.concepts, plan.context.device, each) for step, each in taken.values())
+        steps["train"] = int(max(peaks))
+    if plan.painting or plan.files.pictures:
         steps["pictures"] = 4 * sum(counts.values())
-    if more:
+    if len(plan.targets) > 1:
         steps["export"] = 2 * 4 * max(counts.values())
     return {
         "bytes": max(steps.values()),
         "steps": steps,
-        "how": "lower estimate, weights only: text encoders, pictures and training in float32, trained parameters five "
-        "times; five square matrices for each stream of text states and one merged tensor in float64; an exported "
-        "component twice; activations and libraries need more",
+        "measures": {name: describe(each) for name, (_, each) in taken.items()},
+        "limit": parse_memory(plan.recipe.memory) or free_memory(plan.context.device),
+        "how": "estimate: text encoders and pictures in float32; five square matrices for each stream of text states "
+        "and one merged tensor in float64; an exported component twice; a training with its activations, gradients, "
+        "moments and libraries; pictures need more for their activations",
     }
 
 
@@ -82,14 +97,3 @@ def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, 
             first["needed"] += needed
             first["optional"] += needed * (what == "cache")
     return list(disks.values())
-
-
-def time(out: Path) -> dict[str, Any]:
-    """The seconds that an earlier build in ``out`` took; None if there was none."""
-    try:
-        seconds = read_report(out).get("seconds", {})
-    except ErasecError:
-        seconds = {}
-    if not seconds:
-        return {"seconds": None, "how": "not known: nothing was built here before"}
-    return {"seconds": sum(seconds.values()), "how": f"measured: the earlier build in {out} took this long"}

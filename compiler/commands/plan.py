@@ -16,7 +16,7 @@ from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
-from erasec.commands import doctor, estimates, settings
+from erasec.commands import doctor, durations, estimates, settings
 from erasec.commands.output_paths import check_disjoint, check_replaceable
 from erasec.commands.pictures import end, unjudged_notes
 from erasec.commands.prompt_lengths import check_lengths, check_options
@@ -26,7 +26,7 @@ from erasec.commands.spelling import one_spelling
 from erasec.errors import ErasecError, MissingTool, suggestion
 from erasec.judging.evidence import labels
 from erasec.judging.jury import judge_of_build
-from erasec.judging.painting import plan_painting
+from erasec.judging.painting import affordable, plan_painting
 from erasec.keys.key_file import Key, check_bound, read_key
 from erasec.ldm.single_file import SingleFile
 from erasec.model import loading, sidecar
@@ -36,12 +36,15 @@ from erasec.recipe.concept import Concept
 from erasec.recipe.goals import resolve_goals
 from erasec.recipe.recipe import NamedOptions, Recipe, parse_named_options
 from erasec.reporting.earlier import erased_before
+from erasec.training.base import Learned
+from erasec.training.measures import choose, parse_memory
 
 if TYPE_CHECKING:
     from erasec.base import Judge
     from erasec.family import Site
     from erasec.judging.painting import Painting
     from erasec.model.view import Model
+    from erasec.training.base import Measures
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Plan:
     weights. ``keys`` are attached to the edited model. ``judge`` is None if no judge knows the model. ``painting`` says
     which pictures are painted, and ``files`` are the prompt and caption files. ``remarks`` are sentences about how
     names, goals, files and long phrases were understood. For each pass, ``origins`` says where the value of each option
-    comes from, and ``reasons`` for which kinds of concepts it is the default, "" for none.
+    comes from, ``reasons`` for which kinds of concepts it is the default, "" for none, and ``measures`` what it does to
+    fit the memory, None where the memory has no limit.
     """
 
     recipe: Recipe
@@ -72,6 +76,7 @@ class Plan:
     remarks: tuple[str, ...] = field(default=(), compare=False)
     origins: tuple[Mapping[str, settings.Origin], ...] = field(default=(), compare=False)
     reasons: tuple[str, ...] = field(default=(), compare=False)
+    measures: tuple[Measures | None, ...] = ()
 
     @property
     def looked_for(self) -> tuple[Concept, ...]:
@@ -114,11 +119,12 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     check_free(out)
     for text in recipe.targets:
         _target(text).check()
-    context = Context(_device(recipe.device), recipe.seed, recipe.judges)
+    context = Context(find_device(recipe.device), recipe.seed, recipe.judges)
 
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
     check_disjoint(out, model)
+    recipe = recipe.model_copy(update={"checks": affordable(recipe.checks, model, context.device)})
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(
             f"{recipe.model} is not the model that the recipe was made for",
@@ -159,6 +165,11 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     remarks += (*missing, *file_remarks(files, recipe.seed), *_check_disks(estimates.disks(targets, model, out)))
     looked_for = [key.concept for key in keys] or concepts
     painting = plan_painting(model, judge, looked_for, recipe.checks, context.device)
+    limit = parse_memory(recipe.memory) or estimates.free_memory(context.device)
+    measures = tuple(
+        choose(step, model, concepts, context.device, limit) if limit and isinstance(step, Learned) else None
+        for step in passes
+    )
     return Plan(
         resolved,
         model,
@@ -175,6 +186,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
         remarks,
         origins=tuple(item.origins for item in settled),
         reasons=reasons,
+        measures=measures,
     )
 
 
@@ -286,7 +298,7 @@ def _default_out(model: str, concepts: Sequence[Concept], keys: Sequence[Key] = 
     return Path(file_name(words))
 
 
-def _device(name: str) -> str:
+def find_device(name: str) -> str:
     """The device of a build. Imports torch only where it may have another device than the CPU."""
     if name == "cpu" or (name == "auto" and not doctor.accelerator_build()):
         return "cpu"
@@ -388,10 +400,8 @@ def describe(plan: Plan) -> dict[str, Any]:
             "disks": disks,
             "how": "estimate of each target, by default all weights in float32; with graphs in the cache and in TMPDIR",
         },
-        "memory": estimates.memory(
-            model, plan.passes, bool(plan.painting or plan.files.pictures), len(plan.targets) > 1
-        ),
-        "time": estimates.time(plan.out),
+        "memory": estimates.memory(plan),
+        "time": durations.estimate(plan),
         "judge": plan.judge.title if plan.judge else "",
         "unjudged": list(plan.unjudged),
         "end": end(plan),

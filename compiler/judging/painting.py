@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MINUTES = 10.0
 CPU_PICTURES, CPU_PICTURES_LARGE = 2, 1  # prompts for each group on a CPU: of small models, of large ones
 CPU_STEPS = 4
+CPU_JUDGED = {"images": 2, "steps": 10}  # the checks of a large model on a CPU: few pictures, that a judge can read
 CPU_SIDE = 512  # pixels
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SPARE = 1.2  # memory over that of the weights: activations, and a component that is read while another one is held
@@ -69,6 +70,18 @@ class Painting:
         return f"{self.pictures} for each group of prompts, {how}, for at most {self.minutes:g} minutes"
 
 
+def affordable(limits: Limits, model: Model, device: str) -> Limits:
+    """The limits of a build's checks. Where a CPU paints a large model, ``images`` and ``steps`` that the recipe does
+    not set are ``CPU_JUDGED``: sixteen pictures for each group would take hours."""
+    if device != "cpu" or not _is_large(model):
+        return limits
+    return limits.model_copy(update={k: v for k, v in CPU_JUDGED.items() if k not in limits.model_fields_set})
+
+
+def _is_large(model: Model) -> bool:
+    return sum(prod(entry.shape) for entry in model.entries(model.family.denoiser).values()) > LARGE
+
+
 def plan_painting(
     model: Model, judge: Judge | None, concepts: Sequence[Concept], limits: Limits, device: str
 ) -> Painting:
@@ -76,11 +89,7 @@ def plan_painting(
 
     On a CPU a person gets few pictures, in few steps.
     """
-    weights = {
-        component: sum(prod(entry.shape) for entry in model.entries(component).values())
-        for component in model.family.components
-    }
-    large, cpu = weights[model.family.denoiser] > LARGE, device == "cpu"
+    large, cpu = _is_large(model), device == "cpu"
     dtype = _dtype(device) if large else "float32"
     pictures = limits.pictures
     if pictures is None:
@@ -94,7 +103,8 @@ def plan_painting(
         dtype,
         limits.picture_size or (CPU_SIDE if cpu else 0),
     )
-    needed, free = int(SPARE * BYTES[dtype] * sum(weights.values())), available_memory()
+    entries = (entry for component in model.family.components for entry in model.entries(component).values())
+    needed, free = int(SPARE * BYTES[dtype] * sum(prod(entry.shape) for entry in entries)), available_memory()
     obstacle = unsupported(model.source.index.get("_class_name"))
     if not obstacle and free is not None and needed > free:
         obstacle = f"the model needs about {size(needed)} of memory, {size(free)} are free"

@@ -86,7 +86,8 @@ class Recipe(_Table):
     largest number of rows of each that is used. ``judge`` is one judge or a list of them, each NAME or
     NAME:key=value,...; "" leaves the choice to the model and the concepts (see ``erasec.selection``). ``revision`` and
     ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions, such as "fp16".
-    With ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files become hard links.
+    ``memory`` is what trainings may use, such as "8GB"; "" for what a GPU has free, and without a limit on a CPU. With
+    ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files become hard links.
     """
 
     format: Annotated[str, Field(alias="erasec", pattern=r"^\d+\.\d+$")] = FORMAT
@@ -106,6 +107,7 @@ class Recipe(_Table):
     prompt_limit: Annotated[int, Field(ge=1)] = PROMPT_LIMIT
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    memory: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?([kMG]i?)?B?)?$")] = ""
     passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
@@ -192,6 +194,7 @@ def from_flags(
     prompts: Sequence[str] = (),
     captions: str | None = None,
     prompt_limit: int | None = None,
+    memory: str | None = None,
     allow_code: bool = False,
 ) -> Recipe:
     """Make a recipe from the flags of a command line.
@@ -220,6 +223,7 @@ def from_flags(
         "prompts": list(prompts),
         "captions": captions,
         "prompt_limit": prompt_limit,
+        "memory": memory,
     }
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}

@@ -44,3 +44,13 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+
+
+def about(least: float, most: float) -> str:
+    """A range of seconds in the unit that suits its end, with one or two digits: "about 4 to 9 minutes"."""
+    unit, name = (1, "s") if most < 90 else (60, "minutes") if most < 5400 else (3600, "hours")
+    shares = [value / unit for value in (least, most)]
+    first, last = (float(f"{share:.2g}") if share >= 1 else round(share, 1) for share in shares)
+    if first == last:
+        return f"about {last:g} {name}" if last else f"less than 0.1 {name}"
+    return f"about {first:g} to {last:g} {name}"

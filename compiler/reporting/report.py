@@ -18,7 +18,7 @@ from PIL import Image
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.family import HUB
 from erasec.reporting import charts
-from erasec.reporting.format import percent
+from erasec.reporting.format import about, percent
 from erasec.reporting.wording import FILTERS, words
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class Report:
     rebuild: str = "erasec build recipe.toml"  # the command that builds the same again
     base: BaseRecord | None = None
     prompt_files: tuple[dict[str, Any], ...] = ()
+    estimated: dict[str, list[float]] = field(default_factory=dict)  # by step: the least and the most seconds
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -203,6 +204,7 @@ def write_report(report: Report, out: Path) -> None:
         side=SIDE,
         alive=ALIVE,
         charts=charts,
+        about=about,
         heat=charts.heat_map(report.moves),
         reduced=any(max(pair.before.shape[:2]) > SIDE for pair in report.pairs),
     )
@@ -260,6 +262,7 @@ def _facts(report: Report) -> dict[str, Any]:
             for written in report.written
         ],
         "seconds": dict(report.seconds),
+        "estimated": {step: list(limits) for step, limits in report.estimated.items()},
         "environment": dict(report.environment),
     }
 

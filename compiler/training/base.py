@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from erasec.base import Context, Pass
+from erasec.base import Context, Pass, Work
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
 from erasec.model.edit import Edit
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from erasec.training.loop import Objective, Run
     from erasec.training.student import Student
 
+SAMPLED = 16  # prompts that are sampled at once
+CHECKPOINTING_SIZE = 200_000_000  # above so many parameters, activations are recomputed in the backward pass
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
 HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")
 
@@ -74,6 +77,7 @@ class Learned(Pass):
             steps=self.steps,
             minutes=self.minutes,
             seed=context.seed,
+            optimizer=measures_of(context).optimizer,
             resume_file=self.resume_file(model, concept, context),
             drift=student.drift if student else None,
             **more,
@@ -85,6 +89,29 @@ class Learned(Pass):
         options, concepts = asdict(self), (concept.name,)
         more |= {"stats": stats, "curves": run.curves, "phrases": {concept.name: concept.record}}
         return Edit(student.deltas(), self.name, concepts, model.digest, options, **more)
+
+    def reads(self, model: Model, concept: Concept, count: int) -> Work:
+        """The work of encoding ``count`` prompts of a concept, of which none is encoded twice."""
+        return Work(prompts=min(count, super().work(model, concept).prompts))
+
+    def training(self, rows: float, calls: float = 1, rest: Work | None = None) -> Work:
+        """The work of all steps: each predicts ``rows`` rows with gradients in ``calls`` calls, and does ``rest``."""
+        rest = rest or Work()
+        every = {item.name: self.steps * getattr(rest, item.name) for item in fields(rest)}
+        every |= {"trained_rows": self.steps * rows, "trained_calls": self.steps * calls, "graph_rows": math.ceil(rows)}
+        return Work(**every)
+
+    def work(self, model: Model, concept: Concept) -> Work:
+        """By default the steps of the training, with one prediction of a batch in each."""
+        return self.reads(model, concept, 3 * self.steps * self.batch) + self.training(self.batch)
+
+
+def sampling(count: int, steps: int, guidance: float, scored: bool = True) -> Work:
+    """The work of sampling ``count`` trajectories; where a bank is made of them and they have no guidance, of their
+    unconditional predictions as well, for which they are predicted again (``scored``)."""
+    rows = count * steps * (1 if guidance == 1 else 2)
+    scores = 2 * count * steps if scored and guidance == 1 else 0
+    return Work(rows=rows + scores, calls=math.ceil(count / SAMPLED) * rows / count + scores / SAMPLED)
 
 
 def trainable(model: Model, selects: Callable[[Site], bool], rank: int = 0) -> tuple[Site, ...]:
@@ -117,8 +144,29 @@ def check_trainable(model: Model) -> None:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a training does so that it fits the memory of a device. None of it changes the edit, except by rounding.
+
+    ``rows`` is the micro-batch, the largest number of rows in one call of the denoiser; their activations are computed
+    again in the backward pass, one call after another (see ``Denoiser.predict``). With 0, a batch is one call.
+    ``checkpointing`` computes the activations of a block again in the backward pass. ``optimizer`` is one of
+    ``training.optimizers.OPTIMIZERS``.
+    """
+
+    rows: int = 0
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True)
 class TrainingContext(Context):
     """A context for passes that train. ``resume_folder`` is the folder for the state of interrupted trainings, None
-    where none is kept."""
+    where none is kept. With ``measures`` None, a training does nothing to save memory except what large models need."""
 
     resume_folder: Path | None = None
+    measures: Measures | None = None
+
+
+def measures_of(context: Context) -> Measures:
+    """The measures of a context; none for a context without."""
+    return (context.measures if isinstance(context, TrainingContext) else None) or Measures()

@@ -20,6 +20,8 @@ from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.documents import Source, parse_json
 from erasec.errors import ErasecError, reason
 from erasec.progress import bar
+from erasec.training.base import measures_of
+from erasec.training.optimizers import optimizer_class
 
 if TYPE_CHECKING:
     from erasec.model.view import Model
@@ -92,6 +94,7 @@ def fingerprint(learned: Any, model: Model, concept: Concept, context: Context) 
         context.device,
         context.seed,
         process_count(),
+        measures_of(context).optimizer,  # its state has other tensors; the other measures leave the state as it is
     ]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     for value in options.values():
@@ -143,6 +146,7 @@ def fit(
     measure: Callable[[], Mapping[str, float]] | None = None,
     stop_rule: Callable[[Curves], str] | None = None,
     guard: Callable[[Curves], str] | None = None,
+    optimizer: str = "adamw",
 ) -> Run:
     """Train for at most ``steps`` steps and, where ``minutes`` is above 0, for about as many minutes.
 
@@ -151,9 +155,10 @@ def fit(
     curves, and return "" to continue or the reason to stop: for the reason of ``guard`` the step is undone, for that of
     ``stop_rule`` it is kept. ``drift`` is measured in every tenth step and at the end. With ``ema`` above 0, the
     parameters end as their exponential moving averages of that decay, with warm-up, in place of their last values.
-    Raises ErasecError where a loss or a gradient is not finite.
+    ``optimizer`` is the AdamW, one of ``optimizers.OPTIMIZERS``. Raises ErasecError where a loss or a gradient is not
+    finite.
     """
-    loop = _Loop(objectives, ema)
+    loop = _Loop(objectives, ema, optimizer)
     run = loop.restore(resume_file) if resume_file is not None and resume_file.exists() else Run()
     started = time.monotonic() - run.seconds
     saved = time.monotonic()
@@ -195,12 +200,11 @@ def fit(
 class _Loop:
     """Objectives with their optimizers and averages, and how their state is saved and restored."""
 
-    def __init__(self, objectives: Sequence[Objective], ema: float) -> None:
+    def __init__(self, objectives: Sequence[Objective], ema: float, optimizer: str) -> None:
         self.objectives, self.ema = objectives, ema
+        adamw = optimizer_class(optimizer)
         self.optimizers = [
-            torch.optim.AdamW(
-                list(objective.parameters.values()), objective.lr, objective.betas, objective.eps, objective.decay
-            )
+            adamw(list(objective.parameters.values()), objective.lr, objective.betas, objective.eps, objective.decay)
             for objective in objectives
         ]
         self.parameters = {
@@ -286,9 +290,9 @@ class _Loop:
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
         tensors |= {f"grad/{name}": value.grad for name, value in self.parameters.items() if value.grad is not None}
         for number, optimizer in enumerate(self.optimizers):
-            names = list(self.objectives[number].parameters)
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"adam/{number}/{names[index]}/{part}": torch.as_tensor(state[part]) for part in state}
+            for name, value in self.objectives[number].parameters.items():
+                state = optimizer.state.get(value, {})
+                tensors |= {f"adam/{number}/{name}/{part}": torch.as_tensor(state[part]) for part in state}
         path.parent.mkdir(parents=True, exist_ok=True)
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         save_sealed(path, on_cpu, {"erasec.run": json.dumps(asdict(run))}, private=True, durable=True)
@@ -311,12 +315,14 @@ class _Loop:
             if f"grad/{name}" in tensors:
                 value.grad = tensors[f"grad/{name}"].to(value.device)
         for number, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
+            state: dict[int, dict[str, Any]] = {}
             for index, name in enumerate(self.objectives[number].parameters):
                 start = f"adam/{number}/{name}/"
                 parts = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
                 if parts:
-                    state[index] = parts
+                    # An 8-bit optimizer counts its steps in an int, and torch's in a tensor of floating point.
+                    whole = {key: int(value) for key, value in parts.items() if value.dtype == torch.int64}
+                    state[index] = {**parts, **whole}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return parse_json(metadata.get("erasec.run", ""), Run, source)
 

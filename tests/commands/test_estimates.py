@@ -7,9 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from erasec.commands.plan import describe, make_plan
+from erasec.errors import ErasecError
 from erasec.graphs.cache import GRAPHS_BYTES
+from erasec.model import operations
 from erasec.recipe.recipe import Limits, NamedOptions, Recipe, from_flags
+from erasec.training.base import Measures
 
 EARLIER = {"schema": "erasec.report/1", "written": [{"path": "hf", "files": {}}]}
 
@@ -48,11 +53,32 @@ def test_memory_counts_matrices_merged_tensors_pictures_and_training(here: Path,
     assert described[0]["merge"] == 8 * max(math.prod(site.shape) for site in resolved.model.select("cross", "kv"))
     learned = make_plan(recipe(random_folder, passes=(NamedOptions(name="esd"),)), pin=False)
     trained = sum(math.prod(site.shape) for site in learned.passes[0].sites(learned.model))
-    assert describe(learned)["memory"]["steps"]["train"] == text + 4 * (counts["unet"] + 4 * trained)
+    train = describe(learned)["memory"]["steps"]["train"]
+    assert train > text + 4 * (counts["unet"] + 4 * trained)  # and activations and libraries
+    wider = make_plan(recipe(random_folder, passes=(NamedOptions(name="esd", options={"batch": 8}),)), pin=False)
+    rows = 2 * (8 - learned.passes[0].batch)  # with the kept ones
+    saved = 4 * rows * operations.denoiser(resolved.model).saved
+    assert describe(wider)["memory"]["steps"]["train"] == pytest.approx(train + saved)
 
 
 def test_time_is_that_of_an_earlier_build(here: Path, random_folder: Path) -> None:
     (here / "out").mkdir()
     (here / "out" / "report.json").write_text(json.dumps({**EARLIER, "seconds": {"solve": 1.5, "report": 2.0}}))
-    described = describe(make_plan(recipe(random_folder), Path("out"), pin=False))
-    assert described["time"] == {"seconds": 3.5, "how": "measured: the earlier build in out took this long"}
+    time = describe(make_plan(recipe(random_folder), Path("out"), pin=False))["time"]
+    assert time["seconds"] == 3.5
+    assert time["how"] == "measured: the earlier build in out took this long"
+    assert describe(make_plan(recipe(random_folder), Path("other"), pin=False))["time"]["seconds"] is None
+
+
+def test_a_memory_that_is_too_small_for_a_training_is_an_error(here: Path) -> None:
+    small = {"passes": (NamedOptions(name="esd"),), "memory": "10MB"}
+    with pytest.raises(ErasecError, match="esd does not fit 10 MB"):
+        make_plan(recipe(Path("glyphs"), **small), pin=False)
+    large = make_plan(recipe(Path("glyphs"), **{**small, "memory": "100GB"}), pin=False)
+    assert large.measures == (Measures(),)
+    assert describe(large)["memory"]["limit"] == 100 * 10**9
+    # A pass that trains nothing needs no measures, and without a limit there are none.
+    assert make_plan(recipe(Path("glyphs"), memory="10MB", passes=(NamedOptions(name="uce"),)), pin=False).measures == (
+        None,
+    )
+    assert make_plan(recipe(Path("glyphs"), passes=(NamedOptions(name="esd"),)), pin=False).measures == (None,)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from erasec.checkpoint.disk import size
-from erasec.reporting.format import number, percent, share
+from erasec.reporting.format import about, number, percent, share
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,17 @@ def test_very_large_numbers_have_a_power_of_ten() -> None:
 )
 def test_sizes_have_three_digits(count: int, words: str) -> None:
     assert size(count) in (words, words.replace("4.26", "4.27"))
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "text"),
+    [
+        (0.01, 0.02, "less than 0.1 s"),
+        (3.5, 3.5, "about 3.5 s"),
+        (2.04, 61.7, "about 2 to 62 s"),
+        (240.0, 540.0, "about 4 to 9 minutes"),
+        (1800.0, 36000.0, "about 0.5 to 10 hours"),
+    ],
+)
+def test_a_range_of_seconds_has_the_unit_of_its_end(least: float, most: float, text: str) -> None:
+    assert about(least, most) == text

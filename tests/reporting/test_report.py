@@ -277,3 +277,13 @@ def test_a_build_that_nothing_could_see_never_reads_as_passed(tmp_path: Path) ->
 def test_reports_without_an_outcome_are_still_read(tmp_path: Path, old: dict[str, Any], outcome: str) -> None:
     (tmp_path / "report.json").write_text(json.dumps(old))
     assert read_outcome(read_report(tmp_path)) == outcome
+
+
+def test_the_estimated_time_stands_beside_the_measured_one(tmp_path: Path) -> None:
+    html, facts, _ = written(star_report(estimated={"solve": [240.0, 540.0], "never": [1.0, 2.0]}), tmp_path / "a")
+    assert "estimated: about 4 to 9 minutes" in Page(html).text
+    assert "about 1 to 2 s" not in Page(html).text  # of a step that the build did not have
+    assert facts["estimated"]["solve"] == [240.0, 540.0]
+    html, facts, _ = written(star_report(), tmp_path / "b")
+    assert "estimated: about" not in Page(html).text
+    assert facts["estimated"] == {}
