@@ -111,4 +111,5 @@ def random_pipeline(out: Path, seed: int = 0, dtype: torch.dtype = torch.float32
         torch.manual_seed(seed)
         text = networks.text_encoder(SIZES, len(tokens), tokens.bos_token_id, tokens.eos_token_id).state_dict()
         vae, unet = networks.vae(SIZES).state_dict(), networks.unet(SIZES).state_dict()
-    assemble.write_pipeline(out, SIZES, text, vae, unet, 0.18215, dtype)
+    assemble.write_pipeline(out, SIZES, text, vae, 0.18215, dtype)
+    assemble.write_unet(out, SIZES, unet, dtype)

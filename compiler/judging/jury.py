@@ -111,6 +111,11 @@ class Jury(Judge):
         return judge.protocols(images, label) if judge else {}
 
     @property
+    def everyday(self) -> bool:  # type: ignore[override]
+        """Whether no member is the judge of a synthetic world, whose models know nothing else."""
+        return all(judge.everyday for judge in self.judges)
+
+    @property
     def compares(self) -> bool:
         return any(judge.compares for judge in self.judges)
 
