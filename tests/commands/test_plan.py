@@ -114,7 +114,8 @@ def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(here: Path, random_fo
     (note,) = noted("glyphs", "strar", "ring")
     assert "'strar'" in note
     assert "did you mean 'star'?" in note
-    taken, unknown = noted(random_folder, "strar", "church")
+    taken, judges, unknown = noted(random_folder, "strar", "church")
+    assert judges.startswith("church could be judged by ")
     assert "'church' is taken as the bundled concept church" in taken
     assert "'strar'" in unknown and "'star'" not in unknown
 
