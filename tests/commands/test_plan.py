@@ -107,7 +107,11 @@ def test_concepts_of_the_recipe_come_before_bundled_ones(here: Path, random_fold
     assert plan.make_plan(recipe(random_folder), pin=False).concepts != (own,)
 
 
-def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(here: Path, random_folder: Path) -> None:
+def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(
+    here: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))  # it has no judge
+
     def noted(model: Path | str, *erase: str) -> list[str]:
         return plan.notes(plan.make_plan(recipe(model, erase=erase), pin=False))  # type: ignore[arg-type]
 
