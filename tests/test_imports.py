@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ORDER = "A room imports only from rooms below its own"
-REGISTRY = "Nobody imports a pass or a target: the registry names them as strings"
+REGISTRY = "Nobody imports a pass, a target or a judge of concepts: the registry names them as strings"
 TARGETS = "Targets never learn that anything was erased; edit and lora write just that"
 
 
@@ -50,6 +50,7 @@ def test_every_contract_holds(copy: Path) -> None:
         ("compiler/ldm/configs.py", "from erasec.commands import plan", ORDER),
         ("compiler/base.py", "from erasec.model.view import Model", ORDER),
         ("compiler/commands/plan.py", "from erasec.passes.uce import Uce", REGISTRY),
+        ("compiler/commands/plan.py", "from erasec.judges.nudenet import NudeNet", REGISTRY),
         ("targets/hf.py", "from erasec.recipe.concept import Concept", TARGETS),
         ("targets/ov.py", "from erasec.model.edit import Edit", TARGETS),
     ],

@@ -109,14 +109,19 @@ def test_concepts_of_the_recipe_come_before_bundled_ones(here: Path, random_fold
     assert plan.make_plan(recipe(random_folder), pin=False).concepts != (own,)
 
 
-def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(here: Path, random_folder: Path) -> None:
+def test_a_bare_word_is_noted_and_a_bundled_concept_is_not(
+    here: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here))  # it has no judge
+
     def noted(model: Path | str, *erase: str) -> list[str]:
         return plan.notes(plan.make_plan(recipe(model, erase=erase), pin=False))  # type: ignore[arg-type]
 
     (note,) = noted("glyphs", "strar", "ring")
     assert "'strar'" in note
     assert "did you mean 'star'?" in note
-    taken, unknown = noted(random_folder, "strar", "church")
+    taken, judges, unknown = noted(random_folder, "strar", "church")
+    assert judges.startswith("church could be judged by ")
     assert "'church' is taken as the bundled concept church" in taken
     assert "'strar'" in unknown and "'star'" not in unknown
 
