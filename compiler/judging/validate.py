@@ -107,9 +107,8 @@ def _kept(
         before, after = evidence.colour_before[coloured].mean(), evidence.colour_after[coloured].mean()
         how = f"loss of hit rate for the colours in prompts, {before:.1%} to {after:.1%} over {coloured.sum()} prompts"
         results.append(Check.at_most("kept/colours", float(before - after), limits.kept, f"{how}; {conditions}"))
-    agreement = None
-    if not np.isnan(evidence.agreement_before).any():  # a judge need not compare pictures with prompts
-        agreement = evidence.agreement_before[keep], evidence.agreement_after[keep]
+    scores = evidence.agreement_before[keep], evidence.agreement_after[keep]
+    agreement = None if np.isnan(scores[0]).any() else scores  # a judge need not compare pictures with prompts
     pictures = Pictures("kept", evidence.before[keep], evidence.after[keep], agreement)
     return [*results, *kept_checks(pictures, judge, limits, conditions)]
 
