@@ -19,13 +19,12 @@ class Counting(torch.optim.AdamW):
     """A stand-in for bitsandbytes' class: it takes the same arguments, and counts its steps in an int."""
 
     def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for value in group["params"]:
-                self.state[value]["steps"] = self.state[value].pop("steps", 0)
         super().step()
         for group in self.param_groups:
             for value in group["params"]:
-                self.state[value]["steps"] += 1
+                count = self.state[value].get("count", 0)
+                assert isinstance(count, int)  # also after the state was read from a file
+                self.state[value]["count"] = count + 1
 
 
 @pytest.fixture
