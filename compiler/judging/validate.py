@@ -165,7 +165,7 @@ def artifact_checks(
     differs = judge.sees(pictures, [question.looked_for for question in questions]) != evidence.shown_after[rows]
     differs |= judge.sees(pictures, colours) != evidence.colour_after[rows]
     least, most = AGREEMENT[precision]
-    conditions = _conditions(replace(evidence, questions=questions), judge, limits, seed, scheduler)
+    conditions = _conditions(replace(evidence, questions=questions, sampling=None), judge, limits, seed, scheduler)
     how = f"{len(rows)} pictures by {runtime}, {precision}, against torch's of the same seeds; {conditions}"
     return (
         Check(f"pictures/{folder.name}", ratio, least, ratio >= least, f"median PSNR in dB, {how}"),
