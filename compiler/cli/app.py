@@ -29,6 +29,7 @@ from erasec.cli.options import (
     OUT,
     PASS,
     PICKLE,
+    PICTURE,
     PICTURES,
     PROMPT_LIMIT,
     PROMPTS,
@@ -37,6 +38,7 @@ from erasec.cli.options import (
     TARGET,
     VARIANT,
     VERBOSE,
+    VERSION,
     report_errors,
 )
 from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, printable, suggestion
@@ -68,20 +70,8 @@ def main() -> None:
     app(prog_name="erasec")
 
 
-def _print_version(requested: bool) -> None:
-    if requested:
-        from erasec.commands.doctor import version
-
-        print(f"erasec {version('erasec')}")
-        raise typer.Exit
-
-
 @app.callback()
-def _start(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
-    ] = False,
-) -> None:
+def _start(version: VERSION = False) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
 
@@ -150,12 +140,11 @@ def build(
         try:
             report = run_plan(plan)
         except CheckFailed as error:
-            rejected = Path(error.where) / "report.json"
-            if as_json and rejected.is_file():
-                print(rejected.read_text(encoding="utf-8"))
+            if as_json:
+                output.print_facts(Path(error.where))
             raise
         if as_json:
-            print((plan.out / "report.json").read_text(encoding="utf-8"))
+            output.print_facts(plan.out)
             return
         print(f"{plan.out}\n{plan.out / 'report.html'}")
         print(output.verdict(report))
@@ -228,9 +217,7 @@ def plan(
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="output folder of a build, or of one target")],
     prompt: Annotated[str, typer.Option("--prompt", help="the prompt; may be empty")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="x.png; with --count, x-0.png, x-1.png, ...")
-    ],
+    out: PICTURE,
     negative: Annotated[str | None, typer.Option("--negative", help="by default the bundle's")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1)] = 25,
     guidance: Annotated[float, typer.Option("--guidance", help="guidance scale; 1 is no guidance")] = 7.5,
@@ -254,10 +241,10 @@ def run(
             say_renamed("--cfg", "--guidance")
             guidance = cfg
         paths = picture_paths(out, count)
-        seeds = range(seed, seed + count)
         with closing(open_bundle(bundle, backend)) as opened:
             for note in cut_notes(opened, prompt, negative):
                 say(note)
+            seeds = range(seed, seed + count)
             images = opened.generate([prompt] * count, seeds, steps, guidance, negative, height, width, scheduler)
         save_pictures(images, paths)
         for path in paths:

@@ -77,6 +77,9 @@ JUDGE = Annotated[
 GATE = Annotated[
     bool, typer.Option("--gate", help="reject a build with a concept that no judge can see, for release pipelines")
 ]
+PICTURE = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FILE", help="x.png; with --count, x-0.png, x-1.png, ...")
+]
 PICTURES = Annotated[
     str | None,
     typer.Option(
@@ -123,6 +126,17 @@ CODE = Annotated[bool, typer.Option("--allow-code", help="let a recipe name clas
 LINK = Annotated[bool, typer.Option("--link", help="hard-link unchanged files instead of copying them")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print tracebacks and warnings")]
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        from erasec.commands.doctor import version
+
+        print(f"erasec {version('erasec')}")
+        raise typer.Exit
+
+
+VERSION = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")]
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from erasec import registry
 from erasec.errors import printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from erasec.base import Check
     from erasec.commands.diff import Difference
     from erasec.commands.doctor import Finding
@@ -48,6 +50,12 @@ def verdict(report: Report) -> str:
             shares = f"{row['before']:.0%} -> {row['after']:.0%} of {row['images']} pictures"
             lines.append(f"{file['file']}: {row['looked_for']} in {shares}")
     return printable("\n".join(lines), keep="\n")
+
+
+def print_facts(folder: Path) -> None:
+    """Print the report.json of a build, if there is one: a build may fail before it."""
+    if (file := folder / "report.json").is_file():
+        print(file.read_text(encoding="utf-8"))
 
 
 def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:

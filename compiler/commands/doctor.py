@@ -14,9 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from erasec import registry
 from erasec.checkpoint.disk import size
-from erasec.errors import ErasecError
 from erasec.tensorrt.devices import query
 
 CORE = ("erasec", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")
@@ -27,6 +25,7 @@ OPTIONAL = {
     "polygraphy": "trt-rtx",
     "tensorrt_rtx": "trt-rtx",
     "tensorrt": "trt",
+    "nudenet": "nudenet",
 }
 
 
@@ -54,17 +53,8 @@ def examine(folder: Path) -> list[Finding]:
     findings = [Finding("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     findings += [_package(name, "pip install --upgrade erasec", required=True) for name in CORE]
     findings += [_package(name, f'pip install "erasec[{extra}]"') for name, extra in OPTIONAL.items()]
-    findings += [_judge(name) for name in registry.judges()]
     findings += [_cuda(), _memory(), _disk(folder), _hub()]
     return findings
-
-
-def _judge(name: str) -> Finding:
-    try:
-        command = registry.load_judge(name).needs()
-    except ErasecError as error:  # of another package, which cannot be imported
-        return Finding(f"judge {name}", False, error.what, error.fix)
-    return Finding(f"judge {name}", not command, "not usable yet" if command else "usable", command)
 
 
 def _package(name: str, fix: str, required: bool = False) -> Finding:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.checkpoint.disk import existing, free_bytes
+from erasec.checkpoint.disk import existing, free_bytes, size
+from erasec.errors import ErasecError
 from erasec.graphs.cache import cache_folder
 from erasec.training.base import Learned
 from erasec.training.measures import describe, parse_memory, peak, unlimited
@@ -97,3 +98,23 @@ def disks(targets: Sequence[Output], model: Model, out: Path) -> list[dict[str, 
             first["needed"] += needed
             first["optional"] += needed * (what == "cache")
     return list(disks.values())
+
+
+def check_disks(disks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A sentence where a disk has no room for the cache. Raises ErasecError where one has too little for the rest."""
+    remarks = []
+    for disk in disks:
+        short = disk["needed"] - disk["free"]
+        if short > disk["optional"]:
+            raise ErasecError(
+                f"the disk of {disk['path']} has too little room",
+                why=f"about {size(disk['needed'])} will be written ({disk['what']}), {size(disk['free'])} are free",
+                fix=f"free {size(short)} more, or use another disk: --out for the output, "
+                "TMPDIR for temporary files, ERASEC_CACHE for the cache",
+            )
+        if short > 0:
+            remarks.append(
+                f"The disk of {disk['path']} has no room for the cache ({size(short)} more are needed): what it would "
+                "hold is made again in every build. ERASEC_CACHE names another folder."
+            )
+    return tuple(remarks)

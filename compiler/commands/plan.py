@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
-from erasec.checkpoint.disk import size
 from erasec.checkpoint.staging import check_free, file_name, settle
 from erasec.commands import doctor, durations, estimates, settings
 from erasec.commands.output_paths import check_disjoint, check_replaceable
@@ -162,7 +161,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     resolved = _resolved(recipe, model, concepts, uses, passes, texts, pin)
     judge, missing = judge_of_build(model, (*(key.concept for key in keys), *concepts, *earlier), recipe.judges)
     files = read_files(recipe, judge, context.device)
-    remarks += (*missing, *file_remarks(files, recipe.seed), *_check_disks(estimates.disks(targets, model, out)))
+    disks = estimates.disks(targets, model, out)
+    remarks += (*missing, *file_remarks(files, recipe.seed), *estimates.check_disks(disks))
     looked_for = [key.concept for key in keys] or concepts
     painting = plan_painting(model, judge, looked_for, recipe.checks, context.device)
     limit = parse_memory(recipe.memory) or estimates.free_memory(context.device)
@@ -340,26 +340,6 @@ def _resolved(
             "targets": targets,
         }
     )
-
-
-def _check_disks(disks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A sentence where a disk has no room for the cache. Raises ErasecError where one has too little for the rest."""
-    remarks = []
-    for disk in disks:
-        short = disk["needed"] - disk["free"]
-        if short > disk["optional"]:
-            raise ErasecError(
-                f"the disk of {disk['path']} has too little room",
-                why=f"about {size(disk['needed'])} will be written ({disk['what']}), {size(disk['free'])} are free",
-                fix=f"free {size(short)} more, or use another disk: --out for the output, "
-                "TMPDIR for temporary files, ERASEC_CACHE for the cache",
-            )
-        if short > 0:
-            remarks.append(
-                f"The disk of {disk['path']} has no room for the cache ({size(short)} more are needed): what it would "
-                "hold is made again in every build. ERASEC_CACHE names another folder."
-            )
-    return tuple(remarks)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

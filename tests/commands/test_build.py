@@ -170,8 +170,8 @@ def test_a_rejected_build_leaves_the_earlier_one(built: tuple[Path, Report]) -> 
 
 
 def test_without_a_judge_the_report_says_that_nothing_was_measured(random_folder: Path, tmp_path: Path) -> None:
-    report = make(tmp_path / "out", model=str(random_folder), erase=("nudity",))
-    assert (report.outcome, report.unjudged) == ("not judged", ("nudity",))
+    report = make(tmp_path / "out", model=str(random_folder), erase=("church",))
+    assert (report.outcome, report.unjudged) == ("not judged", ("church",))
     assert "was not measured" in report.notes[0]
     assert {pair.looked_for for pair in report.pairs} == {""} and not report.rates
     assert "was not measured" in (tmp_path / "out" / "report.html").read_text()
@@ -189,7 +189,7 @@ def test_unedited_copies_of_edited_weights_are_left_out_with_a_note(random_folde
     for name in ("unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"):
         shutil.copy(base / name.replace(".fp16", ""), base / name)
     (base / "v1-5.ckpt").write_bytes(b"pickle")
-    report = make(tmp_path / "out", model=str(base), erase=("nudity",))
+    report = make(tmp_path / "out", model=str(base), erase=("church",))
     gone = {path.relative_to(base) for path in base.rglob("*") if path.is_file()}
     gone -= {path.relative_to(tmp_path / "out" / "hf") for path in (tmp_path / "out" / "hf").rglob("*")}
     assert gone == {Path("unet/diffusion_pytorch_model.fp16.safetensors"), Path("v1-5.ckpt")}

@@ -60,8 +60,7 @@ def test_minutes_end_a_training(here: Path) -> None:
 def test_a_target_adds_its_export_and_the_number_of_pictures_counts(usual: dict[str, float]) -> None:
     assert by_step(plan(targets=["onnx"]), SPEED).keys() - usual.keys() == {"export onnx"}
     made = plan()
-    recipe = made.recipe.model_copy(update={"checks": made.recipe.checks.model_copy(update={"images": 32})})
-    more = by_step(replace(made, recipe=recipe), SPEED)
+    more = by_step(replace(made, painting=replace(made.painting, images=32)), SPEED)
     assert more["pictures and judge"] > 1.5 * usual["pictures and judge"]
 
 

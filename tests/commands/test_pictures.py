@@ -64,7 +64,7 @@ def test_everything_says_that_a_build_was_not_judged(random_folder: Path, tmp_pa
     assert (done.exit_code, done.stdout, os.listdir(out)) == (3, "", [".rejected"])
     rejected = out / ".rejected"
     assert states(rejected) == ("rejected", False, "✕ rejected", "Rejected")
-    assert "error: 1 of 3 checks failed: judged" in done.stderr and "no judge was found for church" in done.stderr
+    assert "error: 1 of 4 checks failed: judged" in done.stderr and "no judge was found for church" in done.stderr
     assert "--judge" in done.stderr and (rejected / "hf").is_dir()
     assert "require_judge = true" in (rejected / "recipe.toml").read_text()
 

@@ -459,11 +459,11 @@ def test_only_a_disk_without_room_for_the_cache_is_a_remark(what: str, refused: 
     disk = {"what": what, "path": "/x", "needed": 600, "optional": optional, "free": 0}
     if refused:
         with pytest.raises(ErasecError, match="the disk of /x has too little room"):
-            plan._check_disks([disk])
+            plan.estimates.check_disks([disk])
     else:
-        (remark,) = plan._check_disks([disk])
+        (remark,) = plan.estimates.check_disks([disk])
         assert "no room for the cache (600 B more are needed)" in remark
-    assert plan._check_disks([{**disk, "free": 600}]) == ()
+    assert plan.estimates.check_disks([{**disk, "free": 600}]) == ()
 
 
 def test_graphs_in_the_cache_and_in_tmpdir_are_counted_on_their_disks(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from erasec.attention.sampling import Sampling
-from erasec.base import Judge, Question
+from erasec.base import Check, Judge, Question
 from erasec.glyphs.judge import GlyphJudge
 from erasec.judging import evidence, validate
 from erasec.judging.evidence import Evidence, ask, gather_evidence, judge_pictures, rates
@@ -99,15 +99,18 @@ def test_a_question_without_a_label_counts_in_no_hit_rate() -> None:
 
 
 def test_pictures_that_no_judge_sees_must_be_pictures() -> None:
+    def by_name(evidence: Evidence) -> dict[str, Check]:
+        return {check.name: check for check in validate.checks(evidence, None, Limits(), 0, "DDIM")}
+
     whole = replace(seen(), questions=tuple(replace(question, looked_for="") for question in QUESTIONS))
-    (check,) = validate.checks(whole, None, Limits(), 0, "DDIM")
+    check = by_name(whole)["pictures/finite"]
     assert (check.name, check.value, check.limit, check.passed) == ("pictures/finite", 0.0, 0.0, True)
     for fact in ("no judge", "4 DDIM steps", "guidance 3", "8 x 8 pixels", "float32 on cpu", "3 prompts"):
         assert fact in check.how
     for level in (0, 255, 90):  # NaN is black; a decoder of zeros is grey
         after = whole.after.copy()
         after[1] = level
-        (blank,) = validate.checks(replace(whole, after=after), None, Limits(), 0, "DDIM")
+        blank = by_name(replace(whole, after=after))["pictures/finite"]
         assert not blank.passed and blank.value == pytest.approx(1 / 3) and "0% before and 33% after" in blank.how
 
 
