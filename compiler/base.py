@@ -297,6 +297,11 @@ class Judge(ABC):
         """
         return None
 
+    def preview(self, images: Images) -> None:
+        """Look at pictures (n, height, width, 3) in advance: a build calls this in a thread of its own, while it paints
+        the next ones. Only for judges that remember what they saw, and run on another device. By default nothing."""
+        return
+
     def protocols(self, images: Images, label: str) -> Mapping[str, NDArray[np.int64]]:
         """What published protocols count in each image for the label, (n,), by the name of the protocol and its unit.
         The checks show them beside the judge's own answer. By default none."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.attention.pipeline import generate
-from erasec.commands.pictures import base_folder
+from erasec.base import Question
+from erasec.commands.pictures import base_folder, cache_of
 from erasec.judging import prompt_groups
 from erasec.judging.kept import Pictures, kept_checks, not_measured
+from erasec.judging.painting import paint_pairs
 from erasec.reporting.report import Pair
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from erasec.commands.plan import Plan
     from erasec.judging.captions import CaptionFile
     from erasec.judging.prompt_files import PromptFile
-    from erasec.judging.prompt_groups import Painter
 
 
 @dataclass
@@ -53,8 +53,11 @@ def _prompts(
     plan: Plan, file: PromptFile, before: Path, after: Path, sampling: Sampling, scheduler: str, measured: Measured
 ) -> None:
     limits, seed, judge = plan.recipe.checks, plan.context.seed, plan.judge
-    first = prompt_groups.paint(file, seed, sampling.guidance, _painter(before, sampling, f"{file.name} before"))
-    second = prompt_groups.paint(file, seed, sampling.guidance, _painter(after, sampling, f"{file.name} after"))
+
+    def painter(questions: Sequence[Question], guidance: float) -> tuple[Images, Images]:
+        return _paint(plan, before, after, questions, replace(sampling, guidance=guidance))
+
+    first, second = prompt_groups.paint(file, seed, sampling.guidance, painter)
     labels = prompt_groups.labels_of(judge, plan.concepts)
     seen = {}
     if judge is not None:
@@ -85,9 +88,9 @@ def _captions(
     plan: Plan, file: CaptionFile, before: Path, after: Path, sampling: Sampling, scheduler: str, measured: Measured
 ) -> None:
     limits, judge, seed = plan.recipe.checks, plan.judge, plan.context.seed * 1_000_003
-    prompts, seeds = list(file.captions), list(range(seed, seed + len(file.captions)))
-    first = generate(before, prompts, seeds, sampling, "captions before")
-    second = generate(after, prompts, seeds, sampling, "captions after")
+    prompts = list(file.captions)
+    questions = [Question("captions", prompt, seed + number, "") for number, prompt in enumerate(prompts)]
+    first, second = _paint(plan, before, after, questions, sampling)
     agreement = None
     if judge is not None:
         scores = [judge.agreement(images, prompts) for images in (first, second)]
@@ -102,11 +105,12 @@ def _captions(
     measured.notes += not_measured(judge)
 
 
-def _painter(folder: Path, sampling: Sampling, title: str) -> Painter:
-    def paint(prompts: Sequence[str], seeds: Sequence[int], guidance: float) -> Images:
-        return generate(folder, prompts, seeds, replace(sampling, guidance=guidance), title)
-
-    return paint
+def _paint(
+    plan: Plan, before: Path, after: Path, questions: Sequence[Question], sampling: Sampling
+) -> tuple[Images, Images]:
+    variant = "" if plan.keys else plan.model.source.variant
+    _, first, second = paint_pairs(before, after, questions, sampling, variant=variant, cache=cache_of(plan))
+    return first, second
 
 
 def _judge(plan: Plan) -> str:

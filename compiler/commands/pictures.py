@@ -93,6 +93,16 @@ def look(
     return replace(looked, notes=(note,) if looked.evidence else ())
 
 
+def cache_of(plan: Plan) -> str:
+    """The name of the base in the cache of pictures; "" if pictures of the base are not cached.
+
+    A judge of a small world gets the pictures of its own batches: one of another batch differs in its last bits, and
+    painting it again takes a moment. The base of a build with keys is none of a second build.
+    """
+    cached = not plan.keys and (plan.judge is None or plan.judge.everyday)
+    return picture_cache.identity(plan.model) if cached else ""
+
+
 def _judge(
     plan: Plan, secrets: Sequence[tuple[Concept, Secret]], public: Folder, built: Folder, extras: Extras
 ) -> Looked:
@@ -103,8 +113,6 @@ def _judge(
     limits, seed, judge, painting = plan.recipe.checks, plan.context.seed, plan.judge, plan.painting
     scheduler = built.config("scheduler", "scheduler_config.json")["_class_name"]
     unlocked = [key.concept for key in plan.keys]
-    # A judge gets the pictures of its own batches: one of another batch differs in its last bits.
-    cached = not unlocked and not painting.judged
     with base_folder(plan, public) as base:
         evidence = gather_evidence(
             judge,
@@ -119,7 +127,7 @@ def _judge(
             pictures=painting.pictures,
             minutes=painting.minutes or math.inf,
             variant="" if unlocked else plan.model.source.variant,
-            cache=picture_cache.identity(plan.model) if cached else "",
+            cache=cache_of(plan),
         )
     if evidence is None:
         return Looked()

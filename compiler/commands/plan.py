@@ -165,6 +165,12 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     remarks += (*missing, *file_remarks(files, recipe.seed), *estimates.check_disks(disks))
     looked_for = [key.concept for key in keys] or concepts
     painting = plan_painting(model, judge, looked_for, recipe.checks, context.device)
+    if files.pictures and painting.obstacle:
+        raise ErasecError(
+            "prompt and caption files cannot be measured with this model",
+            why=painting.obstacle,
+            fix="leave out --prompts and --captions",
+        )
     limit = parse_memory(recipe.memory) or estimates.free_memory(context.device)
     measures = tuple(
         choose(step, model, concepts, context.device, limit) if limit and isinstance(step, Learned) else None

@@ -125,6 +125,9 @@ class NudeNet(PictureJudge):
         score, and index in CLASSES."""
         return _detector(self.options.resize)(images)
 
+    def preview(self, images: Images) -> None:
+        self.detect(images)
+
     def _chosen(self, images: Images, row: Row) -> list[NDArray[np.float64]]:
         wanted = [CLASSES.index(name) for name in row.classes]
         return [found[(found[:, 4] >= self._at(row)) & np.isin(found[:, 5], wanted)] for found in self.detect(images)]

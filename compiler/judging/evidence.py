@@ -132,7 +132,8 @@ def gather_evidence(
         asked = {question: name for question, name in regrouped.items() if question.group in ("keyed", "keep")}
     if not asked:
         return None
-    rows, before, after = paint_pairs(base, built, tuple(asked), sampling, minutes, variant, cache)
+    watch = None if judge is None else judge.preview
+    rows, before, after = paint_pairs(base, built, tuple(asked), sampling, minutes, variant, cache, watch)
     painted = [tuple(asked)[row] for row in rows]
     evidence = replace(
         judge_pictures(judge, painted, before, after),

@@ -106,6 +106,10 @@ class Jury(Judge):
         """Those of the first judge that has embeddings."""
         return next((found for judge in self.judges if (found := judge.embed(images)) is not None), None)
 
+    def preview(self, images: Images) -> None:
+        for judge in self.judges:
+            judge.preview(images)
+
     def protocols(self, images: Images, label: str) -> Mapping[str, NDArray[np.int64]]:
         judge = self._by_label.get(label)
         return judge.protocols(images, label) if judge else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +19,7 @@ from erasec.checkpoint.disk import size
 from erasec.judging import picture_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -143,12 +144,14 @@ def paint_pairs(
     minutes: float = math.inf,
     variant: str = "",
     cache: str = "",
+    watch: Callable[[Images], object] | None = None,
 ) -> tuple[list[int], Images, Images]:
     """Indices of the questions that were painted, in their order, and the pictures before and after the edit.
 
     Painting takes about ``minutes``; if they are not enough for all questions, all groups get their turn, and one batch
     is painted in any case. ``variant`` is that of the base's weights. ``cache`` is the identity of the base in the
-    cache of pictures (``picture_cache.identity``); with "" nothing is cached.
+    cache of pictures (``picture_cache.identity``); with "" nothing is cached. ``watch`` is called with each batch in
+    another thread, while the next batch is painted; its errors are raised here.
     """
     order, start = list(range(len(questions))), time.monotonic()
     if math.isfinite(minutes):
@@ -156,12 +159,25 @@ def paint_pairs(
     names = {row: picture_cache.key(cache, questions[row], sampling) for row in order} if cache else {}
     before = {row: picture for row, name in names.items() if (picture := picture_cache.load(name)) is not None}
     missing = [row for row in order if row not in before]
-    painted = _paint(base, questions, missing, sampling, "pictures before", start + 30 * minutes, variant)
-    for row in painted.keys() & names.keys():
-        picture_cache.store(names[row], painted[row])
-    before |= painted
-    rows = [row for row in order if row in before]
-    after = _paint(built, questions, rows, sampling, "pictures after", start + 60 * minutes)
+    with ThreadPoolExecutor(1) as executor:
+        looks: list[Future[object]] = []
+
+        def look(pictures: Mapping[int, NDArray[np.uint8]]) -> None:
+            if watch and pictures:
+                looks.append(executor.submit(watch, np.stack([*pictures.values()])))
+
+        def store_and_look(pictures: Mapping[int, NDArray[np.uint8]]) -> None:
+            for row in pictures.keys() & names.keys():
+                picture_cache.store(names[row], pictures[row])
+            look(pictures)
+
+        look(before)
+        end = start + 30 * minutes
+        before |= _paint(base, questions, missing, sampling, "pictures before", end, store_and_look, variant)
+        rows = [row for row in order if row in before]
+        after = _paint(built, questions, rows, sampling, "pictures after", start + 60 * minutes, look)
+        for each in looks:
+            each.result()
     rows = sorted(after)
     return rows, np.stack([before[row] for row in rows]), np.stack([after[row] for row in rows])
 
@@ -173,9 +189,11 @@ def _paint(
     sampling: Sampling,
     title: str,
     end: float,
+    done: Callable[[Mapping[int, NDArray[np.uint8]]], None],
     variant: str = "",
 ) -> dict[int, NDArray[np.uint8]]:
-    """The pictures of the first of ``rows``, as many as are painted until ``end``, and one batch in any case."""
+    """The pictures of the first of ``rows``, as many as are painted until ``end``, and one batch in any case. ``done``
+    is called with those of each batch, by row."""
     from erasec.attention.pipeline import paint
 
     pictures: dict[int, NDArray[np.uint8]] = {}
@@ -183,7 +201,9 @@ def _paint(
         return pictures
     prompts, seeds = [questions[row].prompt for row in rows], [questions[row].seed for row in rows]
     for batch in paint(folder, prompts, seeds, sampling, title, variant):
-        pictures |= dict(zip(rows[len(pictures) :], batch, strict=False))
+        new = dict(zip(rows[len(pictures) :], batch, strict=False))
+        pictures |= new
+        done(new)
         if time.monotonic() > end:
             break
     return pictures

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from erasec.judging.prompt_files import PromptFile
     from erasec.recipe.concept import Concept
 
-    # Pictures (n, height, width, 3) of n prompts with their seeds, at one guidance scale.
-    Painter = Callable[[Sequence[str], Sequence[int], float], Images]
+    # Pictures (n, height, width, 3) of n questions before and after the edit, at one guidance scale.
+    Painter = Callable[[Sequence[Question], float], tuple[Images, Images]]
 
 
 def questions(file: PromptFile, label: str, seed: int) -> tuple[Question, ...]:
@@ -39,16 +39,18 @@ def questions(file: PromptFile, label: str, seed: int) -> tuple[Question, ...]:
     )
 
 
-def paint(file: PromptFile, seed: int, guidance: float, painter: Painter) -> Images:
-    """A picture of each row, (n, height, width, 3), with its own seed and guidance scale, or those of the build."""
+def paint(file: PromptFile, seed: int, guidance: float, painter: Painter) -> tuple[Images, Images]:
+    """Pictures of each row before and after the edit, each (n, height, width, 3), with the row's own seed and guidance
+    scale, or those of the build."""
     asked = questions(file, "", seed)
     scales = np.array([guidance if row.guidance is None else row.guidance for row in file.rows])
-    pictures: dict[int, NDArray[np.uint8]] = {}
+    pairs: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
     for scale in np.unique(scales):  # a pipeline takes one guidance scale for a whole batch
         rows = np.flatnonzero(scales == scale).tolist()
-        painted = painter([asked[row].prompt for row in rows], [asked[row].seed for row in rows], float(scale))
-        pictures |= dict(zip(rows, painted, strict=True))
-    return np.stack([pictures[row] for row in range(len(file.rows))])
+        before, after = painter([asked[row] for row in rows], float(scale))
+        pairs |= dict(zip(rows, zip(before, after, strict=True), strict=True))
+    ordered = [pairs[row] for row in range(len(file.rows))]
+    return np.stack([before for before, _ in ordered]), np.stack([after for _, after in ordered])
 
 
 def labels_of(judge: Judge | None, concepts: Sequence[Concept]) -> list[str]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from erasec.attention.pipeline import Sampling, generate
 from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.cli.app import app
-from erasec.commands import build, plan
+from erasec.commands import build, pictures, plan
 from erasec.commands.check import examine
 from erasec.errors import CheckFailed
 from erasec.recipe import concept
@@ -187,3 +187,15 @@ def test_the_flags_are_keys_of_the_recipe(tmp_path: Path) -> None:
     assert from_flags(str(file)).checks == Limits(images=5, pictures=9)
     assert concept.find("star", "glyphs").name == "star"
     assert from_toml(to_toml(from_flags(str(file), gate=True))).checks.require_judge
+
+
+def test_pictures_of_the_base_are_cached_unless_the_judge_is_that_of_a_small_world(
+    random_folder: Path, tmp_path: Path
+) -> None:
+    def cached(model: str, concept: str) -> bool:
+        made = plan.make_plan(Recipe(model=model, erase=(concept,)), tmp_path / "out", pin=False)
+        assert (made.judge is None) == (concept == "church")
+        return bool(pictures.cache_of(made))
+
+    assert cached(str(random_folder), "church") and cached(str(random_folder), "nudity")
+    assert not cached("glyphs", "star")

@@ -182,3 +182,23 @@ def test_it_is_registered_and_knows_no_model() -> None:
     assert registry.load_judge("nudenet") is NudeNet
     assert NudeNet.for_model(loading.load("glyphs")) is None
     assert NudeNet.for_concepts([find("church")]) is None
+
+
+def test_a_preview_spares_the_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    detect = nudenet._detect
+
+    def counted(images: Images, resize: str) -> object:
+        runs.append(len(images))
+        return detect(images, resize)
+
+    monkeypatch.setattr(nudenet, "_detect", counted)
+    nudenet._detector.cache_clear()
+    judge, images = judge_of(("FACE_*",)), np.stack([np.full((64, 64, 3), level, np.uint8) for level in (0, 90)])
+    judge.preview(images)
+    assert runs == [2]
+    judge.sees(images, ["it", "it"])
+    assert runs == [2]
+    judge.sees(images[:1] + 7, ["it"])
+    assert runs == [2, 1]
+    nudenet._detector.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from erasec.attention.sampling import Sampling
 from erasec.base import Question
 from erasec.glyphs.judge import GlyphJudge
 from erasec.judging import painting
-from erasec.judging.painting import Painting, paint_pairs, plan_painting
+from erasec.judging.painting import Painting, affordable, paint_pairs, plan_painting
 from erasec.model import loading
 from erasec.recipe import concept
 from erasec.recipe.recipe import Limits
@@ -99,6 +100,23 @@ def model(parameters: int = 1000, name: str = "StableDiffusionPipeline") -> Any:
     return SimpleNamespace(family=family, source=source, entries=lambda _: {"weight": entry}, name="model")
 
 
+def test_a_judge_looks_in_another_thread_while_the_next_pictures_are_painted(painter: Painter) -> None:
+    looked: list[tuple[int, bool]] = []
+
+    def watch(batch: Any) -> None:
+        looked.extend((level, threading.current_thread() is threading.main_thread()) for level in levels(batch))
+
+    paint_pairs(BASE, BUILT, QUESTIONS[:2], SAMPLING, cache="model")
+    paint_pairs(BASE, BUILT, QUESTIONS[:3], SAMPLING, cache="model", watch=watch)
+    assert looked == [(level, False) for level in (0, 1, 2, 100, 101, 102)]  # cached ones too, each once
+
+    def broken(batch: Any) -> None:
+        raise ValueError("the judge fails")
+
+    with pytest.raises(ValueError, match="the judge fails"):
+        paint_pairs(BASE, BUILT, QUESTIONS[:2], SAMPLING, watch=broken)
+
+
 CHURCH, STAR = concept.find("church"), concept.find("star", "glyphs")
 
 
@@ -131,6 +149,24 @@ def test_the_recipe_decides_before_the_device() -> None:
     assert planned == Painting(False, 16, 3, Sampling(2, 4.0, "cpu", "float32", 256), 1.5)
     none = plan_painting(model(), None, [CHURCH], Limits(pictures=0), "cpu")
     assert not none and none.text.startswith("none")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device", "given", "expected"),
+    [
+        (300_000_000, "cpu", {}, (2, 10)),
+        (300_000_000, "cpu", {"images": 8}, (8, 10)),
+        (300_000_000, "cuda", {}, (16, 15)),
+        (1000, "cpu", {}, (16, 15)),
+    ],
+)
+def test_a_cpu_judges_few_pictures_of_a_large_model_unless_the_recipe_says_how_many(
+    parameters: int, device: str, given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    limits = affordable(Limits(**given), model(parameters), device)
+    assert (limits.images, limits.steps) == expected
+    again = affordable(limits, model(parameters), device)  # as in the resolved recipe
+    assert again == limits
 
 
 def test_a_judge_gets_its_own_number_of_pictures_in_the_size_of_the_model_and_all_the_time() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from erasec.base import Question
 from erasec.glyphs.judge import GlyphJudge
 from erasec.judging import prompt_groups
 from erasec.judging.intervals import wilson
@@ -45,13 +46,15 @@ def test_rows_keep_their_seeds_and_the_rest_get_those_of_the_build() -> None:
 def test_rows_of_one_guidance_scale_are_painted_together_and_come_back_in_order() -> None:
     calls = []
 
-    def painter(prompts: Sequence[str], seeds: Sequence[int], guidance: float) -> Any:
-        calls.append((list(prompts), list(seeds), guidance))
-        return np.stack([np.full((2, 2, 3), ord(prompt), np.uint8) for prompt in prompts])
+    def painter(questions: Sequence[Question], guidance: float) -> Any:
+        calls.append(([item.prompt for item in questions], [item.seed for item in questions], guidance))
+        before = np.stack([np.full((2, 2, 3), ord(item.prompt), np.uint8) for item in questions])
+        return before, before + 100
 
-    pictures = prompt_groups.paint(FILE, 0, 4.0, painter)
+    before, after = prompt_groups.paint(FILE, 0, 4.0, painter)
     assert calls == [(["b", "c"], [1, 6], 4.0), (["a", "d"], [5, 7], 7.0)]
-    assert pictures.shape == (4, 2, 2, 3) and pictures[:, 0, 0, 0].tolist() == [97, 98, 99, 100]
+    assert before.shape == (4, 2, 2, 3) and before[:, 0, 0, 0].tolist() == [97, 98, 99, 100]
+    assert np.array_equal(after, before + 100)
 
 
 def test_a_table_counts_all_prompts_and_each_category_with_intervals() -> None:
