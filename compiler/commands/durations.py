@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from erasec import registry
 from erasec.base import Pass, Work
 from erasec.checkpoint.folder import downscale, trained_size
 from erasec.commands.speed import Speed, bounds
 from erasec.errors import ErasecError
 from erasec.judging.evidence import ask
+from erasec.judging.validate import PICTURES
 from erasec.model import operations
 from erasec.reporting.read import read_report
 from erasec.tensorrt.base import EngineTarget
@@ -78,10 +80,20 @@ def by_step(plan: Plan, speed: Speed) -> dict[str, float]:
         asked = ask(plan.judge, plan.looked_for, painting.images, painting.pictures, plan.context.seed, plan.earlier)
         seconds = 2 * pictures(model, len(asked), sampling, speed)
         steps["pictures and judge"] = min(seconds, 60 * (painting.minutes or math.inf))
+        labelled = sum(bool(question.looked_for) for question in asked)
+        if painting.judged and (artifacts := sum(target.name in _portable() for target in plan.targets)):
+            again = artifacts * min(PICTURES, labelled)
+            steps["pictures of what was written"] = pictures(model, again, sampling, speed)
     if plan.files.pictures:
         steps["prompt and caption files"] = pictures(model, plan.files.pictures, sampling, speed)
     steps["report"] = REPORT * speed.layer + first.size(model) / speed.disk
     return steps
+
+
+def _portable() -> set[str]:
+    """The targets of which a build checks pictures."""
+    runtimes = (registry.load_runtime(name) for name in registry.runtimes())
+    return {folder for runtime in runtimes if runtime.portable for folder in runtime.folders}
 
 
 def _graphs(model: Model) -> list[Cost]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from erasec import registry
 from erasec.attention.pipeline import Sampling, generate
-from erasec.base import Context
+from erasec.base import Context, Question
 from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError
 from erasec.glyphs import world
@@ -283,3 +285,33 @@ def test_psnr_is_finite_and_falls_with_the_difference() -> None:
     assert same == single == pytest.approx(20 * np.log10(255) + 10 * np.log10(48))
     assert little == pytest.approx(20 * np.log10(255))
     assert much == pytest.approx(little - 20)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(64, None), (512, 1)])
+def test_large_pictures_of_an_artifact_are_made_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, side: int, batch: int | None
+) -> None:
+    """Eight pictures of 512 x 512 take 14 GB to decode at once."""
+    used: list[int | None] = []
+
+    class Bundle:
+        def generate(self, prompts: Sequence[str], *more: object, batch: int | None) -> Any:
+            used.append(batch)
+            return np.zeros((len(prompts), side, side, 3), np.uint8)
+
+        def close(self) -> None:
+            pass
+
+    class Blind(GlyphJudge):
+        def sees(self, images: Any, labels: Sequence[str]) -> Any:
+            return np.zeros(len(images), dtype=bool)
+
+        def agreement(self, images: Any, prompts: Sequence[str]) -> Any:
+            return np.zeros(len(images))
+
+    monkeypatch.setattr(validate, "open_bundle", lambda *_: Bundle())
+    pictures = np.zeros((2, side, side, 3), np.uint8)
+    questions = [Question("name", "a star", seed, "star") for seed in range(2)]
+    unseen = evidence.judge_pictures(Blind(), questions, pictures, pictures)
+    checks = validate.artifact_checks(Blind(), unseen, Path("onnx"), "ort", "fp32", Limits(), 0, "DDIM")
+    assert used == [batch] and all(check.passed for check in checks)
