@@ -123,7 +123,7 @@ def rece(count: int, width: int) -> Case:
         c, v, k = (rows.to(weights[0].dtype)[:, None] for rows in (source, target, keep))
         return lambda: rece_edited(weights, c, v, (k, k, weight), lam)
 
-    return Case(options("rece", ridge=lam, derive=lam, epochs=1), sums, naive)
+    return Case(options("rece", ridge=lam, derive=lam, epochs=1, keep=1.0), sums, naive)
 
 
 def mace(count: int, width: int) -> Case:

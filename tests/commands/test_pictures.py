@@ -159,8 +159,10 @@ def test_the_pictures_of_a_single_file_are_those_of_its_folder(tmp_path: Path) -
     assert not [name for name in os.listdir(tmp_path / "again") if name.startswith(".")]
 
 
-def test_a_plan_says_what_will_be_painted_and_how_the_build_will_end(random_folder: Path, tmp_path: Path) -> None:
-    os.chdir(tmp_path)
+def test_a_plan_says_what_will_be_painted_and_how_the_build_will_end(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = ("plan", random_folder, "--erase", "church", "--device", "cpu")
     text, described = run(*words), json.loads(run(*words, "--json").stdout)
     assert " paint  2 for each group of prompts, 4 steps" in text.stdout and "at most 10 minutes" in text.stdout

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from glyph_passes import tuned
 
 from erasec import registry
 from erasec.model import loading
 from erasec.model.edit import Edit
 from erasec.model.view import Model
-from erasec.options import configure
 from erasec.recipe import concept as concepts
 from erasec.training import loop
 from erasec.training.base import Learned, Measures, TrainingContext
@@ -48,7 +48,7 @@ def solved(name: str, batch: int, rows: int = 0) -> dict[str, torch.Tensor]:
         options |= {"images": 16, "sample_steps": 8}
     context = TrainingContext("cpu", measures=Measures(rows) if rows else None)
     concept = concepts.find(CONCEPTS.get(name, "star"), "glyphs")
-    edit = configure(kind, options, name).solve(glyphs(), concept, context)
+    edit = tuned(kind, **options).solve(glyphs(), concept, context)
     return tensors(edit)
 
 
