@@ -62,7 +62,7 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
         raise ErasecError(f"a {name} cannot carry what {folder} has besides its weights", where=str(root))
     for tokenizer in sorted(root.glob("tokenizer*")):
         read_tokenizer(tokenizer)
-    if not (root / "text_encoder_3").is_dir() and name == "StableDiffusion3Pipeline":  # which wants to be told
+    if not (root / "text_encoder_3").is_dir() and name == "StableDiffusion3Pipeline":  # which diffusers requires
         options = {"text_encoder_3": None, "tokenizer_3": None} | options
     if name != PIPELINES[0]:  # the others have no safety checker, which would replace pictures by black ones
         options = {key: value for key, value in options.items() if "safety_checker" not in key}

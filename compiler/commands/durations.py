@@ -10,7 +10,7 @@ from erasec.base import Pass, Work
 from erasec.checkpoint.folder import downscale, trained_size
 from erasec.commands.speed import Speed, bounds
 from erasec.errors import ErasecError
-from erasec.judging.evidence import ask
+from erasec.judging.evidence import collect_questions
 from erasec.judging.validate import PICTURES
 from erasec.model import operations
 from erasec.reporting.read import read_report
@@ -77,10 +77,11 @@ def by_step(plan: Plan, speed: Speed) -> dict[str, float]:
         steps[f"export {target.name}"] = seconds
     painting, sampling = plan.painting, plan.painting.sampling
     if painting:
-        asked = ask(plan.judge, plan.looked_for, painting.images, painting.pictures, plan.context.seed, plan.earlier)
-        seconds = 2 * pictures(model, len(asked), sampling, speed)
+        images, seed = (painting.images, painting.pictures), plan.context.seed
+        questions = collect_questions(plan.judge, plan.looked_for, *images, seed, plan.earlier)
+        seconds = 2 * pictures(model, len(questions), sampling, speed)
         steps["pictures and judge"] = min(seconds, 60 * (painting.minutes or math.inf))
-        labelled = sum(bool(question.looked_for) for question in asked)
+        labelled = sum(bool(question.looked_for) for question in questions)
         if painting.judged and (artifacts := sum(target.name in _portable() for target in plan.targets)):
             again = artifacts * min(PICTURES, labelled)
             steps["pictures of what was written"] = pictures(model, again, sampling, speed)

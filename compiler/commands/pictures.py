@@ -65,7 +65,7 @@ def gate_checks(plan: Plan) -> list[Check]:
     how = f"concepts that no judge can see in pictures of {plan.model.name}, of {', '.join(names)}"
     if plan.unjudged:
         judges = ", ".join(registry.judges())
-        how += f"; no judge was found for {', '.join(plan.unjudged)} (judges: {judges}, or one of your own by --judge)"
+        how += f"; no judge can see {', '.join(plan.unjudged)} (judges: {judges}, or one of your own by --judge)"
     return [Check.at_most(JUDGED, float(len(plan.unjudged)), 0.0, how)]
 
 

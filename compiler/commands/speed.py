@@ -74,8 +74,8 @@ def _gpu(device: str) -> str:
 def known(device: str) -> Speed | None:
     """The measurement of this device, from the cache; None where there is none that can be read."""
     try:
-        found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))[identity(device)]
-        speed = Speed(**{name: float(value) for name, value in found.items()})
+        stored = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))[identity(device)]
+        speed = Speed(**{name: float(value) for name, value in stored.items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return speed if all(0 < value < float("inf") for value in asdict(speed).values()) else None

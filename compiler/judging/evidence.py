@@ -87,7 +87,7 @@ def judge_pictures(judge: Judge | None, questions: Sequence[Question], before: I
 
 
 def _sees(judge: Judge | None, images: Images, labels: Sequence[str]) -> NDArray[np.bool_]:
-    """Whether each image shows its label, (n,); False where the label is "", for which the judge is not asked."""
+    """Whether each image shows its label, (n,); False where the label is "", for which no judge looks."""
     seen = np.zeros(len(images), dtype=bool)
     rows = [row for row, label in enumerate(labels) if label]
     if judge is not None and rows:
@@ -121,25 +121,25 @@ def gather_evidence(
 
     The judge asks ``images`` questions for each group about a concept that it can see; ``pictures`` for each group are
     painted for any other concept, for people to look at. ``earlier`` are concepts that were erased from ``base``
-    before: nothing is asked about them, and the pictures must not show them either. With ``keyed``, ``built`` is
+    before: there are no questions about them, and the pictures must not show them either. With ``keyed``, ``built`` is
     ``base`` with the keys of the concepts. The questions are then those of the group "name", as the group "keyed", and
     those of the group "keep". ``minutes``, ``variant`` and ``cache`` are those of ``paint_pairs``. None if there are no
     questions.
     """
-    asked = ask(judge, concepts, images, pictures, seed, earlier)
+    questions = collect_questions(judge, concepts, images, pictures, seed, earlier)
     if keyed:
-        regrouped = {replace(q, group="keyed") if q.group == "name" else q: name for q, name in asked.items()}
-        asked = {question: name for question, name in regrouped.items() if question.group in ("keyed", "keep")}
-    if not asked:
+        regrouped = {replace(q, group="keyed") if q.group == "name" else q: name for q, name in questions.items()}
+        questions = {question: name for question, name in regrouped.items() if question.group in ("keyed", "keep")}
+    if not questions:
         return None
     watch = None if judge is None else judge.preview
-    rows, before, after = paint_pairs(base, built, tuple(asked), sampling, minutes, variant, cache, watch)
-    painted = [tuple(asked)[row] for row in rows]
+    rows, before, after = paint_pairs(base, built, tuple(questions), sampling, minutes, variant, cache, watch)
+    painted = [tuple(questions)[row] for row in rows]
     evidence = replace(
         judge_pictures(judge, painted, before, after),
-        concepts=tuple(asked[question] for question in painted),
+        concepts=tuple(questions[question] for question in painted),
         sampling=sampling,
-        left_out=len(asked) - len(rows),
+        left_out=len(questions) - len(rows),
     )
     if keyed or judge is None:
         return evidence
@@ -151,7 +151,7 @@ def gather_evidence(
     return replace(evidence, erased_after={label: judge.sees(after, [label] * len(after)) for label in looked_for})
 
 
-def ask(
+def collect_questions(
     judge: Judge | None,
     concepts: Sequence[Concept],
     images: int,
@@ -164,7 +164,7 @@ def ask(
     What another concept of the same build, or an earlier build, erases must not be kept: there are no questions about
     its label, and no prompts with its phrases.
     """
-    asked: dict[Question, str] = {}
+    questions: dict[Question, str] = {}
     for concept in concepts:
         panel = judge.panel(concept, images, seed) if judge is not None else ()
         if not labels(judge, concept):
@@ -172,8 +172,8 @@ def ask(
             plain = plain_questions(concept, pictures, seed)
             panel += tuple(question for question in plain if question.group != "keep" or not panel)
         for question in panel:
-            asked.setdefault(question, concept.name)
-    erased = {question.looked_for for question in asked if question.group != "keep"}
+            questions.setdefault(question, concept.name)
+    erased = {question.looked_for for question in questions if question.group != "keep"}
     erased |= {label for concept in earlier for label in labels(judge, concept)}
     everything = (*concepts, *earlier)
     others = {
@@ -188,7 +188,7 @@ def ask(
             return question.looked_for not in erased
         return not any(re.search(rf"\b{phrase}\b", question.prompt, re.IGNORECASE) for phrase in others[name])
 
-    return {question: name for question, name in asked.items() if question.group != "keep" or kept(question, name)}
+    return {question: name for question, name in questions.items() if question.group != "keep" or kept(question, name)}
 
 
 def with_key(judge: Judge, concept: Concept, evidence: Evidence, keyed: Path, sampling: Sampling) -> Evidence | None:
@@ -205,8 +205,8 @@ def with_key(judge: Judge, concept: Concept, evidence: Evidence, keyed: Path, sa
     from erasec.attention.pipeline import generate
 
     after = generate(keyed, prompts, seeds, sampling, "pictures with the key")
-    found = judge_pictures(judge, questions, evidence.after[rows], after)
-    return replace(found, concepts=(concept.name,) * len(rows), sampling=sampling)
+    keyed_evidence = judge_pictures(judge, questions, evidence.after[rows], after)
+    return replace(keyed_evidence, concepts=(concept.name,) * len(rows), sampling=sampling)
 
 
 def labels(judge: Judge | None, concept: Concept) -> frozenset[str]:

@@ -104,7 +104,7 @@ class Jury(Judge):
 
     def embed(self, images: Images) -> NDArray[np.floating] | None:
         """Those of the first judge that has embeddings."""
-        return next((found for judge in self.judges if (found := judge.embed(images)) is not None), None)
+        return next((rows for judge in self.judges if (rows := judge.embed(images)) is not None), None)
 
     def preview(self, images: Images) -> None:
         for judge in self.judges:

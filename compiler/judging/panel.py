@@ -26,11 +26,11 @@ def questions(concept: Concept, images: int, seed: int, label: str = "") -> tupl
     rows += [("synonym", text, label) for text in _alternate(concept, concept.synonyms, images)]
     rows += [("implicit", text, label) for text in islice(cycle(concept.implicit), images)]
     rows += [("keep", text, "") for text in _alternate(concept, concept.keep, images)]
-    asked = Counter[str]()
+    occurrences = Counter[str]()
     result = []
     for group, text, looked_for in rows:
-        own = (zlib.crc32(text.encode()) + asked[text]) % 1_000_003
-        asked[text] += 1
+        own = (zlib.crc32(text.encode()) + occurrences[text]) % 1_000_003
+        occurrences[text] += 1
         result.append(Question(group, text, seed * 1_000_003 + own, looked_for))
     return tuple(result)
 

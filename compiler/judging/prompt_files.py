@@ -147,9 +147,10 @@ def read_prompts(path: Path) -> tuple[PromptRow, ...]:
         )
     if not result:
         raise ErasecError(f"{path.name} holds no prompts", where=str(path))
-    if len(found := {name for item in result for name in item.categories}) > MOST_CATEGORIES:
+    if len(categories := {name for item in result for name in item.categories}) > MOST_CATEGORIES:
         why = f"a file has at most {MOST_CATEGORIES}, because each is one line of the report"
-        raise ErasecError(f"{path.name} has {len(found)} values in its column {category!r}", why=why, where=str(path))
+        what = f"{path.name} has {len(categories)} values in its column {category!r}"
+        raise ErasecError(what, why=why, where=str(path))
     return tuple(result)
 
 

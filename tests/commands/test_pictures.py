@@ -64,7 +64,7 @@ def test_everything_says_that_a_build_was_not_judged(random_folder: Path, tmp_pa
     assert (done.exit_code, done.stdout, os.listdir(out)) == (3, "", [".rejected"])
     rejected = out / ".rejected"
     assert states(rejected) == ("rejected", False, "✕ rejected", "Rejected")
-    assert "error: 1 of 4 checks failed: judged" in done.stderr and "no judge was found for church" in done.stderr
+    assert "error: 1 of 4 checks failed: judged" in done.stderr and "no judge can see church" in done.stderr
     assert "--judge" in done.stderr and (rejected / "hf").is_dir()
     assert "require_judge = true" in (rejected / "recipe.toml").read_text()
 
@@ -83,7 +83,7 @@ def test_a_gate_lets_a_judged_build_through_and_none_with_an_unseen_concept(tmp_
     assert "By name: star" in page and "By name: golf-ball" in page and "No judge could see golf-ball" in page
     with pytest.raises(CheckFailed, match="judged") as caught:
         make(tmp_path / "gated", erase=("star", "golf-ball"), checks=gated)
-    assert "for golf-ball (" in caught.value.why and "star, golf-ball" in caught.value.why
+    assert "no judge can see golf-ball (" in caught.value.why and "star, golf-ball" in caught.value.why
 
 
 def test_pictures_of_every_group_are_in_the_report(random_folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from erasec.attention.sampling import Sampling
 from erasec.base import Check, Judge, Question
 from erasec.glyphs.judge import GlyphJudge
 from erasec.judging import evidence, validate
-from erasec.judging.evidence import Evidence, ask, gather_evidence, judge_pictures, rates
+from erasec.judging.evidence import Evidence, collect_questions, gather_evidence, judge_pictures, rates
 from erasec.recipe import concept
 from erasec.recipe.concept import Concept
 from erasec.recipe.recipe import Limits
@@ -29,16 +29,16 @@ def by_concept(asked: dict[Question, str]) -> set[tuple[str, str, str]]:
 
 
 def test_without_a_judge_every_concept_has_plain_questions() -> None:
-    asked = ask(None, [CHURCH], 16, 2, 0)
+    asked = collect_questions(None, [CHURCH], 16, 2, 0)
     assert by_concept(asked) == {("church", group, "") for group in ("name", "synonym", "implicit", "keep")}
     assert len(asked) == 8
-    assert ask(None, [CHURCH], 16, 0, 0) == {}
+    assert collect_questions(None, [CHURCH], 16, 0, 0) == {}
 
 
 def test_a_concept_that_the_judge_does_not_see_is_shown_next_to_one_that_it_sees() -> None:
     judge = GlyphJudge()
-    asked = ask(judge, [STAR, CHURCH], 3, 2, 0)
-    alone = ask(judge, [STAR], 3, 2, 0)
+    asked = collect_questions(judge, [STAR, CHURCH], 3, 2, 0)
+    alone = collect_questions(judge, [STAR], 3, 2, 0)
     assert list(asked)[: len(alone)] == list(alone)  # what the judge looks for does not change
     assert all(question.looked_for for question in alone)
     unseen = {question.group for question, name in asked.items() if name == "church" and not question.looked_for}
@@ -46,11 +46,11 @@ def test_a_concept_that_the_judge_does_not_see_is_shown_next_to_one_that_it_sees
 
 
 def test_prompts_to_keep_do_not_name_what_another_concept_erases() -> None:
-    kept = [question.prompt for question in ask(None, [OWL, CHURCH], 3, 3, 0) if question.group == "keep"]
+    kept = [question.prompt for question in collect_questions(None, [OWL, CHURCH], 3, 3, 0) if question.group == "keep"]
     assert "robin" in kept and not any("a church" in prompt for prompt in kept)
-    alone = [question.prompt for question in ask(None, [OWL], 3, 3, 0) if question.group == "keep"]
+    alone = [question.prompt for question in collect_questions(None, [OWL], 3, 3, 0) if question.group == "keep"]
     assert len(alone) == 3  # its own name is the matter of its author, and "owlet" is no owl
-    assert len([q for q in ask(None, [OWL], 3, 3, 0, earlier=[CHURCH]) if q.group == "keep"]) == 2
+    assert len([q for q in collect_questions(None, [OWL], 3, 3, 0, earlier=[CHURCH]) if q.group == "keep"]) == 2
 
 
 class Strict(Judge):
