@@ -112,7 +112,7 @@ def rehearse(scratch: Path, size: str, **chosen: Any) -> dict[str, Any]:
     (scratch / "recipe.toml").write_text(recipe(scratch / "sd14", **chosen))
     files = [str(scratch / name) for name in ("recipe.toml", "out", "facts.json")]
     subprocess.run([sys.executable, "-c", CODE, *files], check=True)
-    facts: dict[str, Any] = json.loads((scratch / "facts.json").read_text())
+    facts: dict[str, Any] = json.loads((scratch / "facts.json").read_text().replace(f"{scratch}/", ""))
     return facts
 
 
