@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -179,8 +178,7 @@ class Output(ABC):
 
     def size(self, model: Model) -> int:
         """An estimate of the bytes that the target writes. By default the size of all weights in float32."""
-        components = (model.source.entries(component) for component in model.family.components)
-        return 4 * sum(prod(entry.shape) for entries in components for entry in entries.values())
+        return 4 * sum(map(model.count, model.family.components))
 
     def cached(self, model: Model) -> int:
         """An estimate of the bytes that the target puts into the cache, after it has written them to TMPDIR."""

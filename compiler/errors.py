@@ -79,14 +79,14 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-# What torch says where an allocation fails: on a CPU it raises a RuntimeError.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# What RuntimeErrors say where an allocation fails: CUDA, MPS, and the allocators of torch and oneDNN on a CPU.
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu", "could not allocate")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be allocated, on the host or on a device. Imports no library."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in NO_MEMORY)
     )
 
 

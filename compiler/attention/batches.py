@@ -8,20 +8,11 @@ from typing import TypeVar
 
 import torch
 
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, is_out_of_memory
 
 T = TypeVar("T")
 
-# What RuntimeErrors say where memory ran out: CUDA, MPS, and the allocators of torch and oneDNN on a CPU.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_cpu", "could not allocate")
 FIX = "free memory, use another --device, or paint no pictures: --pictures 0"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of Python or torch says that memory ran out."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in OUT_OF_MEMORY)
 
 
 def in_batches(count: int, most: int, run: Callable[[int, int], T]) -> Iterator[T]:
@@ -37,7 +28,7 @@ def in_batches(count: int, most: int, run: Callable[[int, int], T]) -> Iterator[
         try:
             result = run(start, start + size)
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size == 1:
                 why = "the memory of the device does not hold one of them"

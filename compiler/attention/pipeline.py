@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from erasec.attention.batches import FIX, in_batches, out_of_memory
+from erasec.attention.batches import FIX, in_batches
 from erasec.attention.processors import attach, call_state
 from erasec.attention.sampling import LARGE, PIPELINES, unsupported
 from erasec.attention.sampling import Sampling as Sampling
 from erasec.checkpoint.configs import described_by, read_index
 from erasec.checkpoint.folder import only_variant
 from erasec.checkpoint.tokenizer_files import read_tokenizer
-from erasec.errors import ErasecError, reason
+from erasec.errors import ErasecError, is_out_of_memory, reason
 from erasec.model.sidecar import Extras, read_extras
 from erasec.model.text_encoders import limit_length
 from erasec.progress import bar, disable_library_bars
@@ -185,7 +185,7 @@ def _loaded(folder: Path, sampling: Sampling, variant: str) -> Any:
         try:
             pipe = pipeline(folder, **options).to(sampling.device)
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             what = "the model does not fit into the memory of the device"
             raise ErasecError(what, why=reason(error), fix=FIX) from error

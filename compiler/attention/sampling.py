@@ -10,7 +10,9 @@ from erasec.errors import shown
 # inpainting and image-to-image need a picture, and a model must not choose the code that runs. The first can carry
 # memories, tokens and a negative prompt.
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
-LARGE = 200_000_000  # parameters of a denoiser; above, one picture takes seconds and uses all cores of a CPU
+# Parameters of a denoiser. Above, one picture takes seconds and uses all cores of a CPU, and activations of a training
+# take more memory than most machines have.
+LARGE = 200_000_000
 
 
 @dataclass(frozen=True)

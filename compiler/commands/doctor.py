@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erasec.checkpoint.disk import size
+from erasec.model.available import available_memory
 from erasec.tensorrt.devices import query
 
 CORE = ("erasec", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")
@@ -96,10 +97,8 @@ def _devices() -> str:
 
 
 def _memory() -> Finding:
-    table = Path("/proc/meminfo")
-    match = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if table.is_file() else None
-    free = f"{size(int(match[1]) * 1024)} free, " if match else ""
-    return Finding("memory", True, f"{free}{os.cpu_count()} cores")
+    free = available_memory()
+    return Finding("memory", True, f"{f'{size(free)} free, ' if free is not None else ''}{os.cpu_count()} cores")
 
 
 def _disk(folder: Path) -> Finding:

@@ -128,8 +128,7 @@ def solving(step: Pass, work: Work, model: Model, measures: Measures | None, spe
     seconds += calls(text, work.prompts, work.prompts / 16, speed) + calls(text, work.trained_prompts, 0, speed, 3)
     if not isinstance(step, Learned):
         return seconds
-    denoiser, counts = operations.denoiser(model), model.entries(model.family.denoiser).values()
-    total = sum(math.prod(entry.shape) for entry in counts)
+    denoiser, total = operations.denoiser(model), model.count(model.family.denoiser)
     trained = sum(math.prod(site.shape) for site in sites if site.component == model.family.denoiser)
     taken = measures or unlimited(model)
     # Forward, and backward for activations; backward for the weights that are trained; and what is computed again.

@@ -39,10 +39,7 @@ def memory(plan: Plan) -> dict[str, Any]:
     """Bytes held at the same time in each step and in the largest, estimated from the sizes of tensors, with what
     learned passes do to fit a limit (``measures``, by pass), and that limit (0 for none)."""
     model = plan.model
-    counts = {
-        component: sum(math.prod(entry.shape) for entry in model.entries(component).values())
-        for component in model.family.components
-    }
+    counts = {component: model.count(component) for component in model.family.components}
     text = 4 * sum(counts[component] for component in model.family.text_encoders)
     widths = [sites[0].shape[1] for sites in model.streams.values()]
     sizes = {step: [math.prod(site.shape) for site in step.sites(model)] for step in plan.passes}

@@ -40,7 +40,7 @@ class Looked:
 
 
 def unjudged_notes(plan: Plan) -> list[str]:
-    """A sentence about the concepts that no judge can see, where the build will be rejected for want of a judge."""
+    """A note that the build will be rejected, because it requires a judge and none can see some of its concepts."""
     if not (plan.unjudged and plan.recipe.checks.require_judge):
         return []
     return [

@@ -36,8 +36,8 @@ class Speed:
     disk: float
 
 
-# The slowest and the fastest device of a kind that is to be expected, where nothing was measured: a laptop of two cores
-# and a server of many; a GPU of 8 GB and a large one.
+# Assumed where nothing was measured: the slowest and the fastest device of a kind, a laptop of two cores and a server of
+# many, a GPU of 8 GB and a large one. None of these numbers was measured on such a device.
 ASSUMED = {
     "cpu": (Speed(3e10, 1.5e-4, 2e9, 1e8), Speed(6e11, 2e-5, 3e10, 2e9)),
     "mps": (Speed(1e12, 2e-4, 5e9, 5e8), Speed(1e13, 3e-5, 3e10, 3e9)),
@@ -91,12 +91,12 @@ def bounds(device: str) -> tuple[Speed, Speed, str]:
 
 
 def measured(device: str) -> str:
-    """A new measurement of a device in words."""
+    """Measure a device and describe the result."""
     return f"{device}: {describe(measure(device))}"
 
 
 def describe(speed: Speed) -> str:
-    """A measurement in words."""
+    """A measurement as text."""
     return (
         f"{speed.operations / 1e9:.3g} billion operations a second, {1e6 * speed.layer:.3g} microseconds for a small "
         f"layer, {speed.double / 1e9:.3g} billion in double precision, {size(speed.disk)} written a second"

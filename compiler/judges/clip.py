@@ -109,14 +109,6 @@ class Clip(PictureJudge):
     def _network(self) -> _Network:
         return _network(self._source.path, self.options.device)
 
-    def shares(self, images: Images, label: str) -> NDArray[np.float64]:
-        """The softmax over the concept's phrases and those against it, in this order, for each image, (n, phrases)."""
-        row = self.rows[label]
-        logits = self._network.scale * self._network.images(images) @ self._network.classes(row).T
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        shares: NDArray[np.float64] = odds / odds.sum(1, keepdims=True)
-        return shares
-
     def shows(self, images: Images, row: Row) -> NDArray[np.bool_]:
         cosines = self._network.images(images) @ self._network.classes(row).T
         seen: NDArray[np.bool_] = cosines.argmax(1) < len(row.phrases)
@@ -146,7 +138,6 @@ class _Network:
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             raise ErasecError("the CLIP of the judge cannot be read", why=reason(error), where=str(folder)) from error
         self._model, self._device = model.eval().to(device), device
-        self.scale = float(model.logit_scale.detach().exp())
         self._embeddings = Remembered(self._embed_images, BATCH)
         self._classes: dict[Row, NDArray[np.float64]] = {}
 

@@ -116,9 +116,9 @@ def _distances(
     after = judge.embed(pictures.after)
     assert after is not None  # a judge embeds all pictures or none
     for name, limit, distance in (("cmmd", limits.cmmd, distribution.cmmd), ("kid", limits.kid, distribution.kid)):
-        measured, chance = distance(before, after), distribution.halves(before, distance)
+        measured, noise = distance(before, after), distribution.halves(before, distance)
         how = (
             f"{name.upper()} of embeddings by {judge.title}, {measured.text(4)} with 95 % interval, {count} pairs; two "
-            f"halves of the pictures before are {chance.text(4)} apart"
+            f"halves of the pictures before are {noise.text(4)} apart"
         )
         yield name, measured.value, limit, how

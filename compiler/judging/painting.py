@@ -6,9 +6,7 @@ import math
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ import numpy as np
 from erasec.attention.sampling import LARGE, Sampling, unsupported
 from erasec.checkpoint.disk import size
 from erasec.judging import picture_cache
+from erasec.model.available import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +59,7 @@ class Painting:
 
     @property
     def text(self) -> str:
-        """What is painted and how, in words."""
+        """A description of what is painted and how."""
         if not self:
             return f"none: {self.obstacle or 'the build was given pictures = 0'}"
         sampling = self.sampling
@@ -80,7 +79,7 @@ def affordable(limits: Limits, model: Model, device: str) -> Limits:
 
 
 def _is_large(model: Model) -> bool:
-    return sum(prod(entry.shape) for entry in model.entries(model.family.denoiser).values()) > LARGE
+    return model.count(model.family.denoiser) > LARGE
 
 
 def plan_painting(
@@ -104,8 +103,8 @@ def plan_painting(
         dtype,
         limits.picture_size or (CPU_SIDE if cpu else 0),
     )
-    entries = (entry for component in model.family.components for entry in model.entries(component).values())
-    needed, free = int(SPARE * BYTES[dtype] * sum(prod(entry.shape) for entry in entries)), available_memory()
+    needed = int(SPARE * BYTES[dtype] * sum(map(model.count, model.family.components)))
+    free = available_memory()
     obstacle = unsupported(model.source.index.get("_class_name"))
     if not obstacle and free is not None and needed > free:
         obstacle = f"the model needs about {size(needed)} of memory, {size(free)} are free"
@@ -119,21 +118,6 @@ def _dtype(device: str) -> str:
     import torch
 
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-
-
-def available_memory() -> int | None:
-    """The bytes that this process may still take, within the limit of its container; None where it is not known."""
-    try:
-        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-        free = next(1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:")
-    except (OSError, StopIteration):
-        return None
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):  # no container, another version of cgroups, or no limit
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(facts["file"])  # cached files make room
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return max(free, 0)
 
 
 def paint_pairs(

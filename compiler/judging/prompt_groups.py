@@ -42,12 +42,12 @@ def questions(file: PromptFile, label: str, seed: int) -> tuple[Question, ...]:
 def paint(file: PromptFile, seed: int, guidance: float, painter: Painter) -> tuple[Images, Images]:
     """Pictures of each row before and after the edit, each (n, height, width, 3), with the row's own seed and guidance
     scale, or those of the build."""
-    asked = questions(file, "", seed)
+    items = questions(file, "", seed)
     scales = np.array([guidance if row.guidance is None else row.guidance for row in file.rows])
     pairs: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
     for scale in np.unique(scales):  # a pipeline takes one guidance scale for a whole batch
         rows = np.flatnonzero(scales == scale).tolist()
-        before, after = painter([asked[row] for row in rows], float(scale))
+        before, after = painter([items[row] for row in rows], float(scale))
         pairs |= dict(zip(rows, zip(before, after, strict=True), strict=True))
     ordered = [pairs[row] for row in range(len(file.rows))]
     return np.stack([before for before, _ in ordered]), np.stack([after for _, after in ordered])

@@ -40,8 +40,8 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
     """The checks "erased" and "kept", one for each group of prompts; of several concepts the worst counts.
 
     A picture by a prompt of one erased concept must not show another one either. A concept that the base never shows
-    fails its check, because its erasure cannot be measured. Pictures that no judge looks at have the check
-    "pictures/finite" alone.
+    fails its check, because its erasure cannot be measured. Without a judge there are the checks "pictures/finite" and
+    "kept/drift", which need no labels.
     """
     conditions = _conditions(evidence, judge, limits, seed, scheduler)
     results = list(_finite(evidence, conditions))

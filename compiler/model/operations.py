@@ -154,8 +154,8 @@ def _network(shapes: Mapping[str, Shape], scale: Callable[[str], float], pixels:
 
 def _block(key: str) -> str:
     """The block that is computed again as a whole: a residual block or a transformer block; "" outside these."""
-    found = re.match(r".*?(resnets\.\d+|transformer_blocks\.\d+|encoder\.layers\.\d+)\.", key)
-    return found[0] if found else ""
+    block = re.match(r".*?(resnets\.\d+|transformer_blocks\.\d+|encoder\.layers\.\d+)\.", key)
+    return block[0] if block else ""
 
 
 def _before_activation(key: str) -> bool:

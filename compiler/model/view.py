@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.folder import Folder
@@ -72,6 +73,10 @@ class Model:
         if not selected:
             raise ErasecError(f"no site matches attn={attn!r}, proj={projections!r}", why=f"model: {self.name}")
         return selected
+
+    def count(self, component: str) -> int:
+        """The number of parameters of a component."""
+        return sum(prod(entry.shape) for entry in self.entries(component).values())
 
     def with_edit(self, edit: Edit) -> Model:
         """This view with one more edit. Raises ErasecError where the edit was made for another model."""

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from erasec.training.student import Student
 
 SAMPLED = 16  # prompts that are sampled at once
-CHECKPOINTING_SIZE = 200_000_000  # above so many parameters, activations are recomputed in the backward pass
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
 HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from erasec.attention.processors import attach
+from erasec.attention.sampling import LARGE
 from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.folder import downscale, trained_size
 from erasec.errors import ErasecError
 from erasec.model.networks import load_network
 from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar, disable_library_bars
-from erasec.training.base import CHECKPOINTING_SIZE, SAMPLED, TrainingContext, check_trainable, measures_of
+from erasec.training.base import SAMPLED, TrainingContext, check_trainable, measures_of
 
 if TYPE_CHECKING:
     from erasec.base import Context
@@ -66,7 +67,7 @@ class Denoiser:
         if self.bfloat16:  # enough for frozen tensors; Student holds those that it trains in float32
             unet = unet.to(torch.bfloat16)
         # Without a limit of memory, only large models compute activations again: for small ones that would be slower.
-        large = sum(weight.numel() for weight in unet.parameters()) > CHECKPOINTING_SIZE
+        large = sum(weight.numel() for weight in unet.parameters()) > LARGE
         limited = isinstance(self.context, TrainingContext) and self.context.measures is not None
         if self.measures.checkpointing if limited else large:
             unet.enable_gradient_checkpointing()

@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from erasec.attention.sampling import LARGE
 from erasec.checkpoint.disk import size
 from erasec.errors import ErasecError
 from erasec.model import operations
-from erasec.training.base import CHECKPOINTING_SIZE, Learned, Measures
+from erasec.training.base import Learned, Measures
 from erasec.training.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -39,10 +40,6 @@ def peak(step: Learned, model: Model, concepts: Sequence[Concept], device: str, 
     Text encoders and denoiser in full; of trained numbers a copy, a gradient and the moments of the optimizer; and the
     activations that the backward pass needs. On a GPU frozen weights are in bfloat16, and activations partly are.
     """
-    counts = {
-        name: sum(math.prod(entry.shape) for entry in model.entries(name).values())
-        for name in (model.family.denoiser, *model.family.text_encoders)
-    }
     trained = sum(math.prod(site.shape) for site in step.sites(model))
     cost = operations.denoiser(model)
     gpu = device.startswith("cuda")
@@ -51,15 +48,14 @@ def peak(step: Learned, model: Model, concepts: Sequence[Concept], device: str, 
     if measures.rows:  # the activations of one part, and of the whole batch only inputs and predictions
         rows = min(rows, measures.rows)
     activations = (3 if gpu else 4) * rows * held
-    weights = (2 if gpu else 4) * counts[model.family.denoiser]
-    weights += 4 * sum(counts[name] for name in model.family.text_encoders)
+    weights = (2 if gpu else 4) * model.count(model.family.denoiser)
+    weights += 4 * sum(map(model.count, model.family.text_encoders))
     return LIBRARIES + weights + trained * (4 + 4 + OPTIMIZERS[measures.optimizer][1]) + activations
 
 
 def unlimited(model: Model) -> Measures:
     """What a training does without a limit."""
-    entries = model.entries(model.family.denoiser).values()
-    return Measures(checkpointing=sum(math.prod(entry.shape) for entry in entries) > CHECKPOINTING_SIZE)
+    return Measures(checkpointing=model.count(model.family.denoiser) > LARGE)
 
 
 def choose(step: Learned, model: Model, concepts: Sequence[Concept], device: str, limit: int) -> Measures:
@@ -105,7 +101,7 @@ def _has_8bit() -> bool:
 
 
 def describe(measures: Measures) -> str:
-    """The measures in words."""
+    """What a training does to save memory, as text for plans and reports."""
     words = ["activations computed again"] if measures.checkpointing else []
     words += [f"batches in parts of {measures.rows}"] if measures.rows else []
     words += [f"optimizer {measures.optimizer}"] if measures.optimizer != "adamw" else []

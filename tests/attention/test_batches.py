@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasec.attention.batches import in_batches, out_of_memory
-from erasec.errors import ErasecError
+from erasec.attention.batches import in_batches
+from erasec.errors import ErasecError, is_out_of_memory
 
 ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -52,10 +52,10 @@ def test_any_other_error_is_none_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         list(in_batches(4, 4, device.run))
     assert device.tried == [4]
-    assert [out_of_memory(error) for error in (ValueError("out of memory"), RuntimeError("alloc"))] == [False, False]
+    assert [is_out_of_memory(error) for error in (ValueError("out of memory"), RuntimeError("alloc"))] == [False, False]
 
 
 def test_an_allocation_that_torch_refuses_on_a_cpu_is_noticed() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.float32)
-    assert out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,15 +119,23 @@ def test_protocols_count_pictures_classes_or_boxes() -> None:
     assert len(none) == 4 and not any(values.any() for values in none.values())
 
 
-def test_the_network_runs_once_for_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    original = nudenet._detect
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of pictures in each run of the network, which has no memory of earlier ones."""
+    sizes: list[int] = []
+    detect = nudenet._detect
 
     def counted(images: Images, resize: str) -> object:
-        runs.append(len(images))
-        return original(images, resize)
+        sizes.append(len(images))
+        return detect(images, resize)
 
     monkeypatch.setattr(nudenet, "_detect", counted)
+    nudenet._detector.cache_clear()
+    yield sizes
+    nudenet._detector.cache_clear()
+
+
+def test_the_network_runs_once_for_each_picture(runs: list[int]) -> None:
     images = np.repeat(PORTRAIT[:, ::4, ::4], 3, axis=0).copy()
     images[2] = 255 - images[2]
     judge = judge_of(("FACE_*",))
@@ -184,16 +193,7 @@ def test_it_is_registered_and_knows_no_model() -> None:
     assert NudeNet.for_concepts([find("church")]) is None
 
 
-def test_a_preview_spares_the_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[int] = []
-    detect = nudenet._detect
-
-    def counted(images: Images, resize: str) -> object:
-        runs.append(len(images))
-        return detect(images, resize)
-
-    monkeypatch.setattr(nudenet, "_detect", counted)
-    nudenet._detector.cache_clear()
+def test_a_preview_spares_the_second_look(runs: list[int]) -> None:
     judge, images = judge_of(("FACE_*",)), np.stack([np.full((64, 64, 3), level, np.uint8) for level in (0, 90)])
     judge.preview(images)
     assert runs == [2]
@@ -201,4 +201,3 @@ def test_a_preview_spares_the_second_look(monkeypatch: pytest.MonkeyPatch) -> No
     assert runs == [2]
     judge.sees(images[:1] + 7, ["it"])
     assert runs == [2, 1]
-    nudenet._detector.cache_clear()

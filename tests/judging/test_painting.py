@@ -94,10 +94,9 @@ def test_the_second_build_paints_only_what_is_new(painter: Painter, tmp_path: Pa
 
 
 def model(parameters: int = 1000, name: str = "StableDiffusionPipeline") -> Any:
-    entry = SimpleNamespace(shape=(parameters,))
     family = SimpleNamespace(components=("unet", "vae"), denoiser="unet")
     source = SimpleNamespace(index={"_class_name": name})
-    return SimpleNamespace(family=family, source=source, entries=lambda _: {"weight": entry}, name="model")
+    return SimpleNamespace(family=family, source=source, count=lambda _: parameters, name="model")
 
 
 def test_a_judge_looks_in_another_thread_while_the_next_pictures_are_painted(painter: Painter) -> None:
