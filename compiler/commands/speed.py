@@ -36,8 +36,8 @@ class Speed:
     disk: float
 
 
-# Assumed where nothing was measured: the slowest and the fastest device of a kind, a laptop of two cores and a server of
-# many, a GPU of 8 GB and a large one. None of these numbers was measured on such a device.
+# Assumed where nothing was measured: the slowest and the fastest device of a kind, a laptop of two cores and a server
+# of many, a GPU of 8 GB and a large one. None of these numbers was measured on such a device.
 ASSUMED = {
     "cpu": (Speed(3e10, 1.5e-4, 2e9, 1e8), Speed(6e11, 2e-5, 3e10, 2e9)),
     "mps": (Speed(1e12, 2e-4, 5e9, 5e8), Speed(1e13, 3e-5, 3e10, 3e9)),

@@ -293,7 +293,7 @@ def test_errors_are_those_of_the_noise_or_of_the_image(kind: str, tmp_path: Path
 
 def test_recomputed_activations_read_the_key_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = small(key_rows=3).solve(base, CONCEPT, Context())
-    monkeypatch.setattr(denoiser_module, "CHECKPOINTING_SIZE", 0)
+    monkeypatch.setattr(denoiser_module, "LARGE", 0)
     again = small(key_rows=3).solve(base, CONCEPT, Context())
     assert again.stats == pytest.approx(whole.stats, rel=1e-4)
     assert gap(change(again), change(whole)) < 1e-3
