@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 # Python's own work, in units of the time of a small layer, which is mostly Python's as well.
-TRACED = 700  # tracing and linking a layer of a graph
-REPORT = 30_000  # the charts of a report
+TRACED = 40  # tracing and linking a layer of a graph: 3.5 s for the 213 of glyphs, where a small layer took 0.47 ms
+REPORT = 500  # the charts of a report: 0.01 s for a closed-form edit of glyphs, 0.9 s for trce at full size
 LOADED = 60_000  # loading libraries and tokenizers
 # Norms, activations, copies and the optimizer, relative to counted operations: the processor seconds of learned passes
 # on glyphs (tests/benchmarks/results/passes_glyphs.json) are 0.7 to 2.3 times those of the operations alone.
 OTHERS = 1.5
-ENGINE = 1.2e-8  # seconds a byte of building an engine, on few cores
+ENGINE = 1.2e-8  # assumed seconds a byte of building an engine on few cores; never compared with an engine's time
 COMPARED = 8  # predictions with which a graph is compared with torch's
 WRITES = 3  # times that a byte of an output is written or read: written, read back for its checks, and hashed
 
