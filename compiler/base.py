@@ -1,15 +1,16 @@
-"""The classes that people extend (Pass, Target, EditTarget, Judge, Runtime) and the data that they take and return.
+"""The classes that people extend (Pass, Target, EditTarget, Judge, Probe, Runtime) and what they take and return.
 
-The options of a pass or target are its fields; ``erasec.options`` has the decorator that declares and checks them.
+The options of a pass, target or probe are its fields; ``erasec.options`` has the decorator that declares and checks
+them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from erasec.errors import ErasecError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from erasec.audit.bench import Bench
+    from erasec.audit.subject import Subject
     from erasec.checkpoint.folder import Folder
     from erasec.family import Site
     from erasec.model.edit import Edit
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
     from erasec.runtime.backends import Components
 
     Images = NDArray[np.uint8]  # (n, height, width, 3)
+
+
+# What an attacker has, from the weakest to the strongest: a prompt box; the settings of sampling and the first latents;
+# the weights, to compute gradients; the recipe of the edit besides; the means to train or to change the weights.
+Threat = Literal["prompt", "sampling", "weights", "recipe", "training"]
+# Whose pictures are counted. "control" is the audited model under the random control of the probe.
+Role = Literal["model", "control", "base", "twin", "random"]
 
 
 @dataclass(frozen=True)
@@ -325,6 +335,58 @@ class Judge(ABC):
             why="the pass needs boxes around the concept",
             fix="give the pass pictures with boxes, or use another judge",
         )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The pictures of one variant of a probe on one subject.
+
+    ``pictures`` are (n, k, height, width, 3): ``k`` pictures for each of n prompts. Where k is above 1, one of them is
+    selected by the judge that does not score. ``labels`` (n,) are what the judge looks for in each, by default the
+    concept. ``measured`` are numbers of the attack itself, such as its last loss. ``note`` says how the attack went,
+    where that is part of the result.
+    """
+
+    variant: str
+    pictures: NDArray[np.uint8]
+    labels: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @classmethod
+    def single(cls, variant: str, images: Images, **more: object) -> Attempt:
+        """An attempt with one picture (n, height, width, 3) for each prompt."""
+        return cls(variant, images[:, None], **more)  # type: ignore[arg-type]
+
+
+class Probe(ABC):
+    """An attack, or a family of attacks that differ in one setting. Its fields are its options (``erasec.options``).
+
+    ``threat`` is what the attacker has. ``paper`` is the source, ``limits`` one sentence about what the probe cannot
+    show. ``gradients`` says that it needs the weights as torch tensors; without, it needs only pictures of prompts, and
+    runs on folders of other runtimes as well. ``references`` are the subjects that are attacked besides the model.
+    ``needs_base`` says that it uses pictures of the base. Raise ``version`` when the same options begin to give other
+    pictures.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    threat: ClassVar[Threat]
+    paper: ClassVar[str] = ""
+    limits: ClassVar[str] = ""
+    version: ClassVar[str] = "1"
+    gradients: ClassVar[bool] = True
+    needs_base: ClassVar[bool] = False
+    references: ClassVar[tuple[Role, ...]] = ("base", "twin", "random")
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def attack(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
+        """The attack on ``subject``, one attempt for each variant. Raises ErasecError where it does not apply."""
+
+    @abstractmethod
+    def control(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
+        """The random control of each variant: the same number of pictures without what makes the attack an attack."""
 
 
 class Runtime(ABC):

@@ -1,4 +1,4 @@
-"""Options of passes and targets: fields with types and ranges, declared once and checked by pydantic.
+"""Options of passes, targets and probes: fields with types and ranges, declared once and checked by pydantic.
 
     @options
     class Mine(Pass):
@@ -40,6 +40,9 @@ TYPE_NAMES = {
 ATTRIBUTES = {
     "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "extras", "prompt_options", "renamed")),
     "target": frozenset(("name", "summary", "extras", "renamed")),
+    "probe": frozenset(
+        ("name", "summary", "threat", "paper", "limits", "version", "gradients", "needs_base", "references", "renamed")
+    ),
 }
 # The types of those class attributes that are not text.
 ATTRIBUTE_TYPES = {
@@ -47,6 +50,10 @@ ATTRIBUTE_TYPES = {
     "prompt_options": "frozenset[str]",
     "renamed": "Mapping[str, str]",
     "folders": "tuple[str, ...]",
+    "gradients": "bool",
+    "needs_base": "bool",
+    "references": "tuple[Role, ...]",
+    "threat": "Threat",
 }
 # For each bound of pydantic's Field: its attribute, sign and name.
 BOUNDS = {
@@ -172,7 +179,7 @@ def _value_error(label: str, name: str, value: object, hint: Any, default: objec
 
 
 def check_class(kind: type, required: tuple[str, ...], label: str) -> None:
-    """Check that ``kind`` can be used as a "pass", "target", "judge" or "runtime", which ``label`` says.
+    """Check that ``kind`` can be used as a "pass", "target", "judge", "probe" or "runtime", which ``label`` says.
 
     ``required`` are the class attributes that it must have. Raises ErasecError whose ``fix`` is the line to write.
     """
@@ -193,12 +200,12 @@ def check_class(kind: type, required: tuple[str, ...], label: str) -> None:
             why=f"every {label} must define {', '.join(missing)}",
             fix="add to the class:   " + "; ".join(f"def {name}{_parameters(kind, name)}" for name in missing),
         )
-    if label in ("pass", "target"):
+    if label in ATTRIBUTES:
         _check_fields(kind, label, where)
 
 
 def _check_fields(kind: type, label: str, where: str) -> None:
-    """Raise ErasecError if the fields of a pass or target cannot be its options."""
+    """Raise ErasecError if the fields of a pass, target or probe cannot be its options."""
     decorate = "write this line above the class:   @options   (from erasec.options import options)"
     if not dataclasses.is_dataclass(kind):
         raise ErasecError(

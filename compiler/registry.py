@@ -1,8 +1,8 @@
-"""Names of passes, targets, judges and runtimes: one table each, and one group of entry points each.
+"""Names of passes, targets, judges, probes and runtimes: one table each, and one group of entry points each.
 
-Other packages register classes in the entry-point groups erasec.passes, erasec.targets, erasec.judges and
-erasec.runtimes; erasec.probes is reserved for the probes of an audit. ``file.py:Class`` names a class in a local file.
-Listing names imports nothing; only loading a class imports its module.
+Other packages register classes in the entry-point groups erasec.passes, erasec.targets, erasec.judges, erasec.probes
+and erasec.runtimes. ``file.py:Class`` names a class in a local file. Listing names imports nothing; only loading a
+class imports its module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from erasec.recipe.recipe import code_file
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from erasec.base import Judge, Output, Pass, Runtime
+    from erasec.base import Judge, Output, Pass, Probe, Runtime
     from erasec.model.view import Model
 
 T = TypeVar("T")
@@ -60,6 +60,16 @@ JUDGES = {
     "glyphs": "erasec.glyphs.judge:GlyphJudge",
     "nudenet": "erasec.judges.nudenet:NudeNet",
 }
+PROBES = {
+    "completion": "erasec.audit.latents:Completion",
+    "free_states": "erasec.audit.inversion:FreeStates",
+    "inpainting": "erasec.audit.latents:Inpainting",
+    "inversion": "erasec.audit.inversion:Inversion",
+    "noised": "erasec.audit.latents:Noised",
+    "prompts": "erasec.audit.prompts:Prompts",
+    "seeds": "erasec.audit.prompts:Seeds",
+    "settings": "erasec.audit.prompts:Settings",
+}
 # `--backend auto` takes the first runtime that can run a folder, in this order.
 RUNTIMES = {
     "ort": "erasec.runtime.backends:OnnxRuntime",
@@ -89,6 +99,7 @@ class Kind(NamedTuple):
 PASS = Kind("pass", PASSES, "erasec.passes", ("name", "paper", "summary"))
 TARGET = Kind("target", TARGETS, "erasec.targets", ("name", "summary"))
 JUDGE = Kind("judge", JUDGES, "erasec.judges", ("name", "summary"))
+PROBE = Kind("probe", PROBES, "erasec.probes", ("name", "summary", "threat"))
 RUNTIME = Kind("runtime", RUNTIMES, "erasec.runtimes", ("name", "summary", "folders"), ordered=True)
 
 
@@ -105,6 +116,11 @@ def targets() -> dict[str, str]:
 def judges() -> dict[str, str]:
     """Every registered judge as "module:Class" by name. Raises ErasecError if two packages use one name."""
     return _registered(JUDGE)
+
+
+def probes() -> dict[str, str]:
+    """Every registered probe as "module:Class" by name. Raises ErasecError if two packages use one name."""
+    return _registered(PROBE)
 
 
 def runtimes() -> dict[str, str]:
@@ -125,6 +141,11 @@ def load_target(name: str) -> type[Output]:
 def load_judge(name: str) -> type[Judge]:
     """The class of a judge by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
     return _load(JUDGE, name, base.Judge)  # type: ignore[type-abstract]
+
+
+def load_probe(name: str) -> type[Probe]:
+    """The class of a probe by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
+    return _load(PROBE, name, base.Probe)  # type: ignore[type-abstract]
 
 
 def load_runtime(name: str) -> type[Runtime]:

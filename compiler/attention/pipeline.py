@@ -70,7 +70,7 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
         pipe = getattr(diffusers, name).from_pretrained(root, **options)
     limit_length(pipe.tokenizer, pipe.text_encoder.config.max_position_embeddings)
     if extras.tokens:
-        _add_tokens(pipe, extras.tokens)
+        add_tokens(pipe.tokenizer, pipe.text_encoder, extras.tokens)
     if extras.memories:
         attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)
     if extras.negative or any(memory.guided for memory in extras.memories):
@@ -78,9 +78,9 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
     return pipe
 
 
-def _add_tokens(pipe: Any, tokens: Mapping[str, Tensor]) -> None:
-    """Add tokens to a pipeline's tokenizer, and their rows (d,) unchanged to its text encoder."""
-    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+def add_tokens(tokenizer: Any, encoder: Any, tokens: Mapping[str, Tensor]) -> None:
+    """Add tokens to a tokenizer, and their rows (d,) unchanged to its text encoder. Raises ErasecError for a token that
+    is not new, or a row of another width."""
     if known := tokens.keys() & tokenizer.get_vocab().keys():
         raise ErasecError(
             f"the token {min(known)!r} is not new",
@@ -171,7 +171,8 @@ def paint(
         return pictures
 
     with bar(title, len(prompts)) as advance:
-        for images in in_batches(len(prompts), _batch(pipe, sampling.device), run):
+        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        for images in in_batches(len(prompts), first_batch(denoiser, sampling.device), run):
             advance(len(images))
             yield images
 
@@ -193,9 +194,8 @@ def _loaded(folder: Path, sampling: Sampling, variant: str) -> Any:
     return pipe
 
 
-def _batch(pipe: Any, device: str) -> int:
-    """The largest batch to begin with. It is that of small models, or that of large ones on this kind of device."""
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+def first_batch(denoiser: torch.nn.Module, device: str) -> int:
+    """The largest batch to begin with: that of small models, or that of large ones on this kind of device."""
     small = sum(weight.numel() for weight in denoiser.parameters()) <= LARGE
     return BATCH if small else LARGE_BATCH.get(device.partition(":")[0], 1)
 

@@ -60,5 +60,5 @@ def world(data: Path | None) -> World:
         hard_negatives=True,
         spread=0.05,
         garbage=0.1,
-        unet_batches=(32, 64),
+        unet_batches=(32, 32),
     )

@@ -210,6 +210,11 @@ class Model:
         again."""
         self._text_encoders.release()
 
+    def text_encoder(self, name: str) -> tuple[Any, Any]:
+        """The tokenizer and the network of a text encoder, in float32 with the edits merged in. Both are shared with
+        ``encode``."""
+        return self._text_encoders.tokenizer(name), self._text_encoders.encoder(name)
+
     def _stream(self, name: str) -> Stream:
         return next(stream for stream in self.family.streams if stream.name == name)
 

@@ -1,0 +1,240 @@
+"""A subject of an audit: the audited model, its base, a twin, or an untrained denoiser."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erasec.attention.pipeline import add_tokens, first_batch
+from erasec.attention.processors import call_state
+from erasec.base import Context
+from erasec.checkpoint.safetensors import file_digest
+from erasec.errors import ErasecError
+from erasec.model.sidecar import gather_extras, read_extras
+from erasec.progress import bar
+from erasec.runtime.bundle import open_bundle
+from erasec.runtime.schedulers import make_scheduler
+from erasec.training.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from erasec.base import Images
+    from erasec.model.sidecar import Extras
+    from erasec.model.view import Model
+
+EMPTY = ""
+
+
+class Pictured(ABC):
+    """What can paint pictures of prompts. ``digest`` changes with everything that decides them."""
+
+    role: str
+    digest: str
+
+    @abstractmethod
+    def pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
+    ) -> Images:
+        """Pictures (n, height, width, 3) of n prompts, each from its own seed."""
+
+    def release(self) -> None:
+        """Free the memory of the networks; they are loaded again on the next use."""
+        return
+
+
+class Runtime(Pictured):
+    """A folder of ONNX, OpenVINO or engine files, run by its own runtime. It has no gradients."""
+
+    def __init__(self, role: str, folder: Path) -> None:
+        self.role, self.folder = role, folder
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        lines = (f"{file.relative_to(folder).as_posix()} {file_digest(file)}" for file in files)
+        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
+    ) -> Images:
+        bundle = open_bundle(self.folder)
+        try:
+            return bundle.generate(prompts, seeds, steps, guidance, scheduler=scheduler)
+        finally:
+            bundle.close()
+
+
+class Subject(Pictured):
+    """A model as torch networks, with all that its folder carries besides weights. No tensor requires gradients.
+
+    ``model`` may have edits. Raises ErasecError for a family whose denoiser cannot be run here.
+    """
+
+    def __init__(self, role: str, model: Model, context: Context) -> None:
+        self.role, self.model, self.context = role, model, context
+        self.device = torch.device(context.device)
+        self._states: dict[str, Tensor] = {}
+
+    @cached_property
+    def digest(self) -> str:  # type: ignore[override]
+        sha256 = hashlib.sha256(self.model.digest.encode())
+        for name in ("erasec.safetensors", "scheduler/scheduler_config.json"):
+            if (path := self.model.source.root / name).is_file():
+                sha256.update(f"{name} {file_digest(path)}".encode())
+        for edit in self.model.edits:  # a model with edits is one that a probe made of a subject
+            sha256.update(repr((edit.by, edit.concepts, edit.base, sorted(edit.params.items()))).encode())
+        return sha256.hexdigest()
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.model, self.context)
+
+    @cached_property
+    def extras(self) -> Extras:
+        return gather_extras(self.model.edits, read_extras(self.model.source.root))
+
+    @cached_property
+    def text_encoder(self) -> tuple[Any, Any]:
+        """The tokenizer and the text encoder, on the CPU, with the tokens that the folder carries."""
+        tokenizer, encoder = self.model.text_encoder("text_encoder")
+        if self.extras.tokens:
+            add_tokens(tokenizer, encoder, self.extras.tokens)
+        return tokenizer, encoder.requires_grad_(False)
+
+    @property
+    def batch(self) -> int:
+        """Pictures that are sampled at once."""
+        return first_batch(self.denoiser.unet, self.context.device)
+
+    def states(self, prompts: Sequence[str]) -> Tensor:
+        """Text states (n, t, d) of prompts, float32 on the CPU. Each prompt is encoded once."""
+        _ = self.text_encoder  # adds the folder's own tokens before the first prompt is read
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]
+        if missing:
+            self._states.update(zip(missing, self.model.encode(missing).states.cpu(), strict=True))
+        return torch.stack([self._states[prompt] for prompt in prompts])
+
+    @property
+    def negative(self) -> Tensor:
+        """Text states (t, d) of the prompt without guidance: the folder's own negative prompt, or the empty one."""
+        return self.states([self.extras.negative])[0]
+
+    def predict(self, latents: Tensor, timestep: int | Tensor, states: Tensor) -> Tensor:
+        """The prediction of the noise (n, c, h, w) without guidance. Gradients flow to ``latents`` and ``states``.
+
+        ``timestep`` is one for all rows, or one for each (n,).
+        """
+        self._set_guided(False)
+        steps = self._timesteps(timestep, len(latents))
+        return self._as_noise(self.denoiser.predict(latents, steps, states), latents, steps)
+
+    def predicted_noise(self, latents: Tensor, timestep: int, states: Tensor, guidance: float) -> Tensor:
+        """The prediction of the noise (n, c, h, w) with classifier-free guidance."""
+        if guidance == 1:
+            return self.predict(latents, timestep, states)
+        self._set_guided(True)
+        empty = self.negative.to(states).expand_as(states)
+        steps = self._timesteps(timestep, 2 * len(latents))
+        doubled = torch.cat([latents, latents])
+        both = self._as_noise(self.denoiser.predict(doubled, steps, torch.cat([empty, states])), doubled, steps)
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _set_guided(self, guided: bool) -> None:
+        if (state := call_state(self.denoiser.unet)) is not None:
+            state.guided = guided
+
+    def _timesteps(self, timestep: int | Tensor, count: int) -> Tensor:
+        if isinstance(timestep, Tensor):
+            return timestep.to(self.device)
+        return torch.full((count,), timestep, device=self.device)
+
+    def _as_noise(self, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        if not self.denoiser.v_prediction:
+            return prediction
+        alpha = self.denoiser.alphas[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * prediction + (1 - alpha).sqrt() * latents
+
+    def pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
+    ) -> Images:
+        config = dict(self.model.source.config("scheduler", "scheduler_config.json"))
+        # Those of StableDiffusionPipeline.
+        config |= {"steps_offset": 1, "clip_sample": False}
+        parts = []
+        with bar(f"pictures of the {self.role}", len(prompts)) as advance, torch.no_grad():
+            for start in range(0, len(prompts), self.batch):
+                rows = slice(start, start + self.batch)
+                stepper = make_scheduler(config, steps, scheduler)
+                latents = self.denoiser.draw(seeds[rows]).cpu().numpy() * np.float32(stepper.start)
+                states = self.states(prompts[rows]).to(self.device)
+                for number, timestep in enumerate(stepper.timesteps):
+                    scaled = torch.from_numpy(stepper.scaled(number, latents)).to(self.device)
+                    output = self._guided_output(scaled, float(timestep), states, guidance)
+                    latents = stepper.step(number, output.cpu().numpy(), latents)
+                parts.append(self.decode(torch.from_numpy(latents)))
+                advance(len(latents))
+        return np.concatenate(parts)
+
+    def _guided_output(self, latents: Tensor, timestep: float, states: Tensor, guidance: float) -> Tensor:
+        """What the network itself predicts, noise or v, with classifier-free guidance."""
+        self._set_guided(guidance != 1)
+        if guidance == 1:
+            steps = torch.full((len(latents),), timestep, device=self.device)
+            return self.denoiser.predict(latents, steps, states)
+        empty = self.negative.to(states).expand_as(states)
+        steps = torch.full((2 * len(latents),), timestep, device=self.device)
+        both = self.denoiser.predict(torch.cat([latents, latents]), steps, torch.cat([empty, states]))
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def decode(self, latents: Tensor) -> Images:
+        """Pictures (n, height, width, 3) of latents (n, c, h, w)."""
+        pixels = (self.denoiser.decode(latents, self.batch) / 2 + 0.5).permute(0, 2, 3, 1)
+        images: Images = (pixels.nan_to_num() * 255).round().byte().cpu().numpy()
+        return images
+
+    def encode(self, images: Images) -> Tensor:
+        """Latents (n, c, h, w) of pictures (n, height, width, 3), on the CPU."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return self.denoiser.encode(pixels, self.batch).cpu()
+
+    def noise(self, seeds: Sequence[int]) -> Tensor:
+        """Normal noise (n, c, h, w), each row from its own seed, on the CPU."""
+        return self.denoiser.draw(seeds).cpu()
+
+    def release(self) -> None:
+        self.__dict__.pop("denoiser", None)
+        self.__dict__.pop("text_encoder", None)
+        self.model.release_text_encoders()
+
+
+class Untrained(Subject):
+    """The model with a denoiser of random weights, as its class initialises it."""
+
+    @cached_property
+    def digest(self) -> str:  # type: ignore[override]
+        return hashlib.sha256(f"untrained {self.model.digest} {self.context.seed}".encode()).hexdigest()
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        denoiser = Denoiser(self.model, self.context)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.context.seed)
+            for module in denoiser.unet.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+        return denoiser
+
+
+def open_subject(role: str, path: Path, model: Model | None, context: Context) -> Pictured:
+    """The subject of an opened ``model``; of a folder that is none, by the runtime that can run it."""
+    if model is not None:
+        return Subject(role, model, context)
+    if not path.is_dir():
+        raise ErasecError(f"{path} is neither a model nor a folder that a runtime can run")
+    return Runtime(role, path)
