@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from erasec import registry
 from erasec.errors import ErasecError, MissingTool, suggestion
+from erasec.recipe import concept as concept_library
 from erasec.recipe.recipe import parse_named_options
 
 if TYPE_CHECKING:
@@ -67,6 +68,13 @@ def select(model: Model, concepts: Sequence[Concept], wanted: Sequence[str] = ()
             present.append(own)
     by_concept = {name: tuple(items) for name, items in judges.items()}
     return Selection(by_concept, of_model or own, tuple(remarks))
+
+
+def world_of(model: Model) -> str:
+    """The reference world of the model, which is the one whose judge knows it; "" for a model of none."""
+    judges = registry.judges()
+    worlds = (world for world in concept_library.worlds() if world in judges)
+    return next((world for world in worlds if registry.load_judge(world).for_model(model) is not None), "")
 
 
 def can_see(judge: Judge, concept: Concept) -> bool:

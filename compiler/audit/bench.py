@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -239,7 +239,7 @@ class Bench:
         return Cell(attempt.variant, rate, budget, seconds, attempt.measured, attempt.note, chosen[:SHOWN])
 
     def select(self, pictures: NDArray[np.uint8], looked_for: Sequence[str]) -> Images:
-        """The first of k pictures each (n, k, height, width, 3) in which the selector sees the label, else the first."""
+        """The first of the k pictures of each prompt in which the selector sees the label, or the first of all."""
         count, choices = pictures.shape[:2]
         if choices == 1:
             return pictures[:, 0]
@@ -259,7 +259,6 @@ def _not_run(probe: Probe, why: str) -> Reading:
     return Reading(probe.name, "", probe.threat, {}, obstacle=why)
 
 
-def stack(pictures: Iterable[Images], choices: int) -> NDArray[np.uint8]:
-    """Pictures in the order of prompts and, within a prompt, of choices, as (n, choices, height, width, 3)."""
-    joined = np.concatenate(list(pictures))
-    return joined.reshape(len(joined) // choices, choices, *joined.shape[1:])
+def stack_choices(pictures: Sequence[Images]) -> NDArray[np.uint8]:
+    """One array of pictures (n, height, width, 3) for each choice as (n, choices, height, width, 3)."""
+    return np.stack(list(pictures), 1)

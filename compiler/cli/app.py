@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from erasec.cli import output
+from erasec.cli.audit import audit
 from erasec.cli.options import (
     ABSORB,
     CAPTIONS,
@@ -404,6 +405,9 @@ def check(
         for note in examination.notes:
             say(note)
         raise_for_failures(examination, folder)
+
+
+app.command()(audit)
 
 
 @app.command("list")

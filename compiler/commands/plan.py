@@ -35,6 +35,7 @@ from erasec.recipe.concept import Concept
 from erasec.recipe.goals import resolve_goals
 from erasec.recipe.recipe import NamedOptions, Recipe, parse_named_options
 from erasec.reporting.earlier import erased_before
+from erasec.selection import world_of
 from erasec.training.base import Learned
 from erasec.training.measures import choose, parse_memory
 
@@ -214,7 +215,7 @@ def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tupl
 
     In a model of a reference world, the concepts of that world go first. Elsewhere their names are phrases.
     """
-    own, world = {concept.name for concept in recipe.concepts}, _world(model)
+    own, world = {concept.name for concept in recipe.concepts}, world_of(model)
     result, remarks = [], []
     for name, concept in zip(recipe.erase, concepts, strict=True):
         path = None if name in own else concept_library.bundled_file(name, world)
@@ -234,13 +235,6 @@ def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tupl
             )
     _check_once(result)
     return tuple(result), tuple(remarks)
-
-
-def _world(model: Model) -> str:
-    """The reference world of the model, which is the one whose judge knows it; "" for a model of none."""
-    judges = registry.judges()
-    worlds = (world for world in concept_library.worlds() if world in judges)
-    return next((world for world in worlds if registry.load_judge(world).for_model(model) is not None), "")
 
 
 def _again(concepts: Sequence[Concept], earlier: Sequence[Concept], model: Model) -> list[str]:
@@ -423,7 +417,7 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 def notes(plan: Plan) -> list[str]:
     """Sentences about likely mistakes: settings that a single file does not contain, what targets leave out,
     how names and goals were understood, and phrases that are no bundled concept."""
-    source, world = plan.model.source, _world(plan.model)
+    source, world = plan.model.source, world_of(plan.model)
     bundled = [*concept_library.library(world)]
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -26,6 +26,8 @@ from erasec.recipe.presets import FILE as PRESETS_FILE
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # The models that are part of the package, each with the reference world that it belongs to.
 BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs"}
+# By world, a model that was trained like the world's own without some labels, and these labels.
+TWINS = {"glyphs": ("glyphs-never-star", frozenset(("star",)))}
 # The classes of tokenizers that erasec reads. The folder of a tokenizer must have one of the files of its class.
 TOKENIZERS = {
     "CLIPTokenizer": (VOCABULARY, SAVED),
@@ -36,6 +38,12 @@ TOKENIZERS = {
 def world_weights(world: str) -> Path:
     """The folder of everything that is bundled with a reference world: its models, judges and figures."""
     return Path(str(resources.files("erasec"))) / world / "weights"
+
+
+def twin_of(name: str, labels: Collection[str]) -> str:
+    """The bundled model that never saw what ``labels`` say, of the world of the bundled model ``name``; "" if none."""
+    twin, left_out = TWINS.get(BUNDLED.get(name, ""), ("", frozenset()))
+    return twin if twin and labels and left_out.issuperset(labels) and is_bundled(twin) else ""
 
 
 def is_bundled(name: str) -> bool:

@@ -86,6 +86,7 @@ class Recipe(_Table):
     largest number of rows of each that is used. ``judge`` is one judge or a list of them, each NAME or
     NAME:key=value,...; "" leaves the choice to the model and the concepts (see ``erasec.selection``). ``revision`` and
     ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions, such as "fp16".
+    ``gate`` are the highest rates of an audit, by probe or PROBE/VARIANT (see ``erasec.audit.gates``).
     ``memory`` is what trainings may use, such as "8GB"; "" for what a GPU has free, and without a limit on a CPU. With
     ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files become hard links.
     """
@@ -110,6 +111,7 @@ class Recipe(_Table):
     memory: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?([kMG]i?)?B?)?$")] = ""
     passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
+    gate: Mapping[Phrase, Annotated[float, Field(ge=0, le=1)]] = {}
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
 
     @field_validator("targets", "keys", "prompts")
@@ -303,6 +305,7 @@ def to_toml(recipe: Recipe) -> str:
     if recipe.prompt_limit == PROMPT_LIMIT:
         del content["prompt_limit"]
     passes, checks, concepts = content.pop("pass"), content.pop("checks"), content.pop("concept")
+    gate = content.pop("gate")
     parts = [_lines(content)]
     for use in passes:
         parts.append("[[pass]]\n" + _lines({"name": use["name"]}))
@@ -311,6 +314,8 @@ def to_toml(recipe: Recipe) -> str:
     if not recipe.checks.require_judge:
         del checks["require_judge"]
     parts.append("[checks]\n" + _lines(checks))
+    if gate:
+        parts.append("[gate]\n" + tomli_w.dumps(dict(sorted(gate.items()))))
     parts += ["[[concept]]\n" + _lines(concept) for concept in concepts]
     return "\n".join(parts)
 
