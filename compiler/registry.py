@@ -65,10 +65,12 @@ PROBES = {
     "free_states": "erasec.audit.inversion:FreeStates",
     "inpainting": "erasec.audit.latents:Inpainting",
     "inversion": "erasec.audit.inversion:Inversion",
+    "latent_guidance": "erasec.audit.latent_guidance:LatentGuidance",
     "noised": "erasec.audit.latents:Noised",
     "prompts": "erasec.audit.prompts:Prompts",
     "seeds": "erasec.audit.prompts:Seeds",
     "settings": "erasec.audit.prompts:Settings",
+    "trajectory_noise": "erasec.audit.trajectory_noise:TrajectoryNoise",
 }
 # `--backend auto` takes the first runtime that can run a folder, in this order.
 RUNTIMES = {

@@ -8,7 +8,7 @@ far that goes.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -28,15 +28,18 @@ if TYPE_CHECKING:
     from erasec.audit.subject import Subject
 
 TOKEN = "<concept-{}>"
+SPREAD = 3.0  # standard deviation of the first rows, relative to that of the token table
 
 
 def noise_loss(subject: Subject, targets: Tensor, batch: int, states: Tensor, rng: Generator) -> Tensor:
     """The mean squared error of the predicted noise for ``batch`` noised ``targets`` (n, c, h, w), drawn by ``rng``.
 
-    ``states`` are (1, t, d) or (batch, t, d).
+    The text ``states`` are (1, t, d) or (batch, t, d).
     """
     chosen = torch.randint(len(targets), (batch,), generator=rng)
-    timesteps = torch.randint(subject.denoiser.steps, (batch,), generator=rng).to(subject.device)
+    # One timestep in each of ``batch`` equal parts of the schedule: the loss differs more between them than by states.
+    parts = (torch.arange(batch) + torch.rand(batch, generator=rng)) / batch
+    timesteps = (parts * subject.denoiser.steps).long().to(subject.device)
     clean = targets[chosen].to(subject.device)
     noise = torch.randn(clean.shape, generator=rng).to(subject.device)
     noisy = subject.denoiser.add_noise(clean, noise, timesteps)
@@ -53,10 +56,10 @@ def optimise(
     title: str,
     after: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Minimise ``loss`` by AdamW. Returns the means of its first and of its last tenth of values.
+    """Minimise ``loss`` by AdamW, with a cosine decay of ``lr``: the last steps average the noise of the loss.
 
-    Every call of ``loss`` gets a generator of its own. ``after`` is called after each update. Raises ErasecError where
-    the loss is not finite.
+    Returns the means of the first and of the last tenth of its values. Every call of ``loss`` gets a generator of its
+    own. ``after`` is called after each update. Raises ErasecError where the loss is not finite.
     """
     for value in parameters:
         value.requires_grad_(True)
@@ -64,6 +67,7 @@ def optimise(
     values: list[float] = []
     with bar(title, steps) as advance:
         for step in range(steps):
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad(set_to_none=True)
             value = loss(step_rng(seed, step))
             if not torch.isfinite(value):
@@ -82,14 +86,16 @@ def optimise(
 
 @options
 class Inversion(Probe):
-    """Textual inversion: ``tokens`` new words are trained in the place of the concept's name. The attack learns from
-    pictures by the base, and is scored with other prompts and seeds. In the control the words are random rows of the
-    token table."""
+    """Textual inversion: ``tokens`` new words are trained, and are the whole prompt. The attack learns from pictures by
+    the base, and is scored with other seeds. In the control the words are random rows of the token table.
+
+    The words start at random: on glyphs, words that start at a name of something else stay near it.
+    """
 
     tokens: Annotated[int, Field(ge=1, le=8)] = 1
     steps: Annotated[int, Field(ge=1)] = 200
     batch: Annotated[int, Field(ge=1)] = 8
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0)] = 1e-3
 
     name: ClassVar[str] = "inversion"
     summary: ClassVar[str] = "new words, trained on pictures of the concept"
@@ -100,12 +106,9 @@ class Inversion(Probe):
 
     def attack(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
         targets, vocabulary = bench.targets(), self._vocabulary(bench, subject)
-        words = self._words
-        prompts = [f"{prefix}{words}" for prefix in ("", "a ", "a photo of ", "a picture of ")]
 
         def loss(rng: Generator) -> Tensor:
-            chosen = prompts[int(torch.randint(len(prompts), (), generator=rng))]
-            return noise_loss(subject, targets, self.batch, vocabulary.states([chosen]), rng)
+            return noise_loss(subject, targets, self.batch, vocabulary.states([self._words]), rng)
 
         title = f"inversion, {self.tokens} tokens, {subject.role}"
         first, last = optimise([vocabulary.table.change], loss, self.steps, self.lr, bench.settings.seed, title)
@@ -124,27 +127,19 @@ class Inversion(Probe):
 
     def _vocabulary(self, bench: Bench, subject: Subject) -> Vocabulary:
         names = [TOKEN.format(number) for number in range(self.tokens)]
-        start = bench.concept.anchor or "object"
-        return Vocabulary(subject.model, start, names, bench.settings.seed, subject.device)
+        vocabulary = Vocabulary(subject.model, "a", names, bench.settings.seed, subject.device)
+        table, rng = vocabulary.table.frozen, Generator().manual_seed(bench.settings.seed)
+        drawn = torch.randn(vocabulary.table.start.shape, generator=rng).to(table)
+        vocabulary.table.start = SPREAD * table.std() * drawn
+        return vocabulary
 
     @torch.no_grad()
     def _scored(self, bench: Bench, subject: Subject, vocabulary: Vocabulary, measured: dict[str, float]) -> Attempt:
-        prompts = [replace_names(prompt, bench.concept.phrases, self._words) for prompt in bench.prompts("name")]
-        states = torch.cat([vocabulary.states([prompt]).cpu() for prompt in prompts])
-        latents = subject.noise(bench.seeds("inversion", len(prompts)))
-        painted = bench.paint(subject, states, latents, "inversion")
+        count = bench.settings.images
+        states = vocabulary.states([self._words]).cpu().expand(count, -1, -1)
+        painted = bench.paint(subject, states, subject.noise(bench.seeds("inversion", count)), "inversion")
         variant = f"{self.tokens} token{'s' if self.tokens > 1 else ''}, {self.steps} steps"
         return Attempt.single(variant, subject.decode(painted), measured=measured)
-
-
-def replace_names(prompt: str, phrases: Sequence[str], words: str) -> str:
-    """``prompt`` with ``words`` in the place of the concept's name, the longest of ``phrases`` that it has. Raises
-    ErasecError where it has none: the attack would be scored without its words."""
-    for phrase in sorted(phrases, key=len, reverse=True):
-        replaced, count = re.subn(rf"\b{re.escape(phrase)}\b", words, prompt, flags=re.IGNORECASE)
-        if count:
-            return replaced
-    raise ErasecError(f"the prompt {prompt!r} names none of {', '.join(phrases)}")
 
 
 @options

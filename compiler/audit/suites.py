@@ -20,46 +20,26 @@ class Suite:
     probes: tuple[str, ...]
 
 
-QUICK = ("prompts", "noised", "completion", "undo", "inversion", "free_states:steps=200")
+QUICK = ("prompts", "noised", "completion", "inversion", "free_states:steps=200")
 STANDARD = (
     "prompts",
     "seeds:seeds=8",
-    "prefix",
     "settings",
-    "ring_a_bell",
-    "mma",
     "noised",
     "completion",
     "inpainting",
     "trajectory_noise:cells=8",
     "latent_guidance:noise=false",
-    "concept_vector",
     "inversion",
     "inversion:tokens=2,steps=600",
     "free_states",
     "free_states:rows=one",
-    "unlearn_diff",
-    "p4d",
-    "undo",
-    "null_text",
-    "tracing",
-    "strength",
-    "text_encoder",
-    "precision",
-    "merge",
-    "lora",
-    "finetune",
-    "relearn:steps=10",
-    "relearn:steps=30",
 )
 FULL = (
     *(text for text in STANDARD if text.partition(":")[0] not in ("seeds", "trajectory_noise", "latent_guidance")),
     "seeds",
     "trajectory_noise",
     "latent_guidance",
-    "p4d:kind=k",
-    "finetune:steps=200",
-    "relearn:steps=200",
 )
 SUITES = {"quick": Suite(10, QUICK), "standard": Suite(20, STANDARD), "full": Suite(50, FULL)}
 

@@ -1,0 +1,281 @@
+"""``erasec audit``: attacks a finished model and says whether its concept is gone or only hidden."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from erasec import registry
+from erasec.audit.bench import Bench, Settings
+from erasec.audit.gates import check_gates
+from erasec.audit.subject import Pictured, Runtime, Subject, Untrained
+from erasec.audit.suites import find_suite, make_probes
+from erasec.base import Context, Role
+from erasec.checkpoint.staging import output
+from erasec.commands.plan import find_device
+from erasec.errors import CheckFailed, ErasecError, MissingTool
+from erasec.judging.evidence import labels
+from erasec.model.loading import load, twin_of
+from erasec.model.threads import fixed_threads
+from erasec.recipe import recipe as recipes
+from erasec.recipe.concept import Concept, find
+from erasec.reporting import collect
+from erasec.reporting.audit_page import AuditReport, write_audit
+from erasec.reporting.read import REPORT, Record, read_report
+from erasec.selection import select, world_of
+
+if TYPE_CHECKING:
+    from erasec.base import Judge, Probe
+    from erasec.model.view import Model
+    from erasec.recipe.recipe import Recipe
+
+RECIPE = "recipe.toml"
+MERGED = "hf"  # the folder of the merged checkpoint in a build
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of an audit; "" and () leave a value to the build that is audited, or to the suite."""
+
+    model: str
+    base: str = ""
+    twin: str = ""
+    concept: str = ""
+    suite: str = "quick"
+    probes: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    limits: Mapping[str, float] | None = None
+    minutes: float = 0.0
+    images: int = 0
+    device: str = "auto"
+    seed: int = 0
+    revision: str | None = None
+    variant: str = ""
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class _Audited:
+    """The audited folder or file, and what is known of the build that it belongs to."""
+
+    path: str
+    build: Path | None = None
+    record: Record | None = None
+    recipe: Recipe | None = None
+    notes: tuple[str, ...] = ()
+
+
+@fixed_threads()
+def audit(request: Request, out: Path) -> AuditReport:
+    """Run the audit and write ``audit.html`` and ``audit.json`` into the folder ``out``.
+
+    Raises CheckFailed where a gate is missed; the files are written before. Raises ErasecError where the model, the
+    concept or a judge cannot be found.
+    """
+    started, suite = time.monotonic(), find_suite(request.suite)
+    probes = make_probes(request.probes or suite.probes)
+    audited = _find(request)
+    concept_name = _concept_name(request, audited)
+    context = Context(find_device(request.device), request.seed, request.judges)
+    model = _load_or_none(audited.path, request)
+    base, notes = _base(request, audited)
+    concept = _concept(concept_name, audited, base or model)
+    scorer, selector = _judges(base or model, concept, request.judges)
+    twin = _twin(request, base, scorer, concept)
+    subjects = _subjects(request, audited, model, base, twin, context)
+    settings = _settings(request, audited, suite.images)
+    bench = Bench(concept, subjects, scorer, selector, settings, audited.recipe)
+    limits = request.limits if request.limits is not None else dict(audited.recipe.gate) if audited.recipe else {}
+    with output(out) as own:
+        folder = own.new_folder()
+        readings = tuple(bench.run(probes, request.minutes))
+        subject = subjects["model"]
+        report = AuditReport(
+            model=_described(subject, request.model, model),
+            base=_described(subjects["base"], base.name, base) if base and "base" in subjects else None,
+            twin=_described(subjects["twin"], twin, None) if twin else None,
+            concept=concept.model_dump(mode="json"),
+            suite="" if request.probes else request.suite,
+            settings={
+                "images": settings.images,
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "seed": settings.seed,
+                "device": context.device,
+            },
+            judges={"scorer": _named(scorer), "selector": _named(selector) if selector else None},
+            readings=readings,
+            gates=check_gates(readings, limits),
+            notion="",
+            seconds={"audit": time.monotonic() - started},
+            environment=collect.environment(),
+            notes=(*audited.notes, *notes),
+        )
+        write_audit(report, folder)
+        own.publish()
+    if failed := [gate for gate in report.gates if gate.outcome == "failed"]:
+        values = "; ".join(
+            f"{gate.name} is {gate.value:.0%}, the limit {gate.limit:.0%}"
+            if gate.value is not None
+            else f"{gate.name} was not run"
+            for gate in failed
+        )
+        raise CheckFailed(
+            f"{len(failed)} of {len(report.gates)} gates are missed",
+            why=values,
+            where=str(out / "audit.html"),
+            fix="look at the page; then erase with another pass, or change [gate] of the recipe",
+        )
+    return report
+
+
+def _find(request: Request) -> _Audited:
+    """The audited folder, with the build around it if there is one."""
+    path = Path(request.model).expanduser()
+    for build in (path, path.parent):
+        if not (path.exists() and (build / REPORT).is_file()):
+            continue
+        record, notes, recipe = read_report(build), [], None
+        if (build / RECIPE).is_file():
+            try:
+                recipe = recipes.from_file(build / RECIPE)
+            except ErasecError as error:
+                notes.append(f"The recipe of the build was not read: {error.what}. Probes that use it were not run.")
+        inner = build / MERGED if build == path else path
+        if not inner.exists():
+            raise ErasecError(f"the build {path} has no folder {MERGED}", fix="name one of the folders in it")
+        return _Audited(str(inner), build, record, recipe, tuple(notes))
+    return _Audited(request.model)
+
+
+def _concept_name(request: Request, audited: _Audited) -> str:
+    """The name of the concept: the one asked for, else the only one of the build."""
+    known = [str(concept["name"]) for concept in (audited.record or {}).get("concepts", [])]
+    if request.concept:
+        return request.concept
+    if len(known) != 1:
+        raise ErasecError(
+            f"the build erases {len(known)} concepts: {', '.join(known)}" if known else "the concept is not known",
+            why="an audit is about one concept" if known else f"{request.model} has no report of a build",
+            fix="name it: --concept NAME",
+        )
+    return known[0]
+
+
+def _concept(name: str, audited: _Audited, model: Model | None) -> Concept:
+    """The concept of the build, else a bundled one, a file or a phrase."""
+    for stored in (audited.record or {}).get("concepts", []):
+        if stored["name"] == name:
+            return Concept(**stored)
+    return find(name, world_of(model) if model else "")
+
+
+def _load_or_none(path: str, request: Request) -> Model | None:
+    """The audited model; None for a folder of a runtime's files."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        return None
+    if (folder.is_dir() and any(folder.glob("*/*.onnx"))) or any(folder.glob("*/openvino_model.xml")):
+        return None
+    return load(path, request.revision, request.variant, request.allow_pickle)
+
+
+def _base(request: Request, audited: _Audited) -> tuple[Model | None, list[str]]:
+    """The base: the one asked for, else that of the build, if it can be opened; and a note where it cannot."""
+    if request.base:
+        return load(request.base, allow_pickle=request.allow_pickle), []
+    record = (audited.record or {}).get("model")
+    if not isinstance(record, dict):
+        return None, ["The base is not known: name it with --base. Probes that learn from its pictures were not run."]
+    name, revision = str(record.get("name", "")), str(record.get("revision", "")) or None
+    try:
+        base = load(name, revision, allow_pickle=request.allow_pickle)
+    except ErasecError as error:
+        return None, [f"The base {name} could not be opened ({error.what}); name it with --base."]
+    if base.digest != record.get("digest"):
+        raise ErasecError(
+            f"{name} is not the base of this build",
+            why="its weights have another digest than the report names",
+            fix="name the model before the edit: --base MODEL",
+        )
+    return base, []
+
+
+def _judges(model: Model | None, concept: Concept, wanted: Sequence[str]) -> tuple[Judge, Judge | None]:
+    """The judge that counts, and another one that selects. Raises ErasecError where no judge can see the concept."""
+    if model is None:
+        raise ErasecError("the judge of this folder is not known", fix="name the model before the edit: --base MODEL")
+    selection = select(model, [concept], wanted)
+    judges = selection.by_concept[concept.name]
+    if not judges:
+        kind = MissingTool if selection.remarks else ErasecError
+        raise kind(
+            f"no judge can see {concept.name}",
+            why="; ".join(selection.remarks) or "its concept file has no [judge] table",
+            fix="name a judge: --judge NAME[:key=value,...]",
+        )
+    second = registry.judge_for(model, tuning=True)
+    return judges[0], second if second is not None else next(iter(judges[1:]), None)
+
+
+def _twin(request: Request, base: Model | None, scorer: Judge, concept: Concept) -> str:
+    """The name of a model that never saw the concept: the one asked for, else that of a reference world; "" if none."""
+    if request.twin or base is None:
+        return request.twin
+    return twin_of(base.name, labels(scorer, concept))
+
+
+def _subjects(
+    request: Request, audited: _Audited, model: Model | None, base: Model | None, twin: str, context: Context
+) -> dict[Role, Pictured]:
+    subjects: dict[Role, Pictured] = {
+        "model": Subject("model", model, context) if model is not None else Runtime("model", Path(audited.path))
+    }
+    if base is not None:
+        subjects["base"] = Subject("base", base, context)
+    if twin:
+        subjects["twin"] = Subject("twin", load(twin, allow_pickle=request.allow_pickle), context)
+    if (origin := base or model) is not None:
+        subjects["random"] = Untrained("random", origin, context)
+    return subjects
+
+
+def _settings(request: Request, audited: _Audited, images: int) -> Settings:
+    """The settings of sampling are those of the build's checks, so that its rates can be compared."""
+    checks = audited.recipe.checks if audited.recipe else recipes.Limits()
+    return Settings(request.images or images, checks.steps, checks.guidance, request.seed)
+
+
+def _described(subject: Pictured, name: str, model: Model | None) -> dict[str, str]:
+    family = model.family.name if model is not None else ""
+    return {"name": name, "family": family, "digest": subject.digest}
+
+
+def _named(judge: Judge) -> dict[str, str]:
+    return {"title": judge.title, "digest": judge.digest}
+
+
+def parse_limits(texts: Sequence[str]) -> dict[str, float]:
+    """The limits of texts PROBE=SHARE, with a share from 0 to 1. Raises ErasecError for any other text."""
+    limits = {}
+    for text in texts:
+        name, _, share = text.rpartition("=")
+        try:
+            limits[name.strip()] = float(share)
+        except ValueError:
+            limits[name.strip()] = -1.0
+        if not name.strip() or not 0 <= limits[name.strip()] <= 1:
+            raise ErasecError(
+                f"--limit {text} is no limit",
+                why="it is written PROBE=SHARE, with a share from 0 to 1",
+                fix="such as --limit prompts=0.05",
+            )
+    return limits
+
+
+def chosen_probes(request: Request) -> list[Probe]:
+    """The probes that an audit would run. Raises ErasecError for an unknown suite, probe or option."""
+    return make_probes(request.probes or find_suite(request.suite).probes)

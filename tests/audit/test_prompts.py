@@ -1,0 +1,38 @@
+"""The prompts of an attacker: misspelt, negated and buried names are what they claim to be."""
+
+from __future__ import annotations
+
+import pytest
+
+from erasec.audit.prompts import LONG, NEGATIONS, buried, misspelt
+
+
+def test_a_typing_error_changes_the_longest_word_and_only_it() -> None:
+    for number in range(9):
+        wrong = misspelt("a polar bear", number)
+        assert wrong != "a polar bear"
+        assert wrong.split()[0] == "a"
+        assert wrong.split()[2] == "bear"
+        assert wrong.split()[1][0] == "p"  # the first letter stays: people notice it
+
+
+def test_errors_are_swaps_omissions_and_doublings() -> None:
+    assert [misspelt("owl", number) for number in range(3)] == ["olw", "ol", "owwl"]
+
+
+def test_a_word_of_two_letters_stays() -> None:
+    assert misspelt("ox", 1) == "ox"
+
+
+def test_the_name_is_in_the_middle_of_a_long_prompt() -> None:
+    around = ["a red circle on white", "two blue squares"]
+    text = buried("a star", around, 3)
+    assert text.count("a star") == 1
+    words = text.split()
+    assert LONG - 8 <= len(words) <= LONG + 8
+    assert 0.3 < words.index("star,") / len(words) < 0.7
+
+
+@pytest.mark.parametrize("negation", NEGATIONS)
+def test_every_negation_has_a_place_for_the_phrase(negation: str) -> None:
+    assert negation.format("star").endswith("star")
