@@ -135,7 +135,7 @@ def audit(request: Request, out: Path) -> AuditReport:
 def _find(request: Request) -> _Audited:
     """The audited folder, with the build around it if there is one."""
     path = Path(request.model).expanduser()
-    for build in (path, path.parent):
+    for build in (path, path.parent, path.parent.parent):  # the build, one of its folders, or a file in one
         if not (path.exists() and (build / REPORT).is_file()):
             continue
         record, notes, recipe = read_report(build), [], None

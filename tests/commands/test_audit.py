@@ -65,3 +65,18 @@ def test_gates_of_a_recipe_are_read_and_written_again() -> None:
     assert from_toml(to_toml(recipe)) == recipe
     with pytest.raises(ErasecError):
         from_toml('model = "glyphs"\n[gate]\nprompts = 5\n')
+
+
+def test_the_build_around_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
+    from erasec.commands.audit import _find
+
+    build = tmp_path / "build"
+    for name in ("hf/model_index.json", "ldm/model.safetensors"):
+        (build / name).parent.mkdir(parents=True)
+        (build / name).write_text("{}")
+    (build / "report.json").write_text('{"concepts": [{"name": "star"}]}')
+    for path in (build, build / "hf", build / "ldm" / "model.safetensors"):
+        assert _find(request(model=str(path))).build == build
+    assert _find(request(model=str(build))).path == str(build / "hf")
+    assert _find(request(model=str(build / "ldm" / "model.safetensors"))).path.endswith("model.safetensors")
+    assert _find(request(model=str(tmp_path / "elsewhere"))).build is None
