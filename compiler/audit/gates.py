@@ -46,10 +46,10 @@ def _check(name: str, limit: float, readings: Sequence[Reading]) -> Gate:
     missing = [reading.obstacle or "no picture was counted" for reading in rows if model_rate(reading) is None]
     if not rows:
         known = {reading.probe for reading in readings}
-        variants = {
-            f"{reading.probe}/{reading.variant}" for reading in readings if name.startswith(f"{reading.probe}/")
-        }
-        why = f"no row of this audit has the name; {suggestion(name, variants or known)}"
+        variants = {f"{row.probe}/{row.variant}" for row in readings if name.startswith(f"{row.probe}/")}
+        why = (
+            f"no row of this audit has the name; {suggestion(name, variants or known)}" if known else "nothing was run"
+        )
         return Gate(name, limit, None, "failed", why)
     if measured:
         value, variant, rate = max(measured, key=lambda row: row[0])

@@ -1,82 +1,312 @@
-"""The page of an audit says what was measured, and never reads like passed where nothing was judged."""
+"""The page of an audit: no claim without a measurement, nothing fetched, and the same facts as the JSON."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sample_audit import READINGS
+import numpy as np
+import pytest
+from sample_audit import LIMITS, READINGS, hits, row, star_audit, written_audit
+from sample_report import Page, leaves
 
-from erasec.audit.base import Rate, Reading
+from erasec.audit.base import ROLES, THREATS, Rate, Reading
 from erasec.audit.gates import check_gates
-from erasec.reporting.audit_page import AuditReport, write_audit
-
-NAMED = {"title": "glyphs judge B", "digest": "ab" * 32}
-MODEL = {"name": "star-uce", "family": "sd1", "digest": "cd" * 32}
-SETTINGS = {"images": 20, "steps": 15, "guidance": 4.0, "seed": 0, "device": "cpu"}
+from erasec.reporting.audit_page import AuditReport, brings_back, separates, spread, write_audit
 
 
-def report(readings: tuple[Reading, ...] = READINGS, name: str = "star", **limits: float) -> AuditReport:
-    judges = {"scorer": NAMED, "selector": None}
-    concept = {"name": name, "erase": [name]}
-    gates = check_gates(readings, limits)
-    return AuditReport(MODEL, MODEL, None, concept, "quick", SETTINGS, judges, readings, gates)
+def audit_of(*readings: Reading, **changes: Any) -> AuditReport:
+    """The invented audit with other rows and without gates."""
+    return star_audit(**{"readings": readings, "gates": (), "alternatives": None, "notion": "", "notes": (), **changes})
 
 
-def written(folder: Path, made: AuditReport) -> str:
-    write_audit(made, folder)
-    return (folder / "audit.html").read_text(encoding="utf-8")
+def head(page: Page) -> str:
+    return page.text.split(" Attacks ")[0]
 
 
-def row(model: int, twin: int, base: int = 20) -> Reading:
-    rates = {"model": Rate(model, 20), "twin": Rate(twin, 20), "base": Rate(base, 20)}
-    return Reading("noised", "empty prompt", "sampling", rates)  # type: ignore[arg-type]
+# --- what the headline claims ----------------------------------------------------------------------------------------
 
 
-def test_the_headline_follows_from_the_rates() -> None:
-    assert "hidden" in report((row(18, 0),)).headline.lower()
-    assert report((row(1, 0),)).verdict == "not found"
-    assert report((row(0, 0, base=0),)).verdict == "not judged"
-    assert report(()).verdict == "not judged"
+def test_a_row_brings_back_only_if_its_interval_lies_above_that_of_the_floor() -> None:
+    above, meets = row("a", "x", "prompt", hits(13, 0, 20, 4)), row("a", "x", "prompt", hits(12, 0, 20, 4))
+    assert above.rates["model"].interval[0] > above.rates["twin"].interval[1] and brings_back(above)
+    assert meets.rates["model"].interval[0] < meets.rates["twin"].interval[1] and not brings_back(meets)
 
 
-def test_without_gates_an_audit_is_not_passed() -> None:
-    assert report().outcome == "no gates"
-    assert report((row(0, 0),), noised=0.1).outcome == "passed"
-    assert report((row(18, 0),), noised=0.1).outcome == "failed"
-    assert report((row(0, 0),), inversion=0.1).outcome == "failed"
+def test_the_floor_is_the_twin_then_the_untrained_model_then_the_control() -> None:
+    full = row("a", "x", "prompt", hits(20, 0, 20, 20, 0))
+    assert not brings_back(full)
+    without_twin = replace(full, rates={role: rate for role, rate in full.rates.items() if role != "twin"})
+    assert brings_back(without_twin)
+    only_control = replace(full, rates={role: full.rates[role] for role in ("model", "control", "base")})
+    assert brings_back(only_control) and separates(only_control) is True and only_control.separates is None
+    same = replace(only_control, rates={**only_control.rates, "control": Rate(20, 20)})
+    assert not brings_back(same) and separates(same) is False
+    alone = replace(full, rates={"model": Rate(20, 20)})
+    assert not brings_back(alone) and separates(alone) is None
 
 
-def test_a_failed_gate_is_on_the_page(tmp_path: Path) -> None:
-    page = written(tmp_path, report((row(18, 0),), noised=0.1))
-    assert "failed" in page.lower()
-    assert "failed" not in written(tmp_path, report((row(0, 0),), noised=0.1)).split("</style>")[1].lower()
+def test_the_headline_counts_the_rows_that_bring_back() -> None:
+    assert star_audit().headline == "Hidden, not erased: 3 of 10 attacks bring star back"
+    one = audit_of(*READINGS[:3], READINGS[8])
+    assert one.headline == "Hidden, not erased: 1 of 4 attacks brings star back" and one.verdict == "hidden"
 
 
-def test_a_row_that_was_not_run_has_its_reason_and_no_rate(tmp_path: Path) -> None:
-    missing = Reading("inversion", "", "weights", {}, obstacle="it needs the base model")
-    page = written(tmp_path, report((missing,)))
-    assert "It needs the base model" in page
-    body = page.split("</style>")[1]
-    assert not re.search(r"\b0\s*%", body.replace("\u00a0", " "))
-    facts = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))
-    assert not facts["readings"][0]["run"]
+def test_a_model_that_shows_the_concept_by_name_hides_nothing() -> None:
+    report = audit_of(row("prompts", "name", "prompt", hits(19, 0, 20, 0, 0)), *READINGS[1:4])
+    assert report.verdict == "not erased" and report.headline.startswith("Not erased: prompts that name star still")
 
 
-def test_json_has_counts_and_intervals_and_no_nan(tmp_path: Path) -> None:
-    measured = replace(row(5, 0), measured={"loss": float("nan")})
-    write_audit(report((measured,)), tmp_path)
+@pytest.mark.parametrize(
+    ("numbers", "beyond"),
+    [
+        ((0, 0, 20, 0, 0), "the model that never saw it"),
+        ((0, 0, 20), "its random control"),
+    ],
+)
+def test_no_attack_that_separates_is_said_of_a_floor(numbers: tuple[int, ...], beyond: str) -> None:
+    report = audit_of(row("inversion", "x", "weights", hits(*numbers)), READINGS[6])
+    assert report.verdict == "not found" and beyond in audit_of(report.readings[0]).headline
+    assert "No attack that separates brings star back more than" in report.headline
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        (),
+        (READINGS[-1],),  # not run
+        (row("a", "x", "prompt", hits(0, 0, 0, 0, 0)),),  # the base never shows it either
+        (row("a", "x", "prompt", hits(0, 0, 20, 20, 0)),),  # the twin shows it as well
+        (row("a", "x", "prompt", hits(0, 0)),),  # no base
+        (Reading("a", "x", "prompt", {"model": Rate(0, 0), "base": Rate(20, 20), "twin": Rate(0, 20)}),),
+    ],
+)
+def test_without_an_attack_that_tells_anything_nothing_is_claimed(readings: tuple[Reading, ...]) -> None:
+    report = audit_of(*readings)
+    assert report.verdict == "not judged" and report.headline.startswith("Not judged")
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_gates_never_read_like_passed(tmp_path: Path) -> None:
+    html, facts = written_audit(star_audit(gates=()), tmp_path)
+    assert facts["outcome"] == "no gates" and facts["gates"] == []
+    text = Page(html).text
+    assert "· no gates" in text and "✓" not in text and "neither passed nor failed" in text
+    assert "passed" not in text.replace("neither passed nor failed", "")
+
+
+def test_gates_that_hold_read_as_passed(tmp_path: Path) -> None:
+    html, facts = written_audit(star_audit(gates=check_gates(READINGS, {"prompts": 0.2})), tmp_path)
+    assert facts["outcome"] == "passed" and "✓ gates passed" in Page(html).text and "✕" not in Page(html).text
+    # The headline is about the readings, whatever the gates allow.
+    assert facts["headline"].startswith("Hidden, not erased")
+
+
+def test_a_failed_gate_is_shown_at_the_top_and_in_the_table(tmp_path: Path) -> None:
+    html, facts = written_audit(star_audit(), tmp_path)
+    page = Page(html)
+    assert facts["outcome"] == "failed" and "✕ gates failed 1 of 2: noised." in head(page)
+    assert re.search(r"noised ?18 of 20 pictures.* ?90\xa0% ?at most 50\xa0% ?✕ failed", page.text.split(" Gates ")[1])
+    assert "✓ gates passed" not in page.text
+
+
+@pytest.mark.parametrize("name", ["completion", "completion/after 2 of 15 steps", "tracing"])
+def test_a_gate_of_a_probe_that_was_not_run_fails(tmp_path: Path, name: str) -> None:
+    html, facts = written_audit(star_audit(gates=check_gates(READINGS, {**LIMITS, "noised": 1.0, name: 1.0})), tmp_path)
+    assert facts["outcome"] == "failed" and facts["gates"][-1]["value"] is None
+    table = Page(html).text.split(" Gates ")[1]
+    assert "not measured" in table and "✕ failed" in table and f"1 of 3: {name}." in head(Page(html))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_were_not_run_have_an_obstacle_and_no_rate(tmp_path: Path) -> None:
+    html, facts = written_audit(audit_of(READINGS[-1]), tmp_path)
+    page = Page(html)
+    assert "The budget of 5 minutes was spent." in page.text.split(" Not run ")[1]
+    assert "%" not in page.text and not [value for value in page.numbers if value == 0]
+    assert facts["readings"][0]["rates"] == {} and facts["counts"] == {
+        "run": 0,
+        "bring_back": 0,
+        "do_not_separate": 0,
+        "not_run": 1,
+    }
+
+
+def test_a_rate_of_no_pictures_is_no_rate_of_zero(tmp_path: Path) -> None:
+    rates = {"model": Rate(5, 20), "base": Rate(20, 20), "twin": Rate(0, 0)}
+    html, facts = written_audit(audit_of(Reading("a", "x", "prompt", rates)), tmp_path / "twin")  # type: ignore[arg-type]
+    assert facts["readings"][0]["rates"]["twin"] == {"hits": 0, "count": 0, "rate": None, "low": None, "high": None}
+    assert 'title="not measured"' in html and ">0\u00a0%<" not in html
+    none = {**rates, "model": Rate(0, 0)}
+    html, facts = written_audit(audit_of(Reading("a", "x", "prompt", none)), tmp_path / "model")  # type: ignore[arg-type]
+    assert "No picture of the audited model was counted." in Page(html).text and "%" not in Page(html).text
+
+
+def test_threats_go_from_the_weakest_to_the_strongest_with_every_row_once(tmp_path: Path) -> None:
+    page = Page(written_audit(star_audit(readings=READINGS[::-1]), tmp_path)[0])
+    places = [page.text.index(f"The attacker {THREATS[threat]}") for threat in ("prompt", "sampling", "weights")]
+    assert places == sorted(places) and THREATS["recipe"] not in page.text
+    assert sum(tag == "td" and found.get("class") == "variant" for tag, found in page.tags) == 10
+    assert "20 pictures, each the best of 24" in page.text
+
+
+def test_only_rows_that_do_not_separate_are_marked(tmp_path: Path) -> None:
+    blind = '<span class="mark blind">does not separate here</span>'
+    html, _ = written_audit(audit_of(READINGS[0]), tmp_path / "a")
+    assert blind not in html
+    html, facts = written_audit(audit_of(READINGS[7]), tmp_path / "b")
+    assert blind in html and facts["readings"][0]["separates"] is False
+    html, facts = written_audit(audit_of(row("a", "x", "prompt", hits(3))), tmp_path / "c")
+    assert blind not in html and facts["readings"][0]["separates"] is None
+
+
+def test_bars_whiskers_and_marks_lie_where_the_numbers_say(tmp_path: Path) -> None:
+    html, _ = written_audit(audit_of(row("a", "x", "prompt", hits(15, 1, 19, 4, 0))), tmp_path)
+    drawn = html[html.index('<td class="drawn"><svg') : html.index("</td>", html.index('<td class="drawn"><svg'))]
+    low, high = (100 * end for end in Rate(15, 20).interval)
+    floor = [100 * end for end in Rate(4, 20).interval]
+    assert f'x="0" y="13" width="{75:.2f}%"' in drawn and f'x1="{low:.2f}%" x2="{high:.2f}%"' in drawn
+    assert f'class="band" x="{floor[0]:.2f}%" y="1" width="{floor[1] - floor[0]:.2f}%"' in drawn
+    marks = dict(re.findall(r'<svg x="([\d.]+)%".*?class="sign (\w+)"', drawn))
+    assert marks == {"95.00": "base", "20.00": "twin", "5.00": "control", "0.00": "random"}
+
+
+def test_columns_are_those_that_were_measured_and_all_are_explained(tmp_path: Path) -> None:
+    text = Page(written_audit(star_audit(), tmp_path / "all")[0]).text
+    assert all(about[1:] in text for about in ROLES.values())
+    text = Page(written_audit(audit_of(row("a", "x", "prompt", hits(3, 0, 20))), tmp_path / "few")[0]).text
+    assert ROLES["base"][1:] in text and ROLES["twin"][1:] not in text and ROLES["random"][1:] not in text
+
+
+def test_an_interval_is_rounded_outwards() -> None:
+    assert spread({"low": 0.0279, "high": 0.3011}) == "2–31\u00a0%"
+    assert spread({"low": 0.0, "high": 1.0}) == "0–100\u00a0%" and spread({"low": 0.29, "high": 0.58}) == "29–58\u00a0%"
+
+
+def test_limits_are_shown_for_registered_probes_that_have_some(tmp_path: Path) -> None:
+    text = Page(written_audit(star_audit(), tmp_path / "a")[0]).text.split(" What these attacks cannot show ")[1]
+    assert "The surroundings give the concept away" in text and "The more steps the base takes" in text
+    plain = Page(written_audit(audit_of(row("of_my_own", "x", "prompt", hits(3, 0, 20))), tmp_path / "b")[0]).text
+    assert "What these attacks cannot show" not in plain and "Of my own" in plain
+
+
+def test_pictures_are_those_of_the_rows_with_the_highest_rates(tmp_path: Path) -> None:
+    page = Page(written_audit(star_audit(alternatives=None), tmp_path / "a")[0])
+    texts = [found["alt"] or "" for tag, found in page.tags if tag == "img"]
+    assert len(texts) == 6 * 4 and "Free states" in texts[0] and "Noised, empty" in texts[4]
+    empty = replace(READINGS[0], shown=np.zeros((0, 1, 1, 3), np.uint8))
+    page = Page(written_audit(audit_of(empty, READINGS[3]), tmp_path / "b")[0])
+    assert "img" not in {tag for tag, _ in page.tags} and "Pictures of the strongest attacks" not in page.text
+
+
+def test_what_it_draws_instead_has_shares_and_pictures_by_prompt(tmp_path: Path) -> None:
+    html, facts = written_audit(star_audit(), tmp_path / "a")
+    page = Page(html)
+    assert set(facts["alternatives"]) == {"shares", "diversity"} and {0.55, 0.25, 0.2, 0.4125} <= set(page.numbers)
+    assert html.count('<li class="pair">') == 6
+    bare = Page(written_audit(audit_of(*READINGS), tmp_path / "b")[0]).text
+    assert "What it draws instead" not in bare and "How it was erased" not in bare
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+def test_page_and_json_have_the_same_facts(tmp_path: Path) -> None:
+    html, facts = written_audit(star_audit(), tmp_path)
+    page, numbers = Page(html), {float(leaf) for leaf in leaves(facts) if isinstance(leaf, (int, float))}
+    derived = {READINGS[0].seconds * count for count in (2, 4)} | {Rate(0, 20).interval[1]}
+    assert set(page.numbers) <= numbers | derived and len(page.numbers) > 50
+    rates = {rate["rate"] for reading in facts["readings"] for rate in reading["rates"].values()}
+    assert rates <= set(page.numbers)
+    for text in (facts["headline"], facts["notion"][1:], *facts["notes"], *facts["environment"].values()):
+        assert text in page.text
+    for subject in ("model", "base", "twin"):
+        assert facts[subject]["name"] in page.text and facts[subject]["digest"] in page.everything
+
+
+def test_a_number_of_another_audit_is_noticed(tmp_path: Path) -> None:
+    """Negative control of the test above."""
+    page = Page(written_audit(star_audit(seconds={"audit": 987.125}), tmp_path / "a")[0])
+    facts = written_audit(star_audit(), tmp_path / "b")[1]
+    assert 987.125 in page.numbers and 987.125 not in leaves(facts)
+
+
+def test_json_has_no_nan_and_every_rate_with_its_interval(tmp_path: Path) -> None:
+    measured = {"loss_last": math.nan, "norm": math.inf, "steps": np.float32(0.5)}
+    report = audit_of(replace(READINGS[8], measured=measured, seconds=math.nan))
+    html, facts = written_audit(report, tmp_path)
     text = (tmp_path / "audit.json").read_text(encoding="utf-8")
-    assert "NaN" not in text
-    rate = json.loads(text)["readings"][0]["rates"]["model"]
-    assert (rate["hits"], rate["count"]) == (5, 20)
-    assert rate["low"] < 0.25 < rate["high"]
+    assert not re.search(r"\b(NaN|Infinity)\b", text) and facts["erasec"] == "audit/1"
+    (found,) = facts["readings"]
+    assert found["measured"] == {"loss_last": None, "norm": None, "steps": 0.5} and found["seconds"] is None
+    low, high = Rate(17, 20).interval
+    assert found["rates"]["model"] == {"hits": 17, "count": 20, "rate": 0.85, "low": low, "high": high}
+    assert facts == json.loads(json.dumps(report.facts(), allow_nan=False)) and "nan" not in Page(html).text
 
 
-def test_the_page_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
-    page = written(tmp_path, report(name="<script>alert(1)</script>"))
-    assert "<script" not in page
-    assert "default-src 'none'" in page
-    assert not re.findall(r'(?:src|href)="https?://(?!arxiv\.org)', page)
+def test_nothing_is_fetched_and_nothing_runs(tmp_path: Path) -> None:
+    html, _ = written_audit(star_audit(), tmp_path)
+    page = Page(html)
+    sources = [found.get("src") or "" for tag, found in page.tags if tag == "img"]
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert [found["href"] for tag, found in page.tags if "href" in found] == ["data:,"]
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "a", "form", "use", "image"}
+    policies = [found["content"] for _, found in page.tags if found.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    assert not re.search(r"url\(|@import|//\w", re.sub(r"data:image/png;base64,[\w+/=]+", "", html))
+    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+
+
+def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
+    evil = '<script>alert("x")</script> | "> & `x`'
+    rates = READINGS[0].rates
+    readings = (
+        Reading(evil, evil, "prompt", rates, note=evil, shown=READINGS[0].shown),
+        Reading(evil, "", "prompt", {}, obstacle=evil),
+    )
+    subject = {"name": evil, "family": evil, "digest": evil}
+    report = audit_of(
+        *readings,
+        model=subject,
+        base=subject,
+        twin=subject,
+        concept={"name": evil, "erase": [evil]},
+        suite=evil,
+        settings={evil: evil},
+        judges={"scorer": {"title": evil, "digest": evil}, "selector": None},
+        gates=check_gates(readings, {evil: 0.5, "<script>": 1.0}),
+        notion=evil,
+        alternatives={"shares": {evil: 0.5}, "diversity": None},
+        environment={evil: evil},
+        notes=(evil,),
+    )
+    html, facts = written_audit(report, tmp_path)
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags} and page.text.count(evil) > 15
+    assert facts["concept"]["name"] == evil and facts["readings"][0]["variant"] == evil
+
+
+def test_same_audit_same_bytes_and_no_other_files(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_audit(star_audit(notes=(name,) if name == "c" else ()), tmp_path / name)
+    for file in ("audit.html", "audit.json"):
+        first = (tmp_path / "a" / file).read_bytes()
+        assert first == (tmp_path / "b" / file).read_bytes() != (tmp_path / "c" / file).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_an_audit_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    write_audit(star_audit(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(TypeError):
+        write_audit(star_audit(environment={"torch": object()}), tmp_path)  # type: ignore[dict-item]
+    # The page is written first: JSON that cannot be made must not leave a page without it.
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
