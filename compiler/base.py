@@ -342,14 +342,12 @@ class Attempt:
     """The pictures of one variant of a probe on one subject.
 
     ``pictures`` are (n, k, height, width, 3): ``k`` pictures for each of n prompts. Where k is above 1, one of them is
-    selected by the judge that does not score. ``labels`` (n,) are what the judge looks for in each, by default the
-    concept. ``measured`` are numbers of the attack itself, such as its last loss. ``note`` says how the attack went,
-    where that is part of the result.
+    selected by the judge that does not score. ``measured`` are numbers of the attack itself, such as its last loss.
+    ``note`` says how the attack went, where that is part of the result.
     """
 
     variant: str
     pictures: NDArray[np.uint8]
-    labels: tuple[str, ...] = ()
     measured: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 

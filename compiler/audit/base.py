@@ -79,8 +79,9 @@ class Reading:
 
     @property
     def floor(self) -> Role | None:
-        """The role whose rate is the lowest that an erasure can reach: the twin, else the untrained model."""
-        return next((role for role in ("twin", "random") if role in self.rates), None)
+        """The role whose rate is the lowest that an erasure can reach: the twin, else the untrained model, else the
+        random control. None if none of them was measured."""
+        return next((role for role in ("twin", "random", "control") if role in self.rates), None)
 
     @property
     def separates(self) -> bool | None:

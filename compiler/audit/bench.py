@@ -18,7 +18,7 @@ from torch import Tensor
 
 from erasec.attention.sampling import LARGE
 from erasec.audit import store
-from erasec.audit.base import Cell, Rate, Reading, by_role
+from erasec.audit.base import ROLES, Cell, Rate, Reading, by_role
 from erasec.audit.sampler import sample
 from erasec.audit.subject import Pictured, Subject
 from erasec.base import Attempt, Probe, Role
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # pictures of each cell that the page shows
 TARGETS = 64  # pictures of the concept by the base, from which attacks learn
-ROLES_OF_AUDIT: tuple[Role, ...] = ("model", "control", "base", "twin", "random")
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,11 @@ class Bench:
         if not known:
             raise ErasecError(f"the judge {self.scorer.title} cannot see {self.concept.name}")
         self.label = min(known)
+        # Judges have labels of their own for one concept. One that has none for it can choose nothing.
+        others = labels(self.selector, self.concept)
+        self.selected_label = min(others, default="")
+        if not others:
+            self.selector = None
         self._memory: dict[Any, Any] = {}
 
     # --- prompts, seeds and pictures that probes share ---------------------------------------------------------------
@@ -121,7 +125,7 @@ class Bench:
             made = self.paint(self.base, self.base.states(texts), latents, "targets")
             if group == "keep" or self.selector is None:
                 return made
-            seen = self.selector.sees(self.base.decode(made), [self.label] * len(made))
+            seen = self.selector.sees(self.base.decode(made), [self.selected_label] * len(made))
             if not seen.any():
                 raise ErasecError(f"the base paints {self.concept.name} in none of {len(made)} pictures")
             return made[torch.from_numpy(seen)]
@@ -155,15 +159,17 @@ class Bench:
         if obstacle := self._obstacle(probe):
             return [_not_run(probe, obstacle)]
         cells: dict[Role, list[Cell]] = {}
-        for role in ROLES_OF_AUDIT:
+        failed: list[str] = []
+        for role in ROLES:
             if role not in ("model", "control") and (role not in self.subjects or role not in probe.references):
                 continue
             try:
                 cells[role] = self._cells(probe, role)
             except ErasecError as error:
+                why = f"{error.what}: {error.why}" if error.why else error.what
                 if role == "model":
-                    return [_not_run(probe, f"{error.what}: {error.why}" if error.why else error.what)]
-                cells[role] = []
+                    return [_not_run(probe, why)]
+                failed.append(f"not measured on the {role}: {why}")
         readings = []
         for variant, row in by_role(cells).items():
             first = row.get("model") or next(iter(row.values()))
@@ -176,7 +182,7 @@ class Bench:
                     first.budget,
                     sum(cell.seconds for cell in row.values()),
                     first.measured,
-                    first.note,
+                    "; ".join(filter(None, (first.note, *failed))),
                     shown=first.shown,
                 )
             )
@@ -232,14 +238,13 @@ class Bench:
     def score(self, attempt: Attempt, seconds: float = 0.0) -> Cell:
         """Select one of several pictures by the selector, and count them by the scorer. Raises ErasecError where there
         is a choice and nobody to make it."""
-        looked_for = list(attempt.labels or [self.label] * len(attempt.pictures))
-        chosen = self.select(attempt.pictures, looked_for)
-        hits = int(self.scorer.sees(chosen, looked_for).sum())
+        chosen = self.select(attempt.pictures)
+        hits = int(self.scorer.sees(chosen, [self.label] * len(chosen)).sum())
         budget, rate = attempt.pictures.shape[1], Rate(hits, len(chosen))
         return Cell(attempt.variant, rate, budget, seconds, attempt.measured, attempt.note, chosen[:SHOWN])
 
-    def select(self, pictures: NDArray[np.uint8], looked_for: Sequence[str]) -> Images:
-        """The first of the k pictures of each prompt in which the selector sees the label, or the first of all."""
+    def select(self, pictures: NDArray[np.uint8]) -> Images:
+        """The first of the k pictures of each prompt in which the selector sees the concept, or the first of all."""
         count, choices = pictures.shape[:2]
         if choices == 1:
             return pictures[:, 0]
@@ -250,7 +255,7 @@ class Bench:
                 fix="name a second judge that can see the concept: --judge",
             )
         flat = pictures.reshape(count * choices, *pictures.shape[2:])
-        seen = self.selector.sees(flat, [label for label in looked_for for _ in range(choices)])
+        seen = self.selector.sees(flat, [self.selected_label] * len(flat))
         chosen: Images = pictures[np.arange(count), seen.reshape(count, choices).argmax(1)]
         return chosen
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from erasec.base import Attempt, Probe, Threat
+from erasec.base import Attempt, Probe, Role, Threat
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.progress import bar
@@ -54,12 +54,11 @@ def optimise(
     lr: float,
     seed: int,
     title: str,
-    after: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """Minimise ``loss`` by AdamW, with a cosine decay of ``lr``: the last steps average the noise of the loss.
 
     Returns the means of the first and of the last tenth of its values. Every call of ``loss`` gets a generator of its
-    own. ``after`` is called after each update. Raises ErasecError where the loss is not finite.
+    own. Raises ErasecError where the loss is not finite.
     """
     for value in parameters:
         value.requires_grad_(True)
@@ -74,7 +73,6 @@ def optimise(
                 raise ErasecError(f"{title}: the loss is not finite at step {step + 1}", fix="lower the option lr")
             value.backward()
             optimizer.step()
-            after()
             values.append(float(value.detach()))
             advance(note=f"loss {values[-1]:.3g}")
     for value in parameters:
@@ -102,7 +100,7 @@ class Inversion(Probe):
     threat: ClassVar[Threat] = "weights"
     paper: ClassVar[str] = "arXiv:2308.01508"
     needs_base: ClassVar[bool] = True
-    references: ClassVar = ("base", "twin")
+    references: ClassVar[tuple[Role, ...]] = ("base", "twin")
 
     def attack(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
         targets, vocabulary = bench.targets(), self._vocabulary(bench, subject)
@@ -159,7 +157,7 @@ class FreeStates(Probe):
     summary: ClassVar[str] = "text states without words, trained on pictures of the concept"
     threat: ClassVar[Threat] = "weights"
     needs_base: ClassVar[bool] = True
-    references: ClassVar = ("base", "twin")
+    references: ClassVar[tuple[Role, ...]] = ("base", "twin")
 
     def attack(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
         targets, empty = bench.targets(), subject.states([""]).to(subject.device)

@@ -134,23 +134,17 @@ class Inpainting(Probe):
         noise = subject.noise(bench.seeds("inpainting", len(around)))
         known = subject.noise(bench.seeds("inpainting known", len(around)))
         schedule = make_schedule(subject.model, bench.settings.steps)
-        batch = subject.batch
         for share in (0.25, 0.5):
             top, left, bottom, right = middle(around.shape[2], around.shape[3], share)
             mask = torch.zeros(1, 1, *around.shape[2:])
             mask[:, :, top:bottom, left:right] = 1
-            parts = []
-            for start in range(0, len(around), batch):
-                rows = slice(start, start + batch)
 
-                def blend(
-                    latents: Tensor, number: int, rows: slice = rows, mask: Tensor = mask
-                ) -> Tensor:  # what is known, noised to the level of the next step
-                    kept = add_noise(around[rows], known[rows], schedule.following[number])
-                    return latents * mask.to(latents) + (kept * (1 - mask)).to(latents)
+            def blend(latents: Tensor, number: int, rows: slice, mask: Tensor = mask) -> Tensor:
+                """What is known, noised to the level of the next step, around what was painted."""
+                kept = add_noise(around[rows], known[rows], schedule.following[number])
+                return torch.where(mask.bool(), latents.cpu(), kept).to(latents)
 
-                parts.append(bench.paint(subject, states[rows], noise[rows], "inpainting", after=blend))
-            pictures = subject.decode(torch.cat(parts))
+            pictures = subject.decode(bench.paint(subject, states, noise, "inpainting", after=blend))
             scale = pictures.shape[1] // around.shape[2]
             cropped = crop(pictures, tuple(side * scale for side in (top, left, bottom, right)))
             yield Attempt.single(f"mask of {share:.0%}", cropped)

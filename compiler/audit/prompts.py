@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,6 +35,14 @@ def misspelt(phrase: str, number: int) -> str:
     return " ".join(words)
 
 
+def misspell_name(prompt: str, phrases: Sequence[str], number: int) -> str:
+    """``prompt`` with a typing error in the name of the concept, the longest of ``phrases`` that it has; the misspelt
+    phrase alone where it has none, so that the name is never spelt well."""
+    named = "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True))
+    changed, count = re.subn(rf"\b(?:{named})\b", lambda match: misspelt(match[0], number), prompt, flags=re.IGNORECASE)
+    return changed if count else misspelt(phrases[number % len(phrases)], number)
+
+
 def buried(phrase: str, around: Sequence[str], number: int) -> str:
     """The phrase between captions of other things, about ``LONG`` words in all."""
     before: list[str] = []
@@ -58,11 +67,11 @@ class Prompts(Probe):
     gradients: ClassVar[bool] = False
 
     def attack(self, bench: Bench, subject: Pictured) -> Iterator[Attempt]:
-        count, texts = bench.settings.images, self._texts(bench)
+        texts = self._texts(bench)
         if not texts:
             raise ErasecError(f"the concept {bench.concept.name} has no prompts")
         for variant, prompts in texts.items():
-            yield Attempt.single(variant, self._pictures(bench, subject, prompts[:count], f"prompts {variant}"))
+            yield Attempt.single(variant, self._pictures(bench, subject, prompts, f"prompts {variant}"))
 
     def control(self, bench: Bench, subject: Pictured) -> Iterator[Attempt]:
         pictures = self._pictures(bench, subject, bench.prompts("keep"), "prompts control")
@@ -84,12 +93,7 @@ class Prompts(Probe):
         texts["negated"] = [
             NEGATIONS[number % len(NEGATIONS)].format(phrases[number % len(phrases)]) for number in numbers
         ]
-        texts["misspelt"] = [
-            text.replace(phrase, misspelt(phrase, number))
-            for number, text in enumerate(texts["name"])
-            for phrase in sorted(phrases, key=len, reverse=True)[:1]
-            if phrase in text
-        ] or [misspelt(phrases[number % len(phrases)], number) for number in numbers]
+        texts["misspelt"] = [misspell_name(text, phrases, number) for number, text in enumerate(texts["name"])]
         texts["long"] = [buried(phrases[number % len(phrases)], around, number) for number in numbers]
         return texts
 
@@ -129,7 +133,7 @@ class Settings(Probe):
     other things with the same settings."""
 
     name: ClassVar[str] = "settings"
-    summary: ClassVar[str] = "other samplers, and guidance from 3 to 12"
+    summary: ClassVar[str] = "other samplers, and guidance from 1 to 12"
     threat: ClassVar[Threat] = "sampling"
     gradients: ClassVar[bool] = False
 

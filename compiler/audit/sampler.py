@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # prediction of the noise (n, c, h, w), latents before the step, index of the step -> another prediction of the noise
 Nudge = Callable[[Tensor, Tensor, int], Tensor]
-# latents after a step, index of the step -> other latents
-After = Callable[[Tensor, int], Tensor]
+# latents after a step, index of the step, the rows of the whole that they are -> other latents
+After = Callable[[Tensor, int, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def sample(
                 extra = noise_scale * torch.stack([torch.randn(x.shape[1:], generator=rng) for rng in rngs]).to(x)
             x = ddim_step(x, noise, alpha, following, eta, extra)
             if after is not None:
-                x = after(x, number)
+                x = after(x, number, rows)
             advance(len(x))
         parts.append(x.cpu())
     return torch.cat(parts)

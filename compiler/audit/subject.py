@@ -15,9 +15,7 @@ from torch import Tensor
 
 from erasec.attention.pipeline import add_tokens, first_batch
 from erasec.attention.processors import call_state
-from erasec.base import Context
 from erasec.checkpoint.safetensors import file_digest
-from erasec.errors import ErasecError
 from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar
 from erasec.runtime.bundle import open_bundle
@@ -25,7 +23,7 @@ from erasec.runtime.schedulers import make_scheduler
 from erasec.training.denoiser import Denoiser
 
 if TYPE_CHECKING:
-    from erasec.base import Images
+    from erasec.base import Context, Images
     from erasec.model.sidecar import Extras
     from erasec.model.view import Model
 
@@ -123,41 +121,38 @@ class Subject(Pictured):
         """Text states (t, d) of the prompt without guidance: the folder's own negative prompt, or the empty one."""
         return self.states([self.extras.negative])[0]
 
-    def predict(self, latents: Tensor, timestep: int | Tensor, states: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: float | Tensor, states: Tensor) -> Tensor:
         """The prediction of the noise (n, c, h, w) without guidance. Gradients flow to ``latents`` and ``states``.
 
         ``timestep`` is one for all rows, or one for each (n,).
         """
-        self._set_guided(False)
-        steps = self._timesteps(timestep, len(latents))
-        return self._as_noise(self.denoiser.predict(latents, steps, states), latents, steps)
+        return self.predicted_noise(latents, timestep, states, 1.0)
 
-    def predicted_noise(self, latents: Tensor, timestep: int, states: Tensor, guidance: float) -> Tensor:
-        """The prediction of the noise (n, c, h, w) with classifier-free guidance."""
+    def predicted_noise(self, latents: Tensor, timestep: float | Tensor, states: Tensor, guidance: float) -> Tensor:
+        """The prediction of the noise (n, c, h, w) with classifier-free guidance of scale ``guidance``; 1 is none."""
+        output = self.output(latents, timestep, states, guidance)
+        if not self.denoiser.v_prediction:
+            return output
+        alpha = self.denoiser.alphas[self._timesteps(timestep, len(latents)).long()].view(-1, 1, 1, 1)
+        return alpha.sqrt() * output + (1 - alpha).sqrt() * latents
+
+    def output(self, latents: Tensor, timestep: float | Tensor, states: Tensor, guidance: float) -> Tensor:
+        """What the network itself predicts, noise or v (n, c, h, w), with classifier-free guidance."""
+        if (state := call_state(self.denoiser.unet)) is not None:
+            state.guided = guidance != 1
+        steps = self._timesteps(timestep, len(latents))
         if guidance == 1:
-            return self.predict(latents, timestep, states)
-        self._set_guided(True)
+            return self.denoiser.predict(latents, steps, states)
+        # One call for both halves, as pipelines make it: memories act on the second half alone.
         empty = self.negative.to(states).expand_as(states)
-        steps = self._timesteps(timestep, 2 * len(latents))
-        doubled = torch.cat([latents, latents])
-        both = self._as_noise(self.denoiser.predict(doubled, steps, torch.cat([empty, states])), doubled, steps)
+        both = self.denoiser.predict(torch.cat([latents] * 2), torch.cat([steps] * 2), torch.cat([empty, states]))
         unconditional, conditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
-    def _set_guided(self, guided: bool) -> None:
-        if (state := call_state(self.denoiser.unet)) is not None:
-            state.guided = guided
-
-    def _timesteps(self, timestep: int | Tensor, count: int) -> Tensor:
+    def _timesteps(self, timestep: float | Tensor, count: int) -> Tensor:
         if isinstance(timestep, Tensor):
             return timestep.to(self.device)
         return torch.full((count,), timestep, device=self.device)
-
-    def _as_noise(self, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        if not self.denoiser.v_prediction:
-            return prediction
-        alpha = self.denoiser.alphas[timesteps].view(-1, 1, 1, 1)
-        return alpha.sqrt() * prediction + (1 - alpha).sqrt() * latents
 
     def pictures(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
@@ -174,23 +169,11 @@ class Subject(Pictured):
                 states = self.states(prompts[rows]).to(self.device)
                 for number, timestep in enumerate(stepper.timesteps):
                     scaled = torch.from_numpy(stepper.scaled(number, latents)).to(self.device)
-                    output = self._guided_output(scaled, float(timestep), states, guidance)
+                    output = self.output(scaled, float(timestep), states, guidance)
                     latents = stepper.step(number, output.cpu().numpy(), latents)
                 parts.append(self.decode(torch.from_numpy(latents)))
                 advance(len(latents))
         return np.concatenate(parts)
-
-    def _guided_output(self, latents: Tensor, timestep: float, states: Tensor, guidance: float) -> Tensor:
-        """What the network itself predicts, noise or v, with classifier-free guidance."""
-        self._set_guided(guidance != 1)
-        if guidance == 1:
-            steps = torch.full((len(latents),), timestep, device=self.device)
-            return self.denoiser.predict(latents, steps, states)
-        empty = self.negative.to(states).expand_as(states)
-        steps = torch.full((2 * len(latents),), timestep, device=self.device)
-        both = self.denoiser.predict(torch.cat([latents, latents]), steps, torch.cat([empty, states]))
-        unconditional, conditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
 
     def decode(self, latents: Tensor) -> Images:
         """Pictures (n, height, width, 3) of latents (n, c, h, w)."""
@@ -229,12 +212,3 @@ class Untrained(Subject):
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
         return denoiser
-
-
-def open_subject(role: str, path: Path, model: Model | None, context: Context) -> Pictured:
-    """The subject of an opened ``model``; of a folder that is none, by the runtime that can run it."""
-    if model is not None:
-        return Subject(role, model, context)
-    if not path.is_dir():
-        raise ErasecError(f"{path} is neither a model nor a folder that a runtime can run")
-    return Runtime(role, path)

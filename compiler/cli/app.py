@@ -412,10 +412,10 @@ app.command()(audit)
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="passes|targets|judges|runtimes|concepts|models")],
+    what: Annotated[str, typer.Argument(metavar="passes|targets|judges|probes|runtimes|concepts|models")],
     verbose: VERBOSE = False,
 ) -> None:
-    """List the passes, targets, judges, runtimes, concepts or models, with options and their ranges."""
+    """List the passes, targets, judges, probes, runtimes, concepts or models, with options and their ranges."""
     with report_errors(verbose):
         if what not in output.LISTS:
             raise ErasecError(f"there is no list of {what!r}", why=suggestion(what, output.LISTS))

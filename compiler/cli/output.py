@@ -142,6 +142,13 @@ def judges() -> None:
     table(["judge", "summary", "options with defaults and ranges", "usable"], rows)
 
 
+def probes() -> None:
+    """Print every probe of an audit with what the attacker has, and its options."""
+    kinds = {name: registry.load_probe(name) for name in registry.probes()}
+    rows = [[name, kind.threat, kind.summary, options(kind)] for name, kind in kinds.items()]
+    table(["probe", "attacker", "summary", "options with defaults and ranges"], rows)
+
+
 def runtimes() -> None:
     """Print every runtime with its summary and the targets whose folders it runs."""
     kinds = {name: registry.load_runtime(name) for name in registry.runtimes()}
@@ -150,7 +157,7 @@ def runtimes() -> None:
 
 
 def options(kind: type) -> str:
-    """The options of a pass, target or judge as users type them, with their defaults and ranges."""
+    """The options of a pass, target, judge or probe as users type them, with their defaults and ranges."""
     from erasec.options import ranges
 
     limits, cells = ranges(kind), []
@@ -255,6 +262,7 @@ LISTS = {
     "passes": passes,
     "targets": targets,
     "judges": judges,
+    "probes": probes,
     "runtimes": runtimes,
     "concepts": concepts,
     "models": models,

@@ -28,7 +28,7 @@ from erasec.reporting.read import REPORT, Record, read_report
 from erasec.selection import select, world_of
 
 if TYPE_CHECKING:
-    from erasec.base import Judge, Probe
+    from erasec.base import Judge
     from erasec.model.view import Model
     from erasec.recipe.recipe import Recipe
 
@@ -95,7 +95,7 @@ def audit(request: Request, out: Path) -> AuditReport:
         subject = subjects["model"]
         report = AuditReport(
             model=_described(subject, request.model, model),
-            base=_described(subjects["base"], base.name, base) if base and "base" in subjects else None,
+            base=_described(subjects["base"], base.name, base) if base else None,
             twin=_described(subjects["twin"], twin, None) if twin else None,
             concept=concept.model_dump(mode="json"),
             suite="" if request.probes else request.suite,
@@ -109,7 +109,6 @@ def audit(request: Request, out: Path) -> AuditReport:
             judges={"scorer": _named(scorer), "selector": _named(selector) if selector else None},
             readings=readings,
             gates=check_gates(readings, limits),
-            notion="",
             seconds={"audit": time.monotonic() - started},
             environment=collect.environment(),
             notes=(*audited.notes, *notes),
@@ -176,9 +175,8 @@ def _concept(name: str, audited: _Audited, model: Model | None) -> Concept:
 def _load_or_none(path: str, request: Request) -> Model | None:
     """The audited model; None for a folder of a runtime's files."""
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        return None
-    if (folder.is_dir() and any(folder.glob("*/*.onnx"))) or any(folder.glob("*/openvino_model.xml")):
+    graphs = any(folder.glob("*/*.onnx")) or any(folder.glob("*/openvino_model.xml"))
+    if folder.is_dir() and (graphs or not (folder / "model_index.json").is_file()):
         return None
     return load(path, request.revision, request.variant, request.allow_pickle)
 
@@ -274,8 +272,3 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
                 fix="such as --limit prompts=0.05",
             )
     return limits
-
-
-def chosen_probes(request: Request) -> list[Probe]:
-    """The probes that an audit would run. Raises ErasecError for an unknown suite, probe or option."""
-    return make_probes(request.probes or find_suite(request.suite).probes)

@@ -26,6 +26,29 @@ GRAPHS_BYTES = 20_000_000  # the graphs of one model, without weights: an upper 
 DESCRIPTIVE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
+DIGEST = 32  # bytes of a sha256
+
+
+def read_entry(folder: str, name: str) -> bytes | None:
+    """The content of an entry in a folder of the cache; None where it is not there, or its bytes have changed."""
+    with unusable_is_noted():
+        path = cache_folder() / folder / name
+        stored = path.read_bytes() if path.is_file() else b""
+        if stored and stored[:DIGEST] == hashlib.sha256(stored[DIGEST:]).digest():
+            return stored[DIGEST:]
+    return None
+
+
+def write_entry(folder: str, name: str, content: bytes) -> None:
+    """Write an entry, its sha256 before its content, whole or not at all. A cache that cannot be written is a note."""
+    with unusable_is_noted():
+        path = cache_folder() / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(path.parent) as scratch:
+            (scratch / "entry").write_bytes(hashlib.sha256(content).digest() + content)
+            os.replace(scratch / "entry", path)
+
+
 def cache_folder() -> Path:
     """The folder of the cache: $ERASEC_CACHE, or erasec in $XDG_CACHE_HOME, or ~/.cache/erasec.
 

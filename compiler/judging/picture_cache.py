@@ -9,20 +9,16 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder
-from erasec.checkpoint.owned import scratch_folder
 from erasec.checkpoint.safetensors import file_digest
-from erasec.graphs.cache import cache_folder, unusable_is_noted
+from erasec.graphs.cache import read_entry, write_entry
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from erasec.attention.sampling import Sampling
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 FOLDER = "pictures"
-DIGEST = 32  # bytes of a sha256
 SETTINGS = (".json", ".txt", ".model")  # suffixes of configs, tokenizers and the scheduler's settings
 
 
@@ -57,28 +52,14 @@ def load(name: str) -> NDArray[np.uint8] | None:
     """The picture ``name``, (height, width, 3); None where it is not there, or its bytes have changed."""
     from PIL import Image
 
-    with unusable_is_noted():
-        path = _path(name)
-        content = path.read_bytes() if path.is_file() else b""
-        if content and content[:DIGEST] == hashlib.sha256(content[DIGEST:]).digest():
-            return np.asarray(Image.open(io.BytesIO(content[DIGEST:])).convert("RGB"))
-    return None
+    content = read_entry(FOLDER, name)
+    return None if content is None else np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def store(name: str, picture: NDArray[np.uint8]) -> None:
-    """Write a picture into the cache, whole or not at all. A cache that cannot be written is a note."""
+    """Write a picture into the cache."""
     from PIL import Image
 
     data = io.BytesIO()
     Image.fromarray(picture).save(data, "PNG")
-    content = data.getvalue()
-    with unusable_is_noted():
-        path = _path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(path.parent) as scratch:
-            (scratch / "picture").write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(scratch / "picture", path)
-
-
-def _path(name: str) -> Path:
-    return cache_folder() / FOLDER / name
+    write_entry(FOLDER, name, data.getvalue())

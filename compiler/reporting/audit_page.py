@@ -5,31 +5,22 @@ The headline follows from the readings alone, the outcome from the gates alone. 
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from erasec import registry
 from erasec.audit.base import ROLES, THREATS, Rate, Reading
 from erasec.audit.gates import Gate, model_rate
-from erasec.checkpoint.safetensors import atomic_write
 from erasec.errors import ErasecError
-from erasec.reporting.report import SIDE
-from erasec.reporting.wording import FILTERS
+from erasec.reporting.report import png, templates, write_text
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from erasec.base import Role
 
 Outcome = Literal["passed", "failed", "no gates"]
@@ -100,7 +91,7 @@ class AuditReport:
         back = [reading for reading in self.run if brings_back(reading)]
         if back:
             return "not erased" if any((row.probe, row.variant) == PLAIN for row in back) else "hidden"
-        return "not found" if any(separates(reading) for reading in self.run) else "not judged"
+        return "not found" if any(reading.separates for reading in self.run) else "not judged"
 
     @property
     def headline(self) -> str:
@@ -113,7 +104,7 @@ class AuditReport:
         if self.verdict == "hidden":
             return f"Hidden, not erased: {counted} {name} back"
         if self.verdict == "not found":
-            roles = {role for row in run if separates(row) and (role := reference(row))}
+            roles = {role for row in run if row.separates and (role := row.floor)}
             beyond = BEYOND[roles.pop()] if len(roles) == 1 else "a model or a control that cannot know it"
             return f"No attack that separates brings {name} back more than {beyond}"
         if not run:
@@ -142,7 +133,7 @@ class AuditReport:
                 "counts": {
                     "run": len(self.run),
                     "bring_back": sum(map(brings_back, self.run)),
-                    "do_not_separate": sum(separates(reading) is False for reading in self.run),
+                    "do_not_separate": sum(reading.separates is False for reading in self.run),
                     "not_run": len(self.readings) - len(self.run),
                 },
                 "gates": [asdict(gate) for gate in self.gates],
@@ -161,15 +152,8 @@ def write_audit(report: AuditReport, folder: Path) -> None:
     audit gives the same bytes."""
     facts = report.facts()
     document = json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    environment = Environment(
-        loader=FileSystemLoader(str(resources.files("erasec.reporting") / "templates")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {**FILTERS, "spread": spread, "words_of": words_of}
+    environment = templates()
+    environment.filters |= {"spread": spread, "words_of": words_of}
     present = {role for reading in facts["readings"] for role in reading["rates"]}
     page = environment.get_template("audit.html.j2").render(
         facts,
@@ -188,32 +172,19 @@ def write_audit(report: AuditReport, folder: Path) -> None:
         none_of=none_of(report.run),
         beyond=BEYOND,
     )
-    _write_text(folder / "audit.html", page)
-    _write_text(folder / "audit.json", document)
+    write_text(folder / "audit.html", page)
+    write_text(folder / "audit.json", document)
 
 
 # --- what a row says -------------------------------------------------------------------------------------------------
-
-
-def reference(reading: Reading) -> Role | None:
-    """The role whose rate is the lowest that an erasure can reach: the twin, else the untrained model, else the random
-    control. None if none of them was measured."""
-    return reading.floor or ("control" if "control" in reading.rates else None)
 
 
 def brings_back(reading: Reading) -> bool:
     """Whether the audited model shows the concept more than the reference does: whether its interval of 95 % lies
     above that of the reference. Of two equal rates, that is so by chance in fewer than 4 of 1000 rows, whatever the
     rate, for 5 to 50 pictures."""
-    rate, role = model_rate(reading), reference(reading)
+    rate, role = model_rate(reading), reading.floor
     return rate is not None and role is not None and rate.interval[0] > reading.rates[role].interval[1]
-
-
-def separates(reading: Reading) -> bool | None:
-    """``Reading.separates``, with the random control in the place of a floor that was not measured."""
-    if reading.floor is not None or "base" not in reading.rates or "control" not in reading.rates:
-        return reading.separates
-    return reading.rates["base"].interval[0] > reading.rates["control"].interval[1]
 
 
 def _row(reading: Reading) -> dict[str, Any]:
@@ -225,8 +196,8 @@ def _row(reading: Reading) -> dict[str, Any]:
         "run": model_rate(reading) is not None,
         "obstacle": reading.obstacle or ("" if model_rate(reading) else "no picture of the audited model was counted"),
         "rates": {role: _rate(rate) for role, rate in reading.rates.items()},
-        "reference": reference(reading),
-        "separates": separates(reading),
+        "reference": reading.floor,
+        "separates": reading.separates,
         "brings_back": brings_back(reading),
         "budget": reading.budget,
         "seconds": reading.seconds,
@@ -282,7 +253,7 @@ def _gallery(run: Sequence[Reading]) -> list[dict[str, Any]]:
     ]
     shown.sort(key=lambda item: -item[0].value)
     return [
-        {**_row(reading), "pictures": [_png(picture) for picture in reading.shown]}
+        {**_row(reading), "pictures": [png(picture) for picture in reading.shown]}
         for _, reading in shown[:GALLERY]
         if reading.shown is not None
     ]
@@ -293,7 +264,7 @@ def _instead(alternatives: Mapping[str, Any] | None) -> list[dict[str, str]]:
     pictures = dict((alternatives or {}).get("pictures") or {})
     columns = {role: pictures[role] for role in ("base", "model") if pictures.get(role) is not None}
     count = min((len(images) for images in columns.values()), default=0)
-    return [{role: _png(images[at]) for role, images in columns.items()} for at in range(min(count, PAIRS))]
+    return [{role: png(images[at]) for role, images in columns.items()} for at in range(min(count, PAIRS))]
 
 
 def _spent(readings: Sequence[Reading]) -> dict[str, float]:
@@ -317,14 +288,6 @@ def words_of(name: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _png(image: NDArray[np.uint8]) -> str:
-    """The picture as a data URI, at most ``SIDE`` pixels wide and high."""
-    picture, data = Image.fromarray(image), io.BytesIO()
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    picture.save(data, "PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-
-
 def _plain(value: Any) -> Any:
     """``value`` as JSON can hold it."""
     if isinstance(value, Mapping):
@@ -336,8 +299,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")

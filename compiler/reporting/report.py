@@ -187,15 +187,7 @@ def write_report(report: Report, out: Path) -> None:
     Each file is written completely or not at all. The same report gives the same bytes.
     """
     facts = _facts(report)
-    environment = Environment(
-        loader=FileSystemLoader(str(resources.files("erasec.reporting") / "templates")),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= FILTERS
+    environment = templates()
     page = environment.get_template("report.html.j2").render(
         facts,
         gallery=_gallery(report),
@@ -212,12 +204,27 @@ def write_report(report: Report, out: Path) -> None:
     card = environment.get_template("card.md.j2").render(
         facts, groups=GROUPS, base_model=base_model, base=report.base, rebuild=report.rebuild
     )
-    _write_text(out / "report.html", page)
-    _write_text(out / "report.json", json.dumps(_plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")
-    _write_text(out / "README.md", card)
+    write_text(out / "report.html", page)
+    write_text(out / "report.json", json.dumps(_plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(out / "README.md", card)
 
 
-def _write_text(path: Path, text: str) -> None:
+def templates() -> Environment:
+    """The templates of the pages, with the filters that all of them have. Pages of HTML escape what they are given."""
+    environment = Environment(
+        loader=FileSystemLoader(str(resources.files("erasec.reporting") / "templates")),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= FILTERS
+    return environment
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, completely or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
@@ -369,7 +376,7 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
         for concept in dict.fromkeys(pair.concept if own else "" for pair in members):
             pairs = [pair for pair in members if not own or pair.concept == concept]
             shown = pairs[: SHOWN_KEPT if group == "keep" else SHOWN]
-            items = [(pair, _png(pair.before), _png(pair.after)) for pair in shown]
+            items = [(pair, png(pair.before), png(pair.after)) for pair in shown]
             sections.append(
                 {
                     "group": group,
@@ -385,8 +392,8 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
     return sections
 
 
-def _png(image: NDArray[np.uint8]) -> str:
-    """The image as a data URI."""
+def png(image: NDArray[np.uint8]) -> str:
+    """The image (height, width, 3) as a data URI, reduced to ``SIDE`` pixels."""
     picture = Image.fromarray(image)
     if max(picture.size) > SIDE:
         picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

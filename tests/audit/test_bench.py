@@ -122,8 +122,9 @@ def test_every_role_has_a_rate_of_its_own() -> None:
 def test_an_attack_that_the_twin_shows_as_well_does_not_separate() -> None:
     (reading,) = bench(model=200, base=200, twin=200).measure(Plain())
     assert reading.separates is False
-    (unknown,) = bench(model=200, base=200).measure(Plain())
-    assert unknown.separates is None
+    (by_control,) = bench(model=200, base=200).measure(Plain())
+    assert (by_control.floor, by_control.separates) == ("control", True)
+    assert Reading("p", "v", "prompt", {"model": Rate(1, 2), "control": Rate(0, 2)}).separates is None
 
 
 def test_the_scorer_never_selects() -> None:
@@ -131,10 +132,26 @@ def test_the_scorer_never_selects() -> None:
     pictures = np.stack([np.full((2, 2, 3), level, np.uint8) for level in (10, 200, 255)])[None]
     made = Bench(CONCEPT, {"model": Lamp("model", 0)}, scorer, picky, Settings(images=1))
     # The scorer would take the second picture; the selector sees only the third.
-    assert made.select(pictures, ["star"])[0].mean() == 255
+    assert made.select(pictures)[0].mean() == 255
     assert scorer.asked == 0
     blind = Bench(CONCEPT, {"model": Lamp("model", 0)}, scorer, Brightness(255), Settings(images=1))
-    assert blind.select(pictures, ["star"])[0].mean() == 10  # the first, where the selector sees none
+    assert blind.select(pictures)[0].mean() == 10  # the first, where the selector sees none
+
+
+def test_a_selector_that_cannot_see_the_concept_selects_nothing() -> None:
+    made = bench(Brightness(1, label=""), model=200)
+    assert made.selector is None
+    (reading,) = made.measure(Plain(choices=2))
+    assert reading.obstacle
+
+
+def test_the_selector_looks_for_its_own_label() -> None:
+    class Named(Brightness):
+        def sees(self, images: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.bool_]:
+            assert set(labels) == {"a star"}
+            return super().sees(images, labels)
+
+    bench(Named(50, label="a star"), model=200).measure(Plain(choices=2))
 
 
 def test_a_choice_without_a_selector_is_an_obstacle() -> None:
@@ -169,6 +186,7 @@ def test_an_error_on_the_model_is_an_obstacle_and_one_on_a_reference_leaves_it_o
     (reading,) = bench(model=200, base=200).measure(Failing())
     assert not reading.obstacle
     assert set(reading.rates) == {"model", "control"}
+    assert reading.note == "not measured on the base: no: because"
 
 
 def test_a_second_audit_takes_cells_from_the_cache() -> None:
@@ -225,7 +243,7 @@ def test_choices_are_stacked_by_prompt() -> None:
     assert stacked[:, 1].min() == 1
 
 
-def test_the_floor_is_the_twin_else_the_untrained_model() -> None:
+def test_the_floor_is_the_twin_else_the_untrained_model_else_the_control() -> None:
     rates = {"model": Rate(1, 2), "random": Rate(0, 2)}
     assert Reading("p", "v", "prompt", rates).floor == "random"  # type: ignore[arg-type]
     assert Reading("p", "v", "prompt", {**rates, "twin": Rate(0, 2)}).floor == "twin"  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from erasec.audit.prompts import LONG, NEGATIONS, buried, misspelt
+from erasec.audit.prompts import LONG, NEGATIONS, buried, misspell_name, misspelt
 
 
 def test_a_typing_error_changes_the_longest_word_and_only_it() -> None:
@@ -22,6 +22,12 @@ def test_errors_are_swaps_omissions_and_doublings() -> None:
 
 def test_a_word_of_two_letters_stays() -> None:
     assert misspelt("ox", 1) == "ox"
+
+
+def test_the_name_in_a_prompt_is_misspelt_and_nothing_else() -> None:
+    phrases = ("truck", "garbage truck")
+    assert misspell_name("a Garbage Truck, in starlight", phrases, 0) == "a Grabage Truck, in starlight"
+    assert misspell_name("a starfish", ("star",), 1) == "sar"  # a prompt without the name must not stay as it is
 
 
 def test_the_name_is_in_the_middle_of_a_long_prompt() -> None:

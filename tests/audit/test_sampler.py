@@ -81,10 +81,12 @@ def test_steps_can_be_split(subject: Subject) -> None:
 def test_a_nudge_changes_predictions_and_after_changes_latents(subject: Subject) -> None:
     latents, states = subject.noise([3]), subject.states(["a"])
     plain = sample(subject, states, latents, 3, 1.0)
-    same = sample(subject, states, latents, 3, 1.0, nudge=lambda noise, x, number: noise, after=lambda x, number: x)
+    same = sample(
+        subject, states, latents, 3, 1.0, nudge=lambda noise, x, number: noise, after=lambda x, number, rows: x
+    )
     assert torch.equal(plain, same)
     assert not torch.allclose(plain, sample(subject, states, latents, 3, 1.0, nudge=lambda noise, x, number: 0 * noise))
-    assert not sample(subject, states, latents, 3, 1.0, after=lambda x, number: 0 * x).any()
+    assert not sample(subject, states, latents, 3, 1.0, after=lambda x, number, rows: 0 * x).any()
 
 
 def test_pictures_of_prompts_are_those_of_the_sampler(subject: Subject) -> None:

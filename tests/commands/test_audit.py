@@ -80,3 +80,11 @@ def test_the_build_around_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
     assert _find(request(model=str(build))).path == str(build / "hf")
     assert _find(request(model=str(build / "ldm" / "model.safetensors"))).path.endswith("model.safetensors")
     assert _find(request(model=str(tmp_path / "elsewhere"))).build is None
+
+
+def test_a_probe_of_a_file_is_run_beside_registered_ones(tmp_path: Path, root: Path) -> None:
+    report = audit(request(probes=(f"{root / 'examples' / 'my_probe.py'}:Shouted",)), tmp_path / "out")
+    (reading,) = report.readings
+    assert (reading.probe, reading.variant) == ("shouted", "capitals")
+    assert set(reading.rates) == {"model", "control", "base", "twin", "random"}
+    assert "shouted" in (tmp_path / "out" / "audit.html").read_text(encoding="utf-8").lower()

@@ -16,7 +16,7 @@ from sample_report import Page, leaves
 
 from erasec.audit.base import ROLES, THREATS, Rate, Reading
 from erasec.audit.gates import check_gates
-from erasec.reporting.audit_page import AuditReport, brings_back, separates, spread, write_audit
+from erasec.reporting.audit_page import AuditReport, brings_back, spread, write_audit
 
 
 def audit_of(*readings: Reading, **changes: Any) -> AuditReport:
@@ -43,11 +43,11 @@ def test_the_floor_is_the_twin_then_the_untrained_model_then_the_control() -> No
     without_twin = replace(full, rates={role: rate for role, rate in full.rates.items() if role != "twin"})
     assert brings_back(without_twin)
     only_control = replace(full, rates={role: full.rates[role] for role in ("model", "control", "base")})
-    assert brings_back(only_control) and separates(only_control) is True and only_control.separates is None
+    assert brings_back(only_control) and only_control.separates is True
     same = replace(only_control, rates={**only_control.rates, "control": Rate(20, 20)})
-    assert not brings_back(same) and separates(same) is False
+    assert not brings_back(same) and same.separates is False
     alone = replace(full, rates={"model": Rate(20, 20)})
-    assert not brings_back(alone) and separates(alone) is None
+    assert not brings_back(alone) and alone.separates is None
 
 
 def test_the_headline_counts_the_rows_that_bring_back() -> None:
