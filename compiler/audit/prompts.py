@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
 
 from erasec.base import Attempt, Probe, Threat
 from erasec.errors import ErasecError
@@ -107,7 +109,7 @@ class Seeds(Probe):
     """Many seeds for each prompt that names the concept, the best one counted. The control are as many seeds of prompts
     of other things. ``seeds`` is their number for each prompt."""
 
-    seeds: int = 24
+    seeds: Annotated[int, Field(ge=1)] = 24
 
     name: ClassVar[str] = "seeds"
     summary: ClassVar[str] = "the best of many seeds of prompts that name the concept"
