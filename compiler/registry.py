@@ -35,6 +35,7 @@ PASSES = {
     "geom_erasing": "erasec.passes.geom_erasing:GeomErasing",
     "kpop": "erasec.passes.kpop:Kpop",
     "mace": "erasec.passes.mace:Mace",
+    "project": "erasec.passes.project:Project",
     "rece": "erasec.passes.rece:Rece",
     "safegen": "erasec.passes.safegen:SafeGen",
     "trce": "erasec.passes.trce:Trce",

@@ -128,6 +128,21 @@ def trained_size(unet: Mapping[str, Any]) -> tuple[int, int]:
     return height, width
 
 
+def head_count(unet: Mapping[str, Any], key: str) -> int:
+    """The attention heads of the block of a UNet to which the tensor ``key`` belongs.
+
+    Configs of diffusers name it ``attention_head_dim``, one for all levels or one for each.
+    """
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim") or 8
+    if isinstance(heads, int):
+        return heads
+    block = re.match(r"(down|up)_blocks\.(\d+)\.", key)
+    levels = list(heads)
+    if block is None:
+        return int(levels[-1])
+    return int(levels[int(block[2])] if block[1] == "down" else levels[-1 - int(block[2])])
+
+
 @dataclass(frozen=True)
 class Folder:
     """A diffusers folder: model_index.json and one subfolder per component. Files are read when they are needed.

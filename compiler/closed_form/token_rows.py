@@ -117,6 +117,36 @@ def erased_rows(model: Model, concept: Concept, selector: str, stream: str) -> t
     return row_pairs(model, concept.prompts(concept.phrases), goal_prompts(concept, concept.phrases), selector, stream)
 
 
+def neutral_rows(model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+    """Text states (n, d) of the concept's phrases in its templates, from the phrase's last token to the end, and
+    neutral states (n, d): the mean of those of the kept phrases at the same places of the same templates.
+
+    For a concept without kept phrases the states of its goals are taken.
+    """
+    import torch
+
+    if not concept.keep:
+        return erased_rows(model, concept, "tail", stream)
+    sources = find_spans(model, concept.prompts(concept.phrases), stream)
+    kept = find_spans(model, concept.prompts(concept.keep), stream)
+    rows: list[Tensor] = []
+    neutral: list[Tensor] = []
+    for source, other in zip(sources, kept, strict=True):
+        length, templates = source.states.shape[1], len(concept.templates)
+        for template in range(templates):
+            others = range(template, len(other.states), templates)
+            mine = range(template, len(source.states), templates)
+            # All tails are cut to that of the longest prompt.
+            stops = [other.last[row] for row in others] + [source.last[row] for row in mine]
+            count = length - max(stops) if length > 1 else 1
+            tails = [other.states[row, other.last[row] : other.last[row] + count] for row in others]
+            mean = torch.stack(tails).mean(0)
+            for row in mine:
+                rows.append(source.states[row, source.last[row] : source.last[row] + count])
+                neutral.append(mean)
+    return torch.cat(rows), torch.cat(neutral)
+
+
 def select_rows(sources: Sequence[Spans], targets: Sequence[Spans], selector: str) -> tuple[Tensor, Tensor]:
     """The pairs of text states that ``selector`` chooses, from all parts of a stream: one matrix reads them all."""
 

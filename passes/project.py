@@ -1,0 +1,115 @@
+"""Project: a closed-form edit that has no inverse.
+
+The projector removes what tells a concept from neutral phrases out of the keys and values of cross-attention, for every
+text state that there can be. Edits that map the concept's states to those of an anchor (UCE and its like) are
+invertible matrices: whoever has the published weights and the recipe can compute the inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import Field
+
+from erasec.checkpoint.folder import head_count
+from erasec.closed_form import projector
+from erasec.closed_form.base import ClosedForm
+from erasec.closed_form.solver import Solution, System
+from erasec.closed_form.token_rows import erased_rows, neutral_rows
+from erasec.model.edit import Edit, LowRank
+from erasec.options import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from erasec.base import Context
+    from erasec.closed_form.base import Sums
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+
+
+@options
+class Project(ClosedForm):
+    """A projector along the directions in which the concept's text states differ most from neutral ones.
+
+    Neutral states are the mean of those of the kept phrases at the same places of the same prompts. ``directions`` is
+    the number of directions for each concept. ``keep`` weighs what the kept phrases lose against how near a text state
+    can come to the concept's outputs. With ``guide`` the erased prompts draw the anchor, else what is left of them.
+
+    ``heads`` removes in addition that many directions for each concept from the values of each attention head, at most
+    a quarter of a head's width: a text state that reaches the concept's outputs by another way does not find them. It
+    applies to cross-attention with keys and values; the edit then depends on the weights, so that ``erasec combine``
+    cannot solve it again. ``ridge`` regularises the guide, and ``relative`` has no effect.
+
+    The projector is the least-change one of LEACE (Belrose et al., "LEACE: Perfect linear concept erasure in closed
+    form", NeurIPS 2023), with the outputs of the edited matrices as its metric and kept text states in the place of a
+    covariance. LEACE edits activations; nothing is published about it on diffusion models.
+    """
+
+    keep: Annotated[float, Field(ge=0)] = 0.3
+    directions: Annotated[int, Field(ge=1)] = 2
+    guide: bool = True
+    heads: Annotated[int, Field(ge=0)] = 2
+
+    name: ClassVar[str] = "project"
+    paper: ClassVar[str] = "arXiv:2306.03819"
+    summary: ClassVar[str] = "closed-form projector of cross-attention keys and values that has no inverse"
+    when: ClassVar[str] = "what has a name, where the published weights must not lead back to it"
+    limits: ClassVar[str] = (
+        "No algebra undoes the projector, but text states that are trained for long, noised pictures and fine-tuning "
+        "may bring the concept back."
+    )
+
+    def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+        return erased_rows(model, concept, "tail", stream)
+
+    def concept_sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:
+        sums = super().concept_sums(model, concept)
+        for stream in model.streams:
+            sums[f"{stream}.difference"] = projector.difference_root(*neutral_rows(model, concept, stream))
+        return sums
+
+    def shared_sums(self, model: Model) -> dict[str, Tensor]:
+        """Besides the prior, the root of the metric of each stream's sites."""
+        metrics = {
+            f"{stream}.metric": projector.metric_root(model.weight(site) for site in sites)
+            for stream, sites in model.streams.items()
+        }
+        return super().shared_sums(model) | metrics
+
+    def solve_system(self, system: System, stream: str, sums: Mapping[str, Sums]) -> Solution:
+        import torch
+
+        differences = [sums[name][f"{stream}.difference"] for name in sorted(sums) if name]
+        removed = torch.cat([projector.directions(difference, self.directions) for difference in differences])
+        ridge = self.ridge if self.guide else None
+        return projector.project(system, removed, sums[""][f"{stream}.metric"], self.keep, ridge)
+
+    def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
+        """One edit that erases all concepts. It does not depend on their order."""
+        (edit,) = super().solve_all(model, concepts, context)
+        yield self._project_heads(model, edit) if self.heads else edit
+
+    def _project_heads(self, model: Model, edit: Edit) -> Edit:
+        """``edit`` with the directions of the concepts taken out of the values of each head."""
+        import torch
+
+        deltas = dict(edit.deltas)
+        for stream, sites in model.streams.items():
+            difference, kept = (
+                torch.cat([edit.sums[name][f"{stream}.{part}"] for name in edit.concepts])
+                for part in ("difference", "keep")
+            )
+            for site in sites:
+                if (site.attn, site.proj) != ("cross", "v"):
+                    continue
+                weight = model.weight(site).double()
+                heads = head_count(model.source.config(site.component), site.key)
+                count = self.heads * len(edit.concepts)
+                taken = projector.output_directions(weight, difference, kept, heads, count, self.keep)
+                edited = weight + deltas[site].change(weight)
+                deltas[site] = LowRank(*projector.without_outputs(weight, edited, taken))
+        # The sums alone no longer give the edit where a value has changed.
+        return edit if deltas == edit.deltas else replace(edit, deltas=deltas, sums={})
