@@ -117,16 +117,16 @@ def erased_rows(model: Model, concept: Concept, selector: str, stream: str) -> t
     return row_pairs(model, concept.prompts(concept.phrases), goal_prompts(concept, concept.phrases), selector, stream)
 
 
-def neutral_rows(model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
+def neutral_rows(model: Model, concept: Concept, stream: str, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Text states (n, d) of the concept's phrases in its templates, from the phrase's last token to the end, and
     neutral states (n, d): the mean of those of the kept phrases at the same places of the same templates.
 
-    For a concept without kept phrases the states of its goals are taken.
+    For a concept without kept phrases the states of its goals are taken. With ``most``, only so many of each prompt.
     """
     import torch
 
     if not concept.keep:
-        return erased_rows(model, concept, "tail", stream)
+        return erased_rows(model, concept, "last" if most == 1 else "tail", stream)
     sources = find_spans(model, concept.prompts(concept.phrases), stream)
     kept = find_spans(model, concept.prompts(concept.keep), stream)
     rows: list[Tensor] = []
@@ -138,7 +138,7 @@ def neutral_rows(model: Model, concept: Concept, stream: str) -> tuple[Tensor, T
             mine = range(template, len(source.states), templates)
             # All tails are cut to that of the longest prompt.
             stops = [other.last[row] for row in others] + [source.last[row] for row in mine]
-            count = length - max(stops) if length > 1 else 1
+            count = min(length - max(stops), most or length) if length > 1 else 1
             tails = [other.states[row, other.last[row] : other.last[row] + count] for row in others]
             mean = torch.stack(tails).mean(0)
             for row in mine:
