@@ -1,0 +1,140 @@
+"""Every pass under every attack on glyphs: what plain prompts show, and what each attack brings back.
+
+    python tests/benchmarks/audit_glyphs.py                writes tests/benchmarks/results/audit_glyphs.json
+    ... --passes uce project --probes prompts inversion    measures these cells again, and keeps the others
+    ... --table                                            prints the table of the results, and measures nothing
+
+A row is a pass with the presets of glyphs, the base, or the twin that never saw the concept. A column is one variant
+of a probe. Every cell is [pictures with the concept, pictures], counted by judge B; judge A selects. Every pass has
+a random control of each probe. Cells are written as they are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import machine
+
+from erasec.audit.base import Rate
+from erasec.audit.bench import Bench, Settings
+from erasec.audit.subject import Pictured, Subject
+from erasec.audit.suites import make_probes
+from erasec.base import Context, Probe, Role
+from erasec.commands import settings
+from erasec.errors import ErasecError
+from erasec.glyphs.judge import GlyphJudge
+from erasec.model import loading
+from erasec.recipe import concept as concepts
+from erasec.recipe import recipe
+
+RESULT = Path(__file__).parent / "results" / "audit_glyphs.json"
+BASE, TWIN = "base", "twin"
+PASSES = (BASE, TWIN, "uce", "rece", "mace", "project", "project:keep=0.3", "trce.remap", "trce", "esd", "kpop", "safegen")
+# A ladder of budgets for inversion, because ranks change with the budget.
+PROBES = (
+    "prompts",
+    "noised",
+    "undo",
+    "inversion",
+    "inversion:tokens=2,steps=600",
+    "free_states",
+    "free_states:rows=one",
+    "relearn",
+)
+
+
+def subjects(concept: str, name: str) -> tuple[dict[Role, Pictured], Any]:
+    """The subjects of a row, and the recipe of its build, which the probe ``undo`` reads."""
+    base, context = loading.load("glyphs"), Context()
+    own, known = base, None
+    if name == TWIN:
+        own = loading.load("glyphs-never-star")
+    elif name != BASE:
+        item = concepts.find(concept, "glyphs")
+        use = recipe.parse_named_options(name)
+        step = settings.settle([use], [item], settings.defaults_of(base))[0].step
+        for edit in step.solve_all(base, [item], context):
+            own = own.with_edit(edit)
+        written = {"name": use.name, **asdict(cast("Any", step))}
+        known = recipe.Recipe.model_validate({"model": "glyphs", "erase": [concept], "pass": [written]})
+    return {"model": Subject("model", own, context), "base": Subject("base", base, context)}, known
+
+
+def measure(bench: Bench, probe: Probe, control: bool) -> dict[str, dict[str, Any]]:
+    """By variant, the cell of the attack and, if ``control``, that of the random control."""
+    subject = cast("Subject", bench.subjects["model"])
+    cells: dict[str, dict[str, Any]] = {}
+    for kind in ("attack", *(["control"] if control else [])):
+        for attempt in getattr(probe, kind)(bench, subject):
+            rate = bench.score(attempt).rate
+            cells.setdefault(attempt.variant, {})[kind] = [rate.hits, rate.count]
+    return cells
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows as a table in Markdown; a column is a variant, a cell the share in percent with Wilson's interval."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [f"| attack | {' | '.join(rows)} |", "|---|" + "---|" * len(rows)]
+    for column in columns:
+        cells = []
+        for row in rows.values():
+            cell = row.get(column, {})
+            if "attack" in cell:
+                rate = Rate(*cell["attack"])
+                low, high = rate.interval
+                cells.append(f"{100 * rate.value:.0f} ({100 * low:.0f}–{100 * high:.0f})")
+            else:
+                cells.append("n/a" if "obstacle" in cell else "–")
+        lines.append(f"| {column} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concept", default="star")
+    parser.add_argument("--passes", nargs="*", default=PASSES)
+    parser.add_argument("--probes", nargs="*", default=PROBES)
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--missing", action="store_true", help="measure only cells that the file does not have")
+    parser.add_argument("--table", action="store_true", help="print the table of the file, and end")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
+    if options.table:
+        print(table(result["rows"]))
+        return
+    item = concepts.find(options.concept, "glyphs")
+    base = loading.load("glyphs")
+    scorer, selector = GlyphJudge.for_model(base), GlyphJudge.for_model(base, tuning=True)
+    assert scorer is not None
+    for name in options.passes:
+        row = result["rows"].setdefault(name, {})
+        probes = [
+            (text, probe)
+            for text, probe in zip(options.probes, make_probes(options.probes), strict=True)
+            if not (options.missing and any(cell.get("probe") == text for cell in row.values()))
+        ]
+        if not probes:
+            continue
+        shared, known = subjects(options.concept, name)
+        bench = Bench(item, shared, scorer, selector, Settings(options.images), known)
+        for text, probe in probes:
+            try:
+                cells = measure(bench, probe, control=name not in (BASE, TWIN))
+            except ErasecError as error:
+                cells = {"": {"obstacle": f"{error.what}: {error.why}" if error.why else error.what}}
+            for variant, cell in cells.items():
+                row[f"{probe.name}: {variant}".removesuffix(": ")] = {"probe": text, **cell}
+            result.update(concept=options.concept, images=options.images, machine=machine.about())
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+            print(name, text, cells, flush=True)
+
+
+if __name__ == "__main__":
+    main()
