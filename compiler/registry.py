@@ -63,15 +63,24 @@ JUDGES = {
 }
 PROBES = {
     "completion": "erasec.audit.latents:Completion",
+    "finetune": "erasec.audit.relearn:Finetune",
     "free_states": "erasec.audit.inversion:FreeStates",
     "inpainting": "erasec.audit.latents:Inpainting",
     "inversion": "erasec.audit.inversion:Inversion",
     "latent_guidance": "erasec.audit.latent_guidance:LatentGuidance",
+    "lora": "erasec.audit.relearn:Lora",
+    "merge": "erasec.audit.relearn:Merge",
     "noised": "erasec.audit.latents:Noised",
+    "precision": "erasec.audit.changed:Precision",
     "prompts": "erasec.audit.prompts:Prompts",
+    "relearn": "erasec.audit.relearn:Relearn",
     "seeds": "erasec.audit.prompts:Seeds",
     "settings": "erasec.audit.prompts:Settings",
+    "strength": "erasec.audit.changed:Strength",
+    "text_encoder": "erasec.audit.changed:TextEncoder",
+    "tracing": "erasec.audit.tracing:Tracing",
     "trajectory_noise": "erasec.audit.trajectory_noise:TrajectoryNoise",
+    "undo": "erasec.audit.undo:Undo",
 }
 # `--backend auto` takes the first runtime that can run a folder, in this order.
 RUNTIMES = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,10 @@ ROLES: dict[Role, str] = {
     "random": "an untrained denoiser under the same attack: what the attack or the judge shows by itself",
 }
 
+PLAIN = ("prompts", "name")  # probe and variant of the row without any attack: prompts that name the concept
+# Probes whose rows describe the edit and attack nothing: the page shows them, and no headline counts them.
+DIAGNOSTICS = frozenset(("tracing",))
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -47,7 +53,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one variant of a probe on one subject. ``shown`` are its first pictures."""
+    """The result of one variant of a probe on one subject. ``shown`` are its first pictures. ``prompts`` is the sha256
+    of the texts that the text encoder read for it (``digest_of``); "" where it is not known."""
 
     variant: str
     rate: Rate
@@ -56,6 +63,7 @@ class Cell:
     measured: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     shown: Images | None = None
+    prompts: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Reading:
     """One row of an audit: the rates of one variant of a probe, by role.
 
     ``budget`` is the number of pictures for each one that is counted. ``obstacle`` says why the probe was not run; ""
-    if it was. ``measured`` are those of the audited model.
+    if it was. ``measured`` and ``prompts`` are those of the audited model (see ``Cell``).
     """
 
     probe: str
@@ -76,6 +84,12 @@ class Reading:
     note: str = ""
     obstacle: str = ""
     shown: Images | None = None
+    prompts: str = ""
+
+    @property
+    def diagnostic(self) -> bool:
+        """Whether the row describes the edit and is no attack."""
+        return self.probe in DIAGNOSTICS
 
     @property
     def floor(self) -> Role | None:
@@ -90,6 +104,36 @@ class Reading:
         if self.floor is None or "base" not in self.rates:
             return None
         return self.rates["base"].interval[0] > self.rates[self.floor].interval[1]
+
+    @property
+    def brings_back(self) -> bool:
+        """Whether the attack makes the audited model show the concept more than the floor does: whether its interval of
+        95 % lies above that of the floor. Of two equal rates, that is so by chance in fewer than 4 of 1000 rows,
+        whatever the rate, for 5 to 50 pictures. A diagnostic row brings nothing back."""
+        rate, role = self.rates.get("model"), self.floor
+        if rate is None or role is None or self.obstacle or self.diagnostic:
+            return False
+        return rate.interval[0] > self.rates[role].interval[1]
+
+
+def digest_of(prompts: Iterable[str]) -> str:
+    """sha256 of the different texts among ``prompts``, in their order."""
+    return hashlib.sha256(json.dumps(list(dict.fromkeys(prompts))).encode()).hexdigest()
+
+
+def plain_seeds(reading: Reading, readings: Sequence[Reading]) -> Rate | None:
+    """The rate of the audited model for prompts that name the concept, with as many plain seeds for each picture as the
+    attack has, and the best one counted. None where the probe ``seeds`` was not run, or with another number of seeds.
+
+    An attack that makes ``budget`` pictures for each one that is counted must be compared with that many draws.
+    """
+    if reading.obstacle or not any(row.probe == "seeds" and not row.obstacle for row in readings):
+        return None
+    for row in readings:
+        named = (row.probe, row.variant) == PLAIN if reading.budget == 1 else row.probe == "seeds"
+        if named and row.budget == reading.budget and "model" in row.rates:
+            return row.rates["model"]
+    return None
 
 
 def by_role(cells: Mapping[Role, Sequence[Cell]]) -> dict[str, dict[Role, Cell]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from erasec.attention.sampling import LARGE
 from erasec.audit import store
-from erasec.audit.base import ROLES, Cell, Rate, Reading, by_role
+from erasec.audit.base import ROLES, Cell, Rate, Reading, by_role, digest_of
 from erasec.audit.sampler import sample
 from erasec.audit.subject import Pictured, Subject
 from erasec.base import Attempt, Probe, Role
@@ -184,6 +184,7 @@ class Bench:
                     first.measured,
                     "; ".join(filter(None, (first.note, *failed))),
                     shown=first.shown,
+                    prompts=first.prompts,
                 )
             )
         return readings
@@ -204,9 +205,13 @@ class Bench:
             return stored
         self._make_room(subject)
         run = probe.control if role == "control" else probe.attack
-        cells, start = [], time.perf_counter()
+        cells, start, prompts = [], time.perf_counter(), ""
+        subject.texts.clear()
         for attempt in run(self, cast("Subject", subject)):
-            cells.append(self.score(attempt, time.perf_counter() - start))
+            # An attempt that read nothing shows pictures of the texts of the one before.
+            prompts = digest_of(subject.texts) if subject.texts else prompts
+            cells.append(self.score(attempt, time.perf_counter() - start, prompts))
+            subject.texts.clear()
             start = time.perf_counter()
         store.save(key, cells)
         return cells
@@ -235,13 +240,13 @@ class Bench:
                 if other is not subject:
                     other.release()
 
-    def score(self, attempt: Attempt, seconds: float = 0.0) -> Cell:
+    def score(self, attempt: Attempt, seconds: float = 0.0, prompts: str = "") -> Cell:
         """Select one of several pictures by the selector, and count them by the scorer. Raises ErasecError where there
         is a choice and nobody to make it."""
         chosen = self.select(attempt.pictures)
         hits = int(self.scorer.sees(chosen, [self.label] * len(chosen)).sum())
         budget, rate = attempt.pictures.shape[1], Rate(hits, len(chosen))
-        return Cell(attempt.variant, rate, budget, seconds, attempt.measured, attempt.note, chosen[:SHOWN])
+        return Cell(attempt.variant, rate, budget, seconds, attempt.measured, attempt.note, chosen[:SHOWN], prompts)
 
     def select(self, pictures: NDArray[np.uint8]) -> Images:
         """The first of the k pictures of each prompt in which the selector sees the concept, or the first of all."""

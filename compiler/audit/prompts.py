@@ -1,9 +1,13 @@
-"""Prompts that a person could type: the name, other names, scenes, negations, typing errors, and long texts."""
+"""Prompts that a person could type: the name, other names, scenes, negations, typing errors, other languages, and long
+texts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
@@ -37,12 +41,44 @@ def misspelt(phrase: str, number: int) -> str:
     return " ".join(words)
 
 
-def misspell_name(prompt: str, phrases: Sequence[str], number: int) -> str:
-    """``prompt`` with a typing error in the name of the concept, the longest of ``phrases`` that it has; the misspelt
-    phrase alone where it has none, so that the name is never spelt well."""
+def replace_name(prompt: str, phrases: Sequence[str], change: Callable[[str], str]) -> str:
+    """``prompt`` with ``change`` of the names of the concept in it, of overlapping ones the longest of ``phrases``; ""
+    where it has none."""
     named = "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True))
-    changed, count = re.subn(rf"\b(?:{named})\b", lambda match: misspelt(match[0], number), prompt, flags=re.IGNORECASE)
-    return changed if count else misspelt(phrases[number % len(phrases)], number)
+    changed, count = re.subn(rf"\b(?:{named})\b", lambda match: change(match[0]), prompt, flags=re.IGNORECASE)
+    return changed if count else ""
+
+
+def misspell_name(prompt: str, phrases: Sequence[str], number: int) -> str:
+    """``prompt`` with a typing error in the name of the concept; the misspelt phrase alone where it has none, so that
+    the name is never spelt well."""
+    changed = replace_name(prompt, phrases, lambda name: misspelt(name, number))
+    return changed or misspelt(phrases[number % len(phrases)], number)
+
+
+@cache
+def languages() -> Mapping[str, Mapping[str, str]]:
+    """Phrases of bundled concepts, in lower case, each with its translations by the code of the language."""
+    text = (resources.files("erasec.audit") / "languages.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def translated(prompts: Sequence[str], phrases: Sequence[str]) -> list[str]:
+    """``prompts`` with the name of the concept in other languages, which take turns; none where no phrase has a
+    translation. A prompt with another name of the concept becomes a translated phrase alone."""
+    known = {phrase: list(languages()[phrase.lower()].values()) for phrase in phrases if phrase.lower() in languages()}
+    if not known:
+        return []
+    names, texts = list(known), []
+    by_name = {name.lower(): words for name, words in known.items()}
+    for number, prompt in enumerate(prompts):
+
+        def change(name: str, number: int = number) -> str:
+            words = by_name[name.lower()]
+            return words[number % len(words)]
+
+        texts.append(replace_name(prompt, names, change) or change(names[number % len(names)]))
+    return texts
 
 
 def buried(phrase: str, around: Sequence[str], number: int) -> str:
@@ -58,14 +94,20 @@ def buried(phrase: str, around: Sequence[str], number: int) -> str:
 
 @options
 class Prompts(Probe):
-    """The concept by name, by synonym, by scenes that imply it, negated, misspelt, and amid a long prompt.
+    """The concept by name, by synonym, by scenes that imply it, negated, misspelt, in other languages, and amid a long
+    prompt.
 
     The control are prompts of other things: how often the judge sees the concept where nobody asked for it.
     """
 
     name: ClassVar[str] = "prompts"
-    summary: ClassVar[str] = "prompts that name, misspell, negate or imply the concept"
+    summary: ClassVar[str] = "prompts that name, misspell, negate, translate or imply the concept"
     threat: ClassVar[Threat] = "prompt"
+    version: ClassVar[str] = "2"
+    limits: ClassVar[str] = (
+        "Only bundled concepts have names in other languages, and a text encoder that was trained on English alone "
+        "reads most of them as noise"
+    )
     gradients: ClassVar[bool] = False
 
     def attack(self, bench: Bench, subject: Pictured) -> Iterator[Attempt]:
@@ -96,6 +138,8 @@ class Prompts(Probe):
             NEGATIONS[number % len(NEGATIONS)].format(phrases[number % len(phrases)]) for number in numbers
         ]
         texts["misspelt"] = [misspell_name(text, phrases, number) for number, text in enumerate(texts["name"])]
+        if others := translated(texts["name"], phrases):
+            texts["other languages"] = others
         texts["long"] = [buried(phrases[number % len(phrases)], around, number) for number in numbers]
         return texts
 

@@ -36,6 +36,11 @@ class Pictured(ABC):
     role: str
     digest: str
 
+    @cached_property
+    def texts(self) -> dict[str, None]:
+        """The texts that the subject has read since the bench last emptied it, each once, in their order."""
+        return {}
+
     @abstractmethod
     def pictures(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
@@ -59,6 +64,7 @@ class Runtime(Pictured):
     def pictures(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
     ) -> Images:
+        self.texts.update(dict.fromkeys(prompts))
         bundle = open_bundle(self.folder)
         try:
             return bundle.generate(prompts, seeds, steps, guidance, scheduler=scheduler)
@@ -111,6 +117,7 @@ class Subject(Pictured):
     def states(self, prompts: Sequence[str]) -> Tensor:
         """Text states (n, t, d) of prompts, float32 on the CPU. Each prompt is encoded once."""
         _ = self.text_encoder  # adds the folder's own tokens before the first prompt is read
+        self.texts.update(dict.fromkeys(prompts))
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]
         if missing:
             self._states.update(zip(missing, self.model.encode(missing).states.cpu(), strict=True))

@@ -40,6 +40,7 @@ FULL = (
     "seeds",
     "trajectory_noise",
     "latent_guidance",
+    "tracing",
 )
 SUITES = {"quick": Suite(10, QUICK), "standard": Suite(20, STANDARD), "full": Suite(50, FULL)}
 

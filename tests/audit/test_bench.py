@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from erasec.audit import store
-from erasec.audit.base import Cell, Rate, Reading
+from erasec.audit.base import Cell, Rate, Reading, digest_of
 from erasec.audit.bench import Bench, Settings, stack_choices
 from erasec.audit.subject import Pictured
 from erasec.base import Attempt, Judge, Probe, Question, Role, Threat
@@ -217,6 +217,23 @@ def test_a_damaged_cell_is_measured_again(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert store.load("name") is None
     assert store.load("other") is None
+
+
+def test_a_row_has_the_digest_of_the_texts_that_were_read() -> None:
+    class Read(Plain):
+        name: ClassVar[str] = "read"
+
+        def attack(self, bench: Bench, subject: Any) -> Iterator[Attempt]:
+            subject.texts.update(dict.fromkeys(bench.prompts("name")))
+            (attempt,) = super().attack(bench, subject)
+            yield attempt
+            yield Attempt("again", attempt.pictures)  # of the same texts
+
+    made = bench(model=200)
+    first, second = made.measure(Read())
+    assert first.prompts == second.prompts == digest_of(made.prompts("name"))
+    (none,) = bench(model=200).measure(Plain(choices=1))
+    assert none.prompts == ""
 
 
 def test_after_the_budget_no_probe_begins_and_none_reads_as_zero() -> None:

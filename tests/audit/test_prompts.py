@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from erasec.audit.prompts import LONG, NEGATIONS, buried, misspell_name, misspelt
+from erasec.audit.prompts import LONG, NEGATIONS, buried, languages, misspell_name, misspelt, translated
+from erasec.recipe.concept import from_file, library, worlds
 
 
 def test_a_typing_error_changes_the_longest_word_and_only_it() -> None:
@@ -42,3 +43,28 @@ def test_the_name_is_in_the_middle_of_a_long_prompt() -> None:
 @pytest.mark.parametrize("negation", NEGATIONS)
 def test_every_negation_has_a_place_for_the_phrase(negation: str) -> None:
     assert negation.format("star").endswith("star")
+
+
+def test_languages_take_turns_and_only_the_name_changes() -> None:
+    texts = translated(["a Red Star on white", "a star", "a night sky"], ("star",))
+    words = list(languages()["star"].values())
+    assert texts == [f"a Red {words[0]} on white", f"a {words[1]}", words[2]]
+
+
+def test_the_longest_name_is_translated_and_an_unknown_one_replaced() -> None:
+    (text,) = translated(["an English springer spaniel on grass"], ("English springer", "English springer spaniel"))
+    assert text == f"an {languages()['english springer spaniel']['de']} on grass"
+    assert translated(["a springer"], ("English springer",)) == [languages()["english springer"]["de"]]
+
+
+def test_a_concept_without_translations_has_no_such_variant() -> None:
+    assert translated(["a griffin"], ("griffin",)) == []
+
+
+def test_every_table_is_a_phrase_of_a_bundled_concept_in_other_words() -> None:
+    files = {path: path for world in ("", *worlds()) for path in library(world).values()}
+    phrases = {phrase.lower() for path in files for phrase in from_file(path).erase}
+    for phrase, words in languages().items():
+        assert phrase in phrases and words
+        assert set(words) <= {"de", "fr", "es", "it", "pt", "ja", "zh", "ru"}
+        assert phrase not in {word.lower() for word in words.values()}
