@@ -7,47 +7,29 @@ import json
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from erasec.cli import output
 from erasec.cli.audit import audit
+from erasec.cli.build import build, plan
 from erasec.cli.options import (
-    ABSORB,
-    CAPTIONS,
-    CODE,
     DEVICE,
-    ERASE,
-    GATE,
     JSON,
-    JUDGE,
-    KEY,
     LINK,
     MEASURE,
-    MEMORY,
-    MODEL,
-    OUT,
-    PASS,
     PICKLE,
     PICTURE,
-    PICTURES,
-    PROMPT_LIMIT,
-    PROMPTS,
     REVISION,
-    SEED,
-    TARGET,
     VARIANT,
     VERBOSE,
     VERSION,
     report_errors,
 )
-from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError, printable, suggestion
+from erasec.errors import TOOL_MISSING, ErasecError, printable, suggestion
 from erasec.progress import note as say
 from erasec.registry import RUNTIMES
-
-if TYPE_CHECKING:
-    from erasec.recipe.recipe import Recipe
 
 # Keep the libraries quiet while they load. Set before they are imported, and only if the user has not set them.
 QUIET = {
@@ -77,141 +59,8 @@ def _start(version: VERSION = False) -> None:
         os.environ.setdefault(name, value)
 
 
-@app.command()
-def build(
-    model: MODEL,
-    erase: ERASE = None,
-    passes: PASS = None,
-    target: TARGET = None,
-    out: OUT = None,
-    key: KEY = None,
-    absorb: ABSORB = None,
-    judge: JUDGE = None,
-    gate: GATE = False,
-    pictures: PICTURES = None,
-    prompts: PROMPTS = None,
-    captions: CAPTIONS = None,
-    prompt_limit: PROMPT_LIMIT = None,
-    device: DEVICE = None,
-    memory: MEMORY = None,
-    seed: SEED = None,
-    revision: REVISION = None,
-    variant: VARIANT = None,
-    allow_pickle: PICKLE = False,
-    allow_code: CODE = False,
-    link: LINK = False,
-    as_json: JSON = False,
-    verbose: VERBOSE = False,
-) -> None:
-    """Erase concepts: write the edited checkpoint and every target, check them, and write a report."""
-    with report_errors(verbose, model, out):
-        recipe = _recipe(
-            model,
-            erase=erase,
-            passes=passes,
-            targets=target,
-            keys=key,
-            absorb=absorb,
-            judge=judge,
-            gate=gate or None,
-            pictures=pictures,
-            prompts=prompts,
-            captions=captions,
-            prompt_limit=prompt_limit,
-            device=device,
-            memory=memory,
-            seed=seed,
-            revision=revision,
-            variant=variant,
-            allow_pickle=allow_pickle or None,
-            allow_code=allow_code,
-            link=link or None,
-        )
-        from erasec.commands.build import is_main, train_in_worker
-        from erasec.commands.build import run as run_plan
-        from erasec.commands.plan import make_plan, notes
-
-        main = is_main()  # before the plan, because it assigns a device to each process
-        plan = make_plan(recipe, out, by_flag=bool(passes))
-        if not main:
-            train_in_worker(plan)
-            return
-        for note in (printed := notes(plan)):
-            say(note)
-        try:
-            report = run_plan(plan)
-        except CheckFailed as error:
-            if as_json:
-                output.print_facts(Path(error.where))
-            raise
-        if as_json:
-            output.print_facts(plan.out)
-            return
-        print(f"{plan.out}\n{plan.out / 'report.html'}")
-        print(output.verdict(report))
-        for note in report.notes:
-            if note not in printed:
-                say(note)
-
-
-@app.command()
-def plan(
-    model: MODEL,
-    erase: ERASE = None,
-    passes: PASS = None,
-    target: TARGET = None,
-    out: OUT = None,
-    key: KEY = None,
-    absorb: ABSORB = None,
-    judge: JUDGE = None,
-    gate: GATE = False,
-    pictures: PICTURES = None,
-    prompts: PROMPTS = None,
-    captions: CAPTIONS = None,
-    prompt_limit: PROMPT_LIMIT = None,
-    device: DEVICE = None,
-    memory: MEMORY = None,
-    seed: SEED = None,
-    revision: REVISION = None,
-    variant: VARIANT = None,
-    allow_pickle: PICKLE = False,
-    allow_code: CODE = False,
-    link: LINK = False,
-    all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
-    as_json: JSON = False,
-    verbose: VERBOSE = False,
-) -> None:
-    """Show what a build would do: sites, judge, memory, disk, time and tools. Writes nothing."""
-    with report_errors(verbose, model, out):
-        recipe = _recipe(
-            model,
-            erase=erase,
-            passes=passes,
-            targets=target,
-            keys=key,
-            absorb=absorb,
-            judge=judge,
-            gate=gate or None,
-            pictures=pictures,
-            prompts=prompts,
-            captions=captions,
-            prompt_limit=prompt_limit,
-            device=device,
-            memory=memory,
-            seed=seed,
-            revision=revision,
-            variant=variant,
-            allow_pickle=allow_pickle or None,
-            allow_code=allow_code,
-            link=link or None,
-        )
-        from erasec.commands.plan import describe, make_plan
-
-        described = describe(make_plan(recipe, out, pin=False, by_flag=bool(passes)))
-        if as_json:
-            print(json.dumps(described, indent=2))
-        else:
-            output.print_plan(described, all_sites)
+app.command()(build)
+app.command()(plan)
 
 
 @app.command()
@@ -438,10 +287,3 @@ def doctor(measure: MEASURE = False, device: DEVICE = None, verbose: VERBOSE = F
         output.findings(findings)
         if any(item.required and not item.available for item in findings):
             raise typer.Exit(TOOL_MISSING)
-
-
-def _recipe(model: str, **flags: Any) -> Recipe:
-    """The recipe of a command line. A flag that is not given leaves the value in a recipe file as it is."""
-    from erasec.recipe.recipe import from_flags
-
-    return from_flags(model, **{name: value for name, value in flags.items() if value is not None})

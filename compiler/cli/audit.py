@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from erasec.cli.options import DEVICE, JSON, JUDGE, PICKLE, REVISION, SEED, VARIANT, VERBOSE, report_errors
+from erasec.errors import printable
 from erasec.progress import note as say
 
 
@@ -74,6 +75,7 @@ def audit(
             print((target / "audit.json").read_text(encoding="utf-8"))
             return
         print(target / "audit.html")
-        print(report.headline)
+        print(printable(report.headline))
+        print(printable(f"how: {report.notion}"))
         for note in report.notes:
             say(note)

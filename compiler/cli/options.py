@@ -77,6 +77,15 @@ JUDGE = Annotated[
 GATE = Annotated[
     bool, typer.Option("--gate", help="reject a build with a concept that no judge can see, for release pipelines")
 ]
+AUDIT = Annotated[
+    str | None,
+    typer.Option(
+        "--audit",
+        metavar="SUITE",
+        help="attack the built checkpoint with quick, standard or full, and reject it where a [gate] of the recipe is "
+        "missed",
+    ),
+]
 PICTURE = Annotated[
     Path, typer.Option("--out", "-o", metavar="FILE", help="x.png; with --count, x-0.png, x-1.png, ...")
 ]

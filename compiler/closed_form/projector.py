@@ -49,7 +49,8 @@ def difference_root(rows: Tensor, neutral: Tensor) -> Tensor:
     difference = rows.double() - neutral.double()
     if len(difference) > difference.shape[1]:
         difference = torch.linalg.qr(difference, mode="r").R
-    return difference / difference.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    root: Tensor = difference / difference.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return root
 
 
 @fixed_threads(LAPACK)
@@ -60,7 +61,8 @@ def directions(difference: Tensor, count: int) -> Tensor:
     import torch
 
     _, values, vectors = torch.linalg.svd(difference, full_matrices=False)
-    return vectors[: min(count, int((values > values[:1] * 1e-8).sum()))]
+    chosen: Tensor = vectors[: min(count, int((values > values[:1] * 1e-8).sum()))]
+    return chosen
 
 
 @fixed_threads(LAPACK)
@@ -107,7 +109,8 @@ def _independent(functionals: Tensor, inverse: Tensor) -> Tensor:
     unit = functionals / functionals.norm(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     values, vectors = torch.linalg.eigh(unit.T @ inverse @ unit)
     kept = values > values[-1:] * DEPENDENT
-    return unit @ (vectors[:, kept] / values[kept].sqrt())
+    basis: Tensor = unit @ (vectors[:, kept] / values[kept].sqrt())
+    return basis
 
 
 @fixed_threads(LAPACK)

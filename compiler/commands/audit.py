@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from erasec import registry
 from erasec.audit.bench import Bench, Settings
 from erasec.audit.gates import check_gates
+from erasec.audit.instead import alternatives, notion
 from erasec.audit.subject import Pictured, Runtime, Subject, Untrained
 from erasec.audit.suites import find_suite, make_probes
-from erasec.base import Context, Role
+from erasec.base import Check, Context, Role
 from erasec.checkpoint.staging import output
 from erasec.commands.plan import find_device
 from erasec.errors import CheckFailed, ErasecError, MissingTool
@@ -26,9 +28,13 @@ from erasec.reporting import collect
 from erasec.reporting.audit_page import AuditReport, write_audit
 from erasec.reporting.read import REPORT, Record, read_report
 from erasec.selection import select, world_of
+from erasec.training.base import check_trainable
 
 if TYPE_CHECKING:
-    from erasec.base import Judge
+    from erasec.audit.gates import Gate
+    from erasec.base import Judge, Probe
+    from erasec.checkpoint.folder import Folder
+    from erasec.commands.plan import Plan
     from erasec.model.view import Model
     from erasec.recipe.recipe import Recipe
 
@@ -68,6 +74,15 @@ class _Audited:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Names:
+    """How a report names the subjects: the audited model, its base and its twin, "" for one that is not there."""
+
+    model: str
+    base: str = ""
+    twin: str = ""
+
+
 @fixed_threads()
 def audit(request: Request, out: Path) -> AuditReport:
     """Run the audit and write ``audit.html`` and ``audit.json`` into the folder ``out``.
@@ -75,7 +90,7 @@ def audit(request: Request, out: Path) -> AuditReport:
     Raises CheckFailed where a gate is missed; the files are written before. Raises ErasecError where the model, the
     concept or a judge cannot be found.
     """
-    started, suite = time.monotonic(), find_suite(request.suite)
+    suite = find_suite(request.suite)
     probes = make_probes(request.probes or suite.probes)
     audited = _find(request)
     concept_name = _concept_name(request, audited)
@@ -89,30 +104,11 @@ def audit(request: Request, out: Path) -> AuditReport:
     settings = _settings(request, audited, suite.images)
     bench = Bench(concept, subjects, scorer, selector, settings, audited.recipe)
     limits = request.limits if request.limits is not None else dict(audited.recipe.gate) if audited.recipe else {}
+    names = _Names(request.model, base.name if base else "", twin)
     with output(out) as own:
         folder = own.new_folder()
-        readings = tuple(bench.run(probes, request.minutes))
-        subject = subjects["model"]
-        report = AuditReport(
-            model=_described(subject, request.model, model),
-            base=_described(subjects["base"], base.name, base) if base else None,
-            twin=_described(subjects["twin"], twin, None) if twin else None,
-            concept=concept.model_dump(mode="json"),
-            suite="" if request.probes else request.suite,
-            settings={
-                "images": settings.images,
-                "steps": settings.steps,
-                "guidance": settings.guidance,
-                "seed": settings.seed,
-                "device": context.device,
-            },
-            judges={"scorer": _named(scorer), "selector": _named(selector) if selector else None},
-            readings=readings,
-            gates=check_gates(readings, limits),
-            seconds={"audit": time.monotonic() - started},
-            environment=collect.environment(),
-            notes=(*audited.notes, *notes),
-        )
+        report = _examine(bench, probes, names, limits, context, request.minutes)
+        report = replace(report, suite="" if request.probes else request.suite, notes=(*audited.notes, *notes))
         write_audit(report, folder)
         own.publish()
     if failed := [gate for gate in report.gates if gate.outcome == "failed"]:
@@ -129,6 +125,96 @@ def audit(request: Request, out: Path) -> AuditReport:
             fix="look at the page; then erase with another pass, or change [gate] of the recipe",
         )
     return report
+
+
+def _examine(
+    bench: Bench,
+    probes: Sequence[Probe],
+    names: _Names,
+    limits: Mapping[str, float],
+    context: Context,
+    minutes: float = 0.0,
+    pictured: bool = True,
+) -> AuditReport:
+    """Run the probes. With ``pictured``, the report has pictures of what the model draws in place of the concept."""
+    started = time.monotonic()
+    readings = tuple(bench.run(probes, minutes))
+    selector, settings, subjects = bench.selector, bench.settings, bench.subjects
+    return AuditReport(
+        model=_described(subjects["model"], names.model),
+        base=_described(subjects["base"], names.base) if names.base else None,
+        twin=_described(subjects["twin"], names.twin) if names.twin else None,
+        concept=bench.concept.model_dump(mode="json"),
+        suite="",
+        settings={
+            "images": settings.images,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "seed": settings.seed,
+            "device": context.device,
+        },
+        judges={"scorer": _named(bench.scorer), "selector": _named(selector) if selector else None},
+        readings=readings,
+        gates=check_gates(readings, limits),
+        notion=notion(readings, bench.concept.name),
+        alternatives=alternatives(bench) if pictured else None,
+        seconds={"audit": time.monotonic() - started},
+        environment=collect.environment(),
+    )
+
+
+# --- audits of builds ------------------------------------------------------------------------------------------------
+
+
+def check_auditable(plan: Plan, suite: str) -> None:
+    """Raise ErasecError, before anything is solved, where a build cannot be audited by ``suite``."""
+    make_probes(find_suite(suite).probes)
+    if plan.keys:
+        raise ErasecError(
+            "a build with a key cannot be audited",
+            why="the key is there to bring the concept back",
+            fix="leave out --audit, and audit the build without the key",
+        )
+    check_trainable(plan.model)
+    for concept in plan.concepts:
+        _judges(plan.model, concept, plan.recipe.judges)
+
+
+def audit_build(plan: Plan, suite: str, built: Folder) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Audit the merged checkpoint of a build before it is published: for each concept the facts of the audit as
+    ``audit.json`` has them, and a check for each gate of the recipe.
+
+    The model is attacked as ``erasec audit OUT --suite SUITE`` attacks it, and the rates are cached: that command then
+    makes the page with the pictures and measures none of them again.
+    """
+    found = find_suite(suite)
+    probes, base = make_probes(found.probes), plan.model
+    model = load(str(built.root), variant=built.variant)
+    request = Request(str(plan.out), suite=suite, seed=plan.context.seed)
+    audited = _Audited(str(built.root), recipe=plan.recipe)
+    facts, checks = [], []
+    for concept in plan.concepts:
+        scorer, selector = _judges(base, concept, plan.recipe.judges)
+        twin = _twin(request, base, scorer, concept)
+        subjects = _subjects(request, audited, model, base, twin, plan.context)
+        bench = Bench(concept, subjects, scorer, selector, _settings(request, audited, found.images), plan.recipe)
+        names = _Names(f"{plan.out.name}/{built.root.name}", base.name, twin)
+        report = _examine(bench, probes, names, plan.recipe.gate, plan.context, pictured=False)
+        facts.append(replace(report, suite=suite).facts())
+        checks += [_as_check(gate, concept, several=len(plan.concepts) > 1) for gate in report.gates]
+        for subject in subjects.values():
+            subject.release()
+    return facts, checks
+
+
+def _as_check(gate: Gate, concept: Concept, several: bool) -> Check:
+    """A gate as a check of a build. What was not measured has no value, and fails."""
+    name = f"audit/{concept.name}/{gate.name}" if several else f"audit/{gate.name}"
+    value = math.nan if gate.value is None else gate.value
+    return Check(name, value, gate.limit, gate.outcome == "passed", gate.how)
+
+
+# --- what is audited, and against what -------------------------------------------------------------------------------
 
 
 def _find(request: Request) -> _Audited:
@@ -247,8 +333,8 @@ def _settings(request: Request, audited: _Audited, images: int) -> Settings:
     return Settings(request.images or images, checks.steps, checks.guidance, request.seed)
 
 
-def _described(subject: Pictured, name: str, model: Model | None) -> dict[str, str]:
-    family = model.family.name if model is not None else ""
+def _described(subject: Pictured, name: str) -> dict[str, str]:
+    family = subject.model.family.name if isinstance(subject, Subject) else ""
     return {"name": name, "family": family, "digest": subject.digest}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from erasec.base import Check, EditTarget
 from erasec.checkpoint import manifest
@@ -19,6 +19,7 @@ from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
 from erasec.commands import durations, estimates, pictures
+from erasec.commands.audit import audit_build, check_auditable
 from erasec.commands.effect import check_change, check_goals
 from erasec.commands.measures import Measured, measure_files
 from erasec.commands.output_paths import check_replaceable
@@ -81,6 +82,8 @@ def run(plan: Plan) -> Report:
     keeps its state in a hidden folder next to ``plan.out`` until the build succeeds, and resumes from it when the build
     is run again.
     """
+    if plan.recipe.audit:
+        check_auditable(plan, plan.recipe.audit)
     with output(plan.out, total=estimates.output_bytes(plan.targets, plan.model)) as own, _resumable(own) as work:
         try:
             report = _build(plan, own.new_folder(), work)
@@ -274,6 +277,11 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
             measured = measure_files(plan, public, built)
         checks += measured.checks
     checks += pictures.gate_checks(plan)
+    audits: list[dict[str, Any]] = []
+    if plan.recipe.audit:
+        with _timed(seconds, "audit"):
+            audits, gates = audit_build(plan, plan.recipe.audit, built)
+        checks += gates
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
 
     with _timed(seconds, "report"):
@@ -292,7 +300,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
         seconds=seconds,
         environment=collect.environment(),
-        notes=(*_notes(plan, solved, built, looked), *measured.notes),
+        notes=(*_notes(plan, solved, built, looked), *measured.notes, *_unaudited(plan)),
         judged=tuple(concept.name for concept in plan.looked_for if concept.name not in plan.unjudged),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
@@ -300,6 +308,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         base=collect.base_record(model),
         prompt_files=tuple(measured.tables),
         estimated=durations.estimate(plan)["steps"],
+        audits=tuple(audits),
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
@@ -389,6 +398,12 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, looked: pictures.Looked) 
     if left := source.other_copies(solved.model.merged()):
         names = ", ".join(map(str, left))
         yield f"Left out of the plain checkpoint, because they are unedited copies of edited weights: {names}."
+
+
+def _unaudited(plan: Plan) -> Iterator[str]:
+    """A sentence where the recipe has gates that nothing was measured for."""
+    if plan.recipe.gate and not plan.recipe.audit:
+        yield "The recipe has gates for an audit, and none was run: erasec audit OUT, or build with --audit."
 
 
 @contextmanager

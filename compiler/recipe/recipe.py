@@ -87,6 +87,7 @@ class Recipe(_Table):
     NAME:key=value,...; "" leaves the choice to the model and the concepts (see ``erasec.selection``). ``revision`` and
     ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions, such as "fp16".
     ``gate`` are the highest rates of an audit, by probe or PROBE/VARIANT (see ``erasec.audit.gates``).
+    ``audit`` is the suite of attacks that a build must stand within them; "" for none.
     ``memory`` is what trainings may use, such as "8GB"; "" for what a GPU has free, and without a limit on a CPU. With
     ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files become hard links.
     """
@@ -111,6 +112,7 @@ class Recipe(_Table):
     memory: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?([kMG]i?)?B?)?$")] = ""
     passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
+    audit: Annotated[str, Field(pattern=r"^(quick|standard|full)?$")] = ""
     gate: Mapping[Phrase, Annotated[float, Field(ge=0, le=1)]] = {}
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
 
@@ -198,6 +200,7 @@ def from_flags(
     prompt_limit: int | None = None,
     memory: str | None = None,
     allow_code: bool = False,
+    audit: str | None = None,
 ) -> Recipe:
     """Make a recipe from the flags of a command line.
 
@@ -226,6 +229,7 @@ def from_flags(
         "captions": captions,
         "prompt_limit": prompt_limit,
         "memory": memory,
+        "audit": audit,
     }
     given = {key: value for key, value in given.items() if value is not None and value != []}
     base: dict[str, Any] = {"model": model}
@@ -366,6 +370,9 @@ def _recipe_error(error: ValidationError, content: Mapping[str, Any], where: str
     if "options" in rest:
         why = "an option is text, a finite number, true or false"
         return ErasecError(f"{rest[2]} is {first['input']!r}" if rest[2:] else "options is no table", why, where=where)
+    if key == "audit":
+        why = "the suites of attacks are quick, standard and full"
+        return ErasecError(f"there is no suite {first['input']!r}", why=why, where=where)
     if key == "device":
         why = 'a device is "auto", "cpu", "cuda", "cuda:0" and so on, or "mps"'
         return ErasecError(f"there is no device {first['input']!r}", why=why, where=where)

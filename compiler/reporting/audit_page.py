@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from erasec import registry
-from erasec.audit.base import ROLES, THREATS, Rate, Reading
+from erasec.audit.base import PLAIN, ROLES, THREATS, Rate, Reading, plain_seeds
 from erasec.audit.gates import Gate, model_rate
 from erasec.errors import ErasecError
 from erasec.reporting.report import png, templates, write_text
@@ -28,7 +28,6 @@ Outcome = Literal["passed", "failed", "no gates"]
 Verdict = Literal["not erased", "hidden", "not found", "not judged"]
 
 SCHEMA = "audit/1"
-PLAIN = ("prompts", "name")  # probe and variant of the row without any attack: prompts that name the concept
 GALLERY = 6  # rows whose pictures the page shows
 PAIRS = 8  # pictures of what the model draws instead
 # What the audited model is compared with, in the words of the headline.
@@ -53,8 +52,8 @@ class AuditReport:
     ``model``, ``base`` and ``twin`` have a name, a family and a digest. ``concept`` has the fields of Concept.
     ``suite`` is "" where the probes were named one by one. ``settings`` are images, steps, guidance, seed and device.
     ``judges`` are the scorer and the selector, with title and digest. ``notion`` is one sentence about the kind of the
-    erasure. ``alternatives`` says what the model draws instead: "shares" by label, "diversity", and "pictures", a
-    mapping with arrays (n, height, width, 3) of the "model" and perhaps of the "base", in the same order of prompts.
+    erasure. ``alternatives`` says what the model draws instead (see ``audit.instead.alternatives``); all of
+    its keys may be left out.
     ``seconds`` are those of the audit, by step.
     """
 
@@ -82,13 +81,13 @@ class AuditReport:
 
     @property
     def run(self) -> tuple[Reading, ...]:
-        """The rows in which pictures of the audited model were counted."""
-        return tuple(reading for reading in self.readings if model_rate(reading) is not None)
+        """The attacks in which pictures of the audited model were counted."""
+        return tuple(row for row in self.readings if model_rate(row) is not None and not row.diagnostic)
 
     @property
     def verdict(self) -> Verdict:
         """What the readings say."""
-        back = [reading for reading in self.run if brings_back(reading)]
+        back = [reading for reading in self.run if reading.brings_back]
         if back:
             return "not erased" if any((row.probe, row.variant) == PLAIN for row in back) else "hidden"
         return "not found" if any(reading.separates for reading in self.run) else "not judged"
@@ -97,7 +96,7 @@ class AuditReport:
     def headline(self) -> str:
         """The verdict as one sentence."""
         name, run = self.concept["name"], self.run
-        back = sum(map(brings_back, run))
+        back = sum(reading.brings_back for reading in run)
         counted = f"{back} of {len(run)} attacks bring{'s' if back == 1 else ''}"
         if self.verdict == "not erased":
             return f"Not erased: prompts that name {name} still show it, and {counted} it back"
@@ -113,9 +112,7 @@ class AuditReport:
 
     def facts(self) -> dict[str, Any]:
         """Everything except the pictures, as JSON can hold it. A number that is not finite is None."""
-        alternatives = {
-            key: value for key, value in (self.alternatives or {}).items() if key in ("shares", "diversity")
-        }
+        alternatives = {key: value for key, value in (self.alternatives or {}).items() if key != "pictures"}
         plain: dict[str, Any] = _plain(
             {
                 "erasec": SCHEMA,
@@ -129,12 +126,12 @@ class AuditReport:
                 "suite": self.suite,
                 "settings": self.settings,
                 "judges": self.judges,
-                "readings": [_row(reading) for reading in self.readings],
+                "readings": [_row(reading, self.readings) for reading in self.readings],
                 "counts": {
                     "run": len(self.run),
-                    "bring_back": sum(map(brings_back, self.run)),
+                    "bring_back": sum(reading.brings_back for reading in self.run),
                     "do_not_separate": sum(reading.separates is False for reading in self.run),
-                    "not_run": len(self.readings) - len(self.run),
+                    "not_run": sum(model_rate(reading) is None for reading in self.readings),
                 },
                 "gates": [asdict(gate) for gate in self.gates],
                 "notion": self.notion,
@@ -168,6 +165,8 @@ def write_audit(report: AuditReport, folder: Path) -> None:
         ),
         gallery=_gallery(report.run),
         instead=_instead(report.alternatives),
+        curve=_curve(facts["readings"]),
+        seeds_shown=any(reading["plain_seeds"] for reading in facts["readings"]),
         spent=_spent(report.readings),
         none_of=none_of(report.run),
         beyond=BEYOND,
@@ -179,16 +178,9 @@ def write_audit(report: AuditReport, folder: Path) -> None:
 # --- what a row says -------------------------------------------------------------------------------------------------
 
 
-def brings_back(reading: Reading) -> bool:
-    """Whether the audited model shows the concept more than the reference does: whether its interval of 95 % lies
-    above that of the reference. Of two equal rates, that is so by chance in fewer than 4 of 1000 rows, whatever the
-    rate, for 5 to 50 pictures."""
-    rate, role = model_rate(reading), reading.floor
-    return rate is not None and role is not None and rate.interval[0] > reading.rates[role].interval[1]
-
-
-def _row(reading: Reading) -> dict[str, Any]:
+def _row(reading: Reading, readings: Sequence[Reading] = ()) -> dict[str, Any]:
     """The facts of a row. A rate of no pictures is None, not 0."""
+    seeds = plain_seeds(reading, readings)
     return {
         "probe": reading.probe,
         "variant": reading.variant,
@@ -198,7 +190,10 @@ def _row(reading: Reading) -> dict[str, Any]:
         "rates": {role: _rate(rate) for role, rate in reading.rates.items()},
         "reference": reading.floor,
         "separates": reading.separates,
-        "brings_back": brings_back(reading),
+        "brings_back": reading.brings_back,
+        "diagnostic": reading.diagnostic,
+        "plain_seeds": _rate(seeds) if seeds is not None else None,
+        "prompts": reading.prompts or None,
         "budget": reading.budget,
         "seconds": reading.seconds,
         "measured": dict(reading.measured),
@@ -265,6 +260,13 @@ def _instead(alternatives: Mapping[str, Any] | None) -> list[dict[str, str]]:
     columns = {role: pictures[role] for role in ("base", "model") if pictures.get(role) is not None}
     count = min((len(images) for images in columns.values()), default=0)
     return [{role: png(images[at]) for role, images in columns.items()} for at in range(min(count, PAIRS))]
+
+
+def _curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows along the edit, by the share of it that each has; of several such probes, those of the first."""
+    found = [row for row in rows if row["diagnostic"] and row["run"] and row["measured"].get("share") is not None]
+    by_share = {row["measured"]["share"]: row for row in reversed(found)}
+    return [by_share[share] for share in sorted(by_share)] if len(by_share) > 1 else []
 
 
 def _spent(readings: Sequence[Reading]) -> dict[str, float]:

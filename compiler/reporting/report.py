@@ -122,7 +122,8 @@ class Report:
     weight and until; "tokens", the names of new tokens; "negative", a prompt; and "keys", the concepts whose keys are
     in the build. Entries that are empty may be left out. ``earlier`` are concepts that were erased from the model
     before. ``base`` may be left out where no target was written that needs it. ``prompt_files`` are hit rates by
-    category, see ``judging.prompt_groups.table``.
+    category, see ``judging.prompt_groups.table``. ``audits`` has the facts of the audit of each concept, as
+    ``audit_page.AuditReport.facts`` returns them.
     """
 
     model: dict[str, str]  # name, revision, family, digest
@@ -143,6 +144,7 @@ class Report:
     base: BaseRecord | None = None
     prompt_files: tuple[dict[str, Any], ...] = ()
     estimated: dict[str, list[float]] = field(default_factory=dict)  # by step: the least and the most seconds
+    audits: tuple[dict[str, Any], ...] = ()
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -271,6 +273,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "seconds": dict(report.seconds),
         "estimated": {step: list(limits) for step, limits in report.estimated.items()},
         "environment": dict(report.environment),
+        "audits": [dict(audit) for audit in report.audits],
     }
 
 

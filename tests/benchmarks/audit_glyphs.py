@@ -34,7 +34,20 @@ from erasec.recipe import recipe
 
 RESULT = Path(__file__).parent / "results" / "audit_glyphs.json"
 BASE, TWIN = "base", "twin"
-PASSES = (BASE, TWIN, "uce", "rece", "mace", "project", "project:keep=0.3", "trce.remap", "trce", "esd", "kpop", "safegen")
+PASSES = (
+    BASE,
+    TWIN,
+    "uce",
+    "rece",
+    "mace",
+    "project",
+    "project:keep=0.3",
+    "trce.remap",
+    "trce",
+    "esd",
+    "kpop",
+    "safegen",
+)
 # A ladder of budgets for inversion, because ranks change with the budget.
 PROBES = (
     "prompts",

@@ -45,7 +45,20 @@ from erasec.recipe import recipe
 RESULT = Path(__file__).parent / "results" / "passes_glyphs.json"
 CONCEPTS = ("star", "heart", "ring")
 BASE, NEVER = "base", "never-star model"
-SINGLE = ("uce", "rece", "mace", "project", "trce.remap", "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup")
+SINGLE = (
+    "uce",
+    "rece",
+    "mace",
+    "project",
+    "trce.remap",
+    "esd",
+    "trce.steer",
+    "trce",
+    "kpop",
+    "safegen",
+    "few_shot",
+    "eiup",
+)
 # For the star alone.
 CHAINS = (NEVER, "esd:train=u", "esd+safegen", "uce+kpop")
 WORDS = "negative prompt"  # what geom_erasing has to beat: the concept's words alone

@@ -26,7 +26,10 @@ def test_an_unedited_model_is_not_erased_and_misses_its_gate_after_the_page_is_w
     rates = {row["variant"]: row["rates"] for row in facts["readings"]}
     assert rates["name"]["model"]["hits"] == rates["name"]["base"]["hits"] == 2
     assert rates["name"]["twin"]["hits"] == 0  # the twin of glyphs is known
-    assert (tmp_path / "out" / "audit.html").is_file()
+    assert facts["notion"].startswith("not decided")
+    assert facts["alternatives"]["shares"]["star"] == 1.0 and facts["alternatives"]["base_diversity"] > 0
+    page = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
+    assert "What it draws instead" in page and "How it was erased" in page
 
 
 def test_without_a_base_only_probes_that_need_none_are_run(tmp_path: Path) -> None:

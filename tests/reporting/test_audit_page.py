@@ -14,9 +14,9 @@ import pytest
 from sample_audit import LIMITS, READINGS, hits, row, star_audit, written_audit
 from sample_report import Page, leaves
 
-from erasec.audit.base import ROLES, THREATS, Rate, Reading
+from erasec.audit.base import ROLES, THREATS, Rate, Reading, digest_of
 from erasec.audit.gates import check_gates
-from erasec.reporting.audit_page import AuditReport, brings_back, spread, write_audit
+from erasec.reporting.audit_page import AuditReport, spread, write_audit
 
 
 def audit_of(*readings: Reading, **changes: Any) -> AuditReport:
@@ -33,21 +33,21 @@ def head(page: Page) -> str:
 
 def test_a_row_brings_back_only_if_its_interval_lies_above_that_of_the_floor() -> None:
     above, meets = row("a", "x", "prompt", hits(13, 0, 20, 4)), row("a", "x", "prompt", hits(12, 0, 20, 4))
-    assert above.rates["model"].interval[0] > above.rates["twin"].interval[1] and brings_back(above)
-    assert meets.rates["model"].interval[0] < meets.rates["twin"].interval[1] and not brings_back(meets)
+    assert above.rates["model"].interval[0] > above.rates["twin"].interval[1] and above.brings_back
+    assert meets.rates["model"].interval[0] < meets.rates["twin"].interval[1] and not meets.brings_back
 
 
 def test_the_floor_is_the_twin_then_the_untrained_model_then_the_control() -> None:
     full = row("a", "x", "prompt", hits(20, 0, 20, 20, 0))
-    assert not brings_back(full)
+    assert not full.brings_back
     without_twin = replace(full, rates={role: rate for role, rate in full.rates.items() if role != "twin"})
-    assert brings_back(without_twin)
+    assert without_twin.brings_back
     only_control = replace(full, rates={role: full.rates[role] for role in ("model", "control", "base")})
-    assert brings_back(only_control) and only_control.separates is True
+    assert only_control.brings_back and only_control.separates is True
     same = replace(only_control, rates={**only_control.rates, "control": Rate(20, 20)})
-    assert not brings_back(same) and same.separates is False
+    assert not same.brings_back and same.separates is False
     alone = replace(full, rates={"model": Rate(20, 20)})
-    assert not brings_back(alone) and alone.separates is None
+    assert not alone.brings_back and alone.separates is None
 
 
 def test_the_headline_counts_the_rows_that_bring_back() -> None:
@@ -214,6 +214,82 @@ def test_what_it_draws_instead_has_shares_and_pictures_by_prompt(tmp_path: Path)
     assert html.count('<li class="pair">') == 6
     bare = Page(written_audit(audit_of(*READINGS), tmp_path / "b")[0]).text
     assert "What it draws instead" not in bare and "How it was erased" not in bare
+
+
+# --- along the edit, plain seeds, digests of prompts -----------------------------------------------------------------
+
+
+def traced(*model: int) -> tuple[Reading, ...]:
+    """Rows along the edit with these hits of the model; the base always shows the concept."""
+    last = len(model) - 1
+    return tuple(
+        row(
+            "tracing",
+            f"{number / last:.0%} of the edit",
+            "training",
+            hits(count, 0, 20, 0),
+            shows="star",
+            measured={"share": number / last, "drift": 0.0},
+        )
+        for number, count in enumerate(model)
+    )
+
+
+def test_rows_along_the_edit_are_shown_and_counted_nowhere(tmp_path: Path) -> None:
+    rows = (READINGS[3], *traced(20, 20, 12, 1, 0))
+    report = audit_of(*rows)
+    assert report.verdict == "not found" and len(report.run) == 1
+    html, facts = written_audit(report, tmp_path)
+    assert facts["counts"] == {"run": 1, "bring_back": 0, "do_not_separate": 0, "not_run": 0}
+    text = Page(html).text
+    assert html.count('<span class="mark none">no attack</span>') == 5 and "brings it back</span>" not in html
+    assert "Highest rate" in text and not re.search(r"Highest rate ?100", text)
+
+
+def test_the_curve_has_a_point_for_each_share(tmp_path: Path) -> None:
+    html, _ = written_audit(audit_of(READINGS[3], *traced(20, 10, 0)), tmp_path / "a")
+    drawn = html[html.index("<h2>Along the edit</h2>") :]
+    assert '<polyline class="own" points="40.00 10.00 300.00 80.00 560.00 150.00 "/>' in drawn
+    assert "50\u00a0% of the edit 50\u00a0%" in drawn
+    for readings in (READINGS, traced(20, 0)[:1]):  # none, and a single point
+        assert "Along the edit" not in written_audit(audit_of(*readings), tmp_path / "b")[0]
+
+
+def test_an_audit_of_diagnostics_alone_has_no_highest_rate(tmp_path: Path) -> None:
+    html, facts = written_audit(audit_of(*traced(20, 0)), tmp_path)
+    assert facts["verdict"] == "not judged" and "Highest rate" not in Page(html).text
+
+
+def test_plain_seeds_have_a_column_where_the_probe_was_run(tmp_path: Path) -> None:
+    html, facts = written_audit(audit_of(*READINGS), tmp_path / "a")
+    many, single = READINGS[4].rates["model"], READINGS[0].rates["model"]
+    assert facts["readings"][4]["plain_seeds"]["rate"] == many.value
+    assert facts["readings"][8]["plain_seeds"]["rate"] == single.value
+    assert html.count('data-label="Seeds"') == len(READINGS) - 1 and "as many seeds" in Page(html).text
+    html, facts = written_audit(audit_of(*READINGS[:4]), tmp_path / "b")
+    assert facts["readings"][0]["plain_seeds"] is None and 'data-label="Seeds"' not in html
+
+
+def test_the_digest_of_the_prompts_is_in_both_files(tmp_path: Path) -> None:
+    digest = digest_of(["a star", "a red star", "a star"])
+    assert digest == digest_of(["a star", "a red star"]) != digest_of(["a red star", "a star"])
+    html, facts = written_audit(audit_of(replace(READINGS[0], prompts=digest), READINGS[1]), tmp_path)
+    assert [reading["prompts"] for reading in facts["readings"]] == [digest, None]
+    assert html.count(f"<code>{digest[:8]}</code>") == 1 and f"sha256 of the prompts: {digest}" in html
+
+
+def test_what_it_draws_instead_says_how_it_was_found(tmp_path: Path) -> None:
+    found = {
+        "shares": {"circle": 1.0},
+        "how": "as told",
+        "diversity": 0.25,
+        "base_diversity": 0.75,
+        "distance": "pixels",
+    }
+    text = Page(written_audit(audit_of(READINGS[0], alternatives=found), tmp_path)[0]).text
+    assert (
+        "other things: as told" in text and "0.25, of the base's 0.75 (mean distance of two pictures, pixels)" in text
+    )
 
 
 # --- the files -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,196 @@
+"""The commands ``erasec build`` and ``erasec plan``, which take the same options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from erasec.cli import output
+from erasec.cli.options import (
+    ABSORB,
+    AUDIT,
+    CAPTIONS,
+    CODE,
+    DEVICE,
+    ERASE,
+    GATE,
+    JSON,
+    JUDGE,
+    KEY,
+    LINK,
+    MEMORY,
+    MODEL,
+    OUT,
+    PASS,
+    PICKLE,
+    PICTURES,
+    PROMPT_LIMIT,
+    PROMPTS,
+    REVISION,
+    SEED,
+    TARGET,
+    VARIANT,
+    VERBOSE,
+    report_errors,
+)
+from erasec.errors import CheckFailed, printable
+from erasec.progress import note as say
+
+if TYPE_CHECKING:
+    from erasec.recipe.recipe import Recipe
+
+
+def build(
+    model: MODEL,
+    erase: ERASE = None,
+    passes: PASS = None,
+    target: TARGET = None,
+    out: OUT = None,
+    key: KEY = None,
+    absorb: ABSORB = None,
+    judge: JUDGE = None,
+    gate: GATE = False,
+    audit: AUDIT = None,
+    pictures: PICTURES = None,
+    prompts: PROMPTS = None,
+    captions: CAPTIONS = None,
+    prompt_limit: PROMPT_LIMIT = None,
+    device: DEVICE = None,
+    memory: MEMORY = None,
+    seed: SEED = None,
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    allow_code: CODE = False,
+    link: LINK = False,
+    as_json: JSON = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Erase concepts: write the edited checkpoint and every target, check them, and write a report."""
+    with report_errors(verbose, model, out):
+        recipe = _recipe(
+            model,
+            erase=erase,
+            passes=passes,
+            targets=target,
+            keys=key,
+            absorb=absorb,
+            judge=judge,
+            gate=gate or None,
+            pictures=pictures,
+            prompts=prompts,
+            captions=captions,
+            prompt_limit=prompt_limit,
+            device=device,
+            memory=memory,
+            seed=seed,
+            revision=revision,
+            variant=variant,
+            allow_pickle=allow_pickle or None,
+            allow_code=allow_code,
+            link=link or None,
+            audit=audit,
+        )
+        from erasec.commands.build import is_main, train_in_worker
+        from erasec.commands.build import run as run_plan
+        from erasec.commands.plan import make_plan, notes
+
+        main = is_main()  # before the plan, because it assigns a device to each process
+        planned = make_plan(recipe, out, by_flag=bool(passes))
+        if not main:
+            train_in_worker(planned)
+            return
+        for note in (printed := notes(planned)):
+            say(note)
+        try:
+            report = run_plan(planned)
+        except CheckFailed as error:
+            if as_json:
+                output.print_facts(Path(error.where))
+            raise
+        if as_json:
+            output.print_facts(planned.out)
+            return
+        print(f"{planned.out}\n{planned.out / 'report.html'}")
+        print(output.verdict(report))
+        for audited in report.audits:
+            print(printable(audited["headline"]))
+        for note in report.notes:
+            if note not in printed:
+                say(note)
+
+
+def plan(
+    model: MODEL,
+    erase: ERASE = None,
+    passes: PASS = None,
+    target: TARGET = None,
+    out: OUT = None,
+    key: KEY = None,
+    absorb: ABSORB = None,
+    judge: JUDGE = None,
+    gate: GATE = False,
+    audit: AUDIT = None,
+    pictures: PICTURES = None,
+    prompts: PROMPTS = None,
+    captions: CAPTIONS = None,
+    prompt_limit: PROMPT_LIMIT = None,
+    device: DEVICE = None,
+    memory: MEMORY = None,
+    seed: SEED = None,
+    revision: REVISION = None,
+    variant: VARIANT = None,
+    allow_pickle: PICKLE = False,
+    allow_code: CODE = False,
+    link: LINK = False,
+    all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
+    as_json: JSON = False,
+    verbose: VERBOSE = False,
+) -> None:
+    """Show what a build would do: sites, judge, memory, disk, time and tools. Writes nothing."""
+    with report_errors(verbose, model, out):
+        recipe = _recipe(
+            model,
+            erase=erase,
+            passes=passes,
+            targets=target,
+            keys=key,
+            absorb=absorb,
+            judge=judge,
+            gate=gate or None,
+            pictures=pictures,
+            prompts=prompts,
+            captions=captions,
+            prompt_limit=prompt_limit,
+            device=device,
+            memory=memory,
+            seed=seed,
+            revision=revision,
+            variant=variant,
+            allow_pickle=allow_pickle or None,
+            allow_code=allow_code,
+            link=link or None,
+            audit=audit,
+        )
+        from erasec.commands.plan import describe, make_plan
+
+        planned = make_plan(recipe, out, pin=False, by_flag=bool(passes))
+        if recipe.audit:
+            from erasec.commands.audit import check_auditable
+
+            check_auditable(planned, recipe.audit)
+        described = describe(planned)
+        if as_json:
+            print(json.dumps(described, indent=2))
+        else:
+            output.print_plan(described, all_sites)
+
+
+def _recipe(model: str, **flags: Any) -> Recipe:
+    """The recipe of a command line. A flag that is not given leaves the value in a recipe file as it is."""
+    from erasec.recipe.recipe import from_flags
+
+    return from_flags(model, **{name: value for name, value in flags.items() if value is not None})
