@@ -287,7 +287,8 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     with _timed(seconds, "report"):
         (stage / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
         moves = collect.site_moves(model)
-    opened = {key.concept.name for key in plan.keys}
+        opened = {key.concept.name for key in plan.keys}
+        reaches = collect.reaches(model, [concept for concept in plan.concepts if concept.name not in opened])
     groups = (*validate.ERASED_GROUPS, "keyed", "keep")
     report = Report(
         model={"name": model.name, "revision": model.revision, "family": model.family.name, "digest": model.digest},
@@ -309,6 +310,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         prompt_files=tuple(measured.tables),
         estimated=durations.estimate(plan)["steps"],
         audits=tuple(audits),
+        reach=reaches,
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

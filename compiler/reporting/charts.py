@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from erasec.reporting.report import SiteMove
@@ -50,13 +50,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves in one pair of axes. ``columns`` and ``rows`` are the ticks of x and y: (position, label)."""
+    """Curves in one pair of axes. ``columns`` and ``rows`` are the ticks of x and y: (position, label). ``across`` and
+    ``up`` are what the axes show."""
 
     title: str
     about: str
     lines: tuple[Line, ...]
     columns: tuple[tuple[float, str], ...]
     rows: tuple[tuple[float, str], ...]
+    across: str = "step"
+    up: str = "value"
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,42 @@ def charts(curves: Mapping[str, Sequence[float]], steps: float = 0) -> tuple[Cha
     return tuple(_chart(title, group, steps) for title, group in groups.items())
 
 
+def reach_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """The residual R(r) of each concept, from the facts of ``closed_form.reach.Reach``."""
+    points = {row["concept"]: list(zip(row["radii"], row["residual"], strict=True)) for row in rows}
+    return _draw(
+        "How near a text state comes to the outputs of the concept",
+        _trends({row["concept"]: row["residual"] for row in rows}),
+        points,
+        max(row["radii"][-1] for row in rows),
+        "distance from the concept's own text state, in lengths of it",
+        "R",
+    )
+
+
 def _chart(title: str, group: Mapping[str, Sequence[float]], steps: float) -> Chart:
     end = steps or max(len(values) for values in group.values())
     points = {name: _downsample(values, end) for name, values in group.items()}
+    drawn = _draw(title, f"{_trends(group)}; {end:g} steps", points, end)
+    ends = {name: (values[0], values[-1]) for name, values in group.items()}
+    lines = tuple(Line(line.name, line.path, *ends[line.name]) for line in drawn.lines)
+    whole = tuple(tick for tick in drawn.columns if float(tick[1]).is_integer())
+    return replace(drawn, lines=lines, columns=whole)
+
+
+def _trends(group: Mapping[str, Sequence[float]]) -> str:
+    return "; ".join(f"{name} goes from {_label(values[0])} to {_label(values[-1])}" for name, values in group.items())
+
+
+def _draw(
+    title: str,
+    about: str,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    end: float,
+    across: str = "step",
+    up: str = "value",
+) -> Chart:
+    """The lines through ``points`` (x, y) by name, from x = 0 to ``end``."""
     finite = [y for line in points.values() for _, y in line if math.isfinite(y)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     logarithmic = low > 0 and high > LOG_FROM * low
@@ -117,7 +153,7 @@ def _chart(title: str, group: Mapping[str, Sequence[float]], steps: float) -> Ch
         low = 0.0 if 0 <= low < high / 2 else low
         ticks = _round_numbers(low, high, 4)
 
-    def across(x: float) -> float:
+    def right(x: float) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * x / end, 1)
 
     def down(y: float) -> float:
@@ -129,18 +165,19 @@ def _chart(title: str, group: Mapping[str, Sequence[float]], steps: float) -> Ch
         commands, pen_down = [], False
         for x, y in line:
             if math.isfinite(y):
-                commands.append(f"L{across(x)} {down(y)}" if pen_down else f"M{across(x)} {down(y)}h0")
+                commands.append(f"L{right(x)} {down(y)}" if pen_down else f"M{right(x)} {down(y)}h0")
             pen_down = math.isfinite(y)
         return "".join(commands)
 
-    trends = [f"{name} goes from {_label(values[0])} to {_label(values[-1])}" for name, values in group.items()]
     scale = "a logarithmic" if logarithmic else "a linear"
     return Chart(
         title,
-        f"{'; '.join(trends)}; {end:g} steps, {scale} scale.",
-        tuple(Line(name, path(points[name]), values[0], values[-1]) for name, values in group.items()),
-        tuple((across(x), _label(x)) for x in _round_numbers(0, end, 6) if x == int(x)),
+        f"{about}, {scale} scale.",
+        tuple(Line(name, path(line), line[0][1], line[-1][1]) for name, line in points.items()),
+        tuple((right(x), _label(x)) for x in _round_numbers(0, end, 6)),
         tuple((down(y), _label(y)) for y in ticks),
+        across,
+        up,
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, only_variant
+from erasec.closed_form.reach import reach
 from erasec.family import HUB
 from erasec.graphs.signature import pixel_unit
 from erasec.ldm.single_file import SingleFile
@@ -20,6 +23,7 @@ from erasec.reporting.report import ArtifactRecord, BaseRecord, Pair, SiteMove
 if TYPE_CHECKING:
     from erasec.judging.evidence import Evidence
     from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
 
 PACKAGES = ("erasec", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
 
@@ -36,6 +40,13 @@ def site_moves(model: Model) -> tuple[SiteMove, ...]:
             SiteMove(site.key, site.block, site.attn, site.proj, site.shape, float(stored.norm()), moved, rank)
         )
     return tuple(moves)
+
+
+def reaches(model: Model, concepts: Iterable[Concept]) -> tuple[dict[str, Any], ...]:
+    """How near a text state comes to the outputs that each concept had before the edits of ``model``; without concepts
+    whose edits leave the matrices that read text states as they are."""
+    found = (reach(model.original, model, concept) for concept in concepts)
+    return tuple(asdict(item) for item in found if item is not None)
 
 
 def carried_extras(built: Folder, keys: list[str]) -> dict[str, Any]:

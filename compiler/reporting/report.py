@@ -145,6 +145,7 @@ class Report:
     prompt_files: tuple[dict[str, Any], ...] = ()
     estimated: dict[str, list[float]] = field(default_factory=dict)  # by step: the least and the most seconds
     audits: tuple[dict[str, Any], ...] = ()
+    reach: tuple[dict[str, Any], ...] = ()  # the fields of closed_form.reach.Reach, for each concept that has one
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -257,6 +258,7 @@ def _facts(report: Report) -> dict[str, Any]:
             for pair in report.pairs
         ],
         "applied": [asdict(applied) for applied in report.applied],
+        "reach": [dict(item) for item in report.reach],
         "moves": [{**asdict(move), "change": move.change} for move in report.moves],
         "extras": {"memories": [], "tokens": [], "negative": "", "keys": [], **report.extras},
         "written": [

@@ -33,6 +33,7 @@ EIUP = "EIUP, arXiv:2408.01014: tokens of the words, the first 80 % of the steps
 GEOM = "Geom-Erasing, arXiv:2310.05873: model removal trains the location tokens alone; clean images have weight 1"
 RECE = "RECE, arXiv:2407.12383: README"
 UCE = "UCE, arXiv:2308.14761: code of 2023"
+PROJECT = "LEACE, arXiv:2306.03819, says nothing of diffusion models: the values are those of erasec, found on glyphs"
 # By pass and kind of concept ("*" is every kind): options, and where they were published.
 PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
     ("esd", "*"): (
@@ -89,6 +90,7 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
         "MACE, arXiv:2403.06135, without its cache",
     ),
     ("trce.remap", "*"): ({"relative": True, "ridge": 1e-3, "keep": 1.0}, TRCE),
+    ("project", "*"): ({"directions": 2, "keep": 0.3, "guide": True, "heads": 2}, PROJECT),
 }
 NONE = Defaults(Presets(), Presets())
 

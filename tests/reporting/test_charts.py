@@ -190,3 +190,15 @@ def test_too_many_rows_become_stages() -> None:
     assert len(names(charts.heat_map(few))) == ROWS
     many = [*few, move("key", "down.0.resnets.1000"), move("key", "text_encoder encoder.layers.3.mlp", "text", "mlp")]
     assert names(charts.heat_map(many)) == ["text_encoder encoder", "down.0", "down.1", "down.2", "down.3"]
+
+
+def test_a_reach_is_drawn_from_its_radii() -> None:
+    rows = [
+        {"concept": "star", "radii": (0.0, 0.5, 2.0), "residual": (1.0, 0.5, 0.25)},
+        {"concept": "heart", "radii": (0.0, 0.5, 2.0), "residual": (0.9, 0.9, 0.9)},
+    ]
+    drawn = charts.reach_chart(rows)
+    assert [(line.name, line.first, line.last) for line in drawn.lines] == [("star", 1.0, 0.25), ("heart", 0.9, 0.9)]
+    assert (drawn.up, drawn.columns[0], drawn.columns[-1]) == ("R", (LEFT, "0"), (WIDTH - RIGHT, "2"))
+    middle = round(LEFT + (WIDTH - LEFT - RIGHT) / 4, 1)
+    assert f"L{middle} " in drawn.lines[0].path

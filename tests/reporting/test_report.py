@@ -287,3 +287,15 @@ def test_the_estimated_time_stands_beside_the_measured_one(tmp_path: Path) -> No
     html, facts, _ = written(star_report(), tmp_path / "b")
     assert "estimated: about" not in Page(html).text
     assert facts["estimated"] == {}
+
+
+def test_the_reach_of_an_attacker_is_drawn_and_called_no_proof(tmp_path: Path) -> None:
+    curve = {"concept": "star", "radii": [0.0, 1.0, 2.0], "residual": [1.0, 0.4, 0.1], "recovered": [0.0, 0.6, 0.9]}
+    page, facts, _ = written(star_report(reach=(curve,)), tmp_path / "with")
+    assert facts["reach"] == [curve]
+    assert "<h3>Reach</h3>" in page
+    assert "star goes from 1 to 0.1, a linear scale" in page
+    assert "no proof about pictures, which only erasec audit attacks" in page
+    page, facts, _ = written(star_report(), tmp_path / "without")
+    assert facts["reach"] == []
+    assert "<h3>Reach</h3>" not in page
