@@ -46,6 +46,10 @@ class Rece(ClosedForm):
     name: ClassVar[str] = "rece"
     paper: ClassVar[str] = "arXiv:2407.12383"
     summary: ClassVar[str] = "closed form, then the embeddings that would bring the concept back are erased too"
+    limits: ClassVar[str] = (
+        "What the denoiser can draw stays in place, so that learned embeddings may bring the concept back. Its rows "
+        "depend on the weights, so that the published weights and the recipe hardly lead to the inverse."
+    )
     when: ClassVar[str] = (
         "as uce, where it matters more that no chosen words get around the edit than that nothing else changes: the "
         "embeddings that would bring the concept back are erased too"

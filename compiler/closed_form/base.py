@@ -52,8 +52,9 @@ class ClosedForm(Pass):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
 
     limits: ClassVar[str] = (
-        "It remaps text states and leaves what the denoiser can draw in place: learned embeddings, or attacks with "
-        "access to the weights, may bring the concept back, and none were tested here."
+        "It is an invertible map of text states: whoever has the published weights and knows the recipe can take it off. "
+        "What the denoiser can draw stays in place, so that learned embeddings may bring the concept back: erasec audit "
+        "tests both."
     )
 
     @abstractmethod

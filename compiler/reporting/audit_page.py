@@ -17,6 +17,7 @@ import numpy as np
 from erasec import registry
 from erasec.audit.base import PLAIN, ROLES, THREATS, Rate, Reading, plain_seeds
 from erasec.audit.gates import Gate, model_rate
+from erasec.audit.metrics import removal_rate
 from erasec.errors import ErasecError
 from erasec.reporting.report import png, templates, write_text
 
@@ -192,6 +193,7 @@ def _row(reading: Reading, readings: Sequence[Reading] = ()) -> dict[str, Any]:
         "separates": reading.separates,
         "brings_back": reading.brings_back,
         "diagnostic": reading.diagnostic,
+        "nrr": _removed(reading),
         "plain_seeds": _rate(seeds) if seeds is not None else None,
         "prompts": reading.prompts or None,
         "budget": reading.budget,
@@ -199,6 +201,14 @@ def _row(reading: Reading, readings: Sequence[Reading] = ()) -> dict[str, Any]:
         "measured": dict(reading.measured),
         "note": reading.note,
     }
+
+
+def _removed(reading: Reading) -> float | None:
+    """NRR of a row: the share of what the base shows under the same attack that is gone; None without a base."""
+    rates = reading.rates
+    if "model" not in rates or "base" not in rates:
+        return None
+    return removal_rate(rates["base"].value, rates["model"].value)
 
 
 def _rate(rate: Rate) -> dict[str, float | None]:

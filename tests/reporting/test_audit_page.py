@@ -386,3 +386,11 @@ def test_an_audit_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
         write_audit(star_audit(environment={"torch": object()}), tmp_path)  # type: ignore[dict-item]
     # The page is written first: JSON that cannot be made must not leave a page without it.
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rows_say_how_much_of_the_base_is_gone(tmp_path: Path) -> None:
+    _, facts = written_audit(star_audit(), tmp_path)
+    rates = {(row["probe"], row["variant"]): row["nrr"] for row in facts["readings"]}
+    assert rates["prompts", "name"] == pytest.approx(0.95)  # 1 and 20 of 20
+    assert rates["free_states", "every row, 450 steps"] == 0.0
+    assert rates["completion", ""] is None  # not run
