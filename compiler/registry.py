@@ -63,6 +63,7 @@ JUDGES = {
 }
 PROBES = {
     "completion": "erasec.audit.latents:Completion",
+    "concept_vector": "erasec.audit.ring_a_bell:ConceptVector",
     "finetune": "erasec.audit.relearn:Finetune",
     "free_states": "erasec.audit.inversion:FreeStates",
     "inpainting": "erasec.audit.latents:Inpainting",
@@ -70,10 +71,15 @@ PROBES = {
     "latent_guidance": "erasec.audit.latent_guidance:LatentGuidance",
     "lora": "erasec.audit.relearn:Lora",
     "merge": "erasec.audit.relearn:Merge",
+    "mma": "erasec.audit.mma:MMA",
     "noised": "erasec.audit.latents:Noised",
+    "null_text": "erasec.audit.null_text:NullText",
+    "p4d": "erasec.audit.p4d:P4D",
     "precision": "erasec.audit.changed:Precision",
+    "prefix": "erasec.audit.prefix:Prefix",
     "prompts": "erasec.audit.prompts:Prompts",
     "relearn": "erasec.audit.relearn:Relearn",
+    "ring_a_bell": "erasec.audit.ring_a_bell:RingABell",
     "seeds": "erasec.audit.prompts:Seeds",
     "settings": "erasec.audit.prompts:Settings",
     "strength": "erasec.audit.changed:Strength",
@@ -81,6 +87,7 @@ PROBES = {
     "tracing": "erasec.audit.tracing:Tracing",
     "trajectory_noise": "erasec.audit.trajectory_noise:TrajectoryNoise",
     "undo": "erasec.audit.undo:Undo",
+    "unlearn_diff": "erasec.audit.unlearn_diff:UnlearnDiff",
 }
 # `--backend auto` takes the first runtime that can run a folder, in this order.
 RUNTIMES = {

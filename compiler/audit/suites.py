@@ -20,7 +20,7 @@ class Suite:
     probes: tuple[str, ...]
 
 
-QUICK = ("prompts", "noised", "completion", "inversion", "free_states:steps=200")
+QUICK = ("prompts", "noised", "completion", "undo", "inversion", "free_states:steps=200")
 STANDARD = (
     "prompts",
     "seeds:seeds=8",
@@ -30,6 +30,8 @@ STANDARD = (
     "inpainting",
     "trajectory_noise:cells=8",
     "latent_guidance:noise=false",
+    "undo",
+    "precision",
     "inversion",
     "inversion:tokens=2,steps=600",
     "free_states",
@@ -40,6 +42,20 @@ FULL = (
     "seeds",
     "trajectory_noise",
     "latent_guidance",
+    "prefix",
+    "ring_a_bell",
+    "concept_vector",
+    "mma",
+    "unlearn_diff",
+    "p4d",
+    "p4d:mode=k",
+    "null_text",
+    "strength",
+    "text_encoder",
+    "merge",
+    "lora",
+    "finetune",
+    "relearn",
     "tracing",
 )
 SUITES = {"quick": Suite(10, QUICK), "standard": Suite(20, STANDARD), "full": Suite(50, FULL)}
