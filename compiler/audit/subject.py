@@ -105,7 +105,8 @@ class Subject(Pictured):
     def text_encoder(self) -> tuple[Any, Any]:
         """The tokenizer and the text encoder, on the CPU, with the tokens that the folder carries."""
         tokenizer, encoder = self.model.text_encoder("text_encoder")
-        if self.extras.tokens:
+        # Another subject that shares the text encoder of this view may have added them already.
+        if not self.extras.tokens.keys() <= tokenizer.get_vocab().keys():
             add_tokens(tokenizer, encoder, self.extras.tokens)
         return tokenizer, encoder.requires_grad_(False)
 

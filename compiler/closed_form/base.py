@@ -52,9 +52,9 @@ class ClosedForm(Pass):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
 
     limits: ClassVar[str] = (
-        "It is an invertible map of text states: whoever has the published weights and knows the recipe can take it off. "
-        "What the denoiser can draw stays in place, so that learned embeddings may bring the concept back: erasec audit "
-        "tests both."
+        "It is an invertible map of text states: whoever has the published weights and knows the recipe can take it "
+        "off. What the denoiser can draw stays in place, so that learned embeddings may bring the concept back. The "
+        "command audit tests both."
     )
 
     @abstractmethod

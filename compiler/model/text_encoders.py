@@ -89,8 +89,10 @@ class TextEncoders:
         return self._encoders[name]
 
     def release(self) -> None:
-        """Free the memory of the encoders; they are loaded again on the next use."""
+        """Free the memory of the encoders, and forget the tokens that were added; both are loaded again on the next
+        use."""
         self._encoders.clear()
+        self._tokenizers.clear()
 
     def ids(self, prompts: Sequence[str], encoder: str, length: int = 0) -> Tensor:
         """Token ids (n, length), truncated and padded. With ``length`` 0 it is the tokenizer's maximum length."""
@@ -122,7 +124,10 @@ class TextEncoders:
         return fitting_part(self.tokenizer(encoder), text, room)
 
     def _rows(self, encoder: str) -> int:
-        """The number of rows of an encoder's token embedding, read from its file's header."""
+        """The number of rows of an encoder's token embedding, read from its file's header, or, of one that is loaded, with
+        the rows that were added."""
+        if encoder in self._encoders:
+            return int(self._encoders[encoder].get_input_embeddings().weight.shape[0])
         entries = self.source.entries(encoder)
         return next((entry.shape[0] for key, entry in entries.items() if key.endswith(EMBEDDINGS)), 2**31)
 
