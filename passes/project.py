@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from erasec.checkpoint.folder import head_count
-from erasec.closed_form import projector
-from erasec.closed_form.base import ClosedForm
+from erasec.closed_form import projector, solver
+from erasec.closed_form.base import ClosedForm, pack_system
+from erasec.closed_form.projector import difference_root
 from erasec.closed_form.solver import Solution, System
-from erasec.closed_form.token_rows import erased_rows, neutral_rows
-from erasec.model.edit import Edit, LowRank
+from erasec.closed_form.token_rows import erased_rows, neutral_rows, uniform_weights
+from erasec.model.edit import Edit, LowRank, Remap
 from erasec.options import options
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Project(ClosedForm):
 
     Neutral states are the mean of those of the kept phrases at the same places of the same prompts. ``directions`` is
     the number of directions for each concept. ``keep`` weighs what the kept phrases lose against how near a text state
-    can come to the concept's outputs. With ``guide`` the erased prompts draw the anchor, else what is left of them.
+    can come to the concept's outputs. Of the kept phrases those that lie most along these directions weigh most. With
+    ``guide`` the erased prompts draw the anchor, else what is left of them.
 
     ``heads`` removes in addition that many directions for each concept from the values of each attention head, at most
     a quarter of a head's width: a text state that reaches the concept's outputs by another way does not find them. It
@@ -66,10 +68,26 @@ class Project(ClosedForm):
         return erased_rows(model, concept, "tail", stream)
 
     def concept_sums(self, model: Model, concept: Concept) -> dict[str, Tensor]:
-        sums = super().concept_sums(model, concept)
+        """The system of the concept for each stream, and what tells it from neutral states in each part of the stream:
+        states of two text encoders may have very different lengths."""
+        sums: dict[str, Tensor] = {}
         for stream in model.streams:
-            sums[f"{stream}.difference"] = projector.difference_root(*neutral_rows(model, concept, stream))
+            pairs = neutral_rows(model, concept, stream)
+            own = {f"{stream}.difference{part}": difference_root(*pair) for part, pair in enumerate(pairs)}
+            source, target = self.rows_to_erase(model, concept, stream)
+            kept = model.encode(["", *(prompt.text for prompt in concept.prompts(concept.keep))], stream).states
+            weights = projector.kept_weights(kept, self._removed(own, stream))
+            system = solver.weighted_system(
+                source, target, uniform_weights(source, self.scale * concept.scale), kept.flatten(0, 1), weights
+            )
+            sums |= pack_system(system.compact(), stream) | own
         return sums
+
+    def _removed(self, sums: Sums, stream: str) -> Tensor:
+        """The directions (m, d) to remove for one concept, from each part of a stream."""
+        import torch
+
+        return torch.cat([projector.directions(part, self.directions) for part in _differences(sums, stream)])
 
     def shared_sums(self, model: Model) -> dict[str, Tensor]:
         """Besides the prior, the root of the metric of each stream's sites."""
@@ -82,8 +100,7 @@ class Project(ClosedForm):
     def solve_system(self, system: System, stream: str, sums: Mapping[str, Sums]) -> Solution:
         import torch
 
-        differences = [sums[name][f"{stream}.difference"] for name in sorted(sums) if name]
-        removed = torch.cat([projector.directions(difference, self.directions) for difference in differences])
+        removed = torch.cat([self._removed(sums[name], stream) for name in sorted(sums) if name])
         ridge = self.ridge if self.guide else None
         return projector.project(system, removed, sums[""][f"{stream}.metric"], self.keep, ridge)
 
@@ -97,19 +114,34 @@ class Project(ClosedForm):
         import torch
 
         deltas = dict(edit.deltas)
+        before, change = 0.0, 0.0  # of the values of kept states
         for stream, sites in model.streams.items():
-            difference, kept = (
-                torch.cat([edit.sums[name][f"{stream}.{part}"] for name in edit.concepts])
-                for part in ("difference", "keep")
-            )
+            own = [edit.sums[name] for name in edit.concepts]
+            difference = torch.cat([part for sums in own for part in _differences(sums, stream)])
+            kept = torch.cat([sums[f"{stream}.keep"] for sums in own])
+            if (prior := edit.sums[""].get(f"{stream}.prior")) is not None:
+                kept = torch.cat([kept, prior * self.prior_weight**0.5])
             for site in sites:
                 if (site.attn, site.proj) != ("cross", "v"):
                     continue
-                weight = model.weight(site).double()
+                weight = model.weight(site)
                 heads = head_count(model.source.config(site.component), site.key)
                 count = self.heads * len(edit.concepts)
                 taken = projector.output_directions(weight, difference, kept, heads, count, self.keep)
-                edited = weight + deltas[site].change(weight)
-                deltas[site] = LowRank(*projector.without_outputs(weight, edited, taken))
-        # The sums alone no longer give the edit where a value has changed.
-        return edit if deltas == edit.deltas else replace(edit, deltas=deltas, sums={})
+                shared = edit.deltas[site]
+                assert isinstance(shared, Remap)
+                left, right = projector.without_outputs(weight, shared.left, shared.right, taken)
+                deltas[site] = LowRank(left, right)
+                before += float((kept @ weight.double().T).square().sum())
+                change += float(((kept @ right.T) @ left.T).square().sum())
+        if deltas == edit.deltas:
+            return edit
+        # The sums alone no longer give the edit.
+        stats = {**edit.stats, "value_drift": (change / before) ** 0.5 if before else 0.0}
+        return replace(edit, deltas=deltas, stats=stats, sums={})
+
+
+def _differences(sums: Sums, stream: str) -> list[Tensor]:
+    """What tells a concept from neutral states in each part of a stream, from the sums of the concept."""
+    start = f"{stream}.difference"
+    return [sums[key] for key in sorted(sums) if key.startswith(start)]

@@ -30,8 +30,9 @@ ROLES: dict[Role, str] = {
 }
 
 PLAIN = ("prompts", "name")  # probe and variant of the row without any attack: prompts that name the concept
-# Probes whose rows describe the edit and attack nothing: the page shows them, and no headline counts them.
-DIAGNOSTICS = frozenset(("tracing",))
+# Probes whose rows describe the edit and attack nothing: the page shows them, and no headline counts them. Half of an
+# edit, or the mean with a model that knows the concept, shows it however good the edit is.
+DIAGNOSTICS = frozenset(("merge", "strength", "tracing"))
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,12 @@ class Reading:
     def brings_back(self) -> bool:
         """Whether the attack makes the audited model show the concept more than the floor does: whether its interval of
         95 % lies above that of the floor. Of two equal rates, that is so by chance in fewer than 4 of 1000 rows,
-        whatever the rate, for 5 to 50 pictures. A diagnostic row brings nothing back."""
+        whatever the rate, for 5 to 50 pictures. A diagnostic row brings nothing back, and neither does a training
+        without a twin: it may teach the concept to a model that never saw it."""
         rate, role = self.rates.get("model"), self.floor
         if rate is None or role is None or self.obstacle or self.diagnostic:
+            return False
+        if self.threat == "training" and role != "twin":
             return False
         return rate.interval[0] > self.rates[role].interval[1]
 

@@ -22,7 +22,7 @@ from erasec.audit.base import ROLES, Cell, Rate, Reading, by_role, digest_of
 from erasec.audit.sampler import sample
 from erasec.audit.subject import Pictured, Subject
 from erasec.base import Attempt, Probe, Role
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, is_out_of_memory
 from erasec.judging.evidence import labels
 from erasec.judging.panel import questions
 from erasec.progress import bar
@@ -165,8 +165,10 @@ class Bench:
                 continue
             try:
                 cells[role] = self._cells(probe, role)
-            except ErasecError as error:
-                why = f"{error.what}: {error.why}" if error.why else error.what
+            except (ErasecError, MemoryError, RuntimeError) as error:
+                if not isinstance(error, ErasecError) and not is_out_of_memory(error):
+                    raise
+                why = _reason(error)
                 if role == "model":
                     return [_not_run(probe, why)]
                 failed.append(f"not measured on the {role}: {why}")
@@ -228,7 +230,7 @@ class Bench:
             asdict(self.settings),
             self.scorer.digest,
             self.selector.digest if self.selector else "",
-            str(self.recipe) if probe.threat == "recipe" else "",
+            self.recipe.model_dump(mode="json") if self.recipe and probe.threat == "recipe" else "",
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -272,3 +274,11 @@ def _not_run(probe: Probe, why: str) -> Reading:
 def stack_choices(pictures: Sequence[Images]) -> NDArray[np.uint8]:
     """One array of pictures (n, height, width, 3) for each choice as (n, choices, height, width, 3)."""
     return np.stack(list(pictures), 1)
+
+
+def _reason(error: Exception) -> str:
+    """Why a probe was not run, with what can be done about it."""
+    if not isinstance(error, ErasecError):
+        return "the memory was not enough: audit on a larger machine, or give the probe a smaller batch"
+    parts = (f"{error.what}: {error.why}" if error.why else error.what, error.fix)
+    return "; ".join(filter(None, parts))

@@ -166,7 +166,9 @@ class TextEncoder(ChangedWeights):
         # A view of its own has text encoders of its own: the tokens of the folder are not added to these.
         stock = replace(subject.model)
         model = stock.with_edit(Edit(deltas, "stock text encoder", (), "")) if deltas else stock
-        yield Change("text encoder of the base", Stock(subject.role, model, subject.context))
+        changed = Stock(subject.role, model, subject.context)
+        changed.texts = subject.texts  # the bench takes them there
+        yield Change("text encoder of the base", changed)
 
 
 def round_half(key: str, weight: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ def find_shares(bench: Bench, images: Images) -> tuple[dict[str, float], str]:
     judge, concept = bench.scorer, bench.concept
     panel = judge.panel(concept, 1, bench.settings.seed)
     labels = list(dict.fromkeys(question.looked_for for question in panel if question.looked_for))
-    if len(labels) < 2 and judge.compares:
-        phrases = _phrases(concept)
+    phrases = _phrases(concept)
+    if len(labels) < 2 and judge.compares and len(phrases) > 1:
         cosines = [judge.agreement(images, [concept.prompts([phrase])[0].text] * len(images)) for phrase in phrases]
         nearest = np.argmax(np.stack([row for row in cosines if row is not None], 1), 1)
         counts = {phrase: float((nearest == number).mean()) for number, phrase in enumerate(phrases)}

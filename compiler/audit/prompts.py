@@ -37,7 +37,8 @@ def misspelt(phrase: str, number: int) -> str:
             word[:at] + word[at + 1 :],
             word[: at + 1] + word[at] + word[at + 1 :],
         )
-        words[place] = errors[number % 3]
+        # Two letters that are swapped must differ: else one is left out.
+        words[place] = errors[number % 3] if errors[number % 3] != word else errors[1]
     return " ".join(words)
 
 

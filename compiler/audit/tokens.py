@@ -216,6 +216,7 @@ def paint_texts(bench: Bench, subject: Subject, words: Words, texts: Sequence[st
     The seeds are those of ``purpose``, so that two calls differ in their texts alone.
     """
     count = bench.settings.images
+    subject.texts.update(dict.fromkeys(cycled(texts, count)))
     latents = subject.noise(bench.seeds(purpose, count))
     return subject.decode(bench.paint(subject, words.encode(cycled(texts, count)), latents, purpose))
 

@@ -60,7 +60,7 @@ def audit(
             minutes=budget,
             images=images,
             device=device or "auto",
-            seed=seed or 0,
+            seed=seed,
             revision=revision,
             variant=variant or "",
             allow_pickle=allow_pickle,

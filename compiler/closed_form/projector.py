@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from erasec.closed_form.solver import Solution, System, gram
+from erasec.closed_form.solver import Solution, System, gram, reduce_rank
 from erasec.errors import ErasecError
 from erasec.model.threads import LAPACK, fixed_threads
 
@@ -65,6 +65,21 @@ def directions(difference: Tensor, count: int) -> Tensor:
     return chosen
 
 
+def kept_weights(states: Tensor, removed: Tensor) -> Tensor:
+    """Weights (n t,) of the kept states (n, t, d) of n prompts, which add up to 1.
+
+    A prompt weighs by the size of its states along the directions ``removed`` (m, d), relative to the mean of all
+    prompts at the same place: a neighbour of the concept loses most, and so counts most.
+    """
+    import torch
+
+    states = states.double()
+    along = (states - states.mean(0)) @ removed.T
+    energy = along.square().sum((1, 2)) + torch.finfo(torch.float64).tiny  # of a single prompt it is 0
+    weights: Tensor = (energy / energy.sum() / states.shape[1]).repeat_interleave(states.shape[1])
+    return weights
+
+
 @fixed_threads(LAPACK)
 def project(system: System, removed: Tensor, metric: Tensor, keep_weight: float, ridge: float | None) -> Solution:
     """The map M = P (I + H F^T) that removes the directions ``removed`` (m, d) and leaves the other content.
@@ -87,7 +102,7 @@ def project(system: System, removed: Tensor, metric: Tensor, keep_weight: float,
         raise ErasecError(
             "the projector has no direction to remove",
             why="the concept's text states do not differ from those of its kept phrases",
-            fix="give the concept other keep phrases",
+            fix="give the concept other keep phrases, or another anchor if it has none",
         )
     # The functionals are orthonormal in the metric S^-1: F^T A = F^T S^-1 F = I.
     change = -(inverse @ functionals)
@@ -139,15 +154,16 @@ def output_directions(
 
 
 @fixed_threads(LAPACK)
-def without_outputs(weight: Tensor, edited: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors B (d_out, r) and A (r, d) with W + B A = (I - Q Q^T) W', float64.
+def without_outputs(weight: Tensor, left: Tensor, right: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors B (d_out, r) and A (r, d) with W + B A = (I - Q Q^T) W M, float64.
 
-    ``weight`` is W and ``edited`` W' = W M, (d_out, d); ``taken`` are the directions Q of each head.
+    ``weight`` is W (d_out, d), M = I + ``left`` ``right`` with (d, m) and (m, d), and ``taken`` are the directions Q of
+    each head.
     """
     import torch
 
     basis = torch.block_diag(*taken)  # (d_out, heads k)
-    change = edited.double() - weight.double() - basis @ (basis.T @ edited.double())
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
-    present = values > values[0] * 1e-10
-    return left[:, present] * values[present], right[present]
+    moved = weight.double() @ left
+    inside = basis.T @ weight.double()
+    # W L R - Q (Q^T W + Q^T W L R)
+    return reduce_rank(torch.cat([moved, -basis], 1), torch.cat([right, inside + (basis.T @ moved) @ right]))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from erasec.closed_form.solver import gram
@@ -53,6 +54,14 @@ class Sums:
     after: Tensor
     mixed: Tensor
 
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (d,) and eigenvectors (d, d) of ``after``."""
+        import torch
+
+        values, vectors = torch.linalg.eigh(self.after)
+        return values.clamp(min=0), vectors
+
 
 @fixed_threads(LAPACK)
 def site_sums(pairs: Iterable[tuple[Tensor, Tensor]]) -> Sums:
@@ -76,8 +85,7 @@ def nearest(sums: Sums, rows: Tensor, radii: Sequence[float]) -> Tensor:
     import torch
 
     rows = rows.double()
-    values, vectors = torch.linalg.eigh(sums.after)
-    values = values.clamp(min=0)
+    values, vectors = sums.spectrum
     start = rows @ (sums.before - sums.mixed - sums.mixed.T + sums.after)
     at_start = (start * rows).sum(1).clamp(min=0)  # sum_l |(W'_l - W_l) c|^2
     pull = (rows @ (sums.mixed.T - sums.after)) @ vectors  # in the basis of the eigenvectors
@@ -101,27 +109,32 @@ def nearest(sums: Sums, rows: Tensor, radii: Sequence[float]) -> Tensor:
     return torch.stack(found)
 
 
-def reach(before: Model, after: Model, concept: Concept, radii: Sequence[float] = RADII) -> Reach | None:
-    """The reach of the last tokens of the concept's phrases in its templates, over all streams.
+def reach(after: Model, concepts: Sequence[Concept], radii: Sequence[float] = RADII) -> tuple[Reach, ...]:
+    """The reach of the last tokens of each concept's phrases in its templates, over all streams, from the original of
+    ``after`` to ``after`` with its edits. Pooled states count as well.
 
-    None where the edits of ``after`` leave the matrices that read text states as they are. A stream whose rows are
-    pooled states counts as well.
+    Edits that leave all matrices that read text states as they are have none: the result is then empty.
     """
     import torch
 
+    before = after.original
     edited = {site for edit in after.edits for site in edit.deltas}
-    energy = torch.zeros(len(radii), dtype=torch.float64)
-    neutral_energy = 0.0
+    energies = [torch.zeros(len(radii), dtype=torch.float64) for _ in concepts]
+    neutral_energies = [0.0 for _ in concepts]
     for stream, sites in before.streams.items():
         if not edited.intersection(sites):
             continue
         sums = site_sums((before.weight(site), after.weight(site)) for site in sites)
-        rows, neutral = neutral_rows(before, concept, stream, most=1)
-        energy += nearest(sums, rows, radii).sum(1)
-        difference = rows.double() - neutral.double()
-        neutral_energy += float(((difference @ sums.before) * difference).sum())
-    if not neutral_energy:
-        return None
-    residual = (energy / neutral_energy).sqrt()
-    recovered = 1 - residual / residual[0].clamp(min=torch.finfo(torch.float64).tiny)
-    return Reach(concept.name, tuple(radii), tuple(residual.tolist()), tuple(recovered.tolist()))
+        for index, concept in enumerate(concepts):
+            for rows, neutral in neutral_rows(before, concept, stream, most=1):
+                energies[index] += nearest(sums, rows, radii).sum(1)
+                difference = rows.double() - neutral.double()
+                neutral_energies[index] += float(((difference @ sums.before) * difference).sum())
+    before.release_text_encoders()
+    found = []
+    for concept, energy, neutral_energy in zip(concepts, energies, neutral_energies, strict=True):
+        if neutral_energy:
+            residual = (energy / neutral_energy).sqrt()
+            recovered = 1 - residual / residual[0].clamp(min=torch.finfo(torch.float64).tiny)
+            found.append(Reach(concept.name, tuple(radii), tuple(residual.tolist()), tuple(recovered.tolist())))
+    return tuple(found)

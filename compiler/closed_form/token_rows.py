@@ -117,21 +117,24 @@ def erased_rows(model: Model, concept: Concept, selector: str, stream: str) -> t
     return row_pairs(model, concept.prompts(concept.phrases), goal_prompts(concept, concept.phrases), selector, stream)
 
 
-def neutral_rows(model: Model, concept: Concept, stream: str, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Text states (n, d) of the concept's phrases in its templates, from the phrase's last token to the end, and
-    neutral states (n, d): the mean of those of the kept phrases at the same places of the same templates.
+def neutral_rows(model: Model, concept: Concept, stream: str, most: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """For each part of a stream, text states (n, d) of the concept's phrases in its templates, from the phrase's last
+    token to the end, and neutral states (n, d): the mean of those of the kept phrases at the same places of the same
+    templates.
 
     For a concept without kept phrases the states of its goals are taken. With ``most``, only so many of each prompt.
     """
     import torch
 
-    if not concept.keep:
-        return erased_rows(model, concept, "last" if most == 1 else "tail", stream)
     sources = find_spans(model, concept.prompts(concept.phrases), stream)
-    kept = find_spans(model, concept.prompts(concept.keep), stream)
-    rows: list[Tensor] = []
-    neutral: list[Tensor] = []
+    if not concept.keep:
+        goals = find_spans(model, goal_prompts(concept, concept.phrases), stream)
+        selector = "last" if most == 1 else "tail"
+        return [select_rows([source], [goal], selector) for source, goal in zip(sources, goals, strict=True)]
+    kept, pairs = find_spans(model, concept.prompts(concept.keep), stream), []
     for source, other in zip(sources, kept, strict=True):
+        rows: list[Tensor] = []
+        neutral: list[Tensor] = []
         length, templates = source.states.shape[1], len(concept.templates)
         for template in range(templates):
             others = range(template, len(other.states), templates)
@@ -144,7 +147,8 @@ def neutral_rows(model: Model, concept: Concept, stream: str, most: int | None =
             for row in mine:
                 rows.append(source.states[row, source.last[row] : source.last[row] + count])
                 neutral.append(mean)
-    return torch.cat(rows), torch.cat(neutral)
+        pairs.append((torch.cat(rows), torch.cat(neutral)))
+    return pairs
 
 
 def select_rows(sources: Sequence[Spans], targets: Sequence[Spans], selector: str) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ MERGED = "hf"  # the folder of the merged checkpoint in a build
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of an audit; "" and () leave a value to the build that is audited, or to the suite."""
+    """What a user asks of an audit; "", () and None leave a value to the build that is audited, or to the suite."""
 
     model: str
     base: str = ""
@@ -57,7 +57,7 @@ class Request:
     minutes: float = 0.0
     images: int = 0
     device: str = "auto"
-    seed: int = 0
+    seed: int | None = None
     revision: str | None = None
     variant: str = ""
     allow_pickle: bool = False
@@ -94,7 +94,12 @@ def audit(request: Request, out: Path) -> AuditReport:
     probes = make_probes(request.probes or suite.probes)
     audited = _find(request)
     concept_name = _concept_name(request, audited)
-    context = Context(find_device(request.device), request.seed, request.judges)
+    recipe = audited.recipe
+    if request.seed is None:
+        request = replace(request, seed=recipe.seed if recipe else 0)
+    if not request.judges and recipe:
+        request = replace(request, judges=recipe.judges)
+    context = Context(find_device(request.device), request.seed or 0, request.judges)
     model = _load_or_none(audited.path, request)
     base, notes = _base(request, audited)
     concept = _concept(concept_name, audited, base or model)
@@ -103,7 +108,7 @@ def audit(request: Request, out: Path) -> AuditReport:
     subjects = _subjects(request, audited, model, base, twin, context)
     settings = _settings(request, audited, suite.images)
     bench = Bench(concept, subjects, scorer, selector, settings, audited.recipe)
-    limits = request.limits if request.limits is not None else dict(audited.recipe.gate) if audited.recipe else {}
+    limits = request.limits if request.limits is not None else dict(recipe.gate) if recipe else {}
     names = _Names(request.model, base.name if base else "", twin)
     with output(out) as own:
         folder = own.new_folder()
@@ -175,7 +180,12 @@ def check_auditable(plan: Plan, suite: str) -> None:
             why="the key is there to bring the concept back",
             fix="leave out --audit, and audit the build without the key",
         )
-    check_trainable(plan.model)
+    try:
+        check_trainable(plan.model)
+    except ErasecError as error:
+        raise ErasecError(
+            "this model cannot be audited", why=error.why, where=error.where, fix="leave out --audit"
+        ) from error
     for concept in plan.concepts:
         _judges(plan.model, concept, plan.recipe.judges)
 
@@ -330,7 +340,7 @@ def _subjects(
 def _settings(request: Request, audited: _Audited, images: int) -> Settings:
     """The settings of sampling are those of the build's checks, so that its rates can be compared."""
     checks = audited.recipe.checks if audited.recipe else recipes.Limits()
-    return Settings(request.images or images, checks.steps, checks.guidance, request.seed)
+    return Settings(request.images or images, checks.steps, checks.guidance, request.seed or 0)
 
 
 def _described(subject: Pictured, name: str) -> dict[str, str]:

@@ -124,8 +124,8 @@ class TextEncoders:
         return fitting_part(self.tokenizer(encoder), text, room)
 
     def _rows(self, encoder: str) -> int:
-        """The number of rows of an encoder's token embedding, read from its file's header, or, of one that is loaded, with
-        the rows that were added."""
+        """The number of rows of an encoder's token embedding, with those that were added if it is loaded; else as the
+        header of its file says."""
         if encoder in self._encoders:
             return int(self._encoders[encoder].get_input_embeddings().weight.shape[0])
         entries = self.source.entries(encoder)

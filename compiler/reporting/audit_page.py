@@ -204,9 +204,10 @@ def _row(reading: Reading, readings: Sequence[Reading] = ()) -> dict[str, Any]:
 
 
 def _removed(reading: Reading) -> float | None:
-    """NRR of a row: the share of what the base shows under the same attack that is gone; None without a base."""
+    """NRR of a row: the share of what the base shows under the same attack that is gone; None where the base shows
+    nothing, or was not measured."""
     rates = reading.rates
-    if "model" not in rates or "base" not in rates:
+    if "model" not in rates or "base" not in rates or not rates["base"].hits:
         return None
     return removal_rate(rates["base"].value, rates["model"].value)
 

@@ -115,6 +115,7 @@ def reach_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
         max(row["radii"][-1] for row in rows),
         "distance from the concept's own text state, in lengths of it",
         "R",
+        from_zero=True,
     )
 
 
@@ -139,10 +140,12 @@ def _draw(
     end: float,
     across: str = "step",
     up: str = "value",
+    from_zero: bool = False,
 ) -> Chart:
-    """The lines through ``points`` (x, y) by name, from x = 0 to ``end``."""
+    """The lines through ``points`` (x, y) by name, from x = 0 to ``end``. ``from_zero`` begins the axis of y at 0."""
     finite = [y for line in points.values() for _, y in line if math.isfinite(y)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
+    low = min(low, 0.0) if from_zero else low
     logarithmic = low > 0 and high > LOG_FROM * low
     if logarithmic:
         ticks = _decades(low, high)

@@ -45,8 +45,7 @@ def site_moves(model: Model) -> tuple[SiteMove, ...]:
 def reaches(model: Model, concepts: Iterable[Concept]) -> tuple[dict[str, Any], ...]:
     """How near a text state comes to the outputs that each concept had before the edits of ``model``; without concepts
     whose edits leave the matrices that read text states as they are."""
-    found = (reach(model.original, model, concept) for concept in concepts)
-    return tuple(asdict(item) for item in found if item is not None)
+    return tuple(asdict(item) for item in reach(model, tuple(concepts)))
 
 
 def carried_extras(built: Folder, keys: list[str]) -> dict[str, Any]:

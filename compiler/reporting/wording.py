@@ -16,6 +16,7 @@ STATS = {
     "sigma_max": "largest singular value of the map on text states: the factor by which it stretches a direction",
     "erased_residual": "distance of erased text states to their anchor after the edit over before: 0 is exact",
     "keep_drift": "relative change of the text states to keep: 0 is unchanged",
+    "value_drift": "relative change of the values of the text states to keep: 0 is unchanged",
     "rank": "rank of the change of each weight matrix",
     "rows_erased": "text states that are mapped to the anchor",
     "rows_kept": "text states that are kept",

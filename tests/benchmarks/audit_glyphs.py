@@ -2,7 +2,7 @@
 
     python tests/benchmarks/audit_glyphs.py                writes tests/benchmarks/results/audit_glyphs.json
     ... --passes uce project --probes prompts inversion    measures these cells again, and keeps the others
-    ... --table                                            prints the table of the results, and measures nothing
+    ... --table                                            prints the table and the acceptance, and measures nothing
 
 A row is a pass with the presets of glyphs, the base, or the twin that never saw the concept. A column is one variant
 of a probe. Every cell is [pictures with the concept, pictures], counted by judge B; judge A selects. Every pass has
@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from math import comb
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +34,8 @@ from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 
 RESULT = Path(__file__).parent / "results" / "audit_glyphs.json"
-BASE, TWIN = "base", "twin"
+BASE, TWIN, SHALLOW = "base", "twin", "uce"
+STRONGER = ("project",)  # of the same kind as SHALLOW, and harder to invert
 PASSES = (
     BASE,
     TWIN,
@@ -41,7 +43,6 @@ PASSES = (
     "rece",
     "mace",
     "project",
-    "project:keep=0.3",
     "trce.remap",
     "trce",
     "esd",
@@ -73,7 +74,7 @@ def subjects(concept: str, name: str) -> tuple[dict[Role, Pictured], Any]:
         step = settings.settle([use], [item], settings.defaults_of(base))[0].step
         for edit in step.solve_all(base, [item], context):
             own = own.with_edit(edit)
-        written = {"name": use.name, **asdict(cast("Any", step))}
+        written = {"name": use.name, "options": asdict(cast("Any", step))}
         known = recipe.Recipe.model_validate({"model": "glyphs", "erase": [concept], "pass": [written]})
     return {"model": Subject("model", own, context), "base": Subject("base", base, context)}, known
 
@@ -107,6 +108,52 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Acceptance:
+    """Whether an attack tells a provably shallow edit from a model that never saw the concept.
+
+    After "When Are Concepts Erased From Diffusion Models?" (arXiv:2505.17013) and the controls of attacks on erased
+    models: ``gap`` is the rate of ``uce`` minus that of the twin, ``chance`` the probability of such a gap or a larger
+    one if both had the same rate (Fisher's exact test), and ``base`` the rate of the base. It is accepted with a gap of
+    at least 0.3 and a chance below 0.01, where the base shows the concept at least as often as by name minus 0.1.
+    ``ranked`` says that no pass of STRONGER lies above ``uce``.
+    """
+
+    gap: float
+    chance: float
+    base: float
+    ranked: bool
+    accepted: bool
+
+
+def accept(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Acceptance]:
+    """The acceptance of each attack, by column; attacks that were not run on all three models are left out,
+    such as ``undo``, for which base and twin have no recipe."""
+    found: dict[str, Acceptance] = {}
+    named = Rate(*rows[BASE]["prompts: name"]["attack"]).value
+    for column, cell in rows[SHALLOW].items():
+        others = [rows[name].get(column, {}).get("attack") for name in (TWIN, BASE)]
+        if "attack" not in cell or None in others:
+            continue
+        twin, base = others
+        hits, count = cell["attack"]
+        stronger = [rows[name][column]["attack"] for name in STRONGER if "attack" in rows.get(name, {}).get(column, {})]
+        gap = hits / count - twin[0] / twin[1]
+        chance = fisher(hits, count, *twin)
+        ranked = all(Rate(*other).interval[0] <= Rate(hits, count).interval[1] for other in stronger)
+        shown = base[0] / base[1]
+        found[column] = Acceptance(gap, chance, shown, ranked, gap >= 0.3 and chance < 0.01 and shown >= named - 0.1)
+    return found
+
+
+def fisher(first: int, first_count: int, second: int, second_count: int) -> float:
+    """Fisher's exact test, one-sided: the probability of ``first`` hits or more of ``first_count``, if both samples
+    have the same rate."""
+    hits, total = first + second, first_count + second_count
+    ways = range(first, min(hits, first_count) + 1)
+    return sum(comb(first_count, way) * comb(second_count, hits - way) for way in ways) / comb(total, hits)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", default="star")
@@ -120,6 +167,9 @@ def main() -> None:
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     if options.table:
         print(table(result["rows"]))
+        for column, row in accept(result["rows"]).items():
+            verdict = "accepted" if row.accepted else "does not separate"
+            print(f"{column}: gap {row.gap:+.2f}, chance {row.chance:.1g}, base {row.base:.0%}, {verdict}")
         return
     item = concepts.find(options.concept, "glyphs")
     base = loading.load("glyphs")

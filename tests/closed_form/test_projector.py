@@ -142,11 +142,12 @@ def test_roots_of_differences_keep_the_directions() -> None:
 
 def test_outputs_of_each_head_lose_the_directions_of_the_concept() -> None:
     weight = WEIGHTS[0]
-    edited = weight @ solve().matrix()
+    solution = solve()
+    edited = weight @ solution.matrix()
     taken = projector.output_directions(weight, DIFFERENCE, KEPT, HEADS, 2, 0.3)
     assert taken.shape == (HEADS, 10, 2)
     assert torch.allclose(taken.mT @ taken, torch.eye(2, dtype=torch.float64).expand(HEADS, 2, 2), atol=1e-12)
-    left, right = projector.without_outputs(weight, edited, taken)
+    left, right = projector.without_outputs(weight, solution.left, solution.right, taken)
     changed = (weight + left @ right).reshape(HEADS, 10, WIDTH)
     assert float((taken.mT @ changed).abs().max()) < 1e-10
     expected = edited.reshape(HEADS, 10, WIDTH) - taken @ (taken.mT @ edited.reshape(HEADS, 10, WIDTH))
@@ -163,3 +164,16 @@ def test_at_most_a_quarter_of_a_head_is_taken_and_kept_outputs_weigh() -> None:
         taken = projector.output_directions(weight, DIFFERENCE, kept, HEADS, 2, keep)
         losses.append(float((taken.mT @ (weight.reshape(HEADS, 10, WIDTH) @ kept.T)).norm()))
     assert losses[1] < 0.5 * losses[0]
+
+
+def test_of_kept_prompts_the_neighbours_of_the_concept_weigh_most() -> None:
+    removed = projector.directions(DIFFERENCE, 1)
+    states = 0.1 * draw(50, 4, 5, WIDTH)
+    states[2] += removed[0]  # a neighbour: it lies along the direction that is removed
+    weights = projector.kept_weights(states, removed)
+    assert float(weights.sum()) == pytest.approx(1.0)
+    by_prompt = weights.reshape(4, 5)
+    assert bool((by_prompt == by_prompt[:, :1]).all())
+    assert float(by_prompt[2].sum()) > 0.5
+    alone = projector.kept_weights(states[:1], removed)  # nothing to compare it with
+    assert torch.allclose(alone, torch.full((5,), 0.2, dtype=torch.float64))

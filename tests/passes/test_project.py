@@ -33,14 +33,14 @@ def shared_map(step: Pass, model: Model) -> Tensor:
 
 
 def undone(step: Pass, model: Model) -> float:
-    """What an attacker with the published weights and the recipe is left with: the distance of W' M^+ from W at the
-    outputs of the concept, relative to these. M is solved again on the published weights, without the base."""
+    """What an attacker with the published weights and the recipe is left with: the distance of W' M^+ from W of the
+    keys, at the outputs of the concept and relative to these. M is solved again on the published weights."""
     published = model.with_edit(step.solve(model, STAR, Context()))
     inverse = torch.linalg.pinv(shared_map(step, published), rtol=1e-9)
-    rows, neutral = (states.double() for states in neutral_rows(model, STAR, "context"))
-    concept = (rows - neutral).T
+    ((rows, neutral),) = neutral_rows(model, STAR, "context")
+    concept = (rows.double() - neutral.double()).T
     gaps, whole = 0.0, 0.0
-    for site in model.select("cross", "kv"):
+    for site in model.select("cross", "k"):
         weight, edited = model.weight(site).double(), published.weight(site).double()
         gaps += float(((edited @ inverse - weight) @ concept).pow(2).sum())
         whole += float((weight @ concept).pow(2).sum())
@@ -92,7 +92,7 @@ def test_the_order_of_concepts_does_not_matter(model: Model) -> None:
 
 def test_neutral_states_are_the_mean_of_kept_phrases_at_the_same_places(model: Model) -> None:
     concept = Concept(name="star", erase=("star",), templates=("{}", "a {} on navy"), keep=("square", "big ring"))
-    rows, neutral = neutral_rows(model, concept, "context")
+    ((rows, neutral),) = neutral_rows(model, concept, "context")
     texts = ("square on navy", "big ring on navy", "star on navy")
     starts = [int(model.last_tokens([f"a {text.removesuffix(' on navy')}"])[0]) for text in texts]
     count = 77 - max(starts)
