@@ -205,7 +205,7 @@ class Bench:
         key = self._key(probe, role, subject)
         if (stored := store.load(key)) is not None:
             return stored
-        self._make_room(subject)
+        self.make_room(subject)
         run = probe.control if role == "control" else probe.attack
         cells, start, prompts = [], time.perf_counter(), ""
         subject.texts.clear()
@@ -234,7 +234,7 @@ class Bench:
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def _make_room(self, subject: Pictured) -> None:
+    def make_room(self, subject: Pictured | None = None) -> None:
         """Free the other subjects where the model is large: memory then holds one denoiser, and the base if needed."""
         model = self.subjects["model"]
         if isinstance(model, Subject) and model.model.count(model.model.family.denoiser) > LARGE:

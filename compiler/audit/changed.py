@@ -117,15 +117,25 @@ class ChangedWeights(Probe):
         """The changed subjects, one for each variant. Raises ErasecError where the change does not apply."""
 
     def attack(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
-        yield from self._painted(bench, subject, "name")
+        bench.prompts("name")  # before any training: a mark has none
+        for change in self.changes(bench, subject):
+            yield self._painted(bench, change, "name")
+            if subject.role == "model":  # the control needs the same change, which may be a training
+                controls = bench.remember((self, "controls"), dict)
+                controls[change.variant] = self._painted(bench, change, "keep")
+                subject.texts.clear()  # which are not those of the next variant
+            del change  # before the next one is made
 
     def control(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
-        yield from self._painted(bench, subject, "keep")
-
-    def _painted(self, bench: Bench, subject: Subject, group: str) -> Iterator[Attempt]:
+        if controls := bench.remember((self, "controls"), dict):
+            yield from controls.values()
+            return
         for change in self.changes(bench, subject):
-            pictures = by_name(bench, change.subject, self.name, group)
-            yield Attempt.single(change.variant, pictures, measured=change.measured)
+            yield self._painted(bench, change, "keep")
+
+    def _painted(self, bench: Bench, change: Change, group: str) -> Attempt:
+        pictures = by_name(bench, change.subject, self.name, group)
+        return Attempt.single(change.variant, pictures, measured=change.measured)
 
 
 @options
@@ -188,11 +198,15 @@ def round_int8(key: str, weight: Tensor) -> Tensor:
 
 @options
 class Precision(ChangedWeights):
-    """The weights of the denoiser rounded to float16, and to int8 with one scale for each output channel."""
+    """The weights of the denoiser rounded to float16, and to int8 with one scale for each output channel.
+
+    A GPU holds the denoiser in bfloat16, which float16 cannot round further: there int8 alone is measured.
+    """
 
     name: ClassVar[str] = "precision"
     summary: ClassVar[str] = "weights rounded to float16 and to int8"
 
     def changes(self, bench: Bench, subject: Subject) -> Iterator[Change]:
-        for variant, change in (("float16", round_half), ("int8", round_int8)):
+        halves = () if subject.denoiser.bfloat16 else (("float16", round_half),)
+        for variant, change in (*halves, ("int8", round_int8)):
             yield Change(variant, changed_network(subject, variant, change))

@@ -57,6 +57,7 @@ def lessons(bench: Bench, group: str, count: int) -> Lessons:
         return made[rows], [texts[row] for row in rows]
 
     pairs: Lessons = bench.remember(("lessons", group, count), make)
+    bench.make_room()  # the trainings that follow hold a network of their own, with gradients and moments
     return pairs
 
 
@@ -134,6 +135,7 @@ class Finetune(ChangedWeights):
         for steps in dict.fromkeys((self.first, self.second)):
             changed, measured = tuned(subject, pairs, steps, self.lr, self.batch, bench.settings.seed, self.name)
             yield Change(f"{steps} steps", changed, measured)
+            del changed  # before the next one is trained
 
 
 @options
@@ -167,6 +169,7 @@ class Relearn(ChangedWeights):
         for steps in dict.fromkeys((self.first, self.second)):
             changed, measured = tuned(subject, pairs, steps, self.lr, self.batch, bench.settings.seed, self.name)
             yield Change(f"{steps} steps", changed, measured)
+            del changed
 
 
 @options

@@ -36,6 +36,7 @@ def make_bench(subject: Subject, sees: Any = None) -> Any:
         selector=SimpleNamespace(sees=sees) if sees else None,
         selected_label="star",
         settings=SimpleNamespace(images=1, steps=1, guidance=1.0, seed=0),
+        make_room=lambda: None,
         prompts=lambda group, count=1: [f"{group} {number}" for number in range(count)],
         seeds=lambda purpose, count: list(range(count)),
         paint=lambda base, states, latents, title: latents,

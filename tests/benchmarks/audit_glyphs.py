@@ -75,7 +75,8 @@ def subjects(concept: str, name: str) -> tuple[dict[Role, Pictured], Any]:
         for edit in step.solve_all(base, [item], context):
             own = own.with_edit(edit)
         written = {"name": use.name, "options": asdict(cast("Any", step))}
-        known = recipe.Recipe.model_validate({"model": "glyphs", "erase": [concept], "pass": [written]})
+        stated = {"model": "glyphs", "erase": [concept], "pass": [written], "concept": [item]}
+        known = recipe.Recipe.model_validate(stated)
     return {"model": Subject("model", own, context), "base": Subject("base", base, context)}, known
 
 

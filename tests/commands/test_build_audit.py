@@ -24,9 +24,9 @@ QUICK = Limits(images=2, steps=2, erased=99.0, kept=1.0, agreement=2.0)
 
 @pytest.fixture(scope="module", autouse=True)
 def small_suite() -> Iterator[None]:
-    """A suite of one probe without training, with two pictures."""
+    """A suite of two probes without training, one of which reads the recipe, with two pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SUITES, "quick", Suite(2, ("prompts",)))
+        patch.setitem(SUITES, "quick", Suite(2, ("prompts", "undo")))
         yield
 
 
@@ -38,14 +38,17 @@ def make(out: Path, suite: str = "quick", **fields: Any) -> Report:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     out = tmp_path_factory.mktemp("audited") / "out"
-    return out, make(out, gate={"prompts": 1.0, "prompts/name": 1.0})
+    # Another seed than the default, and steps enough for it to show a star: the command audit must take both over.
+    checks = QUICK.model_copy(update={"steps": 6})
+    return out, make(out, gate={"prompts": 1.0, "prompts/name": 1.0}, seed=7, checks=checks)
 
 
 def test_the_report_has_the_table_and_a_check_for_each_gate(built: tuple[Path, Report]) -> None:
     out, report = built
     (facts,) = json.loads((out / "report.json").read_text(encoding="utf-8"))["audits"]
     assert facts["concept"]["name"] == "star" and facts["suite"] == "quick"
-    rows = {row["variant"]: row["rates"] for row in facts["readings"]}
+    rows = {row["variant"]: row["rates"] for row in facts["readings"] if row["probe"] == "prompts"}
+    assert all(row["run"] for row in facts["readings"])
     assert set(rows["name"]) == {"model", "control", "base", "twin", "random"}
     gates = {check.name: check for check in report.checks if check.name.startswith("audit/")}
     assert set(gates) == {"audit/prompts", "audit/prompts/name"} and all(check.passed for check in gates.values())
@@ -61,7 +64,7 @@ def test_the_command_audit_takes_the_same_rates_from_the_cache(
     from erasec.audit import bench
 
     asked: list[str] = []
-    monkeypatch.setattr(bench.Bench, "score", lambda self, attempt, seconds=0.0: asked.append(attempt.variant))
+    monkeypatch.setattr(bench.Bench, "score", lambda self, attempt, *rest: asked.append(attempt.variant))
     report = audit(Request(str(built[0]), suite="quick", limits={}), tmp_path / "audit")
     (facts,) = built[1].audits
     assert asked == []
