@@ -169,7 +169,8 @@ def main() -> None:
     if options.table:
         print(table(result["rows"]))
         for column, row in accept(result["rows"]).items():
-            verdict = "accepted" if row.accepted else "does not separate"
+            apart = "separates, but shows the base's concept less often than its name does"
+            verdict = "accepted" if row.accepted else apart if row.chance < 0.01 else "does not separate"
             print(f"{column}: gap {row.gap:+.2f}, chance {row.chance:.1g}, base {row.base:.0%}, {verdict}")
         return
     item = concepts.find(options.concept, "glyphs")
