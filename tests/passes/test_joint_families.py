@@ -20,7 +20,7 @@ from erasec.base import Context
 from erasec.checkpoint import safetensors as checkpoint
 from erasec.closed_form import solver
 from erasec.closed_form.joint_attention import SIGMAS, capture_inputs
-from erasec.closed_form.token_rows import EMPTY, find_spans, row_pairs
+from erasec.closed_form.token_rows import EMPTY, find_spans, neutral_rows, row_pairs
 from erasec.commands.prompt_lengths import check_lengths
 from erasec.errors import ErasecError
 from erasec.family import Site
@@ -28,6 +28,7 @@ from erasec.model import loading
 from erasec.model.edit import Delta, Edit, Remap
 from erasec.model.networks import load_network
 from erasec.model.view import Model
+from erasec.passes.project import Project
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
 
@@ -36,7 +37,7 @@ WORDS = ("a", "an", "photo", "drawing", "image", "of", "on", "navy", "star", "ci
 PROMPTS = ["", "a star", "a photo of a pentagram on navy"]
 CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle", keep=("square",))
 BARE = Concept(name="star", erase=("star",), anchor="circle", templates=("a photo of a {}",))
-CLOSED = ("uce", "rece", "mace", "trce.remap")
+CLOSED = ("uce", "rece", "mace", "project", "trce.remap")
 
 
 def t5_tokenizer(length: int) -> Any:
@@ -432,3 +433,18 @@ def test_pictures_are_those_of_the_pipeline(base: Model) -> None:
         pipe(PROMPTS[:1], height=side, width=side, generator=[seed], **options).images[0] * 255 for seed in seeds
     )
     assert np.abs(pictures[0] - same).max() <= 1 and np.abs(pictures[0] - other).max() > 2
+
+
+def test_the_projector_takes_directions_from_every_part_of_a_stream(base: Model) -> None:
+    """CLIP's and T5's states have other lengths: taken together, the longer would hide the shorter. Without kept states
+    and guide the directions themselves are removed."""
+    edit = Project(keep=0.0, guide=False).solve(base, CONCEPT, Context())
+    (site,) = base.streams["context"]
+    pairs = neutral_rows(base, CONCEPT, "context")
+    assert len(pairs) == parts(base)
+    unit = torch.eye(site.shape[1], dtype=torch.float64)
+    matrix = unit + edit.deltas[site].change(unit)
+    for rows, neutral in pairs:
+        main = torch.linalg.svd((rows - neutral).double(), full_matrices=False)[2][0]
+        assert float((matrix @ main).norm()) < 1e-3
+    assert edit.sums  # no heads were edited
