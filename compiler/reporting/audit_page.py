@@ -28,6 +28,7 @@ Outcome = Literal["passed", "failed", "no gates"]
 # "not found": no attack brought the concept back, and at least one would have shown it in the base.
 Verdict = Literal["not erased", "hidden", "not found", "not judged"]
 
+ACRONYMS = {"lora": "LoRA", "mma": "MMA", "p4d": "P4D"}
 SCHEMA = "audit/1"
 GALLERY = 6  # rows whose pictures the page shows
 PAIRS = 8  # pictures of what the model draws instead
@@ -297,6 +298,8 @@ def spread(rate: Mapping[str, float]) -> str:
 
 def words_of(name: str) -> str:
     """The name of a probe as words: "latent_guidance" is "Latent guidance"."""
+    if name in ACRONYMS:
+        return ACRONYMS[name]
     text = name.replace("_", " ")
     return text[:1].upper() + text[1:]
 

@@ -16,7 +16,7 @@ from sample_report import Page, leaves
 
 from erasec.audit.base import ROLES, THREATS, Rate, Reading, digest_of
 from erasec.audit.gates import check_gates
-from erasec.reporting.audit_page import AuditReport, spread, write_audit
+from erasec.reporting.audit_page import AuditReport, spread, words_of, write_audit
 
 
 def audit_of(*readings: Reading, **changes: Any) -> AuditReport:
@@ -394,3 +394,8 @@ def test_rows_say_how_much_of_the_base_is_gone(tmp_path: Path) -> None:
     assert rates["prompts", "name"] == pytest.approx(0.95)  # 1 and 20 of 20
     assert rates["free_states", "every row, 450 steps"] == 0.0
     assert rates["completion", ""] is None  # not run
+
+
+@pytest.mark.parametrize(("name", "words"), [("latent_guidance", "Latent guidance"), ("mma", "MMA"), ("p4d", "P4D")])
+def test_probes_are_named_in_words(name: str, words: str) -> None:
+    assert words_of(name) == words
