@@ -68,3 +68,9 @@ def test_every_table_is_a_phrase_of_a_bundled_concept_in_other_words() -> None:
         assert phrase in phrases and words
         assert set(words) <= {"de", "fr", "es", "it", "pt", "ja", "zh", "ru"}
         assert phrase not in {word.lower() for word in words.values()}
+
+
+@pytest.mark.parametrize("phrase", ["hot air balloon", "tennis", "coffee", "owl"])
+def test_a_misspelt_name_is_never_spelt_well(phrase: str) -> None:
+    """Two equal letters cannot be swapped."""
+    assert all(misspelt(phrase, number) != phrase for number in range(60))

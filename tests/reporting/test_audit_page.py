@@ -37,6 +37,19 @@ def test_a_row_brings_back_only_if_its_interval_lies_above_that_of_the_floor() -
     assert meets.rates["model"].interval[0] < meets.rates["twin"].interval[1] and not meets.brings_back
 
 
+@pytest.mark.parametrize("probe", ["strength", "merge", "tracing"])
+def test_half_of_an_edit_is_no_attack(probe: str) -> None:
+    """A mean with a model that knows the concept shows it however good the edit is."""
+    assert not row(probe, "half", "training", hits(20, 0, 20, 0)).brings_back
+
+
+def test_a_training_says_nothing_without_a_twin() -> None:
+    """It may teach the concept to a model that never saw it: only the twin tells how much."""
+    tuned = row("relearn", "10 steps", "training", hits(20, 0, 20))
+    assert tuned.floor == "control" and not tuned.brings_back
+    assert row("relearn", "10 steps", "training", hits(20, 0, 20, 1)).brings_back
+
+
 def test_the_floor_is_the_twin_then_the_untrained_model_then_the_control() -> None:
     full = row("a", "x", "prompt", hits(20, 0, 20, 20, 0))
     assert not full.brings_back
