@@ -71,8 +71,10 @@ def take(work: Work, weights: Path) -> list[str]:
     world = work.world
     model, judges = weights / world.name, weights / "judges"
     progress = json.loads((weights / PROGRESS).read_text()) if (weights / PROGRESS).is_file() else {}
-    if not (work.root / "tokenizer").exists():
-        shutil.copytree(model / "tokenizer", work.root / "tokenizer")
+    if not work.begun("text"):
+        # That of the published encoder, also where the pictures are rendered here already: of two merges that are
+        # equally frequent, every training of a tokenizer may take another one first.
+        shutil.copytree(model / "tokenizer", work.root / "tokenizer", dirs_exist_ok=True)
     vae = {"vae": read_state(model / "vae" / assemble.WEIGHTS)}
     files: dict[str, Any] = {"text": {"text": _text(work, model), "pair": _pair(work, judges)}, "vae": vae}
     if progress.get("decoder", 1):

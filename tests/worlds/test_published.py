@@ -35,7 +35,11 @@ def test_what_is_trained_so_far_is_written_and_taken(trained: Work, tmp_path: Pa
     progress = json.loads((tmp_path / "weights" / published.PROGRESS).read_text())
     assert progress == {"unet": 2, "twin": 0, "judge-a": 0, "judge-b": 0, "decoder": 0}
     other = work_in(tmp_path / "other")
+    (other.root / "tokenizer").mkdir()
+    (other.root / "tokenizer" / "merges.txt").write_text("#version: 0.2\na b\n")  # as a rendering here leaves it
     assert published.take(other, tmp_path / "weights") == ["text", "vae", "unet"]
+    merges = [(work.root / "tokenizer" / "merges.txt").read_bytes() for work in (trained, other)]
+    assert merges[0] == merges[1]  # the encoder reads the tokens that it was trained with
     assert other.done("text") and other.done("vae") and not other.begun("decoder")
     assert other.step("unet") == 2 and not other.done("unet")
     for stage, part in (("text", "text"), ("text", "pair"), ("vae", "vae"), ("unet", "average")):
