@@ -122,14 +122,13 @@ class Project(ClosedForm):
             if (prior := edit.sums[""].get(f"{stream}.prior")) is not None:
                 kept = torch.cat([kept, prior * self.prior_weight**0.5])
             for site in sites:
-                if (site.attn, site.proj) != ("cross", "v"):
+                shared = edit.deltas[site]
+                if (site.attn, site.proj) != ("cross", "v") or not isinstance(shared, Remap) or not shared.rank:
                     continue
                 weight = model.weight(site)
                 heads = head_count(model.source.config(site.component), site.key)
                 count = self.heads * len(edit.concepts)
                 taken = projector.output_directions(weight, difference, kept, heads, count, self.keep)
-                shared = edit.deltas[site]
-                assert isinstance(shared, Remap)
                 left, right = projector.without_outputs(weight, shared.left, shared.right, taken)
                 deltas[site] = LowRank(left, right)
                 before += float((kept @ weight.double().T).square().sum())

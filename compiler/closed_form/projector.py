@@ -91,6 +91,8 @@ def project(system: System, removed: Tensor, metric: Tensor, keep_weight: float,
     """
     import torch
 
+    if not system.shift.any():  # a concept that becomes itself
+        return Solution(system.shift[:0].T, system.source[:0], 0.0, 1.0)
     inverse = torch.cholesky_inverse(metric, upper=True)
     balance = inverse / inverse.diagonal().mean()
     kept = gram(system.keep)
