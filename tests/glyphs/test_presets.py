@@ -118,6 +118,17 @@ TODAY: dict[str, dict[str, object]] = {
         "own": 1.0,
         "edits": "",
     },
+    "project": {
+        "scale": 1.0,
+        "keep": 0.3,
+        "ridge": 0.001,
+        "relative": True,
+        "prior": "",
+        "prior_weight": 1.0,
+        "directions": 2,
+        "guide": True,
+        "heads": 2,
+    },
     "rece": {
         "scale": 1.0,
         "keep": 1.0,
@@ -160,7 +171,7 @@ TODAY: dict[str, dict[str, object]] = {
     },
 }
 
-KEPT = ("uce", "mace", "trce.remap")  # passes that have no presets: their defaults are the published ones
+KEPT = ("uce", "mace", "project", "trce.remap")  # passes that have no presets: their defaults are the published ones
 
 
 def differing(name: str, defaults: Defaults, kind: str) -> set[str]:
