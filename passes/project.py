@@ -2,7 +2,7 @@
 
 The projector removes what tells a concept from neutral phrases out of the keys and values of cross-attention, for every
 text state that there can be. Edits that map the concept's states to those of an anchor (UCE and its like) are
-invertible matrices: whoever has the published weights and the recipe can compute the inverse.
+invertible matrices: their inverse follows from the published weights and the recipe.
 """
 
 from __future__ import annotations

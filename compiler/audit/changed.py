@@ -146,7 +146,7 @@ class Strength(ChangedWeights):
     summary: ClassVar[str] = "the edit at half and at one and a half of its strength"
     needs_base: ClassVar[bool] = True
     limits: ClassVar[str] = (
-        "Whoever can scale the edit has the base, and need not attack: the rates say how near the edit is to its limit."
+        "An attacker who can scale the edit has the base: the rates only say how near the edit is to its limit."
     )
 
     def changes(self, bench: Bench, subject: Subject) -> Iterator[Change]:

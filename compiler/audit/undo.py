@@ -1,4 +1,4 @@
-"""Undo: whoever has the published folder and knows its recipe solves the pass again and takes its matrix off.
+"""Undo: the pass of a recipe is solved again on the published folder, and its matrix is taken off.
 
 A closed-form edit is W' = W M, and M follows from text states and the concept alone, not from W: solved on W' it is the
 same M. Its inverse restores W without the base and without an edit file.

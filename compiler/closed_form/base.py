@@ -52,7 +52,7 @@ class ClosedForm(Pass):
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
 
     limits: ClassVar[str] = (
-        "It is an invertible map of text states: whoever has the published weights and knows the recipe can take it "
+        "It is an invertible map of text states: anyone who has the published weights and the recipe can take it "
         "off. What the denoiser can draw stays in place, so that learned embeddings may bring the concept back. The "
         "command audit tests both."
     )

@@ -1,4 +1,4 @@
-"""A subject with tokens of its own: they are added once, whoever shares the text encoder or has released it."""
+"""A subject with tokens of its own: they are added once, also where text encoders are shared or released."""
 
 from __future__ import annotations
 
