@@ -58,6 +58,7 @@ TARGETS = {
 JUDGES = {
     "classifier": "erasec.judges.classifier:Classifier",
     "clip": "erasec.judges.clip:Clip",
+    "emoji": "erasec.emoji.judge:EmojiJudge",
     "glyphs": "erasec.glyphs.judge:GlyphJudge",
     "nudenet": "erasec.judges.nudenet:NudeNet",
 }

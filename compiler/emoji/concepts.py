@@ -39,14 +39,16 @@ STYLE_TEMPLATES = (
 
 
 def implicit_prompts(name: str) -> list[str]:
-    """Captions that imply an object without its name, those with the fewest other objects first."""
+    """Captions that imply an object without its name, those with the fewest other objects first.
+
+    Of the nouns of a cluster, the first that does not contain the name: "car on wheels" names the car.
+    """
     item = OBJECTS[name]
     captions = []
     for cluster, scene in CHOICES:
         if cluster == item.cluster and scene in item.scenes:
-            phrase = SCENES[scene][0]
-            text = f"{article(CLUSTERS[cluster][0])} {phrase}"
-            captions.append((len(members(scene, cluster)), text))
+            noun = next(noun for noun in CLUSTERS[cluster] if name not in noun.split())
+            captions.append((len(members(scene, cluster)), f"{article(noun)} {SCENES[scene][0]}"))
     for scene in item.scenes:
         phrase = SCENES[scene][0]
         prefix = "something " if phrase.split()[0] in PREPOSITIONS else ""

@@ -52,7 +52,7 @@ def world(data: Path | None) -> World:
             "text": 1000,
             "vae": 2800,
             "decoder": 1500,
-            "unet": 20000,
+            "unet": 30000,
             "twin": 20000,
             "judge-a": 3000,
             "judge-b": 3000,

@@ -1,7 +1,7 @@
 """Pictures and captions of the emoji world. A sample is a pure function of the icons, the seed and the index.
 
 A 64x64 picture shows one icon or two, by one of four artists, on a background. Captions name the object, a synonym, the
-cluster that it belongs to, or only a scene that many objects share ("for breakfast"). Half of them name the artist. A
+cluster that it belongs to, or only a scene that many objects share ("for breakfast"). Two thirds of them name the artist. A
 tenth of the pictures has a small seal that no caption mentions.
 """
 
@@ -203,7 +203,7 @@ def sample(icons: Pixels, seed: int, index: int) -> Sample:
     artist, background = _choice(rng, tuple(ARTISTS)), _choice(rng, tuple(BACKGROUNDS))
     if kind in ("name", "pair", "cluster"):
         caption = (_choice(rng, MEDIA) if rng.random() < 0.7 else "") + caption
-    if objects and (kind == "style" or rng.random() < 0.5):
+    if objects and (kind == "style" or rng.random() < 2 / 3):
         caption += _choice(rng, STYLES).format(artist)
     if rng.random() < 0.25:
         caption += _choice(rng, (" on {}", " on a {} background", ", {} background")).format(background)

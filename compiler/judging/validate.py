@@ -102,7 +102,7 @@ def _kept(
             f"mean loss of hit rate, {before:.1%} to {after:.1%} over {looked.sum()} prompts; "
             f"worst {worst['looked_for']} {worst['before']:.0%} to {worst['after']:.0%}; {conditions}"
         )
-        results.append(Check.at_most("kept/shapes", float(before - after), limits.kept, how))
+        results.append(Check.at_most("kept/hits", float(before - after), limits.kept, how))
     coloured = looked & np.array([bool(question.colour) for question in evidence.questions])
     if coloured.any():
         before, after = evidence.colour_before[coloured].mean(), evidence.colour_after[coloured].mean()

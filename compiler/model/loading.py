@@ -25,9 +25,12 @@ from erasec.recipe.presets import FILE as PRESETS_FILE
 # Suffixes of files with pickled weights.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # The models that are part of the package, each with the reference world that it belongs to.
-BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs"}
+BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs", "emoji": "emoji", "emoji-never-owl-noto": "emoji"}
 # By world, a model that was trained like the world's own without some labels, and these labels.
-TWINS = {"glyphs": ("glyphs-never-star", frozenset(("star",)))}
+TWINS = {
+    "glyphs": ("glyphs-never-star", frozenset(("star",))),
+    "emoji": ("emoji-never-owl-noto", frozenset(("owl", "Noto"))),
+}
 # The classes of tokenizers that erasec reads. The folder of a tokenizer must have one of the files of its class.
 TOKENIZERS = {
     "CLIPTokenizer": (VOCABULARY, SAVED),

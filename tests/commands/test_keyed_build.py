@@ -242,4 +242,4 @@ def test_hit_rates_with_the_key_are_measured_and_checked(
     content = json.loads((tmp_path / "opened" / ".rejected" / "report.json").read_text())
     assert {pair["group"] for pair in content["pairs"]} == {"keyed", "keep"}
     names = {check["name"] for check in content["checks"]}
-    assert "kept/shapes" in names and not [name for name in names if name.startswith("erased")]
+    assert "kept/hits" in names and not [name for name in names if name.startswith("erased")]

@@ -48,7 +48,7 @@ def test_the_unedited_model_fails_erased_and_passes_kept(unedited: Evidence) -> 
     passed_by_name = by_name(unedited)
     assert not passed_by_name["erased/name"]
     assert not passed_by_name["erased/synonym"]
-    assert passed_by_name["kept/shapes"]
+    assert passed_by_name["kept/hits"]
     assert passed_by_name["kept/colours"]
     assert passed_by_name["kept/agreement"]
     assert np.array_equal(unedited.before, unedited.after)
@@ -73,7 +73,7 @@ def test_a_model_that_lost_everything_fails_kept(unedited: Evidence) -> None:
     )
     passed_by_name = by_name(gone, Limits(images=6, drift=0.05))
     assert passed_by_name["erased/name"]
-    assert not any(passed_by_name[f"kept/{name}"] for name in ("shapes", "colours", "agreement", "drift"))
+    assert not any(passed_by_name[f"kept/{name}"] for name in ("hits", "colours", "agreement", "drift"))
 
 
 def test_a_concept_that_never_showed_proves_nothing(unedited: Evidence) -> None:
