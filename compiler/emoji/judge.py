@@ -18,10 +18,13 @@ from erasec.worlds.base import Sizes
 from erasec.worlds.judge import WorldJudge
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from erasec.base import Images
     from erasec.recipe.concept import Concept
 
 FAR = 12  # objects of other clusters among the questions about what is kept
+BATCH = 128  # pictures or texts that CLIP sees at once
 MARKS = 240  # the least number of pictures in which a mark is looked for
 
 
@@ -45,6 +48,11 @@ def label_of(concept: Concept) -> str:
     return next(chain(objects, artists), "")
 
 
+def _unit(rows: Tensor) -> NDArray[np.float64]:
+    unit: NDArray[np.float64] = (rows / rows.norm(dim=1, keepdim=True)).double().numpy()
+    return unit
+
+
 class EmojiJudge(WorldJudge):
     """Classifier ``which`` ("a" or "b"). B decides the checks of builds; A is for passes that need a judge."""
 
@@ -55,22 +63,40 @@ class EmojiJudge(WorldJudge):
 
     @cached_property
     def _clip(self) -> Any:
-        from transformers import CLIPModel, CLIPProcessor
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         folder = self.path.parent / "clip"
-        return CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+        return (
+            CLIPModel.from_pretrained(folder).float().eval(),
+            CLIPTokenizer.from_pretrained(folder),
+            CLIPImageProcessorPil.from_pretrained(folder),
+        )
 
     def agreement(self, images: Images, prompts: Sequence[str]) -> NDArray[np.float64]:
         import torch
 
-        model, processor = self._clip
-        inputs = processor(
-            text=list(prompts), images=list(images), padding="max_length", truncation=True, return_tensors="pt"
-        )
+        model, tokenizer, _ = self._clip
+        inputs = tokenizer(list(prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            output = model(**inputs)
-        cosines: NDArray[np.float64] = (output.image_embeds * output.text_embeds).sum(1).double().numpy()
+            texts = torch.cat(
+                [
+                    model.text_projection(model.text_model(ids, mask).pooler_output)
+                    for ids, mask in zip(inputs.input_ids.split(BATCH), inputs.attention_mask.split(BATCH), strict=True)
+                ]
+            )
+        cosines: NDArray[np.float64] = (self.embed(images) * _unit(texts)).sum(1)
         return cosines
+
+    def embed(self, images: Images) -> NDArray[np.float64]:
+        import torch
+
+        model, _, prepare = self._clip
+        with torch.no_grad():
+            pixels = prepare(list(images), return_tensors="pt").pixel_values
+            pictures = torch.cat(
+                [model.visual_projection(model.vision_model(part).pooler_output) for part in pixels.split(BATCH)]
+            )
+        return _unit(pictures)
 
     def panel(self, concept: Concept, images: int, seed: int) -> tuple[Question, ...]:
         """The questions about a concept: ``images`` each by name, by synonym and by implicit prompt.

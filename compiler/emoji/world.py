@@ -1,8 +1,8 @@
 """Pictures and captions of the emoji world. A sample is a pure function of the icons, the seed and the index.
 
 A 64x64 picture shows one icon or two, by one of four artists, on a background. Captions name the object, a synonym, the
-cluster that it belongs to, or only a scene that many objects share ("for breakfast"). Two thirds of them name the artist. A
-tenth of the pictures has a small seal that no caption mentions.
+cluster that it belongs to, or only a scene that many objects share ("for breakfast"). Two thirds of them name the
+artist. A tenth of the pictures has a small seal that no caption mentions.
 """
 
 from __future__ import annotations
