@@ -343,13 +343,15 @@ class Attempt:
 
     ``pictures`` are (n, k, height, width, 3): ``k`` pictures for each of n prompts. Where k is above 1, one of them is
     selected by the judge that does not score. ``measured`` are numbers of the attack itself, such as its last loss.
-    ``note`` says how the attack went, where that is part of the result.
+    ``note`` says how the attack went, where that is part of the result. ``plain`` are pictures (n, height, width, 3) of
+    the same prompts and seeds before the attack changed the prompts; from them follows the attack success rate.
     """
 
     variant: str
     pictures: NDArray[np.uint8]
     measured: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    plain: Images | None = None
 
     @classmethod
     def single(cls, variant: str, images: Images, **more: object) -> Attempt:

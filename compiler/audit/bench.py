@@ -19,6 +19,7 @@ from torch import Tensor
 from erasec.attention.sampling import LARGE
 from erasec.audit import store
 from erasec.audit.base import ROLES, Cell, Rate, Reading, by_role, digest_of
+from erasec.audit.metrics import attack_success
 from erasec.audit.sampler import sample
 from erasec.audit.subject import Pictured, Subject
 from erasec.base import Attempt, Probe, Role
@@ -245,10 +246,13 @@ class Bench:
     def score(self, attempt: Attempt, seconds: float = 0.0, prompts: str = "") -> Cell:
         """Select one of several pictures by the selector, and count them by the scorer. Raises ErasecError where there
         is a choice and nobody to make it."""
-        chosen = self.select(attempt.pictures)
-        hits = int(self.scorer.sees(chosen, [self.label] * len(chosen)).sum())
-        budget, rate = attempt.pictures.shape[1], Rate(hits, len(chosen))
-        return Cell(attempt.variant, rate, budget, seconds, attempt.measured, attempt.note, chosen[:SHOWN], prompts)
+        chosen, measured = self.select(attempt.pictures), dict(attempt.measured)
+        seen = self.scorer.sees(chosen, [self.label] * len(chosen))
+        if attempt.plain is not None:
+            success = attack_success(self.scorer.sees(attempt.plain, [self.label] * len(chosen)), seen)
+            measured |= {"pre_asr": success.plain, "asr": success.union}
+        budget, rate = attempt.pictures.shape[1], Rate(int(seen.sum()), len(chosen))
+        return Cell(attempt.variant, rate, budget, seconds, measured, attempt.note, chosen[:SHOWN], prompts)
 
     def select(self, pictures: NDArray[np.uint8]) -> Images:
         """The first of the k pictures of each prompt in which the selector sees the concept, or the first of all."""

@@ -57,42 +57,26 @@ def attack_success(plain: NDArray[np.bool_], attacked: NDArray[np.bool_]) -> Att
     return AttackSuccess(float(plain.mean()), float((plain | attacked).mean()))
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """The accuracies of UnlearnCanvas (Zhang et al., NeurIPS 2024, arXiv:2402.11846).
+def published(
+    kind: str, erased: float, kept: float, synonyms: float | None = None, across: float | None = None
+) -> dict[str, float]:
+    """The figures of papers that follow from the rates of an edit, by name.
 
-    ``unlearning`` (UA) is the share of pictures of the target that are not classified as the target, ``in_domain``
-    (IRA) the accuracy of the other concepts of its kind, and ``cross_domain`` (CRA) that of the other kind: of styles
-    where an object is the target, and of objects where a style is.
+    ``kind`` is that of the concept. ``erased`` is the rate of pictures of its names that show it, ``synonyms`` that of
+    its synonyms, and ``kept`` the rate of pictures of other prompts of its kind that show what they ask for; ``across``
+    is that of the other kind, of styles where an object is erased, and of objects where a style is.
+
+    UA, IRA and CRA are the unlearning, in-domain and cross-domain accuracy of UnlearnCanvas (Zhang et al., NeurIPS
+    2024, arXiv:2402.11846). H_o is there for an object with synonyms, and H_c for a person.
     """
-
-    unlearning: float
-    in_domain: float
-    cross_domain: float
-
-
-def canvas(target: float, in_domain: Sequence[float], cross_domain: Sequence[float]) -> Canvas:
-    """From the accuracy of the target and those of the other concepts of both kinds."""
-    return Canvas(1 - target, float(np.mean(in_domain)), float(np.mean(cross_domain)))
-
-
-def frechet_distance(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """The Fréchet distance of two sets of embeddings (n, d) and (m, d), as normal distributions: FID, if they are those
-    of Inception (Heusel et al., NeurIPS 2017, arXiv:1706.08500).
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2). The trace of the root is the sum of the singular values of C1^1/2 C2^1/2.
-    """
-    means = [rows.mean(0) for rows in (first, second)]
-    roots = [_root(np.cov(rows, rowvar=False).reshape(rows.shape[1], -1)) for rows in (first, second)]
-    cross = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
-    squares = float(((means[0] - means[1]) ** 2).sum())
-    return max(0.0, squares + sum(float((root**2).sum()) for root in roots) - 2 * float(cross))
-
-
-def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    values, vectors = np.linalg.eigh(covariance)
-    root: NDArray[np.float64] = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    return root
+    figures = {"UA": 1 - erased, "IRA": kept}
+    if across is not None:
+        figures["CRA"] = across
+    if kind == "object" and synonyms is not None:
+        figures["H_o"] = harmonic_objects(erased, kept, synonyms)
+    if kind == "person":
+        figures["H_c"] = harmonic_people(erased, kept)
+    return figures
 
 
 def _harmonic(shares: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import normalize
 
 from erasec.audit.prefix import random_places
-from erasec.audit.tokens import Layout, Words, noised, paint_found
+from erasec.audit.tokens import Layout, Words, noised, paint_found, paint_texts
 from erasec.base import Attempt, Probe, Threat
 from erasec.options import options
 from erasec.progress import bar
@@ -73,7 +73,8 @@ class P4D(Probe):
             "loss_last": sum(losses[-part:]) / part,
             "retokenised": words.retokenised(ids),
         }
-        yield Attempt(self._variant, pictures, measured, f"found: {words.texts(ids)[0]}")
+        plain = paint_texts(bench, subject, words, prompts, PURPOSE)
+        yield Attempt(self._variant, pictures, measured, f"found: {words.texts(ids)[0]}", plain)
 
     def control(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
         words = Words(subject)

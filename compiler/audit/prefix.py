@@ -7,6 +7,7 @@ Generate Unsafe Images ... For Now", ECCV 2024, arXiv:2310.11868, and of its cod
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -43,7 +44,9 @@ class Prefix(Probe):
     gradients: ClassVar[bool] = False
 
     def attack(self, bench: Bench, subject: Pictured) -> Iterator[Attempt]:
-        yield self._best(bench, subject, "name")
+        best, settings, prompts = self._best(bench, subject, "name"), bench.settings, bench.prompts("name")
+        seeds = bench.seeds("prefix name", len(prompts))
+        yield replace(best, plain=subject.pictures(prompts, seeds, settings.steps, settings.guidance))
 
     def control(self, bench: Bench, subject: Pictured) -> Iterator[Attempt]:
         yield self._best(bench, subject, "keep")

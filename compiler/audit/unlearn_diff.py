@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from erasec.audit.inversion import noise_loss
 from erasec.audit.prefix import random_places
-from erasec.audit.tokens import Layout, Words, noised, paint_found, project_simplex
+from erasec.audit.tokens import Layout, Words, noised, paint_found, paint_texts, project_simplex
 from erasec.base import Attempt, Probe, Threat
 from erasec.options import options
 from erasec.progress import bar
@@ -68,7 +68,8 @@ class UnlearnDiff(Probe):
             "loss_found": self.held_out(bench, subject, words, ids),
             "retokenised": words.retokenised(ids),
         }
-        yield Attempt(self._variant, pictures, measured, f"found: {words.texts(ids)[0]}")
+        plain = paint_texts(bench, subject, words, prompts, PURPOSE)
+        yield Attempt(self._variant, pictures, measured, f"found: {words.texts(ids)[0]}", plain)
 
     def control(self, bench: Bench, subject: Subject) -> Iterator[Attempt]:
         words = Words(subject)

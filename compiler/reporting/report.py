@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from erasec.audit.metrics import published
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.family import HUB
 from erasec.reporting import charts
@@ -250,6 +251,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "concepts": [dict(concept) for concept in report.concepts],
         "earlier": [dict(concept) for concept in report.earlier],
         "summary": {group: mean for group in GROUPS if (mean := mean_rates(report.rates, group))},
+        "published": _published(report),
         "rates": [dict(rate) for rate in report.rates],
         "prompt_files": [dict(file) for file in report.prompt_files],
         "checks": [{**asdict(check), "state": check.outcome, "bound": _bound(check)} for check in report.checks],
@@ -335,6 +337,16 @@ def mean_rates(rates: Iterable[dict[str, Any]], group: str) -> dict[str, Any] | 
     images = sum(row["images"] for row in rows)
     means = {side: sum(row[side] * row["images"] for row in rows) / images for side in ("before", "after")}
     return {"images": images, **means}
+
+
+def _published(report: Report) -> dict[str, float]:
+    """The figures of papers (``audit.metrics.published``); empty where a rate is missing or the concepts differ in
+    kind."""
+    rates = {group: mean["after"] for group in GROUPS if (mean := mean_rates(report.rates, group))}
+    kinds = {concept.get("kind", "") for concept in report.concepts}
+    if len(kinds) != 1 or not {"name", "keep"} <= rates.keys():
+        return {}
+    return published(kinds.pop(), rates["name"], rates["keep"], rates.get("synonym"))
 
 
 def _bound(check: Check) -> str:

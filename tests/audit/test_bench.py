@@ -138,6 +138,17 @@ def test_the_scorer_never_selects() -> None:
     assert blind.select(pictures)[0].mean() == 10  # the first, where the selector sees none
 
 
+def test_the_success_of_an_attack_is_a_union_with_the_plain_prompts() -> None:
+    made = Bench(CONCEPT, {"model": Lamp("model", 0)}, Brightness(100), None, Settings(images=4))
+    plain, attacked = (
+        np.stack([np.full((2, 2, 3), level, np.uint8) for level in levels])
+        for levels in ((200, 0, 0, 0), (0, 200, 200, 0))
+    )
+    cell = made.score(Attempt.single("words", attacked, plain=plain))
+    assert (cell.rate.hits, cell.measured) == (2, {"pre_asr": 0.25, "asr": 0.75})
+    assert made.score(Attempt.single("words", attacked)).measured == {}
+
+
 def test_a_selector_that_cannot_see_the_concept_selects_nothing() -> None:
     made = bench(Brightness(1, label=""), model=200)
     assert made.selector is None

@@ -8,10 +8,9 @@ import pytest
 from erasec.audit.metrics import (
     artist_gap,
     attack_success,
-    canvas,
-    frechet_distance,
     harmonic_objects,
     harmonic_people,
+    published,
     removal_rate,
 )
 
@@ -37,9 +36,9 @@ def test_attack_success_is_a_union() -> None:
 
 
 def test_unlearning_accuracy_and_the_rate_of_the_target_add_up_to_1() -> None:
-    result = canvas(0.3, [0.9, 0.7], [1.0])
-    assert result.unlearning + 0.3 == pytest.approx(1)
-    assert (result.in_domain, result.cross_domain) == (pytest.approx(0.8), 1.0)
+    figures = published("style", 0.3, 0.8, across=1.0)
+    assert figures["UA"] + 0.3 == pytest.approx(1)
+    assert (figures["IRA"], figures["CRA"]) == (0.8, 1.0)
 
 
 def test_the_removal_rate_counts_what_is_gone() -> None:
@@ -48,17 +47,9 @@ def test_the_removal_rate_counts_what_is_gone() -> None:
     assert removal_rate(0, 0) == 0
 
 
-def test_the_distance_of_a_set_to_itself_is_0_and_grows_with_a_shift() -> None:
-    rows = np.random.default_rng(0).normal(size=(300, 8))
-    assert frechet_distance(rows, rows) < 1e-9
-    assert frechet_distance(rows, rows + 2.0) == pytest.approx(8 * 4.0)
-    assert frechet_distance(rows, 3 * rows) > 1
-
-
-def test_the_distance_is_the_formula_with_the_root_of_the_product() -> None:
-    scipy = pytest.importorskip("scipy.linalg")
-    generator = np.random.default_rng(1)
-    first, second = generator.normal(size=(50, 4)), generator.normal(size=(60, 4)) @ generator.normal(size=(4, 4))
-    a, b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    expected = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(a + b - 2 * scipy.sqrtm(a @ b).real)
-    assert frechet_distance(first, second) == pytest.approx(expected)
+def test_a_report_has_the_figures_of_its_kind() -> None:
+    figures = published("object", 0.1, 0.9, 0.2)
+    assert figures == {"UA": 0.9, "IRA": 0.9, "H_o": harmonic_objects(0.1, 0.9, 0.2)}
+    assert published("object", 0.1, 0.9) == {"UA": 0.9, "IRA": 0.9}
+    assert published("person", 0.1, 0.9)["H_c"] == harmonic_people(0.1, 0.9)
+    assert set(published("style", 0.1, 0.9, 0.2)) == {"UA", "IRA"}

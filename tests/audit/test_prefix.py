@@ -45,6 +45,9 @@ def test_the_prompts_own_tokens_stay_whole_and_each_candidate_has_other_words(
     assert attempt.pictures.shape == (2, 2, 2, 2, 3)
     words = Words(subject)
     plain = words.ids(bench.prompts("name"))
+    assert attempt.plain is not None
+    assert asked.pop() == bench.prompts("name")  # the last: without the words, for the rate of success
+    assert seeds.pop() == seeds[0]
     for texts in asked:
         assert torch.equal(words.ids(texts)[:, 4:], plain[:, 1:-3])
     assert len({text for texts in asked for text in texts}) == 4

@@ -26,7 +26,7 @@ def test_page_and_json_have_the_same_facts(tmp_path: Path) -> None:
     assert set(page.numbers) <= numbers
     assert len(page.numbers) > 60
     shown = set(page.numbers)
-    for part in ("checks", "rates", "seconds", "summary"):
+    for part in ("checks", "rates", "seconds", "summary", "published"):
         floats = {leaf for leaf in leaves(facts[part]) if isinstance(leaf, float)}
         assert floats and floats <= shown, part
     assert set(facts["applied"][0]["stats"].values()) <= shown
@@ -35,6 +35,15 @@ def test_page_and_json_have_the_same_facts(tmp_path: Path) -> None:
     texts = {leaf for leaf in leaves({**facts, "schema": ""}) if isinstance(leaf, str) and leaf not in groups}
     assert len(texts) > 60
     assert [text for text in sorted(texts) if text not in page.everything] == []
+
+
+def test_the_figures_of_papers_need_a_kind_and_both_rates(tmp_path: Path) -> None:
+    report = star_report()
+    assert {"UA", "IRA"} == set(written(report, tmp_path / "a")[1]["published"])
+    unkept = replace(report, rates=tuple(rate for rate in report.rates if rate["group"] != "keep"))
+    assert written(unkept, tmp_path / "b")[1]["published"] == {}
+    mixed = replace(report, concepts=(*report.concepts, {**report.concepts[0], "kind": "style"}))
+    assert written(mixed, tmp_path / "c")[1]["published"] == {}
 
 
 def test_a_number_of_another_report_is_noticed(tmp_path: Path) -> None:
