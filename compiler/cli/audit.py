@@ -27,7 +27,7 @@ def audit(
     judge: JUDGE = None,
     limit: Annotated[
         list[str] | None,
-        typer.Option("--limit", metavar="PROBE=SHARE", help="a gate, instead of [gate] of the recipe; may be repeated"),
+        typer.Option("--limit", metavar="PROBE=SHARE", help="a gate, instead of those of the recipe; may be repeated"),
     ] = None,
     budget: Annotated[float, typer.Option("--budget", min=0, help="minutes after which no probe is begun")] = 0.0,
     images: Annotated[int, typer.Option("--images", min=0, help="pictures per rate; 0 is that of the suite")] = 0,

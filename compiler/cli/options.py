@@ -82,7 +82,7 @@ AUDIT = Annotated[
     typer.Option(
         "--audit",
         metavar="SUITE",
-        help="attack the built checkpoint with quick, standard or full, and reject it where a [gate] of the recipe is "
+        help="attack the built checkpoint with quick, standard or full, and reject it where a gate of the recipe is "
         "missed",
     ),
 ]

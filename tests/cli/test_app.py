@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
+from rich import markup
 from sample_report import star_report
 from typer.testing import CliRunner
 
@@ -62,6 +64,17 @@ def test_help_and_doctor_load_no_library_either() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "erasec.commands.doctor" in loaded
     assert not HEAVY & set(loaded)
+
+
+def test_no_word_of_a_help_text_is_markup() -> None:
+    """Typer reads help texts as Rich's markup, so that a word in brackets would vanish."""
+    group: Any = typer.main.get_command(app)
+    texts = {name: command.help or "" for name, command in group.commands.items()}
+    for name, command in group.commands.items():
+        # Typer adds "[default: ...]" to some texts, and prints it itself.
+        texts |= {f"{name} {option.name}": (option.help or "").partition("[default:")[0] for option in command.params}
+    assert len(texts) > 100
+    assert {name: text for name, text in texts.items() if markup.render(text).plain != text} == {}
 
 
 def test_a_plan_loads_neither_torch_nor_diffusers(tmp_path: Path) -> None:
