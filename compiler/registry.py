@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PASSES = {
+    "cure": "erasec.passes.cure:Cure",
+    "double_projection": "erasec.passes.double_projection:DoubleProjection",
     "eiup": "erasec.passes.eiup:Eiup",
     "esd": "erasec.passes.esd:Esd",
     "few_shot": "erasec.passes.few_shot:FewShot",
@@ -38,6 +40,7 @@ PASSES = {
     "project": "erasec.passes.project:Project",
     "rece": "erasec.passes.rece:Rece",
     "safegen": "erasec.passes.safegen:SafeGen",
+    "speed": "erasec.passes.speed:Speed",
     "trce": "erasec.passes.trce:Trce",
     "trce.remap": "erasec.passes.trce:Remap",
     "trce.steer": "erasec.passes.trce:Steer",

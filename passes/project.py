@@ -122,7 +122,7 @@ class Project(ClosedForm):
             if (prior := edit.sums[""].get(f"{stream}.prior")) is not None:
                 kept = torch.cat([kept, prior * self.prior_weight**0.5])
             for site in sites:
-                shared = edit.deltas[site]
+                shared = edit.deltas.get(site)
                 if (site.attn, site.proj) != ("cross", "v") or not isinstance(shared, Remap) or not shared.rank:
                     continue
                 weight = model.weight(site)

@@ -63,7 +63,7 @@ class Uce(ClosedForm):
     def sites(self, model: Model) -> tuple[Site, ...]:
         if self.at == "text":
             return super().sites(model)
-        return tuple(site for site in model.sites if site.attn == "context" and site.proj in ("k", "v"))
+        return tuple(site for site in model.sites if site.attn == "context" and site.proj in self.matrices)
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
         if self.at == "text":
@@ -85,7 +85,8 @@ class Uce(ClosedForm):
             keep_weight = uniform_weights(block.keep)
             system = solver.weighted_system(block.source, block.target, weight, block.keep, keep_weight)
             solution = self.solve_system(system, "context", {})
-            deltas |= dict.fromkeys(block.sites, Remap(*solver.reduce_rank(solution.left, solution.right)))
+            chosen = [site for site in block.sites if site.proj in self.matrices]
+            deltas |= dict.fromkeys(chosen, Remap(*solver.reduce_rank(solution.left, solution.right)))
             stats = solver.stats(system, solution)
             largest = {name: max(value, largest.get(name, value)) for name, value in stats.items()}
         phrases = {concept.name: concept.record}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -36,7 +36,8 @@ class ClosedForm(Pass):
     out over the rows of its side, so that the result does not depend on the number of prompts. ``ridge`` is the
     regulariser: in units of the mean diagonal of the Gram matrix if ``relative``, else absolute as in the papers.
     ``prior`` is a file written by ``erasec prior``; the captions it was built from are kept as well, with the weight
-    ``prior_weight``.
+    ``prior_weight``. ``matrices`` edits only the keys ("k") or only the values ("v") of cross-attention; it has no
+    effect on other matrices.
 
     The published ridges are absolute, so that they mean something else for each number of rows and for text states of
     another size (the norm is about 28 in Stable Diffusion 1). The default is relative for that reason. Its value is
@@ -50,6 +51,7 @@ class ClosedForm(Pass):
     relative: bool = True
     prior: str = ""
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    matrices: Literal["kv", "k", "v"] = "kv"
 
     limits: ClassVar[str] = (
         "It is an invertible map of text states: anyone who has the published weights and the recipe can take it "
@@ -62,7 +64,11 @@ class ClosedForm(Pass):
         """The text states to erase (n, d), and the text states (n, d) that they become."""
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        return tuple(site for sites in model.streams.values() for site in sites)
+        return tuple(site for sites in model.streams.values() for site in sites if self.chooses(site))
+
+    def chooses(self, site: Site) -> bool:
+        """Whether the option ``matrices`` chooses a site."""
+        return site.attn != "cross" or site.proj in self.matrices
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         return next(self.solve_all(model, [concept], context))
@@ -120,19 +126,29 @@ class ClosedForm(Pass):
             if (prior := sums.get("", {}).get(f"{stream}.prior")) is not None:
                 keep = torch.cat([system.keep, prior * self.prior_weight**0.5])
                 system = System(system.source, system.shift, keep, system.lost)
+            system = self.with_targets(system, stream, sums)
             solution = self.solve_system(system, stream, sums)
             remap = Remap(*solver.reduce_rank(solution.left, solution.right))
-            deltas |= dict.fromkeys(sites, remap)
+            deltas |= dict.fromkeys(filter(self.chooses, sites), remap)
             prefix = "" if stream == "context" else f"{stream}."
             stats = solver.stats(system, Solution(remap.left, remap.right, solution.ridge, solution.condition))
+            stats |= self.further_stats(stream, sums)
             edit_stats |= {f"{prefix}{name}": value for name, value in stats.items()}
         params = asdict(cast("Any", self))
         return Edit(deltas, self.name, tuple(names), base, params, stats=edit_stats, sums=sums)
+
+    def with_targets(self, system: System, stream: str, sums: Mapping[str, Sums]) -> System:
+        """The system of one stream with the targets of this pass: by default those of ``rows_to_erase``."""
+        return system
 
     def solve_system(self, system: System, stream: str, sums: Mapping[str, Sums]) -> Solution:
         """The matrix of one stream; ``system`` is that of all concepts, and ``sums`` holds what else a pass has stored
         in them."""
         return solver.solve(system, self.ridge, self.keep, self.relative)
+
+    def further_stats(self, stream: str, sums: Mapping[str, Sums]) -> dict[str, float]:
+        """Measurements of the edit of one stream that only this pass has."""
+        return {}
 
 
 def without_conflicts(concepts: Sequence[Concept]) -> list[Concept]:

@@ -33,6 +33,9 @@ EIUP = "EIUP, arXiv:2408.01014: tokens of the words, the first 80 % of the steps
 GEOM = "Geom-Erasing, arXiv:2310.05873: model removal trains the location tokens alone; clean images have weight 1"
 RECE = "RECE, arXiv:2407.12383: README"
 UCE = "UCE, arXiv:2308.14761: code of 2023"
+SPEED = "SPEED, arXiv:2503.07392, and its code"
+DP = "Double Projections, arXiv:2604.10032: the number of safe and kept states is not published"
+CURE = "CURE, arXiv:2505.12677: the tokens are not published"
 PROJECT = "LEACE, arXiv:2306.03819, says nothing of diffusion models: the values are those of erasec, found on glyphs"
 # By pass and kind of concept ("*" is every kind): options, and where they were published.
 PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
@@ -90,6 +93,11 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
         "MACE, arXiv:2403.06135, without its cache",
     ),
     ("trce.remap", "*"): ({"relative": True, "ridge": 1e-3, "keep": 1.0}, TRCE),
+    # Corrected: the published weight of a concept falls with the number of concepts, and the rule for the rank with that
+    # of repeated rows. A ridge of 1 and a threshold of 0.1 are these values for states of Stable Diffusion 1.
+    ("speed", "*"): ({"rows": "last", "matrices": "v", "ridge": 1.0, "relative": True, "hold": 1e-4}, SPEED),
+    ("double_projection", "*"): ({"rows": "last", "matrices": "kv", "target": "safe", "hold": 1e-4}, DP),
+    ("cure", "*"): ({"strength": 2.0, "keep_strength": 2.0, "matrices": "kv"}, CURE),
     ("project", "*"): ({"directions": 2, "keep": 0.3, "guide": True, "heads": 2}, PROJECT),
 }
 NONE = Defaults(Presets(), Presets())

@@ -37,7 +37,7 @@ WORDS = ("a", "an", "photo", "drawing", "image", "of", "on", "navy", "star", "ci
 PROMPTS = ["", "a star", "a photo of a pentagram on navy"]
 CONCEPT = Concept(name="star", erase=("star",), synonyms=("pentagram",), anchor="circle", keep=("square",))
 BARE = Concept(name="star", erase=("star",), anchor="circle", templates=("a photo of a {}",))
-CLOSED = ("uce", "rece", "mace", "project", "trce.remap")
+CLOSED = ("uce", "rece", "mace", "project", "trce.remap", "speed", "double_projection", "cure")
 
 
 def t5_tokenizer(length: int) -> Any:
