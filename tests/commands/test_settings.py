@@ -93,8 +93,8 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
         "MACE, arXiv:2403.06135, without its cache",
     ),
     ("trce.remap", "*"): ({"relative": True, "ridge": 1e-3, "keep": 1.0}, TRCE),
-    # Corrected: the published weight of a concept falls with the number of concepts, and the rule for the rank with that
-    # of repeated rows. A ridge of 1 and a threshold of 0.1 are these values for states of Stable Diffusion 1.
+    # Corrected: the published weight of a concept falls with the number of concepts, and the rule for the rank depends
+    # on repeated rows. A ridge of 1 and a threshold of 0.1 are these values for states of Stable Diffusion 1.
     ("speed", "*"): ({"rows": "last", "matrices": "v", "ridge": 1.0, "relative": True, "hold": 1e-4}, SPEED),
     ("double_projection", "*"): ({"rows": "last", "matrices": "kv", "target": "safe", "hold": 1e-4}, DP),
     ("cure", "*"): ({"strength": 2.0, "keep_strength": 2.0, "matrices": "kv"}, CURE),
