@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from io import StringIO
@@ -140,6 +141,20 @@ def read_captions(path: Path) -> list[str]:
     if not (captions := [caption for caption in captions if caption]):
         raise ErasecError(f"{path.name} holds no captions", where=str(path))
     return captions
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file without empty ones and those that begin with "#"; ``what`` they are is for errors.
+
+    Raises ErasecError for a file that cannot be read or has no such line, and for a line that is there twice.
+    """
+    lines = [line.strip() for line in StringIO(read_text(path).removeprefix("\ufeff"))]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ErasecError(f"{path.name} holds no {what}", where=str(path), fix="write one per line")
+    if twice := next((line for line, count in Counter(lines).items() if count > 1), None):
+        raise ErasecError(f"{path.name} has the line {twice!r} twice", where=str(path), fix="leave one of them out")
+    return lines
 
 
 def fault(error: ValidationError) -> str:

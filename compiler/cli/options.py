@@ -27,7 +27,10 @@ MODEL = Annotated[
 ERASE = Annotated[
     list[str] | None,
     typer.Option(
-        "--erase", "-e", metavar="CONCEPT", help="bundled concept, concept.toml, or any phrase; may be repeated"
+        "--erase",
+        "-e",
+        metavar="CONCEPT",
+        help="bundled concept, concept.toml, any phrase, or names.txt with one of them per line; may be repeated",
     ),
 ]
 PASS = Annotated[

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from erasec.commands.doctor import Finding
     from erasec.reporting.report import Report
 
+# A plan prints so many concepts and notes; --json has all of them.
+LISTED = 12
+
 
 def verdict(report: Report) -> str:
     """One line: the state of the build, how many checks hold, and the hit rate before and after the edit for each group
@@ -67,12 +70,14 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     model, disk, memory = plan["model"], plan["disk"], plan["memory"]
     revision = f" at {model['revision']}" if model["revision"] else ""
     lines = [("model", f"{model['name']} ({model['family']}){revision}")]
-    for concept in plan["concepts"]:
+    for concept in plan["concepts"][:LISTED]:
         phrases = ", ".join((*concept["erase"], *concept["synonyms"]))
         lines.append(("erase", f"{concept['name']}: {phrases} -> {concept['anchor'] or 'the empty prompt'}"))
         if concept["counterparts"]:
             lines.append(("", f"but {', '.join(f'{phrase} -> {goal}' for phrase, goal in concept['counterparts'])}"))
         lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
+    if further := [concept["name"] for concept in plan["concepts"][LISTED:]]:
+        lines.append(("erase", f"{len(further)} more: {', '.join(further)} (--json lists all of them in full)"))
     for step in plan["passes"]:
         lines.append(("pass", f"{step['name']} ({step['paper']})" + (f", {step['reason']}" if step["reason"] else "")))
         for title, options in by_origin(step["options"], step["origins"]):
@@ -94,8 +99,10 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
         *(("", f"{name}: {about(*each)}") for name, each in duration["steps"].items()),
         ("device", f"{plan['device']}, seed {plan['seed']}"),
         ("tools", ", ".join(f"{name} {version}" for name, version in plan["tools"].items())),
-        *(("note", note) for note in plan["notes"]),
+        *(("note", note) for note in plan["notes"][:LISTED]),
     ]
+    if len(plan["notes"]) > LISTED:
+        lines.append(("note", f"{len(plan['notes']) - LISTED} more notes: --json"))
     lines += [("end", plan["end"])] if plan["end"] else []
     for label, text in lines:
         print(f"{label:>6}  {printable(text)}")

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.training.base import Measures
 
+# The name of an output folder lists at most so many concepts.
+NAMED = 6
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -292,9 +295,8 @@ def _target(text: str) -> Target | EditTarget:
 
 def _default_out(model: str, concepts: Sequence[Concept], keys: Sequence[Key] = ()) -> Path:
     words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]]
-    words += (
-        ["with", *(key.concept.name for key in keys)] if keys else ["without", *(concept.name for concept in concepts)]
-    )
+    names = [key.concept.name for key in keys] or [concept.name for concept in concepts]
+    words += ["with" if keys else "without", *(names if len(names) <= NAMED else [f"{len(names)} concepts"])]
     return Path(file_name(words))
 
 

@@ -59,9 +59,11 @@ def implicit_prompts(name: str) -> list[str]:
 def object_concept(name: str) -> dict[str, Any]:
     """The content of the concept file of an object.
 
-    The anchor is the first neighbour. Every second neighbour is kept, and so the others show what an edit costs.
+    The anchor is the first neighbour; where it is erased as well, another one or the noun of the cluster takes its
+    place. Every second neighbour is kept, and so the others show what an edit costs.
     """
     item, close = OBJECTS[name], neighbours(name)
+    noun = next(noun for noun in CLUSTERS[item.cluster] if name not in noun.split())
     kept = [word for other in close[::2] for word in OBJECTS[other].names]
     return {
         "name": name,
@@ -69,6 +71,7 @@ def object_concept(name: str) -> dict[str, Any]:
         "erase": [name],
         "synonyms": list(item.synonyms),
         "anchor": close[0],
+        "fallback": [*close[1:], noun],
         "implicit": implicit_prompts(name),
         "keep": [*kept, *far_objects(name, FAR), *ARTISTS],
         "templates": list(OBJECT_TEMPLATES),

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 
-from erasec.documents import read_toml
+from erasec.documents import read_lines, read_toml
 from erasec.errors import ErasecError, suggestion
 
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -31,6 +31,7 @@ class Prompt(NamedTuple):
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a drawing of a {}", "an image of a {}")
 # A concept file with this text is a pattern for many concepts: ``find("celebrity:Ada Example")`` replaces it.
 PLACEHOLDER = "<name>"
+LIST = ".txt"  # how the file of a list of names ends
 
 
 class Concept(BaseModel):
@@ -200,6 +201,19 @@ def find(name: str, world: str = "") -> Concept:
     if not name:
         raise ErasecError("the concept has no name", why="the value of --erase is empty", fix="name what to erase")
     return from_phrase(name)
+
+
+def listed(name: str) -> list[str]:
+    """The names that a name stands for, each of them one for ``find``: the lines of a list, or the name itself.
+
+    "names.txt" is a list of names, and "celebrity:names.txt" one of values for a pattern. Raises ErasecError for a list
+    that cannot be read or is empty.
+    """
+    word, colon, file = name.strip().rpartition(":")
+    if not file.endswith(LIST):
+        return [name]
+    names = read_lines(Path(file.strip()).expanduser(), "names of concepts")
+    return [word + colon + line for line in names]
 
 
 def _fill(concept: Concept, word: str, value: str, where: str) -> Concept:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from erasec.documents import Source, parse_toml, read_toml
 from erasec.errors import ErasecError, suggestion
-from erasec.recipe.concept import Concept, Phrase
+from erasec.recipe.concept import Concept, Phrase, listed
 
 FORMAT = "0.1"
 PROMPT_LIMIT = 200  # rows of a prompt or caption file: the least number for which CMMD and KID are measured
@@ -79,6 +79,7 @@ class Recipe(_Table):
     """All inputs of a build. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
 
     ``erase`` are names from ``concepts``, bundled names, concept files or phrases; they are looked up in this order.
+    A name that ends in ".txt" is a file with one name per line, and "celebrity:FILE.txt" one with a value per line.
     Each of ``targets`` is NAME or NAME:key=value,... as on the command line. A plan adds the merged checkpoint as the
     first target, because every build writes it. ``keys`` are key files: the built model shows the concepts that they
     restore. If ``absorb`` is above 0, the keys are merged into stock weights as far as possible, and ``absorb`` is the
@@ -340,9 +341,10 @@ def _validate(content: Mapping[str, Any], where: str) -> Recipe:
             fix="pip install --upgrade erasec",
         )
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise _recipe_error(error, content, where) from error
+    return recipe.model_copy(update={"erase": tuple(name for given in recipe.erase for name in listed(given))})
 
 
 def _version(text: str) -> tuple[int, ...]:
