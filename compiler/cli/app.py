@@ -14,6 +14,7 @@ import typer
 from erasec.cli import output
 from erasec.cli.audit import audit
 from erasec.cli.build import build, plan
+from erasec.cli.explain import explain
 from erasec.cli.options import (
     DEVICE,
     JSON,
@@ -257,6 +258,7 @@ def check(
 
 
 app.command()(audit)
+app.command()(explain)
 
 
 @app.command("list")

@@ -17,16 +17,16 @@ from erasec.audit.subject import Pictured, Runtime, Subject, Untrained
 from erasec.audit.suites import find_suite, make_probes
 from erasec.base import Check, Context, Role
 from erasec.checkpoint.staging import output
+from erasec.commands.built import Built, find_built
 from erasec.commands.plan import find_device
 from erasec.errors import CheckFailed, ErasecError, MissingTool
 from erasec.judging.evidence import labels
 from erasec.model.loading import load, twin_of
 from erasec.model.threads import fixed_threads
-from erasec.recipe import recipe as recipes
 from erasec.recipe.concept import Concept, find
+from erasec.recipe.recipe import Limits
 from erasec.reporting import collect
 from erasec.reporting.audit_page import AuditReport, write_audit
-from erasec.reporting.read import REPORT, Record, read_report
 from erasec.selection import select, world_of
 from erasec.training.base import check_trainable
 
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
     from erasec.commands.plan import Plan
     from erasec.model.view import Model
-    from erasec.recipe.recipe import Recipe
-
-RECIPE = "recipe.toml"
-MERGED = "hf"  # the folder of the merged checkpoint in a build
 
 
 @dataclass(frozen=True)
@@ -64,17 +60,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Audited:
-    """The audited folder or file, and what is known of the build that it belongs to."""
-
-    path: str
-    build: Path | None = None
-    record: Record | None = None
-    recipe: Recipe | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Names:
     """How a report names the subjects: the audited model, its base and its twin, "" for one that is not there."""
 
@@ -92,7 +77,7 @@ def audit(request: Request, out: Path) -> AuditReport:
     """
     suite = find_suite(request.suite)
     probes = make_probes(request.probes or suite.probes)
-    audited = _find(request)
+    audited = find_built(request.model)
     concept_name = _concept_name(request, audited)
     recipe = audited.recipe
     if request.seed is None:
@@ -201,7 +186,7 @@ def audit_build(plan: Plan, suite: str, built: Folder) -> tuple[list[dict[str, A
     probes, base = make_probes(found.probes), plan.model
     model = load(str(built.root), variant=built.variant)
     request = Request(str(plan.out), suite=suite, seed=plan.context.seed)
-    audited = _Audited(str(built.root), recipe=plan.recipe)
+    audited = Built(str(built.root), recipe=plan.recipe)
     facts, checks = [], []
     for concept in plan.concepts:
         scorer, selector = _judges(base, concept, plan.recipe.judges)
@@ -227,26 +212,7 @@ def _as_check(gate: Gate, concept: Concept, several: bool) -> Check:
 # --- what is audited, and against what -------------------------------------------------------------------------------
 
 
-def _find(request: Request) -> _Audited:
-    """The audited folder, with the build around it if there is one."""
-    path = Path(request.model).expanduser()
-    for build in (path, path.parent, path.parent.parent):  # the build, one of its folders, or a file in one
-        if not (path.exists() and (build / REPORT).is_file()):
-            continue
-        record, notes, recipe = read_report(build), [], None
-        if (build / RECIPE).is_file():
-            try:
-                recipe = recipes.from_file(build / RECIPE)
-            except ErasecError as error:
-                notes.append(f"The recipe of the build was not read: {error.what}. Probes that use it were not run.")
-        inner = build / MERGED if build == path else path
-        if not inner.exists():
-            raise ErasecError(f"the build {path} has no folder {MERGED}", fix="name one of the folders in it")
-        return _Audited(str(inner), build, record, recipe, tuple(notes))
-    return _Audited(request.model)
-
-
-def _concept_name(request: Request, audited: _Audited) -> str:
+def _concept_name(request: Request, audited: Built) -> str:
     """The name of the concept: the one asked for, else the only one of the build."""
     known = [str(concept["name"]) for concept in (audited.record or {}).get("concepts", [])]
     if request.concept:
@@ -260,7 +226,7 @@ def _concept_name(request: Request, audited: _Audited) -> str:
     return known[0]
 
 
-def _concept(name: str, audited: _Audited, model: Model | None) -> Concept:
+def _concept(name: str, audited: Built, model: Model | None) -> Concept:
     """The concept of the build, else a bundled one, a file or a phrase."""
     for stored in (audited.record or {}).get("concepts", []):
         if stored["name"] == name:
@@ -277,7 +243,7 @@ def _load_or_none(path: str, request: Request) -> Model | None:
     return load(path, request.revision, request.variant, request.allow_pickle)
 
 
-def _base(request: Request, audited: _Audited) -> tuple[Model | None, list[str]]:
+def _base(request: Request, audited: Built) -> tuple[Model | None, list[str]]:
     """The base: the one asked for, else that of the build, if it can be opened; and a note where it cannot."""
     if request.base:
         return load(request.base, allow_pickle=request.allow_pickle), []
@@ -323,7 +289,7 @@ def _twin(request: Request, base: Model | None, scorer: Judge, concept: Concept)
 
 
 def _subjects(
-    request: Request, audited: _Audited, model: Model | None, base: Model | None, twin: str, context: Context
+    request: Request, audited: Built, model: Model | None, base: Model | None, twin: str, context: Context
 ) -> dict[Role, Pictured]:
     subjects: dict[Role, Pictured] = {
         "model": Subject("model", model, context) if model is not None else Runtime("model", Path(audited.path))
@@ -337,9 +303,9 @@ def _subjects(
     return subjects
 
 
-def _settings(request: Request, audited: _Audited, images: int) -> Settings:
+def _settings(request: Request, audited: Built, images: int) -> Settings:
     """The settings of sampling are those of the build's checks, so that its rates can be compared."""
-    checks = audited.recipe.checks if audited.recipe else recipes.Limits()
+    checks = audited.recipe.checks if audited.recipe else Limits()
     return Settings(request.images or images, checks.steps, checks.guidance, request.seed or 0)
 
 

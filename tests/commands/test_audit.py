@@ -71,7 +71,7 @@ def test_gates_of_a_recipe_are_read_and_written_again() -> None:
 
 
 def test_the_build_around_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
-    from erasec.commands.audit import _find
+    from erasec.commands.built import find_built
 
     build = tmp_path / "build"
     for name in ("hf/model_index.json", "ldm/model.safetensors"):
@@ -79,10 +79,10 @@ def test_the_build_around_a_folder_or_a_file_is_found(tmp_path: Path) -> None:
         (build / name).write_text("{}")
     (build / "report.json").write_text('{"concepts": [{"name": "star"}]}')
     for path in (build, build / "hf", build / "ldm" / "model.safetensors"):
-        assert _find(request(model=str(path))).build == build
-    assert _find(request(model=str(build))).path == str(build / "hf")
-    assert _find(request(model=str(build / "ldm" / "model.safetensors"))).path.endswith("model.safetensors")
-    assert _find(request(model=str(tmp_path / "elsewhere"))).build is None
+        assert find_built(str(path)).build == build
+    assert find_built(str(build)).path == str(build / "hf")
+    assert find_built(str(build / "ldm" / "model.safetensors")).path.endswith("model.safetensors")
+    assert find_built(str(tmp_path / "elsewhere")).build is None
 
 
 def test_a_probe_of_a_file_is_run_beside_registered_ones(tmp_path: Path, root: Path) -> None:
