@@ -1,4 +1,4 @@
-"""Double Projections: the erased states lose everything that the kept states do not have.
+"""Double Projections: erased states lose what safe states do not have, and kept states do not move.
 
 "Double Projections", CVPR 2026, arXiv:2604.10032. No code was published; the steps are those of the paper.
 """
@@ -24,24 +24,26 @@ if TYPE_CHECKING:
 class DoubleProjection(NullSpace):
     """Double Projections, the null-space edit without a ridge: erased states reach their target exactly.
 
-    With ``target`` "safe" the first projection makes the target of a state its own projection on the kept states. With
-    "anchor" it is left out, and the target is the anchor's state. ``ridge`` and ``relative`` have no effect.
+    With ``target`` "safe" the first projection makes the target of a state its own projection on the states of the
+    goals, so that of each prompt the part stays that a goal's prompt has as well. With "anchor" this is left out, and
+    the target is the goal's own state. ``ridge`` and ``relative`` have no effect.
 
-    The paper projects on safe states that it does not list; here they are the kept ones. The map is then the orthogonal
-    projector that removes what the erased states have besides the kept ones.
+    Which states are safe, and how many, is not published. The kept ones are too many for it: of a projection on them
+    nearly all of the concept is left.
     """
 
     target: Literal["safe", "anchor"] = "safe"
 
     name: ClassVar[str] = "double_projection"
     paper: ClassVar[str] = "arXiv:2604.10032"
-    summary: ClassVar[str] = "closed form without a ridge: erased text states are projected on the kept ones"
+    summary: ClassVar[str] = "closed form without a ridge: erased text states are projected on those of the goals"
     when: ClassVar[str] = "as speed, where the erased states must reach their target exactly"
 
     def with_targets(self, system: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> System:
         if self.target == "anchor" or not system.shift.any():
             return system
-        return System(system.source, -null_space.without(system.source, self.held(stream, sums)), system.keep)
+        safe = null_space.held_directions(system.target(), self.hold)
+        return System(system.source, -null_space.without(system.source, safe), system.keep)
 
     def solve_system(self, system: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Solution:
         return null_space.solve(system, self.held(stream, sums), 0.0, self.hold)

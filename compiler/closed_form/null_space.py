@@ -22,17 +22,22 @@ from erasec.closed_form.solver import Solution, System, gram
 from erasec.closed_form.token_rows import erased_rows, goal_prompts, row_pairs
 from erasec.model.threads import LAPACK, fixed_threads
 from erasec.options import options
+from erasec.progress import note
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from erasec.base import Context
+    from erasec.model.edit import Edit
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
 # Rows that agree to this many decimals are the same text state, encoded in another batch.
 DECIMALS = 4
+# A concept of which less lies outside what is held is named in a warning.
+SCARCE = 0.01
 # Without a ridge, directions of the erased rows below this part of the norm of all rows are rounding errors.
 CUTOFF = 1e-9
 
@@ -162,6 +167,20 @@ class NullSpace(ClosedForm):
     def held(self, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """Orthonormal columns (d, q) of the directions that no edit may move."""
         return held_directions(self.kept(stream, sums), self.hold)
+
+    def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
+        """One edit that erases all concepts; stderr names those of which what is kept leaves next to nothing."""
+        for edit in super().solve_all(model, concepts, context):
+            for stream in model.streams:
+                held = self.held(stream, edit.sums)
+                for name in edit.concepts:
+                    share = energy(edit.sums[name][f"{stream}.source"], held)
+                    if share < SCARCE:
+                        note(
+                            f"{name}: only {share:.2%} of its text states lie outside what is held, so it can hardly "
+                            "be erased; keep fewer phrases that are like it, or raise the option hold"
+                        )
+            yield edit
 
     def further_stats(self, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
         """``energy`` is the least share of a concept's states that lies outside what is held, and so can be erased;

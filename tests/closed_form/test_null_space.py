@@ -210,6 +210,14 @@ def test_edits_are_combined_from_their_sums_in_any_order(step: Any, base: Model)
     )
 
 
+def test_a_concept_that_is_like_what_is_kept_is_named(base: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    close = Concept(name="star", erase=("star",), anchor="circle", keep=("stars", "square", "a star sign"))
+    Speed(hold=0.0).solve(base, close, Context())
+    assert "star: only" in capsys.readouterr().err
+    Speed(hold=0.1).solve(base, close, Context())  # so little is held that most of it is free
+    assert "star: only" not in capsys.readouterr().err
+
+
 def test_matrices_chooses_keys_and_values(base: Model) -> None:
     projections = {
         chosen: {site.proj for site in Uce(matrices=chosen).solve(base, STAR, Context()).deltas}  # type: ignore[arg-type]
