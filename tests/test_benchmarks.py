@@ -50,7 +50,9 @@ def by_pass(scale: ModuleType, case, weights: list[torch.Tensor]) -> torch.Tenso
     return case.method.solve_system(asked, "context", sums).matrix()
 
 
-@pytest.mark.parametrize("row", ["uce:1", "uce:5", "uce:40", "rece:1", "mace:1", "mace:2", "trce.remap:6"])
+@pytest.mark.parametrize(
+    "row", ["uce:1", "uce:5", "uce:40", "rece:1", "mace:1", "mace:2", "trce.remap:6", "speed:1", "speed:5"]
+)
 @pytest.mark.usefixtures("few")
 def test_in_float64_the_naive_form_and_the_pass_are_the_same_edit(scale: ModuleType, row: str) -> None:
     name, count = row.split(":")

@@ -53,7 +53,7 @@ def world(data: Path | None) -> World:
             "vae": 2800,
             "decoder": 1500,
             "unet": 26500,
-            "twin": 11500,
+            "twin": 10300,
             "judge-a": 3000,
             "judge-b": 3000,
         },

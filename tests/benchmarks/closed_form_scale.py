@@ -7,7 +7,8 @@
 The 32 K and V matrices of SD 1.4 in their exact shapes, random, and synthetic token states as CLIP's are: a common
 mean, a decaying spectrum, rows of norm 28. Rows of the table: uce with 1 to 1000 concepts, one row each and as many
 keeps; rece with one concept of 77 rows and one epoch; mace with 30 prompts of 77 rows a concept, refinement and fusion;
-trce.remap with 60 prompts and a prior, lambda 0. lambda and weights are the references'.
+trce.remap with 60 prompts and a prior, lambda 0; speed with 1 to 1000 concepts, one row each, and 2000 kept rows, rho 1
+and keys and values. lambda and weights are the references'.
 
 "ours" is the pass's own code from the stored sums of its concepts to 32 new matrices, solve and merge: what the goals
 are about. "whole" is all that a build does from token states on: the sums too (for rece, that of W^T W), rank reduction
@@ -38,7 +39,7 @@ from typing import Any, TypeVar
 
 import machine
 import torch
-from naive import OWN, context, edited, mace_edited, normal_equation, rece_edited, states
+from naive import OWN, context, edited, mace_edited, normal_equation, null_space_edited, rece_edited, states
 from random_models import random_shapes
 from torch import Tensor
 
@@ -53,11 +54,15 @@ RESULT = Path(__file__).parent / "results" / "closed_form_scale.json"
 GOALS = {"uce:1": 30.0, "uce:100": 100.0, "uce:1000": 300.0}
 MAX_ERROR = 1e-6
 ROWS = {
-    "sd1": ("uce:1", "uce:10", "uce:100", "uce:1000", "rece:1", "mace:1", "mace:2", "trce.remap:60"),
+    "sd1": (
+        *("uce:1", "uce:10", "uce:100", "uce:1000", "rece:1", "mace:1", "mace:2", "trce.remap:60"),
+        *("speed:1", "speed:10", "speed:100", "speed:1000"),
+    ),
     "sdxl": ("uce:1", "uce:10"),
 }
 LONG = ("uce:1000",)
 TOKENS, PROMPTS = 77, 30
+KEPT, HOLD = 2000, 1e-4  # of speed
 PRIOR_ROWS, PRIOR_WEIGHT, EOT_WEIGHT = 4096, 7.7e-3, 72.0
 
 T = TypeVar("T")
@@ -82,7 +87,7 @@ class Case:
     naive: Callable[[Sequence[Tensor]], Callable[[], list[Tensor]]]
 
 
-def options(name: str, **chosen: float) -> ClosedForm:
+def options(name: str, **chosen: float | str) -> ClosedForm:
     kind = registry.load_pass(name)
     assert issubclass(kind, ClosedForm)
     return kind(relative=False, **chosen)  # type: ignore[arg-type]
@@ -183,7 +188,22 @@ def trce(count: int, width: int) -> Case:
     return Case(options("trce.remap", ridge=0.0), sums, naive)
 
 
-CASES = {"uce": uce, "rece": rece, "mace": mace, "trce.remap": trce}
+def speed(count: int, width: int) -> Case:
+    rho = 1.0
+    kept = KEPT if width > 100 else width // 2  # in the small size of tests, they would hold every direction
+    source, target, keep = (states(rows, width, seed) for seed, rows in ((1, count), (2, count), (3, kept)))
+
+    def sums(shared: Mapping[str, Tensor]) -> Sums:
+        return {"": dict(shared), "one": pack_system(one_system(source, target, 1.0, keep), "context")}
+
+    def naive(weights: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        c, v, k = (rows.to(weights[0].dtype) for rows in (source, target, keep))
+        return lambda: [null_space_edited(weight, c, v, k, rho, HOLD) for weight in weights]
+
+    return Case(options("speed", ridge=rho, hold=HOLD, matrices="kv"), sums, naive)
+
+
+CASES = {"speed": speed, "uce": uce, "rece": rece, "mace": mace, "trce.remap": trce}
 
 
 def measured(run: Callable[[], T], repeat: int = 1) -> tuple[dict[str, Any], T]:

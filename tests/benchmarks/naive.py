@@ -71,6 +71,22 @@ def rece_edited(weights: Sequence[Tensor], source: Tensor, target: Tensor, kept:
     return [edited(weight, [(back, target, 1.0), kept, (source, source, 1.0)], lam) for weight in current]
 
 
+def null_space_edited(weight: Tensor, source: Tensor, target: Tensor, keep: Tensor, rho: float, hold: float) -> Tensor:
+    """W + W (A - T) P (T P + rho I)^-1: SPEED without filter and augmentation, with the sums T of c c^T and A of v c^T.
+
+    P are the directions with at most the share ``hold`` of the kept rows' squared lengths; it is computed for each
+    site, as the reference does.
+    """
+    values, vectors = torch.linalg.eigh(products(keep, keep) / len(keep))
+    free = vectors[:, values <= hold * values.sum()]
+    projector, eye = free @ free.T, torch.eye(len(values), dtype=weight.dtype)
+    gram, cross = torch.zeros_like(eye), torch.zeros_like(eye)
+    for c, v in zip(source.split(1), target.split(1), strict=True):
+        gram += products(c, c)
+        cross += products(v, c)
+    return weight + weight @ (cross - gram) @ projector @ torch.inverse(gram @ projector + rho * eye)
+
+
 def mace_edited(
     weights: Sequence[Tensor],
     concepts: Sequence[tuple[Tensor, Tensor]],
