@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import strips
 
 from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context, Question
@@ -54,30 +54,17 @@ def questions(panel: tuple[Question, ...]) -> list[Question]:
     return chosen
 
 
-def draw(path: Path, panel: list[Question], before: Images, after: Images, zoom: int = 1) -> None:
-    """Two rows, before and after, of the first few pictures of each group, not chosen, with the groups' names."""
-    cell, gap, left, top = world.SIZE * zoom, 4, 56, 24
-    width = left + sum(count * (cell + gap) + 12 for _, count in DRAWN.values())
-    sheet = Image.new("RGB", (width, top + 2 * (cell + gap) + 4), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for row, word in enumerate(("before", "after")):
-        pen.text((4, top + row * (cell + gap) + cell // 2 - 8), word, "black", font)
-    x = left
+def drawn(panel: list[Question], before: Images, after: Images) -> dict[str, list[tuple[Any, Any]]]:
+    """The first few pictures of each group, not chosen, before and after; of what is kept, the first of each shape."""
+    groups: dict[str, list[tuple[Any, Any]]] = {}
     for group, (title, count) in DRAWN.items():
-        pen.text((x, 4), title, "black", font)
         members = [i for i, q in enumerate(panel) if q.group == group]
         if group == "keep":
             members = [
                 next(i for i in members if panel[i].looked_for == s) for s in {panel[i].looked_for: 0 for i in members}
             ]
-        for i in members[:count]:
-            for row, images in enumerate((before, after)):
-                tile = Image.fromarray(images[i]).resize((cell, cell), Image.Resampling.BICUBIC)
-                sheet.paste(tile, (x, top + row * (cell + gap)))
-            x += cell + gap
-        x += 12
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
+        groups[title] = [(before[i], after[i]) for i in members[:count]]
+    return groups
 
 
 def measure(
@@ -98,7 +85,7 @@ def measure(
             base.source.write(Path(scratch) / "hf", base.with_edit(edit).merged())
             after = generate(Path(scratch) / "hf", prompts, seeds, sampling, f"{shape} {name}")
         if picture:
-            draw(picture, panel, before, after)
+            strips.draw(picture, drawn(panel, before, after), world.SIZE)
         labels = [q.looked_for for q in panel]
         shown = judge.sees(before, labels), judge.sees(after, labels)
         row: dict[str, Any] = {"stats": dict(edit.stats)}

@@ -3,12 +3,13 @@
     python tests/benchmarks/passes_emoji.py                writes tests/benchmarks/results/passes_emoji.json
     ... --tasks owl Noto --setups uce esd                  measures these rows again, and keeps the others
     ... --table                                            prints the tables of docs/emoji.md
+    ... --picture docs/owl.png --setups uce                draws an owl, its neighbours and others, before and after
 
 Every row runs in a process of its own with one thread; seconds are the processor's for solving alone. Judge B, the same
 prompts and seeds before and after. The columns are shares of pictures that show what the prompt asks for, with Wilson's
 95 % interval: for "name", "synonym" and "implicit" what is erased, for the others what should stay. "kept neighbours"
-are in the concept files' "keep", "other neighbours" are not. Drift is the mean absolute change of a pixel in pictures
-of far objects, full scale 1.
+are in the concept files' "keep", "other neighbours" are not. UA, IRA, CRA and H_o are those of papers; docs/measures.md
+has the formulas. Drift is the mean absolute change of a pixel in pictures of far objects, full scale 1.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from typing import Any
 
 import machine
 import numpy as np
+import strips
 
 from erasec.attention.pipeline import Sampling, generate
+from erasec.audit.metrics import published
 from erasec.base import Context, Question
 from erasec.commands import settings
 from erasec.emoji.evaluate import TWIN
@@ -37,13 +40,15 @@ from erasec.emoji.judge import EmojiJudge, far_objects, label_of, prompt
 from erasec.emoji.words import ARTISTS, CLUSTERS, OBJECTS, neighbours
 from erasec.judging.intervals import wilson
 from erasec.model import loading, sidecar
+from erasec.model.view import Model
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 
 RESULT = Path(__file__).parent / "results" / "passes_emoji.json"
 BASE = "base"
-ONE = ("uce", "rece", "mace", "trce.remap", "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup")
-MANY = ("uce", "rece", "mace", "trce.remap", "esd", "kpop")
+CLOSED = ("uce", "rece", "mace", "project", "speed", "double_projection", "cure", "trce.remap")
+ONE = (*CLOSED, "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup")
+MANY = ("uce", "rece", "mace", "speed", "double_projection", "trce.remap", "esd", "kpop")
 BARE = "10 bare names"  # what people type: no synonyms, nothing kept
 # One object of each of ten clusters, and every third object; the others are neighbours that should stay.
 TEN = tuple([name for name in OBJECTS if OBJECTS[name].cluster == cluster][1] for cluster in list(CLUSTERS)[:20:2])
@@ -63,7 +68,7 @@ SETUPS = {
     "50 objects": (BASE, *MANY),
 }
 GROUPS = ("name", "synonym", "implicit", "kept neighbours", "other neighbours", "far objects", "other artists")
-IMAGES, SEED = 60, 31
+IMAGES, SEED = 40, 31
 SAMPLING = Sampling(20, 4.0)
 
 
@@ -121,6 +126,23 @@ def paint(root: Path, panel: list[Question]) -> np.ndarray:
     return generate(root, [q.prompt for q in panel], [q.seed for q in panel], SAMPLING, root.name)
 
 
+def painted_after(
+    base: Model, setup: str, items: list[concepts.Concept], panel: list[Question], row: dict[str, Any]
+) -> np.ndarray:
+    """The pictures of ``panel`` after ``setup`` erased the concepts; time and memory of solving go into ``row``."""
+    step = settings.settle([recipe.parse_named_options(setup)], items, settings.defaults_of(base))[0].step
+    view, began, walled = base, time.process_time(), time.perf_counter()
+    for edit in step.solve_all(view, items, Context(seed=SEED)):
+        view = view.with_edit(edit)
+    row["seconds"], row["wall"] = time.process_time() - began, time.perf_counter() - walled
+    row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "bundle"
+        base.source.write(root, view.merged(), link=True)
+        sidecar.write_extras(root, sidecar.gather_extras(view.edits))
+        return paint(root, panel)
+
+
 def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
     base, items, panel, row = loading.load("emoji"), erased(task), questions(task), dict[str, Any]()
     kept = scratch / f"{task}.npy"
@@ -132,24 +154,40 @@ def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
     elif setup == "twin":
         after = paint(loading.bundled_folder(TWIN), panel)
     else:
-        use = recipe.parse_named_options(setup)
-        step = settings.settle([use], items, settings.defaults_of(base))[0].step
-        view, began, walled = base, time.process_time(), time.perf_counter()
-        for edit in step.solve_all(view, items, Context(seed=SEED)):
-            view = view.with_edit(edit)
-        row["seconds"], row["wall"] = time.process_time() - began, time.perf_counter() - walled
-        row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            root = Path(folder) / "bundle"
-            base.source.write(root, view.merged(), link=True)
-            sidecar.write_extras(root, sidecar.gather_extras(view.edits))
-            after = paint(root, panel)
+        after = painted_after(base, setup, items, panel, row)
     judge, groups = EmojiJudge(), np.array([question.group for question in panel])
     seen = judge.sees(after, [question.looked_for for question in panel])
     row["shows"] = {group: [int(seen[groups == group].sum()), int((groups == group).sum())] for group in GROUPS}
     far = groups == "far objects"
     row["drift"] = float(np.abs(after[far].astype(np.float64) - before[far]).mean() / 255)
     return row
+
+
+def picture(setup: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Pairs before and after ``setup`` erased the owl, by title: the owl by each artist, its neighbours, others."""
+    base, item = loading.load("emoji"), concepts.find("owl", "emoji")
+    prompts = {
+        "an owl, by each artist": [prompt("owl", 1, artist) for artist in ARTISTS],
+        "its neighbours": [prompt(name, 1) for name in neighbours("owl")[:5]],
+        "others": [prompt(name, 1) for name in far_objects("owl", 5)],
+    }
+    panel = [Question("", text, SEED + i, "") for i, text in enumerate(chain.from_iterable(prompts.values()))]
+    before = paint(base.source.root, panel)
+    after = painted_after(base, setup, [item], panel, {})
+    pairs = iter(zip(before, after, strict=True))
+    return {title: list(islice(pairs, len(texts))) for title, texts in prompts.items()}
+
+
+def published_figures(shows: dict[str, list[int]]) -> dict[str, float]:
+    """The figures of papers: the kind of an object are the other objects, across are artists; for a style, the reverse.
+    A style has no synonyms here, and so no H_o."""
+    objects = [sum(shows[group][i] for group in GROUPS if "neighbours" in group or "far" in group) for i in (0, 1)]
+    rates = {"objects": objects[0] / objects[1], "artists": shows["other artists"][0] / shows["other artists"][1]}
+    erased = shows["name"][0] / shows["name"][1]
+    if shows["synonym"][1]:
+        synonyms = shows["synonym"][0] / shows["synonym"][1]
+        return published("object", erased, rates["objects"], synonyms, rates["artists"])
+    return published("style", erased, rates["artists"], across=rates["objects"])
 
 
 def table(result: dict[str, Any]) -> str:
@@ -159,8 +197,8 @@ def table(result: dict[str, Any]) -> str:
         parts += [
             f"**{task}**",
             "",
-            f"| pass | {' | '.join(GROUPS)} | drift | seconds |",
-            "|---" * (len(GROUPS) + 3) + "|",
+            f"| pass | {' | '.join(GROUPS)} | UA | IRA | CRA | H_o | drift | seconds |",
+            "|---" * (len(GROUPS) + 7) + "|",
         ]
         for setup, row in rows.items():
             cells = []
@@ -168,6 +206,8 @@ def table(result: dict[str, Any]) -> str:
                 hits, count = row["shows"][group]
                 low, high = wilson(hits, count) if count else (0.0, 0.0)
                 cells.append(f"{hits / count:.0%} ({low:.0%}–{high:.0%})".replace("%–", "–") if count else "–")
+            figures = published_figures(row["shows"])
+            cells += [f"{figures[name]:.0%}" if name in figures else "–" for name in ("UA", "IRA", "CRA", "H_o")]
             seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
             parts.append(f"| `{setup}` | {' | '.join(cells)} | {row['drift']:.3f} | {seconds} |")
         parts.append("")
@@ -180,11 +220,15 @@ def main() -> None:
     parser.add_argument("--setups", nargs="*", default=[])
     parser.add_argument("--missing", action="store_true", help="measure only rows that the file does not have")
     parser.add_argument("--table", action="store_true", help="print the tables of the file, and measure nothing")
+    parser.add_argument("--picture", type=Path, help="draw the owl before and after the first of --setups to this PNG")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     if options.table:
         print(table(result))
+        return
+    if options.picture:
+        strips.draw(options.picture, picture(options.setups[0]), 64)
         return
     pending = [(task, setup) for task in options.tasks for setup in options.setups or SETUPS[task]]
     if options.missing:
