@@ -24,19 +24,18 @@ if TYPE_CHECKING:
 class DoubleProjection(NullSpace):
     """Double Projections, the null-space edit without a ridge: erased states reach their target exactly.
 
-    With ``target`` "safe" the first projection makes the target of a state its own projection on the states of the
-    goals, so that of each prompt the part stays that a goal's prompt has as well. With "anchor" this is left out, and
-    the target is the goal's own state. ``ridge`` and ``relative`` have no effect.
+    The target is the goal's own state. With ``target`` "safe" it is the projection of the state on those of the goals,
+    the first of the two projections of the paper, which may be left out: of each prompt the part stays that a goal's
+    prompt has as well, and where goals are like the concept, too much of it. ``ridge`` and ``relative`` have no effect.
 
-    Which states are safe, and how many, is not published. The kept ones are too many for it: of a projection on them
-    nearly all of the concept is left.
+    Which states are safe, and how many, is not published.
     """
 
-    target: Literal["safe", "anchor"] = "safe"
+    target: Literal["anchor", "safe"] = "anchor"
 
     name: ClassVar[str] = "double_projection"
     paper: ClassVar[str] = "arXiv:2604.10032"
-    summary: ClassVar[str] = "closed form without a ridge: erased text states are projected on those of the goals"
+    summary: ClassVar[str] = "closed form without a ridge: erased text states reach their goals, kept ones stay"
     when: ClassVar[str] = "as speed, where the erased states must reach their target exactly"
 
     def with_targets(self, system: System, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> System:

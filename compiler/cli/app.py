@@ -179,7 +179,7 @@ def combine(
 @app.command()
 def prior(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="model whose text encoders encode the captions")],
-    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one per line; or .csv with prompt or caption")],
+    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one per line; a .csv file; or everyday")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="such as coco.prior.safetensors")],
     revision: REVISION = None,
     variant: VARIANT = None,

@@ -35,9 +35,9 @@ class ClosedForm(Pass):
     Options that all of them have: ``scale`` weighs the erased rows and ``keep`` the kept rows. Each weight is shared
     out over the rows of its side, so that the result does not depend on the number of prompts. ``ridge`` is the
     regulariser: in units of the mean diagonal of the Gram matrix if ``relative``, else absolute as in the papers.
-    ``prior`` is a file written by ``erasec prior``; the captions it was built from are kept as well, with the weight
-    ``prior_weight``. ``matrices`` edits only the keys ("k") or only the values ("v") of cross-attention; it has no
-    effect on other matrices.
+    ``prior`` is a file written by ``erasec prior``, or "everyday"; the captions it was built from are kept as well,
+    with the weight ``prior_weight``. ``matrices`` edits only the keys ("k") or only the values ("v") of
+    cross-attention; it has no effect on other matrices.
 
     The published ridges are absolute, so that they mean something else for each number of rows and for text states of
     another size (the norm is about 28 in Stable Diffusion 1). The default is relative for that reason. Its value is

@@ -7,7 +7,7 @@ projections for every layer ship the same information many times.)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from erasec.closed_form import solver
 from erasec.documents import read_captions
 from erasec.errors import ErasecError, suggestion
 from erasec.progress import bar
+from erasec.recipe import everyday
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,30 +29,29 @@ BATCH = 64
 SUFFIX = ".prior.safetensors"
 
 
-def build(model: Model, texts: list[str]) -> dict[str, Tensor]:
-    """By stream, the mean Gram matrix (d, d) of all text states of the captions, float64. Batches are encoded one at a
-    time, and their states are not kept."""
-    grams: dict[str, Tensor] = {}
-    for stream in model.streams:
-        total, count = None, 0
-        with bar(f"prior {stream}", len(texts)) as advance:
-            for batch in _batches(texts):
-                rows = model.encode(batch, stream).states.flatten(0, 1)
-                part = solver.gram(rows)
-                total, count = part if total is None else total + part, count + len(rows)
-                advance(len(batch))
-        assert total is not None
-        grams[stream] = total / count
-    return grams
+def build(model: Model, texts: Sequence[str], stream: str) -> Tensor:
+    """The mean Gram matrix (d, d) of all text states of the captions in one stream, float64. Batches are encoded one at
+    a time, and their states are not kept."""
+    total, count = None, 0
+    with bar(f"prior {stream}", len(texts)) as advance:
+        for batch in _batches(texts):
+            rows = model.encode(batch, stream).states.flatten(0, 1)
+            part = solver.gram(rows)
+            total, count = part if total is None else total + part, count + len(rows)
+            advance(len(batch))
+    assert total is not None
+    mean: Tensor = total / count
+    return mean
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(texts), BATCH):
         yield texts[start : start + BATCH]
 
 
 def write(path: Path, model: Model, file: Path) -> list[str]:
-    """Build the prior of a file of captions for a model's text encoders and save it. Returns the captions.
+    """Build the prior of a file of captions, or of the bundled ones ("everyday"), for a model's text encoders and save
+    it. Returns the captions.
 
     Raises ErasecError where ``path`` exists or cannot be written; this is checked before any caption is encoded.
     """
@@ -66,16 +66,17 @@ def write(path: Path, model: Model, file: Path) -> list[str]:
             fix="give a file in an existing folder: --out FILE",
             why=f"{path.parent} {'may not be written' if path.parent.is_dir() else 'is no folder'}",
         )
-    texts = read_captions(file)
+    bundled = str(file) == everyday.NAME
+    texts = list(everyday.captions()) if bundled else read_captions(file)
     metadata = {
         "erasec.prior": "1",
         "family": model.family.name,
         "encoders": _encoders(model),
         "captions": str(len(texts)),
-        "captions.sha256": file_digest(file),
+        "captions.sha256": file_digest(everyday.FILE if bundled else file),
     }
     with output(path, fresh=True) as own:
-        save_sealed(own.stage, build(model, texts), metadata)
+        save_sealed(own.stage, {stream: build(model, texts, stream) for stream in model.streams}, metadata)
         model.check_unchanged()
         own.publish()
     return texts
@@ -84,8 +85,12 @@ def write(path: Path, model: Model, file: Path) -> list[str]:
 def read(name: str, model: Model, stream: str) -> Tensor:
     """Rows (r, d) whose Gram matrix is that of the prior file ``name``, for one stream of a model.
 
+    "everyday" is built here, of the bundled captions; a file of it is read in no time.
+
     Raises ErasecError where the file is no prior, or was built with other text encoders.
     """
+    if name == everyday.NAME:
+        return solver.gram_root(build(model, everyday.captions(), stream))
     path = Path(name).expanduser()
     if not path.is_file():
         raise ErasecError(f"there is no prior {name}", fix=f"erasec prior {model.name} CAPTIONS.txt --out {name}")

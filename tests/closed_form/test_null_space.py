@@ -182,7 +182,7 @@ def map_of(step: ClosedForm, model: Model, *concepts: Concept) -> Tensor:
     return moved
 
 
-PASSES = [Speed(hold=0.0), DoubleProjection(hold=0.0), DoubleProjection(hold=0.0, target="anchor")]
+PASSES = [Speed(hold=0.0), DoubleProjection(hold=0.0, target="safe"), DoubleProjection(hold=0.0)]
 
 
 @pytest.mark.parametrize("step", PASSES, ids=["speed", "safe", "anchor"])

@@ -19,6 +19,8 @@ from erasec.errors import ErasecError
 from erasec.model import loading
 from erasec.model.view import Model
 from erasec.passes.uce import Uce
+from erasec.recipe import concept, everyday
+from erasec.recipe.goals import names_phrase
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_a_bad_prior_is_an_error(model: Model, captions: Path, tmp_path: Path) -
 def test_a_prior_overwrites_no_file_and_fails_before_it_encodes(
     model: Model, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(priors, "build", lambda model, texts: {"context": torch.eye(2)})
+    monkeypatch.setattr(priors, "build", lambda model, texts, stream: torch.eye(2))
     before = captions.read_bytes()
     assert priors.write(tmp_path / "new", model, captions) == read_captions(captions)
     (tmp_path / "shut").mkdir()
@@ -131,3 +133,27 @@ def test_a_damaged_prior_is_an_error(base: Model, tmp_path: Path) -> None:
         save_tensors(tmp_path / "bad", {"context": tensor}, stated)
         with pytest.raises(ErasecError, match=words):
             priors.read(str(tmp_path / "bad"), base, "context")
+
+
+def test_everyday_captions_are_many_short_and_free_of_concepts() -> None:
+    texts = everyday.captions()
+    assert len(texts) >= 2000
+    assert len(set(texts)) == len(texts)
+    assert max(len(text.split()) for text in texts) <= 12
+    assert "an apple" in texts and "a apple" not in texts
+    for path in concept.library().values():
+        if "<name>" not in path.read_text(encoding="utf-8"):
+            item = concept.from_file(path)
+            assert not [text for text in texts for phrase in item.erase if names_phrase(text, phrase)], path.name
+
+
+def test_the_everyday_prior_needs_no_file(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everyday, "captions", lambda: ("a red ring", "a box"))
+    out = tmp_path / "everyday.prior.safetensors"
+    assert priors.write(out, model, Path(everyday.NAME)) == ["a red ring", "a box"]
+    rows = priors.read(everyday.NAME, model, "context")
+    assert torch.equal(rows, priors.read(str(out), model, "context"))
+    with_prior, without = (Uce(prior=name).solve(model, STAR, Context()) for name in (everyday.NAME, ""))
+    site = next(iter(with_prior.deltas))
+    weight = model.stored_weight(site)
+    assert not torch.equal(with_prior.deltas[site].change(weight), without.deltas[site].change(weight))

@@ -96,7 +96,7 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
     # Corrected: the published weight of a concept falls with the number of concepts, and the rule for the rank depends
     # on repeated rows. A ridge of 1 and a threshold of 0.1 are these values for states of Stable Diffusion 1.
     ("speed", "*"): ({"rows": "last", "matrices": "v", "ridge": 1.0, "relative": True, "hold": 1e-4}, SPEED),
-    ("double_projection", "*"): ({"rows": "last", "matrices": "kv", "target": "safe", "hold": 1e-4}, DP),
+    ("double_projection", "*"): ({"rows": "last", "matrices": "kv", "target": "anchor", "hold": 1e-4}, DP),
     ("cure", "*"): ({"strength": 2.0, "keep_strength": 2.0, "matrices": "kv"}, CURE),
     ("project", "*"): ({"directions": 2, "keep": 0.3, "guide": True, "heads": 2}, PROJECT),
 }

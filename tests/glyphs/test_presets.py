@@ -58,7 +58,7 @@ TODAY: dict[str, dict[str, object]] = {
         "matrices": "kv",
         "rows": "last",
         "hold": 0.0001,
-        "target": "safe",
+        "target": "anchor",
     },
     "eiup": {"words": "", "weight": -1.0, "until": 0.8, "tokens": "all"},
     "esd": {
