@@ -171,16 +171,20 @@ class NullSpace(ClosedForm):
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
         """One edit that erases all concepts; stderr names those of which what is kept leaves next to nothing."""
         for edit in super().solve_all(model, concepts, context):
-            for stream in model.streams:
-                held = self.held(stream, edit.sums)
-                for name in edit.concepts:
-                    share = energy(edit.sums[name][f"{stream}.source"], held)
-                    if share < SCARCE:
-                        note(
-                            f"{name}: only {share:.2%} of its text states lie outside what is held, so it can hardly "
-                            "be erased; keep fewer phrases that are like it, or raise the option hold"
-                        )
+            if min(value for name, value in edit.stats.items() if name.endswith("energy")) < SCARCE:
+                for name, share in self._scarce(model, edit):
+                    note(
+                        f"{name}: only {share:.2%} of its text states lie outside what is held, so it can hardly be "
+                        "erased; keep fewer phrases that are like it, or raise the option hold"
+                    )
             yield edit
+
+    def _scarce(self, model: Model, edit: Edit) -> Iterator[tuple[str, float]]:
+        """The concepts of which less than SCARCE lies outside what is held in some stream, with that share."""
+        for stream in model.streams:
+            held = self.held(stream, edit.sums)
+            shares = ((name, energy(edit.sums[name][f"{stream}.source"], held)) for name in edit.concepts)
+            yield from ((name, share) for name, share in shares if share < SCARCE)
 
     def further_stats(self, stream: str, sums: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
         """``energy`` is the least share of a concept's states that lies outside what is held, and so can be erased;

@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
     check_disjoint(out, model)
-    recipe = recipe.model_copy(update={"checks": affordable(recipe.checks, model, context.device)})
+    recipe = recipe.model_copy(update={"checks": affordable(recipe.checks, model, context.device, len(recipe.erase))})
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(
             f"{recipe.model} is not the model that the recipe was made for",

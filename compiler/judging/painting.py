@@ -34,6 +34,8 @@ CPU_STEPS = 4
 CPU_JUDGED = {"images": 2, "steps": 10}  # the checks of a large model on a CPU: few pictures, that a judge can read
 CPU_SIDE = 512  # pixels
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# All concepts together have this many pictures in each group, where each would otherwise have 16; at least LEAST each.
+ALL, LEAST = 128, 2
 SPARE = 1.2  # memory over that of the weights: activations, and a component that is read while another one is held
 
 
@@ -70,12 +72,15 @@ class Painting:
         return f"{self.pictures} for each group of prompts, {how}, for at most {self.minutes:g} minutes"
 
 
-def affordable(limits: Limits, model: Model, device: str) -> Limits:
+def affordable(limits: Limits, model: Model, device: str, concepts: int = 1) -> Limits:
     """The limits of a build's checks. Where a CPU paints a large model, ``images`` and ``steps`` that the recipe does
-    not set are ``CPU_JUDGED``: sixteen pictures for each group would take hours."""
-    if device != "cpu" or not _is_large(model):
-        return limits
-    return limits.model_copy(update={k: v for k, v in CPU_JUDGED.items() if k not in limits.model_fields_set})
+    not set are ``CPU_JUDGED``: sixteen pictures for each group would take hours. Of many ``concepts``, each has fewer
+    pictures, so that all of them together have at least ``ALL`` in each group."""
+    usual: dict[str, int] = CPU_JUDGED if device == "cpu" and _is_large(model) else {}
+    images = usual.get("images", limits.images)
+    if concepts * images > ALL:
+        usual = {**usual, "images": max(LEAST, -(-ALL // concepts))}
+    return limits.model_copy(update={k: v for k, v in usual.items() if k not in limits.model_fields_set})
 
 
 def _is_large(model: Model) -> bool:

@@ -35,9 +35,15 @@ AT_ONCE = 256 * 256  # pixels; larger ones are made one by one, because eight of
 # model.
 AGREEMENT = {"int8": (35.0, 1 / PICTURES), "fp16": (45.0, 1 / PICTURES), "fp32": (50.0, 0.0)}
 
+# Of at most so many concepts the worst one counts.
+POOLED = 8
+
 
 def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, scheduler: str) -> tuple[Check, ...]:
     """The checks "erased" and "kept", one for each group of prompts; of several concepts the worst counts.
+
+    More than ``POOLED`` concepts have few pictures each, of which one hit more or less is chance: their pictures count
+    together, and the report has the rate of each.
 
     A picture by a prompt of one erased concept must not show another one either. A concept that the base never shows
     fails its check, because its erasure cannot be measured. Without a judge there are the checks "pictures/finite" and
@@ -49,15 +55,22 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
         rows = evidence.rows(group) & evidence.labelled
         if not rows.any():
             continue
-        worst, parts = 0.0, []
-        for row in rates(evidence, group):
+        worst, shown, before, parts = 0.0, 0.0, 0.0, []
+        by_label = rates(evidence, group)
+        for row in by_label:
             others = _other_rates(evidence, group, row["looked_for"])
-            shown = max((row["after"], *others.values()))
-            worst = max(worst, shown / row["before"] if row["before"] else float("inf"))
+            most = max((row["after"], *others.values()))
+            worst = max(worst, most / row["before"] if row["before"] else float("inf"))
+            shown, before = shown + most * row["images"], before + row["before"] * row["images"]
             parts.append(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}")
             parts += protocol_counts(judge, evidence, group, row["looked_for"])
             parts += [f"{row['looked_for']} shown as {other} {rate:.0%}" for other, rate in others.items() if rate]
-        how = f"hit rate after over before, {', '.join(parts)}, {rows.sum()} prompts; {conditions}"
+        listed = ", ".join(parts)
+        if len(by_label) > POOLED:
+            worst = shown / before if before else float("inf")
+            counts = f"{before:.0f} pictures before and {shown:.0f} after"
+            listed = f"all {len(by_label)} concepts together, which few pictures of each show, {counts}"
+        how = f"hit rate after over before, {listed}, {rows.sum()} prompts; {conditions}"
         limit = limits.implicit if group == "implicit" else limits.erased
         results.append(Check.at_most(f"erased/{group}", worst, limit, how))
     keep = evidence.rows("keep")

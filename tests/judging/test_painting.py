@@ -168,6 +168,14 @@ def test_a_cpu_judges_few_pictures_of_a_large_model_unless_the_recipe_says_how_m
     assert again == limits
 
 
+@pytest.mark.parametrize(("concepts", "images"), [(1, 16), (8, 16), (10, 13), (50, 3), (1000, 2)])
+def test_many_concepts_share_the_pictures(concepts: int, images: int) -> None:
+    limits = affordable(Limits(), model(1000), "cpu", concepts)
+    assert limits.images == images
+    assert affordable(limits, model(1000), "cpu", concepts) == limits  # as in the resolved recipe
+    assert affordable(Limits(images=16), model(1000), "cpu", concepts).images == 16
+
+
 def test_a_judge_gets_its_own_number_of_pictures_in_the_size_of_the_model_and_all_the_time() -> None:
     glyphs = loading.load("glyphs")
     planned = plan_painting(glyphs, GlyphJudge(), [STAR], Limits(images=5), "cpu")

@@ -170,6 +170,26 @@ def test_of_several_concepts_the_worst_counts(unedited: Evidence) -> None:
     assert not by_name(mixed, Limits(images=6, erased=0.9))["erased/name"]
 
 
+def test_of_many_concepts_all_pictures_count_together(unedited: Evidence) -> None:
+    """One hit in the few pictures of one of nine concepts is chance; a third of all pictures is not."""
+    names = [i for i, question in enumerate(unedited.questions) if question.group in ("name", "synonym", "keep")]
+    questions, labels = list(unedited.questions), list(world.SHAPES)[:9]
+    for row, index in enumerate(names[:36]):
+        questions[index] = replace(questions[index], group="name", looked_for=labels[row % 9])
+    for index in names[36:]:
+        questions[index] = replace(questions[index], group="keep")
+    before, after = np.ones_like(unedited.shown_before), np.zeros_like(unedited.shown_after)
+    after[names[0]] = True
+    many = replace(
+        unedited, questions=tuple(questions), shown_before=before, shown_after=after, erased_after={"star": after * 0}
+    )
+    found = {check.name: check for check in validate.checks(many, GlyphJudge(), LIMITS, 0, "DDIM")}["erased/name"]
+    assert found.passed and found.value == pytest.approx(1 / 36)
+    assert "all 9 concepts together" in found.how
+    after[names[:12]] = True
+    assert not by_name(many)["erased/name"]
+
+
 def test_an_erased_label_under_the_name_of_another_fails(unedited: Evidence) -> None:
     """No picture shows a star any more; those by name show circles, which were erased as well."""
     named, nothing = unedited.rows("name"), np.zeros_like(unedited.shown_after)
