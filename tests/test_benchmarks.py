@@ -267,7 +267,7 @@ def test_int8_glyphs_judges_every_row(load, tmp_path: Path) -> None:
 
 
 def test_of_two_equal_samples_every_gap_is_likely_and_of_two_unequal_ones_it_is_not(load) -> None:
-    fisher = load("audit_glyphs").fisher
+    fisher = load("audit_worlds").fisher
     assert fisher(3, 10, 3, 10) == pytest.approx(0.6858, abs=1e-4)  # scipy.stats.fisher_exact, "greater"
     assert fisher(18, 20, 1, 20) == pytest.approx(3.0e-8, rel=0.1)
     assert fisher(0, 10, 10, 10) == 1.0
@@ -281,7 +281,7 @@ def test_an_attack_is_accepted_where_it_tells_the_shallow_edit_from_the_twin(loa
             for name, hits in (("uce", uce), ("twin", twin), ("base", base))
         }
 
-    accept = load("audit_glyphs").accept
+    accept = load("audit_worlds").accept
     assert accept(rows(18, 1, 19))["a"].accepted
     assert not accept(rows(18, 17, 19))["a"].accepted  # the twin shows it too
     assert not accept(rows(5, 0, 19))["a"].accepted  # the gap is too small

@@ -52,7 +52,7 @@ def world(data: Path | None) -> World:
             "text": 1000,
             "vae": 2800,
             "decoder": 1500,
-            "unet": 26500,
+            "unet": 26000,
             "twin": 10300,
             "judge-a": 3000,
             "judge-b": 3000,

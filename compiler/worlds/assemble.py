@@ -89,9 +89,9 @@ def write_pipeline(out: Path, sizes: Sizes, text: State, vae: State, scaling_fac
     _write_tensors(out / "vae" / WEIGHTS, vae, dtype)
 
 
-def write_presets(out: Path) -> None:
-    """Write the options of passes that were chosen on glyphs, and that suit all networks of its size."""
-    content = (bundled_folder("glyphs") / presets.FILE).read_bytes()  # before writing: it may be the same file
+def write_presets(out: Path, world: str) -> None:
+    """Copy the presets of the bundled model of a world, which are written by hand."""
+    content = (bundled_folder(world) / presets.FILE).read_bytes()  # before writing: it may be the same file
     (out / presets.FILE).write_bytes(content)
 
 

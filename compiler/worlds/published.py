@@ -44,7 +44,7 @@ def pack(work: Work, out: Path) -> None:
     model = out / world.name
     shutil.copytree(work.root / "tokenizer", model / "tokenizer", dirs_exist_ok=True)
     assemble.write_pipeline(model, sizes, text, vae, factor, torch.float16)
-    assemble.write_presets(model)
+    assemble.write_presets(model, world.name)
     for stage, name in zip(UNETS, (world.name, world.twin), strict=True):
         if work.begun(stage):
             assemble.write_unet(out / name, sizes, work.load(stage, "average"), torch.float16)

@@ -47,12 +47,12 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert not torch.equal(whole["weight"], fresh.weight)
 
 
-def test_a_world_gets_the_presets_of_glyphs_also_where_it_is_glyphs(tmp_path: Path) -> None:
+def test_a_world_gets_its_own_presets_also_where_they_are_written_over(tmp_path: Path) -> None:
     before = read_presets(bundled_folder("glyphs"))
     assert before.options
-    assemble.write_presets(tmp_path)
+    assemble.write_presets(tmp_path, "glyphs")
     assert read_presets(tmp_path).options == before.options
-    assemble.write_presets(bundled_folder("glyphs"))
+    assemble.write_presets(bundled_folder("glyphs"), "glyphs")
     assert read_presets(bundled_folder("glyphs")) == before
 
 

@@ -1,10 +1,12 @@
-"""Every pass under every attack on glyphs: what plain prompts show, and what each attack brings back.
+"""Every pass under every attack on a reference world: what plain prompts show, and what each attack brings back.
 
-    python tests/benchmarks/audit_glyphs.py                writes tests/benchmarks/results/audit_glyphs.json
+    python tests/benchmarks/audit_worlds.py                       the star of glyphs; writes results/audit_glyphs.json
+    ... --world emoji --concept owl                               writes results/audit_emoji_owl.json
+    ... --world emoji --concept "the style of Noto" --out FILE    another file
     ... --passes uce project --probes prompts inversion    measures these cells again, and keeps the others
     ... --table                                            prints the table and the acceptance, and measures nothing
 
-A row is a pass with the presets of glyphs, the base, or the twin that never saw the concept. A column is one variant
+A row is a pass with the presets of the world, the base, or the twin that never saw the concept. A column is one variant
 of a probe. Every cell is [pictures with the concept, pictures], counted by judge B; judge A selects. Every pass has
 a random control of each probe. Cells are written as they are finished.
 """
@@ -21,6 +23,7 @@ from typing import Any, cast
 
 import machine
 
+from erasec import registry
 from erasec.audit.base import Rate
 from erasec.audit.bench import Bench, Settings
 from erasec.audit.subject import Pictured, Subject
@@ -28,12 +31,12 @@ from erasec.audit.suites import make_probes
 from erasec.base import Context, Probe, Role
 from erasec.commands import settings
 from erasec.errors import ErasecError
-from erasec.glyphs.judge import GlyphJudge
 from erasec.model import loading
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
 
-RESULT = Path(__file__).parent / "results" / "audit_glyphs.json"
+RESULTS = Path(__file__).parent / "results"
+FILES = {("glyphs", "star"): "audit_glyphs.json"}
 BASE, TWIN, SHALLOW = "base", "twin", "uce"
 STRONGER = ("project",)  # of the same kind as SHALLOW, and harder to invert
 PASSES = (
@@ -62,20 +65,20 @@ PROBES = (
 )
 
 
-def subjects(concept: str, name: str) -> tuple[dict[Role, Pictured], Any]:
+def subjects(world: str, concept: str, name: str) -> tuple[dict[Role, Pictured], Any]:
     """The subjects of a row, and the recipe of its build, which the probe ``undo`` reads."""
-    base, context = loading.load("glyphs"), Context()
+    base, context = loading.load(world), Context()
     own, known = base, None
     if name == TWIN:
-        own = loading.load("glyphs-never-star")
+        own = loading.load(loading.TWINS[world][0])
     elif name != BASE:
-        item = concepts.find(concept, "glyphs")
+        item = concepts.find(concept, world)
         use = recipe.parse_named_options(name)
         step = settings.settle([use], [item], settings.defaults_of(base))[0].step
         for edit in step.solve_all(base, [item], context):
             own = own.with_edit(edit)
         written = {"name": use.name, "options": asdict(cast("Any", step))}
-        stated = {"model": "glyphs", "erase": [concept], "pass": [written], "concept": [item]}
+        stated = {"model": world, "erase": [concept], "pass": [written], "concept": [item]}
         known = recipe.Recipe.model_validate(stated)
     return {"model": Subject("model", own, context), "base": Subject("base", base, context)}, known
 
@@ -157,14 +160,17 @@ def fisher(first: int, first_count: int, second: int, second_count: int) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=sorted(loading.TWINS), default="glyphs")
     parser.add_argument("--concept", default="star")
     parser.add_argument("--passes", nargs="*", default=PASSES)
     parser.add_argument("--probes", nargs="*", default=PROBES)
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--missing", action="store_true", help="measure only cells that the file does not have")
     parser.add_argument("--table", action="store_true", help="print the table of the file, and end")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="by default results/audit_WORLD_CONCEPT.json")
     options = parser.parse_args()
+    name = f"audit_{options.world}_{options.concept.replace(' ', '_')}.json"
+    options.out = options.out or RESULTS / FILES.get((options.world, options.concept), name)
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     if options.table:
         print(table(result["rows"]))
@@ -173,9 +179,9 @@ def main() -> None:
             verdict = "accepted" if row.accepted else apart if row.chance < 0.01 else "does not separate"
             print(f"{column}: gap {row.gap:+.2f}, chance {row.chance:.1g}, base {row.base:.0%}, {verdict}")
         return
-    item = concepts.find(options.concept, "glyphs")
-    base = loading.load("glyphs")
-    scorer, selector = GlyphJudge.for_model(base), GlyphJudge.for_model(base, tuning=True)
+    item = concepts.find(options.concept, options.world)
+    base = loading.load(options.world)
+    scorer, selector = registry.judge_for(base), registry.judge_for(base, tuning=True)
     assert scorer is not None
     for name in options.passes:
         row = result["rows"].setdefault(name, {})
@@ -186,7 +192,7 @@ def main() -> None:
         ]
         if not probes:
             continue
-        shared, known = subjects(options.concept, name)
+        shared, known = subjects(options.world, options.concept, name)
         bench = Bench(item, shared, scorer, selector, Settings(options.images), known)
         for text, probe in probes:
             try:
