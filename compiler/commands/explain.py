@@ -117,7 +117,8 @@ def _phrases(concepts: Sequence[Concept], against: Sequence[str]) -> tuple[str, 
 
 
 def _explain(model: Model, stream: str, sums: Sums, prompt: str, phrases: Sequence[str], count: int) -> Explanation:
-    own = next((phrase for phrase in phrases if names_phrase(prompt, phrase)), "")
+    spoken = (phrase for phrase in phrases if names_phrase(prompt, phrase) and phrase.lower() in prompt.lower())
+    own = next(spoken, "")
     others = [_replaced(prompt, own, phrase) if own else phrase for phrase in phrases]
     tokens = model.encode([prompt, *others], stream)
     states, lasts = tokens.parts[0].double(), tokens.lasts[0].tolist()
