@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ HELD_OUT_SEED = 103
 SAMPLING = Sampling(steps=20, guidance=4.0)
 TWIN = "emoji-never-owl-noto"
 CONTEXTS = 60  # pictures of each context
+PARTS = ("by_name", "scenes", "twin", "pair_shows_both", "contexts", "text_states")
 
 
 def judges(weights: Path, icons: NDArray[np.uint8], count: int) -> dict[str, Any]:
@@ -226,6 +230,22 @@ def contact_sheet(base: Bench, path: Path, seed: int = 7) -> None:
     evaluate.write_sheet(path, images.reshape(16, 12, *images.shape[1:]))
 
 
+def part(name: str, weights: Path, seeds: int, seed: int) -> Any:
+    """One part of the figures, by its key; ``seeds`` are those of each object by name."""
+    if name == "text_states":
+        return text_states(weights)
+    base = Bench(weights, "emoji")
+    if name == "twin":
+        return twin(base, Bench(weights, TWIN), 100, seed + 4)
+    parts: dict[str, Callable[[], Any]] = {
+        "by_name": lambda: by_name(base, seeds, seed),
+        "pair_shows_both": lambda: pairs(base, 200, seed + 1),
+        "scenes": lambda: scenes(base, 20, seed + 2),
+        "contexts": lambda: contexts(base, seed + 3),
+    }
+    return parts[name]()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m erasec.emoji.evaluate", description=__doc__)
     parser.add_argument("--weights", type=Path, default=world_weights("emoji").resolve(), help="folder of the weights")
@@ -233,22 +253,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="seeds per object")
     parser.add_argument("--renders", type=int, default=4000, help="held-out renders for the judges")
     parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--jobs", type=int, default=1, help="processes; best with OMP_NUM_THREADS=1")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of samples to this PNG")
     parser.add_argument("--only-sheet", action="store_true", help="write nothing but the contact sheet")
     options = parser.parse_args()
-    base, never = Bench(options.weights, "emoji"), Bench(options.weights, TWIN)
     if options.sheet:
-        contact_sheet(base, options.sheet)
+        contact_sheet(Bench(options.weights, "emoji"), options.sheet)
     if options.only_sheet:
         return
     seed = options.seed
+    # The longest parts first; each in a process of its own, whose results do not depend on the others.
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        running = {name: pool.submit(part, name, options.weights, options.seeds, seed) for name in PARTS}
+        found = {name: future.result() for name, future in running.items()}
     figures: dict[str, Any] = {
-        **by_name(base, options.seeds, seed),
-        "pair_shows_both": pairs(base, 200, seed + 1),
-        "scenes": scenes(base, 20, seed + 2),
-        "contexts": contexts(base, seed + 3),
-        "text_states": text_states(options.weights),
-        "twin": twin(base, never, 100, seed + 4),
+        **found.pop("by_name"),
+        **found,
         "how": f"judge B, {SCHEDULER} {SAMPLING.steps} steps, guidance {SAMPLING.guidance:g}, float32, seed {seed}",
         "weights": evaluate.digests(options.weights),
     }
