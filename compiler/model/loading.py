@@ -26,6 +26,8 @@ from erasec.recipe.presets import FILE as PRESETS_FILE
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # The models that are part of the package, each with the reference world that it belongs to.
 BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs", "emoji": "emoji", "emoji-never-owl-noto": "emoji"}
+# What copies of a bundled model must say of the pictures that it was trained on.
+NOTICE = "NOTICE.md"
 # By world, a model that was trained like the world's own without some labels, and these labels.
 TWINS = {
     "glyphs": ("glyphs-never-star", frozenset(("star",))),

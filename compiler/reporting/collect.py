@@ -16,7 +16,7 @@ from erasec.closed_form.reach import reach
 from erasec.family import HUB
 from erasec.graphs.signature import pixel_unit
 from erasec.ldm.single_file import SingleFile
-from erasec.model.loading import BUNDLED
+from erasec.model.loading import BUNDLED, NOTICE
 from erasec.model.sidecar import read_extras
 from erasec.reporting.report import ArtifactRecord, BaseRecord, Pair, SiteMove
 
@@ -100,11 +100,15 @@ def base_record(model: Model) -> BaseRecord:
     """How diffusers loads the model that was edited."""
     source = model.source
     kind = "hub" if model.revision else "file" if isinstance(source, SingleFile) else "folder"
+    # Only of bundled models: the text of another folder might pretend to be part of the card.
+    notice = source.root / NOTICE
+    text = notice.read_text(encoding="utf-8").strip() if model.name in BUNDLED and notice.is_file() else ""
     return BaseRecord(
         "bundled" if model.name in BUNDLED else kind,
         HUB.get(model.name, model.name) if model.revision else Path(model.name).name,
         source.index["_class_name"],
         source.variant or only_variant(source.root),
+        text,
     )
 
 

@@ -106,12 +106,14 @@ class ArtifactRecord:
 @dataclass(frozen=True)
 class BaseRecord:
     """How diffusers loads the base model. ``kind`` is "hub", "bundled", "folder" or "file", and ``name`` is its name
-    without its path. ``pipeline`` is the class, and ``variant`` the one that a folder must be given, or ""."""
+    without its path. ``pipeline`` is the class, and ``variant`` the one that a folder must be given, or "". ``notice``
+    is the Markdown text that copies of a bundled model must carry, "" if there is none."""
 
     kind: str
     name: str
     pipeline: str
     variant: str = ""
+    notice: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erasec.checkpoint.safetensors import save_tensors
-from erasec.model.loading import bundled_folder
+from erasec.model.loading import NOTICE, bundled_folder
 from erasec.recipe import presets
 from erasec.worlds import networks
 from erasec.worlds.base import Sizes
@@ -90,9 +90,11 @@ def write_pipeline(out: Path, sizes: Sizes, text: State, vae: State, scaling_fac
 
 
 def write_presets(out: Path, world: str) -> None:
-    """Copy the presets of the bundled model of a world, which are written by hand."""
-    content = (bundled_folder(world) / presets.FILE).read_bytes()  # before writing: it may be the same file
-    (out / presets.FILE).write_bytes(content)
+    """Copy what is written by hand of the bundled model of a world: its presets and, if there is one, its notice."""
+    for name in (presets.FILE, NOTICE):
+        if (path := bundled_folder(world) / name).is_file():
+            content = path.read_bytes()  # before writing: it may be the same file
+            (out / name).write_bytes(content)
 
 
 def write_unet(out: Path, sizes: Sizes, unet: State, dtype: torch.dtype) -> None:

@@ -14,6 +14,8 @@ import yaml
 from sample_report import Page, leaves, star_report, written
 
 from erasec.base import Check
+from erasec.model.loading import load
+from erasec.reporting import collect
 from erasec.reporting.read import outcome as read_outcome
 from erasec.reporting.read import read_report
 from erasec.reporting.report import ArtifactRecord, BaseRecord, Report, write_report
@@ -44,6 +46,15 @@ def test_the_figures_of_papers_need_a_kind_and_both_rates(tmp_path: Path) -> Non
     assert written(unkept, tmp_path / "b")[1]["published"] == {}
     mixed = replace(report, concepts=(*report.concepts, {**report.concepts[0], "kind": "style"}))
     assert written(mixed, tmp_path / "c")[1]["published"] == {}
+
+
+def test_the_card_carries_the_notice_of_a_bundled_model(tmp_path: Path) -> None:
+    record = collect.base_record(load("emoji"))
+    assert "CC BY 4.0" in record.notice
+    _, _, card = written(star_report(base=record), tmp_path / "a")
+    assert "## Notice" in card and record.notice in card
+    assert collect.base_record(load("glyphs")).notice == ""
+    assert "## Notice" not in written(star_report(), tmp_path / "b")[2]
 
 
 def test_a_number_of_another_report_is_noticed(tmp_path: Path) -> None:
