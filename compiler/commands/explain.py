@@ -63,8 +63,8 @@ def explain(
     """
     before, after, concepts = _models(name, base)
     phrases = _phrases(concepts, against)
-    asked = tuple(prompts) or phrases
-    if not asked:
+    wanted = tuple(prompts) or phrases
+    if not wanted:
         raise ErasecError(f"{name} does not say what it erases", fix="name a prompt: --prompt TEXT")
     stream = next(iter(before.streams))  # the one with a state for each token
     pairs = ((before.weight(site), after.weight(site)) for site in before.streams[stream])
@@ -75,9 +75,9 @@ def explain(
             why="its edit lies in other weights, whose effect only pictures show",
             fix="erasec audit, or the report of the build",
         )
-    found = tuple(_explain(before, stream, sums, prompt, phrases, count) for prompt in asked)
+    explanations = tuple(_explain(before, stream, sums, prompt, phrases, count) for prompt in wanted)
     before.release_text_encoders()
-    return found
+    return explanations
 
 
 def _models(name: str, base: str) -> tuple[Model, Model, tuple[Concept, ...]]:

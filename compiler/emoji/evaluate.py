@@ -265,10 +265,10 @@ def main() -> None:
     # The longest parts first; each in a process of its own, whose results do not depend on the others.
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         running = {name: pool.submit(part, name, options.weights, options.seeds, seed) for name in PARTS}
-        found = {name: future.result() for name, future in running.items()}
+        measured = {name: future.result() for name, future in running.items()}
     figures: dict[str, Any] = {
-        **found.pop("by_name"),
-        **found,
+        **measured.pop("by_name"),
+        **measured,
         "how": f"judge B, {SCHEDULER} {SAMPLING.steps} steps, guidance {SAMPLING.guidance:g}, float32, seed {seed}",
         "weights": evaluate.digests(options.weights),
     }
