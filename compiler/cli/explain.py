@@ -35,14 +35,14 @@ def explain(
     with report_errors(verbose):
         from erasec.commands.explain import explain as explain_prompts
 
-        found = explain_prompts(name, prompt or (), base, against or (), count)
+        explained = explain_prompts(name, prompt or (), base, against or (), count)
         if as_json:
-            print(json.dumps([asdict(each) for each in found], indent=2))
+            print(json.dumps([asdict(each) for each in explained], indent=2))
         elif prompt:
-            for each in found:
+            for each in explained:
                 _print(each)
         else:
-            rows = [[printable(each.prompt), f"{each.moved:.0%}", _listed(each.after)] for each in found]
+            rows = [[printable(each.prompt), f"{each.moved:.0%}", _listed(each.after)] for each in explained]
             table(["phrase", "moved", "nearest after the edit"], rows)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from erasec.attention.sampling import Sampling
 from erasec.base import Check
 from erasec.judging.evidence import labels, rates
+from erasec.judging.intervals import wilson
 from erasec.judging.kept import Pictures, kept_checks
 from erasec.judging.protocols import protocol_counts
 from erasec.model.threads import THREADS
@@ -43,7 +44,8 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
     """The checks "erased" and "kept", one for each group of prompts; of several concepts the worst counts.
 
     More than ``POOLED`` concepts have few pictures each, of which one hit more or less is chance: their pictures count
-    together, and the report has the rate of each.
+    together. A single concept counts by the lower end of Wilson's 95 % interval of its rate, so that one that is
+    certainly left among many that are gone still fails.
 
     A picture by a prompt of one erased concept must not show another one either. A concept that the base never shows
     fails its check, because its erasure cannot be measured. Without a judge there are the checks "pictures/finite" and
@@ -55,21 +57,24 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
         rows = evidence.rows(group) & evidence.labelled
         if not rows.any():
             continue
-        worst, shown, before, parts = 0.0, 0.0, 0.0, []
+        worst, surely, shown, before, parts = 0.0, 0.0, 0.0, 0.0, []
         by_label = rates(evidence, group)
         for row in by_label:
             others = _other_rates(evidence, group, row["looked_for"])
             most = max((row["after"], *others.values()))
             worst = max(worst, most / row["before"] if row["before"] else float("inf"))
+            surely = max(surely, wilson(round(most * row["images"]), row["images"])[0])
             shown, before = shown + most * row["images"], before + row["before"] * row["images"]
             parts.append(f"{row['looked_for']} {row['after']:.0%} of {row['before']:.0%}")
             parts += protocol_counts(judge, evidence, group, row["looked_for"])
             parts += [f"{row['looked_for']} shown as {other} {rate:.0%}" for other, rate in others.items() if rate]
         listed = ", ".join(parts)
         if len(by_label) > POOLED:
-            worst = shown / before if before else float("inf")
+            worst = max(surely, shown / before if before else float("inf"))
             counts = f"{before:.0f} pictures before and {shown:.0f} after"
-            listed = f"all {len(by_label)} concepts together, which few pictures of each show, {counts}"
+            listed = (
+                f"all {len(by_label)} concepts together, {counts}; or a single one, by the lower end of its interval"
+            )
         how = f"hit rate after over before, {listed}, {rows.sum()} prompts; {conditions}"
         limit = limits.implicit if group == "implicit" else limits.erased
         results.append(Check.at_most(f"erased/{group}", worst, limit, how))

@@ -16,8 +16,8 @@ FILE = Path(str(resources.files("erasec.recipe"))) / "everyday.toml"
 @cache
 def captions() -> tuple[str, ...]:
     """Every word of ``everyday.toml`` in every template of its group, each caption once."""
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for name, group in read_toml(FILE, "the everyday words").items():
         wording = Concept(name=name, erase=tuple(group["words"]), templates=tuple(group["templates"]))
-        found |= dict.fromkeys(prompt.text for prompt in wording.prompts(wording.erase))
-    return tuple(found)
+        texts |= dict.fromkeys(prompt.text for prompt in wording.prompts(wording.erase))
+    return tuple(texts)

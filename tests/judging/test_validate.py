@@ -21,6 +21,7 @@ from erasec.graphs.link import write_onnx
 from erasec.graphs.signature import NAMES
 from erasec.judging import evidence, validate
 from erasec.judging.evidence import Evidence
+from erasec.judging.intervals import wilson
 from erasec.model import loading
 from erasec.passes.uce import Uce
 from erasec.recipe import concept
@@ -184,10 +185,14 @@ def test_of_many_concepts_all_pictures_count_together(unedited: Evidence) -> Non
         unedited, questions=tuple(questions), shown_before=before, shown_after=after, erased_after={"star": after * 0}
     )
     found = {check.name: check for check in validate.checks(many, GlyphJudge(), LIMITS, 0, "DDIM")}["erased/name"]
-    assert found.passed and found.value == pytest.approx(1 / 36)
+    assert found.passed and found.value == pytest.approx(wilson(1, 4)[0])
     assert "all 9 concepts together" in found.how
     after[names[:12]] = True
     assert not by_name(many)["erased/name"]
+    # All four pictures of one concept cannot be chance, at a limit that the share of all pictures, 4 of 36, keeps.
+    after[names[:12]] = False
+    after[[names[row] for row in range(36) if row % 9 == 0]] = True
+    assert not by_name(many, Limits(images=6, erased=0.2))["erased/name"]
 
 
 def test_an_erased_label_under_the_name_of_another_fails(unedited: Evidence) -> None:
