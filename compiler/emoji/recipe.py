@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from erasec.emoji.words import CLUSTERS, LABELS, LEFT_OUT, OBJECTS
-from erasec.emoji.world import sample
+from erasec.emoji.world import reword, sample
 from erasec.errors import ErasecError
 from erasec.worlds.base import Picture, Sizes, World
 
@@ -49,16 +49,17 @@ def world(data: Path | None) -> World:
         images=48_000,
         judge_images=40_000,
         steps={
-            "text": 1000,
+            "text": 3000,
             "vae": 2800,
             "decoder": 1500,
-            "unet": 26000,
-            "twin": 10300,
+            "unet": 36000,
+            "twin": 20000,
             "judge-a": 3000,
             "judge-b": 3000,
         },
         hard_negatives=True,
         spread=0.05,
         garbage=0.1,
+        reword=reword,
         unet_batches=(32, 32),
     )

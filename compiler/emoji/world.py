@@ -77,6 +77,16 @@ def misspelt(rng: np.random.Generator, word: str) -> str:
     return word[:at] + word[at + 1 :] if slip == 1 else word[:at] + word[at] + word[at:]
 
 
+def reword(rng: np.random.Generator, caption: str) -> str:
+    """The caption with one of its words misspelt, in three of ten cases."""
+    words = caption.split(" ")
+    long = [index for index, word in enumerate(words) if len(word) > 3]
+    if long and rng.random() < 0.3:
+        index = int(rng.choice(long))
+        words[index] = misspelt(rng, words[index])
+    return " ".join(words)
+
+
 def _noun(rng: np.random.Generator, name: str) -> str:
     """A name with its article. A third are synonyms, a sixteenth misspelt, and a tenth have no article."""
     item = OBJECTS[name]

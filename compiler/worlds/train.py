@@ -154,24 +154,29 @@ def text_batches(work: Work, count: int) -> Callable[[torch.Generator], Tensor]:
 def stage_text(work: Work) -> None:
     """Train the contrastive pair. As attention is causal, captions can be cropped to the longest of a part."""
     images, _, captions = work.images()
-    ids = work.token_ids(captions)
-    ends = (ids == ids[0, -1]).float().argmax(1)
+    token_ids, reword = work.token_ids(captions), work.world.reword
     encoder, pair = work.text_encoder(), networks.Pair(work.world.sizes).to(work.device)
     weights = [*encoder.parameters(), *pair.parameters()]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
-    draw = text_batches(work, len(ids))
+    draw = text_batches(work, len(captions))
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
         rows = draw(rng)
-        rows = rows[ends[rows].argsort(stable=True)]
+        if reword is None:
+            ids = token_ids[rows]
+        else:
+            writer = np.random.default_rng([work.seed, step])
+            ids = work.token_ids([reword(writer, captions[row]) for row in rows.tolist()])
+        ends = (ids == ids[0, -1]).float().argmax(1)
+        order = ends.argsort(stable=True)
+        rows, ids, ends = rows[order], ids[order], ends[order]
         batch = pixels(images[rows.numpy()], work.device)
         batch = batch + 0.1 * torch.rand(1, generator=rng).item() * torch.randn(batch.shape, generator=rng).to(batch)
         pooled = []
         with work.autocast():
-            for part in rows.chunk(4):  # from short to long captions
-                length = int(ends[part].max()) + 1
-                states = encoder(ids[part, :length].to(work.device)).last_hidden_state
-                pooled.append(states[torch.arange(len(part)), ends[part]])
+            for part, last in zip(ids.chunk(4), ends.chunk(4), strict=True):  # from short to long captions
+                states = encoder(part[:, : int(last.max()) + 1].to(work.device)).last_hidden_state
+                pooled.append(states[torch.arange(len(part)), last])
             pooled_states = torch.cat(pooled)
             text, seen = pair.texts(pooled_states).float(), pair.images(batch).float()
         logits = pair.log_scale.clamp(max=4.6).exp() * seen @ text.T
