@@ -165,6 +165,10 @@ class Pass(ABC):
             model = model.with_edit(edit)
             yield edit
 
+    def checks(self, edit: Edit) -> tuple[Check, ...]:
+        """Lines of the report about an edit of this pass; a build fails where one of them does. By default none."""
+        return ()
+
 
 class Output(ABC):
     """One output format of a build; the base of Target and EditTarget. Its fields are its options.

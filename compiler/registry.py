@@ -35,6 +35,7 @@ PASSES = {
     "esd": "erasec.passes.esd:Esd",
     "few_shot": "erasec.passes.few_shot:FewShot",
     "geom_erasing": "erasec.passes.geom_erasing:GeomErasing",
+    "harden": "erasec.passes.harden:Harden",
     "kpop": "erasec.passes.kpop:Kpop",
     "mace": "erasec.passes.mace:Mace",
     "project": "erasec.passes.project:Project",
@@ -103,6 +104,9 @@ RUNTIMES = {
 }
 # The pass of a build that names no pass, by the kind of its concepts; "" is a concept without a kind.
 DEFAULTS = {"": "uce", "mark": "geom_erasing", "object": "uce", "person": "uce", "safety": "trce", "style": "uce"}
+
+# The passes of ``--robust``: what algebra cannot undo, and then training against searches.
+ROBUST_PASSES = ("project", "harden")
 
 
 class Kind(NamedTuple):

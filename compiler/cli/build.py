@@ -30,14 +30,16 @@ from erasec.cli.options import (
     PROMPT_LIMIT,
     PROMPTS,
     REVISION,
+    ROBUST,
     SEED,
     TARGET,
     VARIANT,
     VERBOSE,
     report_errors,
 )
-from erasec.errors import CheckFailed, printable
+from erasec.errors import CheckFailed, ErasecError, printable
 from erasec.progress import note as say
+from erasec.registry import ROBUST_PASSES
 
 if TYPE_CHECKING:
     from erasec.recipe.recipe import Recipe
@@ -47,6 +49,7 @@ def build(
     model: MODEL,
     erase: ERASE = None,
     passes: PASS = None,
+    robust: ROBUST = False,
     target: TARGET = None,
     out: OUT = None,
     key: KEY = None,
@@ -71,6 +74,7 @@ def build(
 ) -> None:
     """Erase concepts: write the edited checkpoint and every target, check them, and write a report."""
     with report_errors(verbose, model, out):
+        passes = _passes(passes, robust)
         recipe = _recipe(
             model,
             erase=erase,
@@ -127,6 +131,7 @@ def plan(
     model: MODEL,
     erase: ERASE = None,
     passes: PASS = None,
+    robust: ROBUST = False,
     target: TARGET = None,
     out: OUT = None,
     key: KEY = None,
@@ -152,6 +157,7 @@ def plan(
 ) -> None:
     """Show what a build would do: sites, judge, memory, disk, time and tools. Writes nothing."""
     with report_errors(verbose, model, out):
+        passes = _passes(passes, robust)
         recipe = _recipe(
             model,
             erase=erase,
@@ -187,6 +193,19 @@ def plan(
             print(json.dumps(described, indent=2))
         else:
             output.print_plan(described, all_sites)
+
+
+def _passes(passes: list[str] | None, robust: bool) -> list[str] | None:
+    """The passes of a command line. Raises ErasecError where ``--robust`` and ``--pass`` are both given."""
+    if not robust:
+        return passes
+    if passes:
+        raise ErasecError(
+            "--robust and --pass are both given",
+            why=f"--robust means --pass {' --pass '.join(ROBUST_PASSES)}",
+            fix="leave out one of them; options of a pass belong into --pass NAME:key=value",
+        )
+    return list(ROBUST_PASSES)
 
 
 def _recipe(model: str, **flags: Any) -> Recipe:

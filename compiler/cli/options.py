@@ -16,6 +16,7 @@ import typer
 
 from erasec.cli.start import SIGNALS
 from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError, printable
+from erasec.registry import ROBUST_PASSES
 
 MODEL = Annotated[
     str,
@@ -40,6 +41,13 @@ PASS = Annotated[
         "-p",
         metavar="NAME[:key=value,...]",
         help="pass, by default chosen by the kind of the concept; may be repeated; or file.py:Class",
+    ),
+]
+ROBUST = Annotated[
+    bool,
+    typer.Option(
+        "--robust",
+        help=f"erase so that the published weights lead back as little as possible: {' and '.join(ROBUST_PASSES)}",
     ),
 ]
 TARGET = Annotated[

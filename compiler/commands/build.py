@@ -52,11 +52,13 @@ PUBLIC = ".public"  # the checkpoint without the keys, while a keyed build runs
 
 @dataclass(frozen=True)
 class _Solved:
-    """The edited model, a record of each edit, and each secret with the pass that made it and its concept."""
+    """The edited model, a record of each edit, each secret with the pass that made it and its concept, and the checks
+    of the passes."""
 
     model: Model
     applied: tuple[EditRecord, ...]
     secrets: tuple[tuple[Pass, Concept, Secret], ...]
+    checks: tuple[Check, ...]
 
 
 def is_main() -> bool:
@@ -186,6 +188,7 @@ def _resumable(own: Output) -> Iterator[Path]:
 def _solve(plan: Plan, work: Path) -> _Solved:
     concepts = {concept.name: concept for concept in plan.concepts}
     model, applied, secrets = plan.model, [], []
+    checks: list[Check] = []
     if plan.passes:
         check_goals(plan.concepts, model)
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
@@ -196,6 +199,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
                 edited = model.with_edit(edit)
                 check_change(step, model, edited, edit)
                 model = edited
+                checks += step.checks(edit)
                 seconds, start = time.perf_counter() - start, time.perf_counter()
                 curves = {name: list(values) for name, values in edit.curves.items()}
                 applied.append(
@@ -220,7 +224,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
                 advance(len(edit.concepts))
     for view in (plan.model, model):  # an edit of a text encoder loads a second one
         view.release_text_encoders()
-    return _Solved(model, tuple(applied), tuple(secrets))
+    return _Solved(model, tuple(applied), tuple(secrets), tuple(checks))
 
 
 @fixed_threads()
@@ -237,7 +241,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     model = solved.model
     seconds["solve"] = sum(item.seconds for item in solved.applied)
 
-    checks: list[Check] = []
+    checks = list(solved.checks)
     built = Folder(stage / plan.targets[0].name, plan.model.source.variant)
     public = replace(built, root=stage / PUBLIC) if plan.keys else built
     extras = gather_extras(model.edits, read_extras(plan.model.source.root))

@@ -195,13 +195,16 @@ def twin(base: Bench, never: Bench, count: int, seed: int) -> dict[str, float]:
     scene = [SCENES[item.scenes[i % len(item.scenes)]][0] for i in range(count)]
     others = [other for other in OBJECTS if other != name]
     styled = [prompt(others[i * 7 % len(others)], i, artist) for i in range(count)]
+    by_artist = never.pictures(styled, seed)
     seen = base.pictures(phrases, seed)
     seen = seen[base.judge.sees(seen, [name] * count)]
     return {
         "pictures": count,
         "object_by_name_or_synonym": never.shows(never.pictures(phrases, seed), name),
         "object_by_scene": never.shows(never.pictures(scene, seed), name),
-        "artist_by_name": float(np.mean([seen == artist for seen in never.artists(never.pictures(styled, seed))])),
+        # Of four artists one is always the most likely; ``sees`` also says no.
+        "artist_most_likely": float(np.mean([seen == artist for seen in never.artists(by_artist)])),
+        "artist_by_name": never.shows(by_artist, artist),
         "other_objects_right": float(
             np.mean(
                 [

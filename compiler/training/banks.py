@@ -78,6 +78,40 @@ def sample_bank(
     return _to_bank(prompts, trajectories, part, predictions, unconditional)
 
 
+def sample_attacked(
+    denoiser: Denoiser, prompts: Sequence[str], seed: int, sample_steps: int, guidance: float, copies: int
+) -> Bank:
+    """Latents from which an attacker may start: those of one trajectory per prompt, and ``copies`` noised versions of
+    the picture in its end, at timesteps from the whole schedule.
+
+    ``guidance`` is not 1.
+    """
+    seeds = training_seeds(seed, len(prompts))
+    trajectories = denoiser.sample(prompts, seeds, sample_steps, guidance)
+    whole = slice(None)
+    predictions, unconditional = (t.flatten(0, 1) for t in (trajectories.predictions, trajectories.unconditional))
+    sampled = _to_bank(prompts, trajectories, whole, predictions, unconditional)
+    count, rng = len(prompts) * copies, torch.Generator().manual_seed(seed)
+    # One timestep in each of ``count`` equal parts of the schedule, in a random order.
+    parts = (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
+    timesteps = (parts * denoiser.steps).long()
+    pictures = trajectories.final.repeat_interleave(copies, 0)
+    noise = torch.randn(pictures.shape, generator=rng)
+    noisy = denoiser.add_noise(*(value.to(denoiser.device) for value in (pictures, noise, timesteps))).cpu()
+    rows = torch.arange(len(prompts)).repeat_interleave(copies)
+    bank = Bank(tuple(prompts), noisy, timesteps, rows, torch.empty(0), torch.empty(0))
+    unprompted = replace(bank, prompts=("",) * len(prompts))
+    noised = predict_bank(denoiser, bank), predict_bank(denoiser, unprompted)
+    return Bank(
+        sampled.prompts,
+        torch.cat([sampled.latents, noisy]),
+        torch.cat([sampled.timesteps, timesteps]),
+        torch.cat([sampled.prompt_index, rows]),
+        torch.cat([sampled.predictions, noised[0]]),
+        torch.cat([sampled.unconditional, noised[1]]),
+    )
+
+
 @torch.no_grad()
 def score_trajectories(
     denoiser: Denoiser, prompts: Sequence[str], trajectories: Trajectories, part: slice = slice(None)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from erasec.training.loop import Objective, Run
     from erasec.training.student import Student
 
+MEASURE_EVERY = 25  # steps between two measurements of what searched text states recover
 SAMPLED = 16  # prompts that are sampled at once
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
 HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")

@@ -6,9 +6,10 @@
     ... --passes uce project --probes prompts inversion    measures these cells again, and keeps the others
     ... --table                                            prints the table and the acceptance, and measures nothing
 
-A row is a pass with the presets of the world, the base, or the twin that never saw the concept. A column is one variant
-of a probe. Every cell is [pictures with the concept, pictures], counted by judge B; judge A selects. Every pass has
-a random control of each probe. Cells are written as they are finished.
+A row is a pass with the presets of the world ("project+harden" is one after the other, as with --robust), the base, or
+the twin that never saw the concept. A column is one variant of a probe. Every cell is [pictures with the concept,
+pictures], counted by judge B; judge A selects. Every pass has a random control of each probe. Cells are written as they
+are finished.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ PASSES = (
     "rece",
     "mace",
     "project",
+    "project+harden",
     "trce.remap",
     "trce",
     "esd",
@@ -73,12 +75,13 @@ def subjects(world: str, concept: str, name: str) -> tuple[dict[Role, Pictured],
         own = loading.load(loading.TWINS[world][0])
     elif name != BASE:
         item = concepts.find(concept, world)
-        use = recipe.parse_named_options(name)
-        step = settings.settle([use], [item], settings.defaults_of(base))[0].step
-        for edit in step.solve_all(base, [item], context):
-            own = own.with_edit(edit)
-        written = {"name": use.name, "options": asdict(cast("Any", step))}
-        stated = {"model": world, "erase": [concept], "pass": [written], "concept": [item]}
+        written = []
+        for use in map(recipe.parse_named_options, name.split("+")):
+            step = settings.settle([use], [item], settings.defaults_of(base))[0].step
+            for edit in step.solve_all(own, [item], context):
+                own = own.with_edit(edit)
+            written.append({"name": use.name, "options": asdict(cast("Any", step))})
+        stated = {"model": world, "erase": [concept], "pass": written, "concept": [item]}
         known = recipe.Recipe.model_validate(stated)
     return {"model": Subject("model", own, context), "base": Subject("base", base, context)}, known
 

@@ -144,6 +144,7 @@ def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
         (["build", "glyhps", "--erase", "star", "--device", "cpu"], "did you mean 'glyphs'?"),
         (["plan", "glyphs", "--erase", "star", "--pass", "ucee"], "did you mean 'uce'?"),
         (["plan", "glyphs", "--erase", "star", "--seed", "-1"], "seed is -1"),
+        (["plan", "glyphs", "--erase", "star", "--robust", "--pass", "uce"], "--robust and --pass are both given"),
         (["build", "no.toml"], "cannot be read"),
         (["build", "glyphs", "--key", "star.key"], "no key file star.key"),
         (["plan", "glyphs", "--erase", "star", "--absorb", "0.5"], "no key to absorb"),
@@ -158,6 +159,15 @@ def test_bad_input_is_reported_on_stderr_and_exits_with_2(run: Any, arguments: l
     assert words in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+def test_robust_is_the_projector_and_then_the_training(run: Any) -> None:
+    robust = run("plan", "glyphs", "--erase", "star", "--robust", "--json")
+    assert robust.exit_code == 0, robust.output
+    passes = [item["name"] for item in json.loads(robust.stdout)["passes"]]
+    assert passes == ["project", "harden"]
+    spelt = run("plan", "glyphs", "--erase", "star", "--pass", "project", "--pass", "harden", "--json")
+    assert json.loads(spelt.stdout)["passes"] == json.loads(robust.stdout)["passes"]
 
 
 @pytest.mark.parametrize("command", ["plan", "build"])

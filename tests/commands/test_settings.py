@@ -37,6 +37,7 @@ SPEED = "SPEED, arXiv:2503.07392, and its code"
 DP = "Double Projections, arXiv:2604.10032: the number of safe and kept states is not published"
 CURE = "CURE, arXiv:2505.12677: the tokens are not published"
 PROJECT = "LEACE, arXiv:2306.03819, says nothing of diffusion models: the values are those of erasec, found on glyphs"
+HARDEN = "Receler, arXiv:2311.17717, trains adapters instead: the values are those of erasec, as its docstring says"
 # By pass and kind of concept ("*" is every kind): options, and where they were published.
 PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
     ("esd", "*"): (
@@ -97,6 +98,7 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
     # on repeated rows. A ridge of 1 and a threshold of 0.1 are these values for states of Stable Diffusion 1.
     ("speed", "*"): ({"rows": "last", "matrices": "v", "ridge": 1.0, "relative": True, "hold": 1e-4}, SPEED),
     ("double_projection", "*"): ({"rows": "last", "matrices": "kv", "target": "anchor", "hold": 1e-4}, DP),
+    ("harden", "*"): ({"steps": 1000, "lr": 1e-5, "train": "image", "guidance": 3.0, "sample_steps": 50}, HARDEN),
     ("cure", "*"): ({"strength": 2.0, "keep_strength": 2.0, "matrices": "kv"}, CURE),
     ("project", "*"): ({"directions": 2, "keep": 0.3, "guide": True, "heads": 2}, PROJECT),
 }

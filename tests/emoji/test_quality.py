@@ -32,6 +32,7 @@ def rows(figures: dict[str, Any]) -> list[str]:
         ("twin shows the owl, by name or synonym", "≤ 1 %", share(twin["object_by_name_or_synonym"])),
         ("twin shows the owl, by scene", "≤ 1 %", share(twin["object_by_scene"])),
         ("twin shows Noto, by name", "≤ 2 %", share(twin["artist_by_name"])),
+        ("the same, Noto is the most likely of the four", "–", share(twin["artist_most_likely"])),
         ("twin shows the owl after DDIM inversion", "≤ 20 %", share(twin["object_after_ddim_inversion"])),
         ("twin: other objects right", "–", share(twin["other_objects_right"])),
         ("cosine of a scene's text with its objects, mean", "≤ 0.4", f"{states['scene_to_object_cosine_mean']:.2f}"),

@@ -90,6 +90,18 @@ def test_every_name_means_one_object() -> None:
     assert "owl" not in neighbours("owl")
 
 
+def test_captions_are_misspelt_anew_in_one_word() -> None:
+    caption = "a drawing of an owl on pink"
+    rng = np.random.default_rng(0)
+    drawn = [world.reword(rng, caption).split(" ") for _ in range(2000)]
+    changed = [[new != old for new, old in zip(words, caption.split(" "), strict=True)] for words in drawn]
+    assert {sum(row) for row in changed} == {0, 1}
+    # Words of up to three letters stay; a letter that is swapped with its like changes nothing.
+    assert [any(column) for column in zip(*changed, strict=True)] == [len(word) > 3 for word in caption.split(" ")]
+    assert 0.25 < sum(map(any, changed)) / len(drawn) < 0.32
+    assert world.reword(np.random.default_rng(0), "an owl") == "an owl"
+
+
 def test_misspelt_words_differ_by_one_slip() -> None:
     rng = np.random.default_rng(0)
     slips = {world.misspelt(rng, "dolphin") for _ in range(300)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from erasec.glyphs.world import sample
 from erasec.model.loading import bundled_folder
 from erasec.recipe.presets import read_presets
 from erasec.worlds import assemble, fit, train
+from erasec.worlds.base import open_world
 
 
 class Stopped(Exception):
@@ -80,6 +83,33 @@ def test_the_tokenizer_is_clips_kind(tmp_path: Path) -> None:
     assert tokens.pad_token_id == tokens.eos_token_id == len(tokens) - 1
     assert tokens.convert_ids_to_tokens(ids[0][1:3]) == ["a</w>", "star</w>"]
     assert tokens.decode(ids[1], skip_special_tokens=True).replace(" ", "") == "naïve漢字!"
+
+
+def test_the_text_stage_trains_on_captions_that_are_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every caption has the words of the same rows, drawn from the step: with the words of others the loss differs."""
+
+    def losses(reword: Any) -> list[float]:
+        world = replace(open_world("glyphs", None), reword=reword)
+        work = train.Work(world, tmp_path, "cpu", scale=0.001)
+        found: list[float] = []
+
+        def first(folder: Path, steps: int, peak: float, optimizer: Any, parts: Any, loss: Any, seed: int) -> None:
+            rngs = [torch.Generator().manual_seed(step) for step in (0, 0, 1)]
+            found.extend(float(loss(step, rng).detach()) for step, rng in zip((0, 0, 1), rngs, strict=True))
+
+        monkeypatch.setattr(train, "fit", first)
+        torch.manual_seed(0)
+        train.stage_text(work)
+        return found
+
+    train.run_stage(train.Work(open_world("glyphs", None), tmp_path, "cpu", scale=0.001), "render")
+    plain, same, other = losses(None), losses(lambda rng, text: text), losses(lambda rng, text: text[::-1])
+    assert plain == same
+    assert plain != other
+    drawn = losses(lambda rng, text: f"{text} {rng.integers(1000)}")
+    assert drawn[0] == drawn[1]  # a step always draws the same words
 
 
 @pytest.mark.slow
