@@ -37,22 +37,23 @@ def test_it_trains_nothing_that_the_projector_edits(base: Model) -> None:
     assert not any(site.key.startswith(("conv_out.", "time_embedding.")) for site in image)
 
 
-def error(model: Model, original: Model, prompt: str) -> tuple[float, float]:
-    """Mean squared distance of the predictions for a prompt from the target, and from the original's for the concept,
-    on latents of the concept's trajectories."""
+def error(model: Model, original: Model, prompt: str) -> float:
+    """Mean squared distance of the predictions for a prompt from the target, on the concept's trajectories."""
     teacher = Denoiser(original, Context())
     bank = banks.sample_bank(teacher, ["a star"] * 3, 5, 4, 3.0)
     target = banks.esd_target(teacher, CONCEPT, bank, PUSH, "anchor")
     after = banks.predict_bank(Denoiser(model, Context()), replace(bank, prompts=(prompt,) * 3))
-    return float((after - target).square().mean()), float((after - bank.predictions).square().mean())
+    return float((after - target).square().mean())
 
 
-@pytest.mark.parametrize("prompt", ["a star", ""])
-def test_on_latents_of_the_concept_every_prompt_is_led_to_its_goal(base: Model, prompt: str) -> None:
-    step = tuned(Harden, **SHORT, steps=50, lr=3e-4, push=PUSH, keep=0.0)
-    before = error(base, base, prompt)
-    after = error(base.with_edit(step.solve(base, CONCEPT, Context())), base, prompt)
-    assert after[0] < 0.7 * before[0]
+def test_on_latents_of_the_concept_every_prompt_is_led_to_its_goal(base: Model) -> None:
+    def left(steps: int, lr: float) -> list[float]:
+        step = tuned(Harden, **SHORT, steps=steps, lr=lr, push=PUSH, keep=0.0, search_steps=0)
+        edited = base.with_edit(step.solve(base, CONCEPT, Context()))
+        return [error(edited, base, prompt) / error(base, base, prompt) for prompt in ("a star", "")]
+
+    assert max(left(40, 3e-4)) < 0.9
+    assert min(left(1, 1e-9)) > 0.99
 
 
 def test_the_targets_are_those_of_the_original_model(base: Model) -> None:
