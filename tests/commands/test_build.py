@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from erasec.attention.pipeline import Sampling, generate
+from erasec.base import Check
 from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
@@ -22,6 +23,8 @@ from erasec.checkpoint.staging import output
 from erasec.commands import build, plan
 from erasec.errors import CheckFailed, ErasecError
 from erasec.model import loading
+from erasec.model.edit import Edit
+from erasec.passes.uce import Uce
 from erasec.recipe import recipe
 from erasec.recipe.recipe import Limits, NamedOptions, Recipe
 from erasec.reporting.report import Report
@@ -158,6 +161,23 @@ def test_concepts_erased_together_are_not_painted_under_each_others_names(tmp_pa
     assert first.concepts[0]["anchor"] == "square"
     assert [concept["name"] for concept in second.earlier] == ["circle"]
     assert second.concepts[0]["anchor"] == "triangle"
+
+
+@pytest.mark.parametrize(("value", "outcome"), [(0.1, "passed"), (0.3, "failed")])
+def test_checks_of_a_pass_stand_in_the_report_and_decide(
+    value: float, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checks(step: Uce, edit: Edit) -> tuple[Check, ...]:
+        return (Check.at_most(f"uce/{edit.concepts[0]}", value, 0.2, "what the pass measured"),)
+
+    monkeypatch.setattr(Uce, "checks", checks)
+    if outcome == "passed":
+        report = make(tmp_path / "out", checks=QUICK)
+        assert [check.outcome for check in report.checks if check.name == "uce/star"] == ["passed"]
+    else:
+        with pytest.raises(CheckFailed, match="1 of 9 checks failed: uce/star") as caught:
+            make(tmp_path / "out", checks=QUICK)
+        assert "what the pass measured" in caught.value.why
 
 
 def test_a_rejected_build_leaves_the_earlier_one(built: tuple[Path, Report]) -> None:
