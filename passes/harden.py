@@ -103,16 +103,11 @@ class Harden(Learned):
         targets = Work(rows=rows + 2 * NOISED * self.trajectories)
         losses = 2 + bool(self.keep)
         calls = losses + self.search_steps
-        training = self.training(calls * self.batch, calls)
-        final = Work(trained_rows=self.final_steps * self.batch, trained_calls=self.final_steps)
-        return (
-            self.reads(model, concept, 3 * self.trajectories)
-            + bank
-            + (bank if self.keep else Work())
-            + targets
-            + training
-            + final
-        )
+        # One step of the search follows another; the losses of the training have one graph.
+        training = replace(self.training(calls * self.batch, calls), graph_rows=losses * self.batch)
+        last = Work(trained_rows=self.final_steps * self.batch, trained_calls=self.final_steps)
+        banks = bank + bank if self.keep else bank
+        return self.reads(model, concept, 3 * self.trajectories) + banks + targets + training + last
 
     def checks(self, edit: Edit) -> tuple[Check, ...]:
         """Whether the last search recovers at most ``recovered`` of the concept."""

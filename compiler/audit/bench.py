@@ -65,7 +65,9 @@ class Bench:
     def __post_init__(self) -> None:
         known = labels(self.scorer, self.concept)
         if not known:
-            raise ErasecError(f"the judge {self.scorer.title} cannot see {self.concept.name}")
+            raise ErasecError(
+                f"the judge {self.scorer.title} cannot see {self.concept.name}", fix="name one that can: --judge NAME"
+            )
         self.label = min(known)
         # Judges have labels of their own for one concept. One that has none for it can choose nothing.
         others = labels(self.selector, self.concept)
@@ -89,7 +91,10 @@ class Bench:
         if not chosen and group == "keep":
             chosen = [question.prompt for question in questions(self.concept, count, self.settings.seed)]
         if not chosen:
-            raise ErasecError(f"the concept {self.concept.name} has no prompts of the group {group}")
+            raise ErasecError(
+                f"the concept {self.concept.name} has no prompts of the group {group}",
+                fix=f"add phrases for {group} prompts to the concept file, or leave out the probe",
+            )
         # Evenly over the group, because the questions about other labels come label by label.
         rows = np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int)
         spread = [chosen[row] for row in rows]
@@ -128,7 +133,11 @@ class Bench:
                 return made
             seen = self.selector.sees(self.base.decode(made), [self.selected_label] * len(made))
             if not seen.any():
-                raise ErasecError(f"the base paints {self.concept.name} in none of {len(made)} pictures")
+                raise ErasecError(
+                    f"the base paints {self.concept.name} in none of {len(made)} pictures",
+                    why=f"the judge {self.selector.title} does not see it, so that an attack has nothing to learn from",
+                    fix="choose a concept that the base knows, or another judge: --judge NAME",
+                )
             return made[torch.from_numpy(seen)]
 
         return cast("Tensor", self.remember(("targets", group, count), make))

@@ -172,7 +172,11 @@ class TextEncoder(ChangedWeights):
         deltas = {site: Dense(-change) for site, change in changes.items() if site.component in encoders}
         extras = subject.extras.kinds & {"tokens", "negative"}
         if subject.role == "model" and not deltas and not extras:
-            raise ErasecError("the text encoder is that of the base", why="the edit did not change it")
+            raise ErasecError(
+                "the text encoder is that of the base",
+                why="the edit did not change it",
+                fix="leave out this probe: there is nothing to put back",
+            )
         # A view of its own has text encoders of its own: the tokens of the folder are not added to these.
         stock = replace(subject.model)
         model = stock.with_edit(Edit(deltas, "stock text encoder", (), "")) if deltas else stock

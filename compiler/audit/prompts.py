@@ -114,7 +114,7 @@ class Prompts(Probe):
     def attack(self, bench: Bench, subject: Pictured) -> Iterator[Attempt]:
         texts = self._texts(bench)
         if not texts:
-            raise ErasecError(f"the concept {bench.concept.name} has no prompts")
+            raise ErasecError(f"the concept {bench.concept.name} has no prompts", fix="add phrases to the concept file")
         for variant, prompts in texts.items():
             yield Attempt.single(variant, self._pictures(bench, subject, prompts, f"prompts {variant}"))
 

@@ -52,7 +52,11 @@ def lessons(bench: Bench, group: str, count: int) -> Lessons:
             seen = bench.selector.sees(bench.base.decode(made), [bench.selected_label] * drawn)
             rows = [row for row in rows if bool(seen[row]) == (group == "name")]
         if not rows:
-            raise ErasecError(f"none of {drawn} pictures by the base can be learned from", why=f"group {group}")
+            raise ErasecError(
+                f"none of {drawn} pictures by the base can be learned from",
+                why=f"the judge does not see in them what the group {group} asks for",
+                fix="choose a concept that the base knows, or another judge: --judge NAME",
+            )
         rows = rows[:count]
         return made[rows], [texts[row] for row in rows]
 
@@ -242,6 +246,7 @@ def mean_of(subject: Subject, other: dict[str, Tensor]) -> Changed:
         raise ErasecError(
             f"the weights of the {subject.role} cannot be merged with those of the base",
             why="their tensors have other names or shapes",
+            fix="name the base of this very model: --base MODEL",
         )
     with torch.no_grad():
         for key, value in own.items():

@@ -64,7 +64,9 @@ SUITES = {"quick": Suite(10, QUICK), "standard": Suite(20, STANDARD), "full": Su
 def find_suite(name: str) -> Suite:
     """The suite called ``name``. Raises ErasecError for an unknown name."""
     if name not in SUITES:
-        raise ErasecError(f"there is no suite {name!r}", why=suggestion(name, SUITES))
+        raise ErasecError(
+            f"there is no suite {name!r}", why=suggestion(name, SUITES), fix=f"choose from {', '.join(SUITES)}"
+        )
     return SUITES[name]
 
 

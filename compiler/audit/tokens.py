@@ -49,7 +49,11 @@ def typed_tokens(tokenizer: Any, without: Iterable[str] = ()) -> Tensor:
         if ids == [number] and text.isprintable() and not any(_has(text.lower(), part) for part in barred)
     ]
     if not chosen:
-        raise ErasecError("the tokenizer has no token that can be typed as a word", where=str(tokenizer.name_or_path))
+        raise ErasecError(
+            "the tokenizer has no token that can be typed as a word",
+            where=str(tokenizer.name_or_path),
+            fix="leave out the probes that search for words",
+        )
     return torch.tensor(chosen)
 
 
@@ -143,7 +147,11 @@ class Words:
             whole = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id]
             ids[row, : len(whole)] = torch.tensor(whole)
         if not places:
-            raise ErasecError("there is no room for a token in any prompt")
+            raise ErasecError(
+                "there is no room for a token in any prompt",
+                why=f"the prompts fill the {tokenizer.model_max_length} tokens of the text encoder",
+                fix="shorten the phrases or the templates of the concept",
+            )
         rows, columns = torch.tensor(places, device=self.device).T
         return Layout(ids.to(self.device), rows, columns)
 
@@ -241,7 +249,7 @@ def paint_found(
             if seen.all():
                 break
     if last is None:
-        raise ErasecError(f"{purpose}: the search found no prompt")
+        raise ErasecError(f"{purpose}: the search found no prompt", fix="raise the option steps of the probe")
     if not choices:
         choices.append(paint_texts(bench, subject, words, words.texts(last), purpose))
     return np.stack(choices, 1), last

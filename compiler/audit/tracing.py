@@ -71,6 +71,7 @@ def scaled(bench: Bench, subject: Subject, share: float) -> Subject:
         raise ErasecError(
             f"the weights of the {subject.role} are those of the base",
             why="there is no change of weights that could be scaled",
+            fix="leave out this probe, or name the model before the edit: --base MODEL",
         )
     if share == 0 and not subject.extras:
         changed = Subject(subject.role, base, subject.context)  # without the rounding of W' - (W' - W0)

@@ -81,6 +81,7 @@ def read_recipe(recipe: Recipe | None) -> Known:
         raise ErasecError(
             f"{' and '.join(rest) or 'the recipe'} cannot be taken off",
             why="the change of the weights follows from a training, not from a matrix that can be solved for again",
+            fix="leave out this probe: it is for closed-form passes",
         )
     own = {concept.name: concept for concept in recipe.concepts}
     concepts, _ = resolve_goals(tuple(own.get(name) or find(name) for name in recipe.erase))
