@@ -46,5 +46,5 @@ def test_every_obstacle_says_what_can_be_done_about_it() -> None:
     """The page shows why a probe was not run, to people who did not write it."""
     modules = sorted(Path(audit.__path__[0]).glob("*.py"))
     assert len(modules) > 20
-    assert {module.name: found for module in modules if (found := without_fix(module.read_text()))} == {}
+    assert {module.name: errors for module in modules if (errors := without_fix(module.read_text()))} == {}
     assert without_fix("raise ErasecError('no', why='so')") == ["ErasecError('no', why='so')"]
