@@ -88,9 +88,8 @@ def sample_attacked(
     """
     seeds = training_seeds(seed, len(prompts))
     trajectories = denoiser.sample(prompts, seeds, sample_steps, guidance)
-    whole = slice(None)
     predictions, unconditional = (t.flatten(0, 1) for t in (trajectories.predictions, trajectories.unconditional))
-    sampled = _to_bank(prompts, trajectories, whole, predictions, unconditional)
+    sampled = _to_bank(prompts, trajectories, slice(None), predictions, unconditional)
     count, rng = len(prompts) * copies, torch.Generator().manual_seed(seed)
     # One timestep in each of ``count`` equal parts of the schedule, in a random order.
     parts = (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
@@ -99,17 +98,9 @@ def sample_attacked(
     noise = torch.randn(pictures.shape, generator=rng)
     noisy = denoiser.add_noise(*(value.to(denoiser.device) for value in (pictures, noise, timesteps))).cpu()
     rows = torch.arange(len(prompts)).repeat_interleave(copies)
-    bank = Bank(tuple(prompts), noisy, timesteps, rows, torch.empty(0), torch.empty(0))
-    unprompted = replace(bank, prompts=("",) * len(prompts))
-    noised = predict_bank(denoiser, bank), predict_bank(denoiser, unprompted)
-    return Bank(
-        sampled.prompts,
-        torch.cat([sampled.latents, noisy]),
-        torch.cat([sampled.timesteps, timesteps]),
-        torch.cat([sampled.prompt_index, rows]),
-        torch.cat([sampled.predictions, noised[0]]),
-        torch.cat([sampled.unconditional, noised[1]]),
-    )
+    noised = _scored(denoiser, Bank(tuple(prompts), noisy, timesteps, rows, torch.empty(0), torch.empty(0)))
+    values = ("latents", "timesteps", "prompt_index", "predictions", "unconditional")
+    return Bank(tuple(prompts), *(torch.cat([getattr(sampled, value), getattr(noised, value)]) for value in values))
 
 
 @torch.no_grad()
@@ -117,8 +108,12 @@ def score_trajectories(
     denoiser: Denoiser, prompts: Sequence[str], trajectories: Trajectories, part: slice = slice(None)
 ) -> Bank:
     """A bank of the denoiser's predictions on the latents of trajectories, which another denoiser may have sampled."""
-    bank = _to_bank(prompts, trajectories, part, torch.empty(0), torch.empty(0))
-    unprompted = replace(bank, prompts=("",) * len(prompts))
+    return _scored(denoiser, _to_bank(prompts, trajectories, part, torch.empty(0), torch.empty(0)))
+
+
+def _scored(denoiser: Denoiser, bank: Bank) -> Bank:
+    """``bank`` with the denoiser's predictions for its rows in place of its own."""
+    unprompted = replace(bank, prompts=("",) * len(bank.prompts))
     return replace(bank, predictions=predict_bank(denoiser, bank), unconditional=predict_bank(denoiser, unprompted))
 
 

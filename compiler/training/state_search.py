@@ -25,7 +25,8 @@ class StateSearch:
 
     ``free`` (count, t - 1, d) are their rows without that of the start token, which stays. In every fourth of them the
     first row is repeated in all places. Even ones start at the states of ``prompts``, odd ones near the states of the
-    empty prompt. Each state that is searched sees ``batch`` rows of the bank in a step, together with the others.
+    empty prompt. In a step, ``batch`` random rows of the bank are each predicted with a random state. After every
+    ``restart`` steps one of the states starts anew; with 0 none does.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class StateSearch:
         index = self.draw(rng)
         return {"loss search": self._distances(index, self.members(rng)).mean()}
 
-    def measure(self) -> dict[str, float]:
-        """After a step: what the states recover, in every 25th step. One state starts anew where it is time."""
+    def after_step(self) -> dict[str, float]:
+        """One state starts anew where it is time. Returns what the states recover, after every 25th step."""
         after = self.step + 1
         measured = {} if after % MEASURE_EVERY else {"recovered": self.recovered()}
         if self.restart and after % self.restart == 0:

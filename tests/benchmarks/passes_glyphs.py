@@ -63,7 +63,7 @@ SINGLE = (
     "eiup",
 )
 # For the star alone.
-CHAINS = (NEVER, "esd:train=u", "esd+safegen", "uce+kpop")
+CHAINS = (NEVER, "esd:train=u", "esd+safegen", "uce+kpop", "project+harden")
 WORDS = "negative prompt"  # what geom_erasing has to beat: the concept's words alone
 MARKED = (BASE, WORDS, "geom_erasing")
 GROUPS = ("name", "synonym", "implicit")

@@ -98,7 +98,11 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
     # on repeated rows. A ridge of 1 and a threshold of 0.1 are these values for states of Stable Diffusion 1.
     ("speed", "*"): ({"rows": "last", "matrices": "v", "ridge": 1.0, "relative": True, "hold": 1e-4}, SPEED),
     ("double_projection", "*"): ({"rows": "last", "matrices": "kv", "target": "anchor", "hold": 1e-4}, DP),
-    ("harden", "*"): ({"steps": 1000, "lr": 1e-5, "train": "image", "guidance": 3.0, "sample_steps": 50}, HARDEN),
+    ("harden", "*"): (
+        {"steps": 1000, "lr": 1e-5, "batch": 4, "train": "image", "guidance": 3.0, "sample_steps": 50}
+        | {"push": 0.25, "keep": 100.0, "recovered": 0.15},
+        HARDEN,
+    ),
     ("cure", "*"): ({"strength": 2.0, "keep_strength": 2.0, "matrices": "kv"}, CURE),
     ("project", "*"): ({"directions": 2, "keep": 0.3, "guide": True, "heads": 2}, PROJECT),
 }

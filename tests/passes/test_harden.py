@@ -11,11 +11,12 @@ from glyph_passes import tuned
 
 from erasec.base import Context
 from erasec.errors import ErasecError
+from erasec.model import loading
 from erasec.model.edit import Edit
 from erasec.model.view import Model
 from erasec.passes.harden import Harden
 from erasec.passes.project import Project
-from erasec.recipe.concept import Concept
+from erasec.recipe.concept import Concept, find
 from erasec.training import banks
 from erasec.training.base import TrainingContext
 from erasec.training.denoiser import Denoiser
@@ -99,6 +100,20 @@ def test_the_check_fails_where_the_last_search_recovers_more() -> None:
     assert (failed.name, failed.value, failed.limit, failed.passed) == ("harden/star", 0.4, 0.3, False)
     assert "7 of" in failed.how
     assert passed.passed
+
+
+@pytest.mark.slow
+def test_on_glyphs_the_search_finds_the_star_after_the_projector_and_not_after_the_training() -> None:
+    glyphs, star = loading.load("glyphs"), find("star", "glyphs")
+    projected = glyphs.with_edit(Project().solve(glyphs, star, Context()))
+
+    def passed(steps: int, lr: float) -> bool:
+        step = tuned(Harden, steps=steps, lr=lr, trajectories=16, final_steps=150)
+        (check,) = step.checks(step.solve(projected, star, Context()))
+        return check.passed
+
+    assert not passed(1, 1e-9)
+    assert passed(25, 1e-4)
 
 
 def test_without_a_search_it_trains_on_states_that_stay(base: Model) -> None:

@@ -121,7 +121,7 @@ def test_it_is_measured_at_times_and_one_state_starts_anew(denoiser: Denoiser, b
     measured = []
     for step in range(2 * MEASURE_EVERY):
         searched.step = step
-        measured.append(searched.measure())
+        measured.append(searched.after_step())
     assert [bool(value) for value in measured] == [(step + 1) % MEASURE_EVERY == 0 for step in range(len(measured))]
     changed = [not torch.equal(one, two) for one, two in zip(searched.free, moved, strict=True)]
     assert changed == [False, True, False, False]
