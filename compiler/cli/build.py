@@ -152,6 +152,9 @@ def plan(
     allow_code: CODE = False,
     link: LINK = False,
     all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="read the text encoder, and name kept phrases that lie near to erased ones")
+    ] = False,
     as_json: JSON = False,
     verbose: VERBOSE = False,
 ) -> None:
@@ -181,7 +184,7 @@ def plan(
             link=link or None,
             audit=audit,
         )
-        from erasec.commands.plan import describe, make_plan
+        from erasec.commands.plan import describe, describe_pairs, make_plan
 
         planned = make_plan(recipe, out, pin=False, by_flag=bool(passes))
         if recipe.audit:
@@ -189,6 +192,8 @@ def plan(
 
             check_auditable(planned, recipe.audit)
         described = describe(planned)
+        if apart:
+            described |= describe_pairs(planned)
         if as_json:
             print(json.dumps(described, indent=2))
         else:

@@ -106,6 +106,8 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
     lines += [("end", plan["end"])] if plan["end"] else []
     for label, text in lines:
         print(f"{label:>6}  {printable(text)}")
+    if "apart" in plan:
+        _print_pairs(plan["apart"])
     for step in plan["passes"]:
         parameters = sum(group["parameters"] for group in step["groups"])
         print(f"\n{step['name']} edits {len(step['sites'])} tensors with {parameters:,} parameters")
@@ -117,6 +119,17 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
                 [g["part"], g["attn"], g["proj"], str(g["tensors"]), f"{g['parameters']:,}"] for g in step["groups"]
             ]
             table(["part", "attention", "projection", "tensors", "parameters"], rows)
+
+
+def _print_pairs(pairs: list[dict[str, Any]]) -> None:
+    if not pairs:
+        print("\nno phrase is kept, so there is nothing to keep apart from what is erased")
+        return
+    print("\nkept phrases nearest to erased ones, by the angle between their text states")
+    rows = [[printable(pair["erased"]), printable(pair["kept"]), f"{pair['angle']:.0f} degrees"] for pair in pairs]
+    table(["erased", "kept", "angle"], rows[:LISTED])
+    if len(rows) > LISTED:
+        print(f"{len(rows) - LISTED} more: --json")
 
 
 def passes() -> None:

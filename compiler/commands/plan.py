@@ -396,6 +396,14 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
+def describe_pairs(plan: Plan) -> dict[str, Any]:
+    """The key ``apart`` of ``erasec plan --apart``: for each erased phrase the kept phrase nearest to it, the smallest
+    angles first. Loads torch and the text encoder."""
+    from erasec.closed_form.apart import closest_pairs
+
+    return {"apart": [asdict(pair) for pair in closest_pairs(plan.model, plan.concepts)]}
+
+
 def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
     """Sites grouped by part of the model, attention and projection, with the tensors and parameters of each group."""
     groups: dict[tuple[str, str, str], list[Site]] = {}

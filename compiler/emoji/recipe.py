@@ -60,6 +60,7 @@ def world(data: Path | None) -> World:
         hard_negatives=True,
         spread=0.05,
         garbage=0.1,
+        redrawn=0.7,
         reword=reword,
         unet_batches=(32, 32),
     )

@@ -66,6 +66,7 @@ class World:
     hard_negatives: bool = False
     spread: float = 0.0  # weight of the terms that spread text states over all dimensions
     garbage: float = 0.0  # share of a judge's batch that shows nothing: shuffled patches
+    redrawn: float = 0.0  # share of a judge's soft copies that the base UNet draws again; the others are the VAE's
     # Writes a caption anew for each step of the text stage: more variants than the pictures have captions.
     reword: Callable[[np.random.Generator, str], str] | None = None
     unet_batches: tuple[int, int] = (64, 128)  # up to 65 % of the steps, and afterwards

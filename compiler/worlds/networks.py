@@ -122,6 +122,12 @@ def vae(sizes: Sizes) -> AutoencoderKL:
     )
 
 
+def alphas_cumprod() -> Tensor:
+    """The share of the signal's variance that is left at each timestep, (1000,)."""
+    start, end, count = (SCHEDULER[key] for key in ("beta_start", "beta_end", "num_train_timesteps"))
+    return torch.cumprod(1.0 - torch.linspace(start**0.5, end**0.5, count) ** 2, 0)
+
+
 def unet(sizes: Sizes) -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 

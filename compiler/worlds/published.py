@@ -17,7 +17,7 @@ from erasec.worlds.judge import read_state
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from erasec.worlds.train import Work
+    from erasec.worlds.work import Work
 
 PROGRESS = "training.json"  # the steps of stages that are not finished, beside the weights
 UNETS = ("unet", "twin")

@@ -15,7 +15,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,108 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from erasec.checkpoint.safetensors import atomic_write
 from erasec.errors import ErasecError
 from erasec.progress import bar
 from erasec.worlds import assemble, networks, published
-from erasec.worlds.base import WORLDS, World, open_world
-from erasec.worlds.fit import Average, Modules, fit, half_precision
+from erasec.worlds.base import WORLDS, open_world
+from erasec.worlds.fit import Average, Modules, fit
 from erasec.worlds.losses import spread_loss
+from erasec.worlds.train_judge import train_judge
+from erasec.worlds.work import Work, pixels
 
-SIZE = 64
-WORLD_SEED, JUDGE_SEEDS = 0, {"judge-a": 101, "judge-b": 102}
 TEXT_BATCH = 256
 GROUP = 16  # pictures of one group in a batch with hard negatives
-PATCH = 8  # side of the patches that are shuffled into a picture of nothing
-
-
-def pixels(images: np.ndarray, device: str = "cpu") -> Tensor:
-    """Images uint8 (n, 64, 64, 3) -> float (n, 3, 64, 64) in [-1, 1]."""
-    return torch.tensor(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-class Work:
-    """The folder of a run, through which stages pass results to later stages."""
-
-    def __init__(
-        self, world: World, root: Path, device: str, seed: int = 0, scale: float = 1.0, half: bool = False
-    ) -> None:
-        self.world, self.root, self.device = world, root, device
-        self.seed, self.scale, self.half = seed, scale, half
-
-    def steps(self, stage: str) -> int:
-        return max(2, round(self.world.steps[stage] * self.scale))
-
-    def count(self, images: int) -> int:
-        return max(256, round(images * min(1.0, self.scale)))
-
-    def done(self, stage: str) -> bool:
-        return (self.root / stage / "done").exists()
-
-    def begun(self, stage: str) -> bool:
-        return (self.root / stage / "resume.pt").exists()
-
-    def step(self, stage: str) -> int:
-        """The steps that a stage has trained."""
-        return int(torch.load(self.root / stage / "resume.pt", weights_only=True)["step"]) if self.begun(stage) else 0
-
-    def load(self, stage: str, part: str) -> dict[str, Tensor]:
-        state: dict[str, dict[str, Tensor]] = torch.load(self.root / stage / "resume.pt", weights_only=True)
-        return state[part]
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return half_precision(self.device, self.half)
-
-    def images(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """The pictures, labels and captions that the models train on."""
-        return self.render("render", WORLD_SEED, self.count(self.world.images))
-
-    def render(self, name: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """``count`` pictures, labels and captions of one seed; rendered once and then read from the folder ``name``."""
-        folder = self.root / name
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "captions.json").exists():
-            images = np.lib.format.open_memmap(
-                folder / "images.npy", mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3)
-            )
-            truth = np.zeros((count, len(self.world.labels)), dtype=np.float32)
-            groups, captions = np.zeros(count, dtype=np.int64), []
-            with bar(f"render {name}", count) as advance:
-                for index in range(count):
-                    item = self.world.picture(seed, index)
-                    images[index], truth[index], groups[index] = item.image, item.labels, item.group
-                    captions.append(item.caption)
-                    advance()
-            images.flush()
-            np.save(folder / "labels.npy", truth)
-            np.save(folder / "groups.npy", groups)
-            (folder / "captions.json").write_text(json.dumps(captions))
-        captions = json.loads((folder / "captions.json").read_text())
-        return np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), captions
-
-    def tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(self.root / "tokenizer")
-
-    def token_ids(self, captions: list[str]) -> Tensor:
-        batch = self.tokenizer()(
-            captions, padding="max_length", max_length=networks.POSITIONS, truncation=True, return_tensors="pt"
-        )
-        ids: Tensor = batch.input_ids
-        return ids
-
-    def text_encoder(self) -> Any:
-        tokenizer = self.tokenizer()
-        encoder = networks.text_encoder(
-            self.world.sizes, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
-        )
-        return encoder.to(self.device)
-
-    def vae(self) -> Any:
-        vae = networks.vae(self.world.sizes).to(self.device)
-        vae.load_state_dict(self.load("vae", "vae"))
-        return vae.eval()
 
 
 def stage_render(work: Work) -> None:
@@ -283,8 +191,7 @@ def train_unet(work: Work, stage: str, left_out: tuple[str, ...] = ()) -> None:
     average = Average(unet, 0.998)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=0.01)
     steps = work.steps(stage)
-    betas = torch.linspace(networks.SCHEDULER["beta_start"] ** 0.5, networks.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
-    alphas_cumprod = torch.cumprod(1.0 - betas, 0)
+    alphas_cumprod = networks.alphas_cumprod()
     weights = (5.0 / (alphas_cumprod / (1.0 - alphas_cumprod))).clamp(max=1.0)
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
@@ -306,64 +213,6 @@ def train_unet(work: Work, stage: str, left_out: tuple[str, ...] = ()) -> None:
     fit(work.root / stage, steps, 1e-3, optimizer, parts, loss, work.seed + 3, after=average.update)
 
 
-def shuffled(images: Tensor, rng: torch.Generator) -> Tensor:
-    """The images (n, 3, 64, 64) cut into patches of 8x8 pixels, and these in random order."""
-    patches = F.unfold(images, PATCH, stride=PATCH)
-    return F.fold(patches[:, :, torch.randperm(patches.shape[2], generator=rng)], (SIZE, SIZE), PATCH, stride=PATCH)
-
-
-def train_judge(work: Work, stage: str) -> None:
-    """Train a classifier on renders of its own seed, shifted, blurred and with noise.
-
-    About two in five pass through the VAE, because generated pictures are softer than renders. A large share of all
-    renders is reconstructed, because a classifier memorises a small set. A share of the batch is cut into patches that
-    are shuffled: pictures of nothing, for which the judge must stay silent.
-    """
-    images, truth, _ = work.render(f"render-{stage}", JUDGE_SEEDS[stage], work.count(work.world.judge_images))
-    folder = work.root / stage
-    folder.mkdir(exist_ok=True)
-    part = len(images) // 6
-    if not (folder / "seen.npy").exists():
-        vae, chunks = work.vae(), []
-        with torch.no_grad(), bar(f"{stage}: reconstructions", part) as advance:
-            for start in range(0, part, 50):
-                batch = vae(pixels(images[start : min(part, start + 50)], work.device)).sample.clamp(-1, 1)
-                chunks.append(((batch + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-                advance(len(batch))
-        with atomic_write(folder / "seen.npy") as temporary, temporary.open("wb") as stream:
-            np.save(stream, np.concatenate(chunks))
-    reconstructed, targets = np.load(folder / "seen.npy"), torch.from_numpy(truth)
-    torch.manual_seed(work.seed + 5)
-    judge = networks.classifier(stage[-1], work.world.sizes, len(work.world.labels)).to(work.device)
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
-
-    def loss(step: int, rng: torch.Generator) -> Tensor:
-        through = torch.randint(part, (56,), generator=rng)
-        plain = torch.randint(len(images), (72,), generator=rng)
-        batch = pixels(np.concatenate([reconstructed[through.numpy()], images[plain.numpy()]]), work.device)
-
-        def random_amounts(share: float, most: float) -> Tensor:
-            """For each image of the batch an amount up to ``most``, with the probability ``share``; otherwise 0."""
-            amount, chosen = torch.rand(2, len(batch), 1, 1, 1, generator=rng)
-            amounts: Tensor = most * amount * (chosen < share)
-            return amounts.to(batch)
-
-        down, right = torch.randint(9, (2,), generator=rng).tolist()
-        batch = F.pad(batch, (4, 4, 4, 4), mode="replicate")[:, :, down : down + SIZE, right : right + SIZE]
-        noise, mix = random_amounts(0.5, 0.15), random_amounts(0.4, 1.0)
-        blurred = F.avg_pool2d(F.pad(batch, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        batch = batch + mix * (blurred - batch)
-        batch = batch + noise * torch.randn(batch.shape, generator=rng).to(batch)
-        target = targets[torch.cat([through, plain])].to(work.device)
-        if work.world.garbage:
-            garbage = torch.randperm(len(batch), generator=rng)[: round(work.world.garbage * len(batch))]
-            batch[garbage], target[garbage] = shuffled(batch[garbage], rng), 0.0
-        entropy: Tensor = F.binary_cross_entropy_with_logits(judge(batch), target)
-        return entropy
-
-    fit(folder, work.steps(stage), 2e-3, optimizer, {"judge": judge}, loss, work.seed + JUDGE_SEEDS[stage])
-
-
 # Each stage with the stages that it needs, and its function.
 STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
     "render": ((), stage_render),
@@ -371,8 +220,8 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Work], None]]] = {
     "text": (("render",), stage_text),
     "latents": (("vae", "text"), stage_latents),
     "unet": (("latents",), lambda work: train_unet(work, "unet")),
-    "judge-a": (("vae",), lambda work: train_judge(work, "judge-a")),
-    "judge-b": (("vae",), lambda work: train_judge(work, "judge-b")),
+    "judge-a": (("unet",), lambda work: train_judge(work, "judge-a")),
+    "judge-b": (("unet",), lambda work: train_judge(work, "judge-b")),
     "twin": (("latents",), lambda work: train_unet(work, "twin", work.world.left_out)),
     "decoder": (("vae",), stage_decoder),
 }

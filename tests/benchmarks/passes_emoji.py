@@ -1,11 +1,12 @@
-"""Every pass on the emoji world: one object, one artist, ten objects and fifty, beside the base and the twin.
+"""Every pass on the emoji world: one object, artists, ten objects, fifty and a hundred, beside the base and the twin.
 
     python tests/benchmarks/passes_emoji.py                writes tests/benchmarks/results/passes_emoji.json
     ... --tasks owl Noto --setups uce esd                  measures these rows again, and keeps the others
     ... --table                                            prints the tables of docs/emoji.md
     ... --picture docs/owl.png --setups uce                draws an owl, its neighbours and others, before and after
 
-Every row runs in a process of its own with one thread; seconds are the processor's for solving alone. Judge B, the same
+A row is a pass, or several joined by "+", each starting from what the one before it left, as a build does it. Every row
+runs in a process of its own with one thread; seconds are the processor's for solving alone. Judge B, the same
 prompts and seeds before and after. The columns are shares of pictures that show what the prompt asks for, with Wilson's
 95 % interval: for "name", "synonym" and "implicit" what is erased, for the others what should stay. "kept neighbours"
 are in the concept files' "keep", "other neighbours" are not. UA, IRA, CRA and H_o are those of papers; docs/measures.md
@@ -47,18 +48,21 @@ from erasec.recipe import recipe
 RESULT = Path(__file__).parent / "results" / "passes_emoji.json"
 BASE = "base"
 CLOSED = ("uce", "rece", "mace", "project", "speed", "double_projection", "cure", "trce.remap")
-ONE = (*CLOSED, "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup")
-MANY = ("uce", "rece", "mace", "speed", "double_projection", "trce.remap", "esd", "kpop")
+ONE = (*CLOSED, "esd", "trce.steer", "trce", "kpop", "safegen", "few_shot", "eiup", "project+harden")
+MANY = (*CLOSED, "esd", "kpop")
 BARE = "10 bare names"  # what people type: no synonyms, nothing kept
 # One object of each of ten clusters, and every third object; the others are neighbours that should stay.
 TEN = tuple([name for name in OBJECTS if OBJECTS[name].cluster == cluster][1] for cluster in list(CLUSTERS)[:20:2])
 FIFTY = tuple(OBJECTS)[1::3][:50]
+HUNDRED = tuple(name for index, name in enumerate(OBJECTS) if index % 3)[:100]
 TASKS: dict[str, tuple[str, ...]] = {
     "owl": ("owl",),
     "Noto": ("the style of Noto",),
     "10 objects": TEN,
     BARE: TEN,
     "50 objects": FIFTY,
+    "100 objects": HUNDRED,
+    "2 artists": ("the style of Noto", "the style of Blob"),
 }
 SETUPS = {
     "owl": (BASE, "twin", *ONE),
@@ -66,6 +70,8 @@ SETUPS = {
     "10 objects": (BASE, *MANY),
     BARE: (BASE, "uce", "uce:rows=last"),
     "50 objects": (BASE, *MANY),
+    "100 objects": (BASE, *CLOSED),
+    "2 artists": (BASE, *CLOSED),
 }
 GROUPS = ("name", "synonym", "implicit", "kept neighbours", "other neighbours", "far objects", "other artists")
 IMAGES, SEED = 40, 31
@@ -79,7 +85,9 @@ def erased(task: str) -> list[concepts.Concept]:
 
 
 def spread(rows: list[tuple[str, str]], count: int = IMAGES) -> list[tuple[str, str]]:
-    """``count`` of the rows, from the first on and over again."""
+    """``count`` of the rows at equal distances; of fewer rows, all of them over and over again."""
+    if len(rows) > count:
+        return [rows[index * len(rows) // count] for index in range(count)]
     return list(islice(cycle(rows), count)) if rows else []
 
 
@@ -91,7 +99,7 @@ def questions(task: str) -> list[Question]:
     for item in items:
         label = label_of(item)
         if label in ARTISTS:
-            objects, others = far_objects("", 24), [artist for artist in ARTISTS if artist != label]
+            objects, others = far_objects("", 24), [artist for artist in ARTISTS if artist not in labels]
             rows["name"] += [(prompt(name, i, label), label) for i, name in enumerate(objects)]
             rows["other artists"] += [
                 (prompt(name, i, others[i % len(others)]), others[i % len(others)]) for i, name in enumerate(objects)
@@ -130,10 +138,11 @@ def painted_after(
     base: Model, setup: str, items: list[concepts.Concept], panel: list[Question], row: dict[str, Any]
 ) -> np.ndarray:
     """The pictures of ``panel`` after ``setup`` erased the concepts; time and memory of solving go into ``row``."""
-    step = settings.settle([recipe.parse_named_options(setup)], items, settings.defaults_of(base))[0].step
     view, began, walled = base, time.process_time(), time.perf_counter()
-    for edit in step.solve_all(view, items, Context(seed=SEED)):
-        view = view.with_edit(edit)
+    for use in map(recipe.parse_named_options, setup.split("+")):
+        step = settings.settle([use], items, settings.defaults_of(base))[0].step
+        for edit in step.solve_all(view, items, Context(seed=SEED)):
+            view = view.with_edit(edit)
     row["seconds"], row["wall"] = time.process_time() - began, time.perf_counter() - walled
     row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     with tempfile.TemporaryDirectory() as folder:

@@ -110,6 +110,20 @@ def test_a_build_from_flags_prints_where_and_whether(run: Any, random_folder: Pa
     assert run("diff", "out", "again").stdout.splitlines()[-1] == "no tensor differs"
 
 
+def test_a_plan_names_kept_phrases_that_lie_near_to_erased_ones(run: Any) -> None:
+    plain = run("plan", "glyphs", "-e", "star", "--json")
+    near = run("plan", "glyphs", "-e", "star", "--apart", "--json")
+    assert near.exit_code == 0, near.output
+    pairs = json.loads(near.stdout)["apart"]
+    assert {pair["erased"] for pair in pairs} >= {"star"} and all(0 < pair["angle"] < 120 for pair in pairs)
+    assert "apart" not in json.loads(plain.stdout)
+    text = run("plan", "glyphs", "-e", "star", "--apart").stdout
+    assert f"{pairs[0]['erased']}" in text and f"{pairs[0]['angle']:.0f} degrees" in text
+    Path("bare.toml").write_text('name = "bare"\nerase = ["star"]\n')
+    assert "no phrase is kept" in run("plan", "glyphs", "-e", "bare.toml", "--apart").stdout
+    assert "apart" not in run("plan", "glyphs", "-e", "star").stdout
+
+
 def test_a_plan_as_text_and_as_json(run: Any, random_folder: Path) -> None:
     arguments = ("plan", random_folder, "-e", "star", "-p", "uce:rows=last", "-t", "onnx")
     text = run(*arguments)

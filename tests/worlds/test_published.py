@@ -11,7 +11,7 @@ import torch
 from erasec.errors import ErasecError
 from erasec.worlds import published, train
 from erasec.worlds.base import open_world
-from erasec.worlds.train import Work
+from erasec.worlds.work import Work
 
 
 def work_in(folder: Path) -> Work:

@@ -15,6 +15,7 @@ from erasec.model.loading import bundled_folder
 from erasec.recipe.presets import read_presets
 from erasec.worlds import assemble, fit, train
 from erasec.worlds.base import open_world
+from erasec.worlds.work import Work
 
 
 class Stopped(Exception):
@@ -92,7 +93,7 @@ def test_the_text_stage_trains_on_captions_that_are_written_anew(
 
     def losses(reword: Any) -> list[float]:
         world = replace(open_world("glyphs", None), reword=reword)
-        work = train.Work(world, tmp_path, "cpu", scale=0.001)
+        work = Work(world, tmp_path, "cpu", scale=0.001)
         found: list[float] = []
 
         def first(folder: Path, steps: int, peak: float, optimizer: Any, parts: Any, loss: Any, seed: int) -> None:
@@ -104,7 +105,7 @@ def test_the_text_stage_trains_on_captions_that_are_written_anew(
         train.stage_text(work)
         return found
 
-    train.run_stage(train.Work(open_world("glyphs", None), tmp_path, "cpu", scale=0.001), "render")
+    train.run_stage(Work(open_world("glyphs", None), tmp_path, "cpu", scale=0.001), "render")
     plain, same, other = losses(None), losses(lambda rng, text: text), losses(lambda rng, text: text[::-1])
     assert plain == same
     assert plain != other
