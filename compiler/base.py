@@ -43,6 +43,7 @@ Role = Literal["model", "control", "base", "twin", "random"]
 class Context:
     """How a build runs: the device, as torch names it, and the seed of every random draw.
 
+    ``side`` is the longest side in pixels of pictures that a UNet is run on; 0 is the size it was trained on.
     ``judges`` are the judges that the recipe names. A pass that needs a judge while it trains must not get the one that
     decides the checks (see ``erasec.selection``).
     """
@@ -50,6 +51,7 @@ class Context:
     device: str = "cpu"
     seed: int = 0
     judges: tuple[str, ...] = ()
+    side: int = 0
 
 
 @dataclass(frozen=True)

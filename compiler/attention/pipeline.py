@@ -13,7 +13,7 @@ import torch
 
 from erasec.attention.batches import FIX, in_batches
 from erasec.attention.processors import attach, call_state
-from erasec.attention.sampling import LARGE, PIPELINES, unsupported
+from erasec.attention.sampling import LARGE, PIPELINES, fit_side, unsupported
 from erasec.attention.sampling import Sampling as Sampling
 from erasec.checkpoint.configs import described_by, read_index
 from erasec.checkpoint.folder import only_variant
@@ -206,9 +206,6 @@ def _size(pipe: Any, side: int) -> dict[str, int]:
         return {}
     native = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
     height, width = native if isinstance(native, (list, tuple)) else (native, native)
-    height, width = height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
-    if max(height, width) <= side:
-        return {}
-    # Multiples of 64 pixels suit every family: a latent of eight, three halvings in the UNet.
-    scale = side / max(height, width)
-    return {"height": max(64, int(height * scale) // 64 * 64), "width": max(64, int(width * scale) // 64 * 64)}
+    own = height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+    smaller = fit_side(*own, side)
+    return {} if smaller == own else {"height": smaller[0], "width": smaller[1]}

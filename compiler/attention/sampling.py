@@ -35,6 +35,17 @@ class Sampling:
         return f"{self.dtype} on {self.device.partition(':')[0]}"
 
 
+def fit_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width in pixels of a picture whose longest side is at most ``side``; 0 is no limit.
+
+    Smaller pictures have multiples of 64 pixels, which suit every family: a latent of eight, halved three times.
+    """
+    if not side or max(height, width) <= side:
+        return height, width
+    scale = side / max(height, width)
+    return max(64, int(height * scale) // 64 * 64), max(64, int(width * scale) // 64 * 64)
+
+
 def unsupported(name: object) -> str:
     """Why erasec cannot make pictures with a pipeline of the class ``name``; "" where it can."""
     if name in PIPELINES:

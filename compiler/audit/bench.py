@@ -38,12 +38,14 @@ TARGETS = 64  # pictures of the concept by the base, from which attacks learn
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are painted: ``images`` for each variant and subject, in ``steps`` steps, with ``guidance``."""
+    """How pictures are painted: ``images`` for each variant and subject, in ``steps`` steps, with ``guidance``, and at
+    most ``size`` pixels wide and high; 0 is the size of the model."""
 
     images: int = 20
     steps: int = 15
     guidance: float = 4.0
     seed: int = 0
+    size: int = 0
 
 
 @dataclass

@@ -31,6 +31,10 @@ def audit(
     ] = None,
     budget: Annotated[float, typer.Option("--budget", min=0, help="minutes after which no probe is begun")] = 0.0,
     images: Annotated[int, typer.Option("--images", min=0, help="pictures per rate; 0 is that of the suite")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="steps of sampling; 0 is those of the build")] = 0,
+    size: Annotated[
+        int, typer.Option("--size", min=0, help="longest side of pictures in pixels; 0 is the size of the model")
+    ] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default NAME.audit")] = None,
     device: DEVICE = None,
     seed: SEED = None,
@@ -59,6 +63,8 @@ def audit(
             limits=parse_limits(limit) if limit else None,
             minutes=budget,
             images=images,
+            steps=steps,
+            size=size,
             device=device or "auto",
             seed=seed,
             revision=revision,

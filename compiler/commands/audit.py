@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of an audit; "", () and None leave a value to the build that is audited, or to the suite."""
+    """What a user asks of an audit; "", (), 0 and None leave a value to the build that is audited, or to the suite."""
 
     model: str
     base: str = ""
@@ -52,6 +52,8 @@ class Request:
     limits: Mapping[str, float] | None = None
     minutes: float = 0.0
     images: int = 0
+    steps: int = 0
+    size: int = 0
     device: str = "auto"
     seed: int | None = None
     revision: str | None = None
@@ -84,7 +86,7 @@ def audit(request: Request, out: Path) -> AuditReport:
         request = replace(request, seed=recipe.seed if recipe else 0)
     if not request.judges and recipe:
         request = replace(request, judges=recipe.judges)
-    context = Context(find_device(request.device), request.seed or 0, request.judges)
+    context = Context(find_device(request.device), request.seed or 0, request.judges, request.size)
     model = _load_or_none(audited.path, request)
     base, notes = _base(request, audited)
     concept = _concept(concept_name, audited, base or model)
@@ -139,6 +141,7 @@ def _examine(
         settings={
             "images": settings.images,
             "steps": settings.steps,
+            "size": settings.size,
             "guidance": settings.guidance,
             "seed": settings.seed,
             "device": context.device,
@@ -291,6 +294,10 @@ def _twin(request: Request, base: Model | None, scorer: Judge, concept: Concept)
 def _subjects(
     request: Request, audited: Built, model: Model | None, base: Model | None, twin: str, context: Context
 ) -> dict[Role, Pictured]:
+    if model is None and request.size:
+        raise ErasecError(
+            "--size is for models of torch", why="a folder of graphs has its own size", fix="leave out --size"
+        )
     subjects: dict[Role, Pictured] = {
         "model": Subject("model", model, context) if model is not None else Runtime("model", Path(audited.path))
     }
@@ -306,7 +313,8 @@ def _subjects(
 def _settings(request: Request, audited: Built, images: int) -> Settings:
     """The settings of sampling are those of the build's checks, so that its rates can be compared."""
     checks = audited.recipe.checks if audited.recipe else Limits()
-    return Settings(request.images or images, checks.steps, checks.guidance, request.seed or 0)
+    steps = request.steps or checks.steps
+    return Settings(request.images or images, steps, checks.guidance, request.seed or 0, request.size)
 
 
 def _described(subject: Pictured, name: str) -> dict[str, str]:

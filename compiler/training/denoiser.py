@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from erasec.attention.processors import attach
-from erasec.attention.sampling import LARGE
+from erasec.attention.sampling import LARGE, fit_side
 from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.folder import downscale, trained_size
 from erasec.errors import ErasecError
@@ -107,9 +107,12 @@ class Denoiser:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents, from the UNet's config."""
+        """Channels, height and width of the latents: those of the UNet's config, or fewer with a ``side``."""
         config = self.model.source.config("unet")
-        return config["in_channels"], *trained_size(config)
+        factor = downscale(self.model.source.config("vae"))
+        height, width = trained_size(config)
+        height, width = fit_side(factor * height, factor * width, self.context.side)
+        return config["in_channels"], height // factor, width // factor
 
     @property
     def size(self) -> int:

@@ -1,7 +1,9 @@
-"""A subject with tokens of its own: they are added once, also where text encoders are shared or released."""
+"""A subject: tokens of its own are added once, and a side limits the size of its pictures."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,3 +41,19 @@ def test_two_subjects_may_share_the_text_encoder_of_a_view(random_folder: Path) 
     assert torch.equal(*states)
     alone = Subject("model", replace(load(str(random_folder)), edits=model.edits), Context())
     assert torch.equal(alone.states([f"a {NAME}"]), states[0])
+
+
+def test_a_side_shrinks_what_the_denoiser_runs_on(random_folder: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(random_folder, large)
+    path = large / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "sample_size": 4 * config["sample_size"]}))
+    model = load(str(large))
+    whole, half, tiny = (Subject("model", model, Context(side=side)) for side in (0, 128, 1))
+    factor = whole.denoiser.size // whole.denoiser.shape[1]
+    assert whole.noise([1]).shape[2:] == (4 * config["sample_size"],) * 2
+    assert half.noise([1]).shape[2] == 128 // factor and tiny.noise([1]).shape[2] == 64 // factor
+    pictures = half.pictures(["a star"], [1], 1, 1.0)
+    assert pictures.shape == (1, 128, 128, 3)
+    assert half.encode(pictures).shape[2] == 128 // factor

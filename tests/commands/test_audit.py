@@ -52,6 +52,15 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+def test_the_size_of_graphs_is_their_own(tmp_path: Path) -> None:
+    graphs = tmp_path / "onnx" / "unet"
+    graphs.mkdir(parents=True)
+    (graphs / "model.onnx").write_bytes(b"")
+    with pytest.raises(ErasecError, match="--size is for models of torch"):
+        audit(request(model=str(tmp_path / "onnx"), size=64), tmp_path / "audit")
+    assert not (tmp_path / "audit").exists()
+
+
 def test_a_limit_is_a_share() -> None:
     assert parse_limits(["prompts=0.05", "noised/empty prompt, from t = 595=1"]) == {
         "prompts": 0.05,
