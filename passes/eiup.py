@@ -95,8 +95,8 @@ class Eiup(Pass):
 
 def check_family(model: Model) -> None:
     """Raise ErasecError for a family whose pipeline reads no memories."""
-    if not model.family.trainable:
-        trainable = [family.title for family in FAMILIES.values() if family.trainable]
+    if not model.family.trainable or model.family.pooled is not None:
+        trainable = [family.title for family in FAMILIES.values() if family.trainable and family.pooled is None]
         raise ErasecError(
             f"eiup does not fit a model of the family {model.family.name}",
             why=f"only the denoisers of {' and '.join(trainable)} read memories",

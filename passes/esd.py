@@ -75,7 +75,7 @@ class Esd(Learned):
                 return not cross and not site.key.startswith(HEADS)
             return self.train == "full" or cross == (self.train == "x")
 
-        return trainable(model, selects, self.rank)
+        return trainable(model, selects, self.rank, pooled=True)
 
     def work(self, model: Model, concept: Concept) -> Work:
         bank = sampling(self.trajectories, self.sample_steps, self.guidance)

@@ -99,7 +99,7 @@ class SafeGen(Learned):
     )
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        return trainable(model, lambda site: site.attn == "self", self.rank)
+        return trainable(model, lambda site: site.attn == "self", self.rank, pooled=True)
 
     def work(self, model: Model, concept: Concept) -> Work:
         work = self.reads(model, concept, 2 * self.images) + Work(encoded=3 * self.images)

@@ -116,7 +116,7 @@ class Steer(Learned):
         def selects(site: Site) -> bool:
             return site.attn == "self" or (site.attn, site.proj) == ("cross", "q")
 
-        return trainable(model, selects, self.rank)
+        return trainable(model, selects, self.rank, pooled=True)
 
     def part(self) -> slice:
         """The steps of a trajectory that are steered."""

@@ -20,6 +20,7 @@ from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar
 from erasec.runtime.bundle import open_bundle
 from erasec.runtime.schedulers import make_scheduler
+from erasec.training.base import check_trainable
 from erasec.training.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Subject(Pictured):
     """
 
     def __init__(self, role: str, model: Model, context: Context) -> None:
+        check_trainable(model)
         self.role, self.model, self.context = role, model, context
         self.device = torch.device(context.device)
         self._states: dict[str, Tensor] = {}

@@ -114,12 +114,12 @@ def sampling(count: int, steps: int, guidance: float, scored: bool = True) -> Wo
     return Work(rows=rows + scores, calls=math.ceil(count / SAMPLED) * rows / count + scores / SAMPLED)
 
 
-def trainable(model: Model, selects: Callable[[Site], bool], rank: int = 0) -> tuple[Site, ...]:
+def trainable(model: Model, selects: Callable[[Site], bool], rank: int = 0, pooled: bool = False) -> tuple[Site, ...]:
     """The parameters of the denoiser that ``selects`` is true of; with a ``rank`` above 0 only matrices.
 
-    Raises ErasecError for a family whose denoiser cannot be trained.
+    Raises ErasecError for a family whose denoiser cannot be trained (see ``check_trainable``).
     """
-    check_trainable(model)
+    check_trainable(model, pooled)
     return tuple(
         site
         for site in model.parameters
@@ -132,15 +132,19 @@ def networks(denoiser: Denoiser) -> Mapping[str, Any]:
     return {denoiser.model.family.denoiser: denoiser.unet}
 
 
-def check_trainable(model: Model) -> None:
-    """Raise ErasecError for a family whose denoiser erasec cannot train."""
-    if not model.family.trainable:
-        trainable = [family.title for family in FAMILIES.values() if family.trainable]
-        raise ErasecError(
-            f"a model of the family {model.family.name} cannot be trained here",
-            why=f"learned passes run the denoisers of {' and '.join(trainable)}",
-            fix="choose a closed-form pass: erasec list passes",
-        )
+def check_trainable(model: Model, pooled: bool = False) -> None:
+    """Raise ErasecError for a family whose denoiser erasec cannot train; ``pooled`` allows for one that reads a pooled
+    text state besides its token states."""
+    family = model.family
+    if family.trainable and (pooled or family.pooled is None):
+        return
+    titles = [each.title for each in FAMILIES.values() if each.trainable and (pooled or each.pooled is None)]
+    why = f"learned passes run the denoisers of {' and '.join(titles)}"
+    fix = "choose a closed-form pass: erasec list passes"
+    if family.trainable:
+        why = f"it works with token states alone, and {family.title} reads a pooled text state as well"
+        fix = "choose esd, trce or safegen, or a closed-form pass: erasec list passes"
+    raise ErasecError(f"a model of the family {family.name} cannot be trained here", why=why, fix=fix)
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,13 @@ class Trajectories:
 class Denoiser:
     """The UNet of a model on the device of ``context``, frozen. Raises ErasecError for a family that cannot be trained.
 
-    Networks are loaded when they are first used.
+    Where the UNet reads a pooled text state besides token states, as that of Stable Diffusion XL, text states have a
+    further row with it, padded with zeros: so passes choose, mix and record both together. Networks are loaded when
+    they are first used.
     """
 
     def __init__(self, model: Model, context: Context) -> None:
-        check_trainable(model)
+        check_trainable(model, pooled=True)
         self.model, self.context = model, context
         self.device = torch.device(context.device)
         self.measures = measures_of(context)
@@ -120,10 +122,31 @@ class Denoiser:
         return int(self.shape[1] * downscale(self.model.source.config("vae")))
 
     def states(self, prompts: Sequence[str]) -> Tensor:
-        """Text states (n, t, d) of prompts for the UNet, float32 on the device. Each prompt is encoded once."""
+        """Text states (n, t, d) of prompts for the UNet, float32 on the device. Each prompt is encoded once.
+
+        Those of the empty prompt are zeros where the pipeline of the model makes them zeros.
+        """
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]:
-            self._states.update(zip(missing, self.model.encode(missing).states, strict=True))
+            self._states.update(zip(missing, self._encode(missing), strict=True))
         return torch.stack([self._states[prompt] for prompt in prompts]).to(self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        states, pooled = self.model.encode(prompts).states, self.model.pooled(prompts)
+        if pooled is None:
+            return states
+        row = torch.nn.functional.pad(pooled, (0, states.shape[2] - pooled.shape[1]))
+        rows = torch.cat([states, row[:, None]], 1)
+        if self.model.source.config("", "model_index.json").get("force_zeros_for_empty_prompt"):
+            rows[[number for number, prompt in enumerate(prompts) if not prompt]] = 0
+        return rows
+
+    @cached_property
+    def _picture(self) -> Tensor:
+        """What a UNet that reads a pooled text state reads of the picture, (1, 6): the size before it was cropped, the
+        corner of the crop, and the size after it (Podell et al., 2023, section 2.2)."""
+        factor = downscale(self.model.source.config("vae"))
+        size = [factor * side for side in self.shape[1:]]
+        return torch.tensor([[*size, 0.0, 0.0, *size]], device=self.device)
 
     @cached_property
     def bfloat16(self) -> bool:
@@ -156,8 +179,16 @@ class Denoiser:
         )
 
     def _predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        more: dict[str, Any] = {}
+        if self.model.family.pooled is not None:
+            states, row = states[:, :-1], states[:, -1]
+            picture = self._picture.expand(len(row), -1)
+            added = self.unet.config.projection_class_embeddings_input_dim
+            width = added - picture.shape[1] * self.unet.config.addition_time_embed_dim
+            more["added_cond_kwargs"] = {"text_embeds": row[:, :width], "time_ids": picture}
         with self.autocast():
-            prediction: Tensor = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+            output = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False, **more)
+        prediction: Tensor = output[0]
         return prediction.float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
