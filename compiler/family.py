@@ -214,11 +214,11 @@ class Family:
     ``components`` hold the weights. A folder may lack those in ``optional``; the text states then omit their rows.
     ``denoiser`` is the component that predicts, ``denoiser_class`` its class in diffusers. ``attentions`` maps an
     attention module to its matrices, and each matrix to (what it attends to, what it computes). ``embeddings`` maps
-    further matrices that read text to what they embed. ``pooled`` is a state that the denoiser reads besides its
-    streams, with the size of the picture, to embed both with the timestep. If ``trainable``, learned passes can run the
-    denoiser; those that change what reads token states need one without ``pooled``. ``graphs`` are the ONNX graphs that
-    can be exported. ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files. ``presets`` are
-    options of passes that suit its models (see ``erasec.recipe.presets``).
+    further matrices that read text to what they embed. ``pooled`` names the stream that the denoiser embeds with the
+    size of the picture and the timestep, where it has one besides token states. If ``trainable``, learned passes can
+    run the denoiser; some of them need one without ``pooled``. ``graphs`` are the ONNX graphs that can be exported.
+    ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files. ``presets`` are options of passes that
+    suit its models (see ``erasec.recipe.presets``).
     """
 
     name: str
@@ -231,7 +231,7 @@ class Family:
     attentions: Mapping[str, Mapping[str, tuple[str, str]]]
     embeddings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
-    pooled: Part | None = None
+    pooled: str = ""
     trainable: bool = False
     graphs: tuple[str, ...] = ()
     hub: Mapping[str, str] = field(default_factory=dict)

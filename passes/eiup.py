@@ -95,8 +95,8 @@ class Eiup(Pass):
 
 def check_family(model: Model) -> None:
     """Raise ErasecError for a family whose pipeline reads no memories."""
-    if not model.family.trainable or model.family.pooled is not None:
-        trainable = [family.title for family in FAMILIES.values() if family.trainable and family.pooled is None]
+    if not model.family.trainable or model.family.pooled:
+        trainable = [family.title for family in FAMILIES.values() if family.trainable and not family.pooled]
         raise ErasecError(
             f"eiup does not fit a model of the family {model.family.name}",
             why=f"only the denoisers of {' and '.join(trainable)} read memories",

@@ -115,14 +115,21 @@ def edited_sites(model: Model) -> tuple[Site, ...]:
 
 
 def check_lora_sites(sites: Iterable[Site]) -> tuple[Site, ...]:
-    """The sites, sorted. Raises ErasecError for a site whose change no LoRA can hold: it is no matrix of a layer, or
-    not in the denoiser."""
+    """The sites, sorted. Raises ErasecError for a site whose change no LoRA can hold: it is no matrix of a layer, not
+    in the denoiser, or one that readers of LoRA files leave out."""
     sites = sorted(sites)
     if others := [site for site in sites if len(site.shape) != 2 or not site.key.endswith(".weight")]:
         raise ErasecError(
             f"the change of {others[0].key} cannot be written as a LoRA",
             why=f"its shape is {others[0].shape}, and LoRA files hold only changes of layers' matrices (d_out, d_in)",
             fix="train only matrices, as --pass esd:rank=16 does; or choose a target of all weights, such as hf",
+        )
+    if others := [site for site in sites if site.key.startswith("add_embedding.")]:
+        raise ErasecError(
+            f"the change of {others[0].key} cannot be written as a LoRA",
+            why="diffusers loads a LoRA of SDXL without the matrix of the pooled text state, and only warns",
+            fix="edit token states alone, as --pass uce:routes=tokens or esd:rank=16 do; or choose a target of all "
+            "weights, such as hf",
         )
     for site in sites:
         key_prefix(site)

@@ -37,7 +37,8 @@ class ClosedForm(Pass):
     regulariser: in units of the mean diagonal of the Gram matrix if ``relative``, else absolute as in the papers.
     ``prior`` is a file written by ``erasec prior``, or "everyday"; the captions it was built from are kept as well,
     with the weight ``prior_weight``. ``matrices`` edits only the keys ("k") or only the values ("v") of
-    cross-attention; it has no effect on other matrices.
+    cross-attention; it has no effect on other matrices. ``routes`` "tokens" leaves the matrix alone that reads the
+    pooled text state of sdxl, sd3 and flux, as publications on SDXL do; the concept then still comes through it.
 
     The published ridges are absolute, so that they mean something else for each number of rows and for text states of
     another size (the norm is about 28 in Stable Diffusion 1). The default is relative for that reason. Its value is
@@ -52,6 +53,7 @@ class ClosedForm(Pass):
     prior: str = ""
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
     matrices: Literal["kv", "k", "v"] = "kv"
+    routes: Literal["all", "tokens"] = "all"
 
     limits: ClassVar[str] = (
         "It is an invertible map of text states: anyone who has the published weights and the recipe can take it "
@@ -67,7 +69,9 @@ class ClosedForm(Pass):
         return tuple(site for sites in model.streams.values() for site in sites if self.chooses(site))
 
     def chooses(self, site: Site) -> bool:
-        """Whether the option ``matrices`` chooses a site."""
+        """Whether the options ``matrices`` and ``routes`` choose a site."""
+        if site.attn == "pooled":
+            return self.routes == "all"
         return site.attn != "cross" or site.proj in self.matrices
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:

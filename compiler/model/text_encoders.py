@@ -153,13 +153,6 @@ class TextEncoders:
             tuple(self.last_tokens(prompts, part) for part in stream.parts),
         )
 
-    @fixed_threads()
-    def pooled(self, prompts: Sequence[str], part: Part) -> Tensor:
-        """The pooled states (n, d) of prompts."""
-        import torch
-
-        return torch.cat([self._encoder_states(prompts, name, part)[:, 0] for name in part.encoders], 1)
-
     def _part_states(self, prompts: Sequence[str], part: Part, width: int) -> Tensor:
         """The states (n, t, width) of one part: those of its encoders side by side, padded with zeros."""
         import torch

@@ -247,11 +247,6 @@ class Model:
         """
         return self._text_encoders.last_tokens(prompts, self._stream(stream).parts[part])
 
-    def pooled(self, prompts: Sequence[str]) -> Tensor | None:
-        """The pooled states (n, d) that the denoiser reads besides its streams, float32; None where it reads none."""
-        part = self.family.pooled
-        return self._text_encoders.pooled(prompts, part) if part else None
-
     def encode(self, prompts: Sequence[str], stream: str = "context") -> Tokens:
         """The text states of prompts as the denoiser's sites of a stream get them, in float32."""
         return self._text_encoders.encode(prompts, self._stream(stream), self.streams[stream][0].shape[1])

@@ -136,9 +136,9 @@ def check_trainable(model: Model, pooled: bool = False) -> None:
     """Raise ErasecError for a family whose denoiser erasec cannot train; ``pooled`` allows for one that reads a pooled
     text state besides its token states."""
     family = model.family
-    if family.trainable and (pooled or family.pooled is None):
+    if family.trainable and (pooled or not family.pooled):
         return
-    titles = [each.title for each in FAMILIES.values() if each.trainable and (pooled or each.pooled is None)]
+    titles = [each.title for each in FAMILIES.values() if each.trainable and (pooled or not each.pooled)]
     why = f"learned passes run the denoisers of {' and '.join(titles)}"
     fix = "choose a closed-form pass: erasec list passes"
     if family.trainable:

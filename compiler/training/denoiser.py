@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 
+SIZES = 6  # numbers that a UNet of Stable Diffusion XL reads of the picture
+
+
 @dataclass(frozen=True)
 class Trajectories:
     """The record of sampling n prompts, float32 on the CPU.
@@ -131,14 +134,20 @@ class Denoiser:
         return torch.stack([self._states[prompt] for prompt in prompts]).to(self.device)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
-        states, pooled = self.model.encode(prompts).states, self.model.pooled(prompts)
-        if pooled is None:
+        states = self.model.encode(prompts).states
+        if not self.model.family.pooled:
             return states
-        row = torch.nn.functional.pad(pooled, (0, states.shape[2] - pooled.shape[1]))
-        rows = torch.cat([states, row[:, None]], 1)
+        pooled = self.model.encode(prompts, self.model.family.pooled).states[:, :, : self._pooled_width]
+        rows = torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[2] - self._pooled_width))], 1)
         if self.model.source.config("", "model_index.json").get("force_zeros_for_empty_prompt"):
             rows[[number for number, prompt in enumerate(prompts) if not prompt]] = 0
         return rows
+
+    @property
+    def _pooled_width(self) -> int:
+        """The width of the pooled text state; the sizes of the picture are embedded beside it."""
+        config = self.model.source.config("unet")
+        return int(config["projection_class_embeddings_input_dim"]) - SIZES * int(config["addition_time_embed_dim"])
 
     @cached_property
     def _picture(self) -> Tensor:
@@ -180,12 +189,10 @@ class Denoiser:
 
     def _predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
         more: dict[str, Any] = {}
-        if self.model.family.pooled is not None:
+        if self.model.family.pooled:
             states, row = states[:, :-1], states[:, -1]
             picture = self._picture.expand(len(row), -1)
-            added = self.unet.config.projection_class_embeddings_input_dim
-            width = added - picture.shape[1] * self.unet.config.addition_time_embed_dim
-            more["added_cond_kwargs"] = {"text_embeds": row[:, :width], "time_ids": picture}
+            more["added_cond_kwargs"] = {"text_embeds": row[:, : self._pooled_width], "time_ids": picture}
         with self.autocast():
             output = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False, **more)
         prediction: Tensor = output[0]

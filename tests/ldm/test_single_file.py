@@ -110,7 +110,7 @@ def test_a_plan_knows_its_size_and_sites(pair: tuple[Path, Path], tmp_path: Path
         plan.make_plan(Recipe(model=str(pair[1]), erase=("golf ball",)), tmp_path / "out", pin=False)
     )
     assert description["targets"][0]["bytes"] == pair[1].stat().st_size
-    assert len(description["passes"][0]["sites"]) in (32, 34)
+    assert len(description["passes"][0]["sites"]) in (32, 35)
 
 
 def saved(file: Path, out: Path, more: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> SingleFile:

@@ -145,6 +145,15 @@ def test_diffusers_loads_it_to_the_edited_sdxl_unet(tmp_path: Path) -> None:
     assert max(distance(changes[site.key], change(model, site)) for site in sites) < 1e-5
 
 
+def test_the_matrix_of_the_pooled_state_is_refused_because_readers_leave_it_out(tmp_path: Path) -> None:
+    random_models.random_folder(tmp_path / "sdxl", "sdxl", "tiny")
+    base = loading.load(str(tmp_path / "sdxl"))
+    with pytest.raises(ErasecError, match=r"add_embedding\.linear_1\.weight cannot be written") as caught:
+        Lora().accept(Uce().sites(base))
+    assert "uce:routes=tokens" in caught.value.fix
+    Lora().accept(Uce(routes="tokens").sites(base))
+
+
 def sd3_transformer() -> Any:
     from diffusers import SD3Transformer2DModel
 
