@@ -215,8 +215,9 @@ class Family:
     ``denoiser`` is the component that predicts, ``denoiser_class`` its class in diffusers. ``attentions`` maps an
     attention module to its matrices, and each matrix to (what it attends to, what it computes). ``embeddings`` maps
     further matrices that read text to what they embed. ``pooled`` names the stream that the denoiser embeds with the
-    size of the picture and the timestep, where it has one besides token states. If ``trainable``, learned passes can
-    run the denoiser; some of them need one without ``pooled``. ``graphs`` are the ONNX graphs that can be exported.
+    size of the picture and the timestep, where it has one besides token states. ``flow`` says that the denoiser
+    predicts velocities of a rectified flow. If ``trainable``, learned passes can run the denoiser; which of them do so
+    depends on ``pooled`` and ``flow``. ``graphs`` are the ONNX graphs that can be exported.
     ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files. ``presets`` are options of passes that
     suit its models (see ``erasec.recipe.presets``).
     """
@@ -232,6 +233,7 @@ class Family:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     pooled: str = ""
+    flow: bool = False
     trainable: bool = False
     graphs: tuple[str, ...] = ()
     hub: Mapping[str, str] = field(default_factory=dict)

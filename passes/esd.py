@@ -12,7 +12,7 @@ from pydantic import Field
 
 from erasec.base import Work
 from erasec.options import options
-from erasec.training.base import HEADS, Learned, networks, sampling, trainable
+from erasec.training.base import HEADS, SCOPED, Learned, networks, reads_text, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,12 +70,12 @@ class Esd(Learned):
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         def selects(site: Site) -> bool:
-            cross = site.attn == "cross"
+            cross = reads_text(site)
             if self.train == "noxattn":
                 return not cross and not site.key.startswith(HEADS)
             return self.train == "full" or cross == (self.train == "x")
 
-        return trainable(model, selects, self.rank, pooled=True)
+        return trainable(model, selects, self.rank, scope=SCOPED["esd"])
 
     def work(self, model: Model, concept: Concept) -> Work:
         bank = sampling(self.trajectories, self.sample_steps, self.guidance)

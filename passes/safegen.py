@@ -13,7 +13,7 @@ from pydantic import Field
 
 from erasec.base import Work
 from erasec.options import options
-from erasec.training.base import Learned, networks, sampling, trainable
+from erasec.training.base import SCOPED, Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -99,7 +99,7 @@ class SafeGen(Learned):
     )
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        return trainable(model, lambda site: site.attn == "self", self.rank, pooled=True)
+        return trainable(model, lambda site: site.attn == "self", self.rank, scope=SCOPED["safegen"])
 
     def work(self, model: Model, concept: Concept) -> Work:
         work = self.reads(model, concept, 2 * self.images) + Work(encoded=3 * self.images)

@@ -17,7 +17,7 @@ from erasec.closed_form.token_rows import erased_rows, goal_prompts
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.recipe.goals import ANOTHER_GOAL
-from erasec.training.base import Learned, networks, sampling, trainable
+from erasec.training.base import SCOPED, Learned, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +116,7 @@ class Steer(Learned):
         def selects(site: Site) -> bool:
             return site.attn == "self" or (site.attn, site.proj) == ("cross", "q")
 
-        return trainable(model, selects, self.rank, pooled=True)
+        return trainable(model, selects, self.rank, scope=SCOPED["trce"])
 
     def part(self) -> slice:
         """The steps of a trajectory that are steered."""

@@ -15,10 +15,11 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint.folder import downscale, trained_size
+from erasec.family import FAMILIES
 from erasec.ldm.tensor_names import canonical
 
 if TYPE_CHECKING:
-    from erasec.family import Shape
+    from erasec.family import Family, Shape
     from erasec.model.view import Model
 
 # Tables whose rows are looked up: embeddings of tokens and positions, in CLIP and in T5.
@@ -45,11 +46,52 @@ class Cost:
 
 
 def denoiser(model: Model) -> Cost:
-    """One row of the UNet at the size that it was trained on."""
+    """One row of the denoiser at the size that it was trained on."""
     config = model.source.config(model.family.denoiser)
     height, width = trained_size(config)
+    if "patch_size" in config:
+        patches = height * width // int(config["patch_size"]) ** 2
+        return _joint(_shapes(model, model.family.denoiser), patches, text_rows(FAMILIES[model.family.name]))
     depth = downscale(config).bit_length() - 1
     return _network(_shapes(model, model.family.denoiser), lambda key: _unet_scale(key, depth), height * width, TOKENS)
+
+
+def text_rows(family: Family) -> int:
+    """The rows of text states that the denoiser of a family reads."""
+    return sum(part.length or TOKENS for part in family.streams[0].parts)
+
+
+def _joint(shapes: Mapping[str, Shape], patches: int, tokens: int) -> Cost:
+    """The cost of a transformer with joint attention: blocks with one stream of ``patches`` and one of ``tokens``."""
+    operations, layers = 0.0, 0
+    saved: dict[str, float] = {}  # by block
+    inputs: dict[str, float] = {}
+    for key, shape in shapes.items():
+        if len(shape) == 1 or key.startswith("pos_embed.pos_embed"):
+            continue
+        positions = patches
+        if re.search(r"(^time_text_embed|norm\w*\.linear)\.", key):
+            positions = 1
+        elif re.search(r"(^context_embedder|\.add_\w_proj|\.to_add_out|\.ff_context\.)", key):
+            positions = tokens
+        block = _block(key)
+        operations += 2 * prod(shape) * positions
+        layers += 1
+        kept = positions * shape[1]
+        if re.search(r"\.attn2?\.(to_[qkv]|add_[qkv]_proj)\.", key):
+            kept = positions * shape[0]  # their common input, a modulated norm, is counted with the queries
+            if re.search(r"\.attn2?\.to_q\.", key):
+                rows = patches + (0 if ".attn2." in key else tokens)
+                operations += 4 * rows**2 * shape[0]
+                # The norm's output before and after its modulation, and what the attention returns.
+                kept += 3 * rows * shape[0]
+                inputs[block] = rows * shape[1]
+        elif ".net.0.proj." in key:
+            kept = positions * (2 * shape[1] + 2 * shape[0])  # a modulated norm, and the activation's input and output
+        saved[block] = saved.get(block, 0.0) + kept
+    total = sum(saved.values())
+    largest = max((size for block, size in saved.items() if block), default=0.0)
+    return Cost(operations, layers, total, min(total, saved.get("", 0.0) + sum(inputs.values()) + largest))
 
 
 def decoder(model: Model) -> Cost:

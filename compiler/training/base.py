@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ from erasec.options import options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from erasec.family import Site
+    from erasec.family import Family, Site
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
     from erasec.training.denoiser import Denoiser
@@ -28,8 +28,14 @@ if TYPE_CHECKING:
 
 MEASURE_EVERY = 25  # steps between two measurements of what searched text states recover
 SAMPLED = 16  # prompts that are sampled at once
+# What a learned pass can train: denoisers that read token states alone; also those that read a pooled text state, by a
+# schedule of noise; or any, that of a rectified flow included.
+Scope = Literal["tokens", "noise", "any"]
+SCOPED: dict[str, Scope] = {"esd": "any", "trce": "noise", "safegen": "noise"}  # those beyond token states
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
 HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")
+HEADS += ("proj_out.", "norm_out.", "time_text_embed.timestep_embedder.")  # those of Stable Diffusion 3
+FIXED = "pos_embed.pos_embed"  # a table of positions, which is no parameter
 
 
 @options
@@ -114,16 +120,21 @@ def sampling(count: int, steps: int, guidance: float, scored: bool = True) -> Wo
     return Work(rows=rows + scores, calls=math.ceil(count / SAMPLED) * rows / count + scores / SAMPLED)
 
 
-def trainable(model: Model, selects: Callable[[Site], bool], rank: int = 0, pooled: bool = False) -> tuple[Site, ...]:
+def trainable(
+    model: Model, selects: Callable[[Site], bool], rank: int = 0, scope: Scope = "tokens"
+) -> tuple[Site, ...]:
     """The parameters of the denoiser that ``selects`` is true of; with a ``rank`` above 0 only matrices.
 
     Raises ErasecError for a family whose denoiser cannot be trained (see ``check_trainable``).
     """
-    check_trainable(model, pooled)
+    check_trainable(model, scope)
     return tuple(
         site
         for site in model.parameters
-        if site.component == model.family.denoiser and selects(site) and (not rank or len(site.shape) == 2)
+        if site.component == model.family.denoiser
+        and site.key != FIXED
+        and selects(site)
+        and (not rank or len(site.shape) == 2)
     )
 
 
@@ -132,19 +143,34 @@ def networks(denoiser: Denoiser) -> Mapping[str, Any]:
     return {denoiser.model.family.denoiser: denoiser.unet}
 
 
-def check_trainable(model: Model, pooled: bool = False) -> None:
-    """Raise ErasecError for a family whose denoiser erasec cannot train; ``pooled`` allows for one that reads a pooled
-    text state besides its token states."""
-    family = model.family
-    if family.trainable and (pooled or not family.pooled):
-        return
-    titles = [each.title for each in FAMILIES.values() if each.trainable and (pooled or not each.pooled)]
-    why = f"learned passes run the denoisers of {' and '.join(titles)}"
-    fix = "choose a closed-form pass: erasec list passes"
-    if family.trainable:
-        why = f"it works with token states alone, and {family.title} reads a pooled text state as well"
-        fix = "choose esd, trce or safegen, or a closed-form pass: erasec list passes"
-    raise ErasecError(f"a model of the family {family.name} cannot be trained here", why=why, fix=fix)
+def check_trainable(model: Model, scope: Scope = "tokens") -> None:
+    """Raise ErasecError for a family whose denoiser a pass of this ``scope`` cannot train."""
+    if why := _obstacle(model.family, scope):
+        others = [name for name in SCOPED if not _obstacle(model.family, SCOPED[name])]
+        learned = f"{', '.join(others)}, or " if others else ""
+        raise ErasecError(
+            f"a model of the family {model.family.name} cannot be trained here",
+            why=why,
+            fix=f"choose {learned}a closed-form pass: erasec list passes",
+        )
+
+
+def reads_text(site: Site) -> bool:
+    """Whether a site is a matrix through which the picture reads text: cross-attention or, in joint attention, the
+    queries, keys and values of both streams."""
+    return site.attn == "cross" or (site.attn in ("joint", "context") and site.proj in ("q", "k", "v"))
+
+
+def _obstacle(family: Family, scope: Scope) -> str:
+    """Why a pass of this scope cannot train the denoiser of a family; "" where it can."""
+    if not family.trainable:
+        titles = [each.title for each in FAMILIES.values() if each.trainable]
+        return f"learned passes run the denoisers of {', '.join(titles[:-1])} and {titles[-1]}"
+    if family.flow and scope != "any":
+        return f"it needs a schedule of noise, and {family.title} follows a rectified flow"
+    if family.pooled and scope == "tokens":
+        return f"it works with token states alone, and {family.title} reads a pooled text state as well"
+    return ""
 
 
 @dataclass(frozen=True)

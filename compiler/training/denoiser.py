@@ -20,17 +20,17 @@ from erasec.attention.sampling import LARGE, fit_side
 from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.folder import downscale, trained_size
 from erasec.errors import ErasecError
+from erasec.family import FAMILIES
 from erasec.model.networks import load_network
+from erasec.model.operations import text_rows
 from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar, disable_library_bars
 from erasec.training.base import SAMPLED, TrainingContext, check_trainable, measures_of
+from erasec.training.calls import CALLS, pooled_width
 
 if TYPE_CHECKING:
     from erasec.base import Context
     from erasec.model.view import Model
-
-
-SIZES = 6  # numbers that a UNet of Stable Diffusion XL reads of the picture
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,17 @@ class Trajectories:
 
 
 class Denoiser:
-    """The UNet of a model on the device of ``context``, frozen. Raises ErasecError for a family that cannot be trained.
+    """The denoiser of a model on the device of ``context``, frozen: a UNet, or the transformer of Stable Diffusion 3.
 
-    Where the UNet reads a pooled text state besides token states, as that of Stable Diffusion XL, text states have a
-    further row with it, padded with zeros: so passes choose, mix and record both together. Networks are loaded when
-    they are first used.
+    Where it reads a pooled text state besides token states, text states have a further row with it, padded with zeros:
+    so passes choose, mix and record both together. A denoiser of a rectified flow has no schedule of noise: only
+    ``states``, ``predict``, ``draw``, ``sample``, ``encode`` and ``decode`` are for it, its timesteps are 1000 sigma,
+    and its predictions velocities, noise minus picture. Networks are loaded when they are first used. Raises
+    ErasecError for a family that cannot be trained.
     """
 
     def __init__(self, model: Model, context: Context) -> None:
-        check_trainable(model, pooled=True)
+        check_trainable(model, "any")
         self.model, self.context = model, context
         self.device = torch.device(context.device)
         self.measures = measures_of(context)
@@ -68,7 +70,8 @@ class Denoiser:
     def unet(self) -> Any:
         unet = load_network(self.model, self.model.family.denoiser, self.model.family.denoiser_class).to(self.device)
         extras = gather_extras(self.model.edits, read_extras(self.model.source.root))
-        attach(unet, extras.memories, self.steps)
+        if extras.memories:
+            attach(unet, extras.memories, self.steps)
         if self.bfloat16:  # enough for frozen tensors; Student holds those that it trains in float32
             unet = unet.to(torch.bfloat16)
         # Without a limit of memory, only large models compute activations again: for small ones that would be slower.
@@ -112,8 +115,8 @@ class Denoiser:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents: those of the UNet's config, or fewer with a ``side``."""
-        config = self.model.source.config("unet")
+        """Channels, height and width of the latents: those of the network's config, or fewer with a ``side``."""
+        config = self.model.source.config(self.model.family.denoiser)
         factor = downscale(self.model.source.config("vae"))
         height, width = trained_size(config)
         height, width = fit_side(factor * height, factor * width, self.context.side)
@@ -137,25 +140,18 @@ class Denoiser:
         states = self.model.encode(prompts).states
         if not self.model.family.pooled:
             return states
+        # In place of a text encoder that a folder lacks, pipelines read zeros.
+        lacking = text_rows(FAMILIES[self.model.family.name]) - text_rows(self.model.family)
+        states = torch.nn.functional.pad(states, (0, 0, 0, lacking))
         pooled = self.model.encode(prompts, self.model.family.pooled).states[:, :, : self._pooled_width]
         rows = torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[2] - self._pooled_width))], 1)
         if self.model.source.config("", "model_index.json").get("force_zeros_for_empty_prompt"):
             rows[[number for number, prompt in enumerate(prompts) if not prompt]] = 0
         return rows
 
-    @property
-    def _pooled_width(self) -> int:
-        """The width of the pooled text state; the sizes of the picture are embedded beside it."""
-        config = self.model.source.config("unet")
-        return int(config["projection_class_embeddings_input_dim"]) - SIZES * int(config["addition_time_embed_dim"])
-
     @cached_property
-    def _picture(self) -> Tensor:
-        """What a UNet that reads a pooled text state reads of the picture, (1, 6): the size before it was cropped, the
-        corner of the crop, and the size after it (Podell et al., 2023, section 2.2)."""
-        factor = downscale(self.model.source.config("vae"))
-        size = [factor * side for side in self.shape[1:]]
-        return torch.tensor([[*size, 0.0, 0.0, *size]], device=self.device)
+    def _pooled_width(self) -> int:
+        return pooled_width(self.model.source.config(self.model.family.denoiser))
 
     @cached_property
     def bfloat16(self) -> bool:
@@ -188,14 +184,11 @@ class Denoiser:
         )
 
     def _predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        more: dict[str, Any] = {}
+        pooled = None
         if self.model.family.pooled:
-            states, row = states[:, :-1], states[:, -1]
-            picture = self._picture.expand(len(row), -1)
-            more["added_cond_kwargs"] = {"text_embeds": row[:, : self._pooled_width], "time_ids": picture}
+            states, pooled = states[:, :-1], states[:, -1, : self._pooled_width]
         with self.autocast():
-            output = self.unet(latents, timesteps, encoder_hidden_states=states, return_dict=False, **more)
-        prediction: Tensor = output[0]
+            prediction = CALLS[self.model.family.denoiser_class](self.unet, latents, timesteps, states, pooled)
         return prediction.float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -233,28 +226,26 @@ class Denoiser:
         title: str = "trajectories",
         until: int = 0,
     ) -> Trajectories:
-        """Sample n prompts by deterministic DDIM (Song et al., arXiv:2010.02502) with classifier-free guidance.
+        """Sample n prompts by deterministic DDIM (Song et al., arXiv:2010.02502), or by Euler steps along a rectified
+        flow, with classifier-free guidance.
 
         ``seeds`` (n,) draw the initial noise. With ``until`` above 0, sampling ends after so many of the
         ``sample_steps`` steps. ``batch`` is the number of prompts that are sampled at once, and ``title`` the label of
         the progress bar.
         """
-        from diffusers import DDIMScheduler
-
-        config = self.model.source.config("scheduler", "scheduler_config.json")
-        with described_by("scheduler", self.model.source.root):
-            scheduler = DDIMScheduler.from_config(dict(config), clip_sample=False)
+        scheduler = self._sampler()
         scheduler.set_timesteps(sample_steps)
         timesteps = scheduler.timesteps[: until or None]
         parts: list[tuple[Tensor, ...]] = []
         with bar(title, len(prompts) * len(timesteps)) as advance:
             for start in range(0, len(prompts), batch):
+                scheduler.set_timesteps(sample_steps)  # those of flows count their steps
                 latents = self.draw(seeds[start : start + batch])
                 text = self.states(prompts[start : start + batch])
                 empty = self.states([""]).expand_as(text)
                 record: tuple[list[Tensor], ...] = ([], [], [])
                 for timestep in timesteps:
-                    repeated = torch.full((len(latents),), int(timestep), device=self.device)
+                    repeated = timestep.to(self.device).expand(len(latents))
                     prediction = self.predict(latents, repeated, text)
                     unconditional = self.predict(latents, repeated, empty) if guidance != 1 else prediction
                     for values, value in zip(record, (latents, prediction, unconditional), strict=True):
@@ -267,19 +258,38 @@ class Denoiser:
         unconditional = unconditional[:, : 0 if guidance == 1 else None]
         return Trajectories(latents, timesteps.clone(), final, predictions, unconditional)
 
+    def _sampler(self) -> Any:
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+        config = dict(self.model.source.config("scheduler", "scheduler_config.json"))
+        with described_by("scheduler", self.model.source.root):
+            if not self.model.family.flow:
+                return DDIMScheduler.from_config(config, clip_sample=False)
+            if config.get("use_dynamic_shifting"):
+                raise ErasecError(
+                    "a model whose schedule depends on the size of the picture cannot be trained here",
+                    why="its scheduler has use_dynamic_shifting",
+                    fix="choose a closed-form pass: erasec list passes",
+                )
+            return FlowMatchEulerDiscreteScheduler.from_config(config)
+
     @torch.no_grad()
     def encode(self, images: Tensor, batch: int = 16) -> Tensor:
         """Latents (n, c, h, w) of images (n, 3, H, W) in [-1, 1]: the means of the VAE's distributions, scaled."""
         scale = self.vae.config.scaling_factor
         batch = min(batch, self.measures.rows or batch)
         parts = [self.vae.encode(part.to(self.device)).latent_dist.mean for part in images.split(batch)]
-        latents: Tensor = torch.cat(parts) * scale
+        latents: Tensor = (torch.cat(parts) - self._shift) * scale
         return latents
+
+    @property
+    def _shift(self) -> float:
+        return float(getattr(self.vae.config, "shift_factor", None) or 0.0)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
         """Images (n, 3, H, W) in [-1, 1] of latents (n, c, h, w)."""
         scale = self.vae.config.scaling_factor
         batch = min(batch, self.measures.rows or batch)
-        parts = [self.vae.decode(part.to(self.device) / scale).sample for part in latents.split(batch)]
+        parts = [self.vae.decode(part.to(self.device) / scale + self._shift).sample for part in latents.split(batch)]
         return torch.cat(parts).clamp(-1, 1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import random_models
 import torch
+from joint_models import pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,3 +105,21 @@ def test_saved_values_are_those_that_torch_keeps(model: Model) -> None:
     assert inputs_of_blocks < 0.5 * cost.saved
     # The largest block, whose values the backward pass has besides, is a part of the rest.
     assert inputs_of_blocks < cost.recomputed < 0.75 * cost.saved
+
+
+@pytest.fixture(scope="module", params=["sd3", "sd3-no-t5"])
+def joint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline(request.param).save_pretrained(folder)
+    return loading.load(str(folder))
+
+
+def test_those_of_joint_attention_as_well(joint: Model) -> None:
+    network = load_network(joint, "transformer", "SD3Transformer2DModel").requires_grad_(True)
+    args = torch.randn(1, 4, 8, 8), torch.randn(1, 77 + 256, 48), torch.randn(1, 40), torch.tensor([500.0])
+    cost = operations.denoiser(joint)
+    assert cost.operations == pytest.approx(counted(lambda: network(*args)), rel=0.03)
+    whole = kept(network, args, {})
+    assert cost.saved == pytest.approx(whole, rel=0.25)
+    network.enable_gradient_checkpointing()
+    assert kept(network, args, {}) < cost.recomputed < cost.saved

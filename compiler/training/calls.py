@@ -1,0 +1,45 @@
+"""How the denoisers of diffusers are called: each with the text states that ``Denoiser.states`` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZES = 6  # numbers that a UNet of Stable Diffusion XL reads of the picture
+
+
+def unet(network: Any, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
+    """A UNet2DConditionModel. With a ``pooled`` text state (n, d) it also reads the picture's size before it was
+    cropped, the corner of the crop, and the size after it (Podell et al., 2023, section 2.2): here there is no crop."""
+    import torch
+
+    more: dict[str, Any] = {}
+    if pooled is not None:
+        scale = 8  # pixels of a latent in every UNet that reads a pooled state
+        height, width = (scale * side for side in latents.shape[2:])
+        sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=latents.device)
+        more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(latents), -1)}
+    prediction: Tensor = network(latents, timesteps, encoder_hidden_states=states, return_dict=False, **more)[0]
+    return prediction
+
+
+def sd3(network: Any, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
+    """An SD3Transformer2DModel; ``timesteps`` are 1000 sigma."""
+    velocity: Tensor = network(latents, states, pooled, timesteps, return_dict=False)[0]
+    return velocity
+
+
+CALLS: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "UNet2DConditionModel": unet,
+    "SD3Transformer2DModel": sd3,
+}
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """The width of the pooled text state that a denoiser with this config reads."""
+    if "pooled_projection_dim" in config:
+        return int(config["pooled_projection_dim"])
+    return int(config["projection_class_embeddings_input_dim"]) - SIZES * int(config["addition_time_embed_dim"])
