@@ -217,9 +217,9 @@ class Family:
     further matrices that read text to what they embed. ``pooled`` names the stream that the denoiser embeds with the
     size of the picture and the timestep, where it has one besides token states. ``flow`` says that the denoiser
     predicts velocities of a rectified flow. If ``trainable``, learned passes can run the denoiser; which of them do so
-    depends on ``pooled`` and ``flow``. ``graphs`` are the ONNX graphs that can be exported.
-    ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files. ``presets`` are options of passes that
-    suit its models (see ``erasec.recipe.presets``).
+    depends on ``pooled`` and ``flow``. ``graphs`` are the ONNX graphs that can be exported. ``hub`` maps aliases to
+    repositories. ``lora`` is the metadata of LoRA files. ``presets`` are options of passes that suit its models (see
+    ``erasec.recipe.presets``).
     """
 
     name: str

@@ -70,7 +70,7 @@ class Denoiser:
     def unet(self) -> Any:
         unet = load_network(self.model, self.model.family.denoiser, self.model.family.denoiser_class).to(self.device)
         extras = gather_extras(self.model.edits, read_extras(self.model.source.root))
-        if extras.memories:
+        if not self.model.family.flow:  # memories belong to UNets
             attach(unet, extras.memories, self.steps)
         if self.bfloat16:  # enough for frozen tensors; Student holds those that it trains in float32
             unet = unet.to(torch.bfloat16)

@@ -19,7 +19,7 @@ from erasec.worlds.work import SIZE, Work, pixels
 SEEDS = {"judge-a": 101, "judge-b": 102}
 BATCH = 50  # pictures that are copied at once
 REDRAW_STEPS = 4
-STRENGTHS = (100, 400)  # timesteps: at 500 a third of the pictures shows something else
+STRENGTHS = (100, 400)  # timesteps; from 500 on many pictures show something else
 PATCH = 8  # side of the patches that are shuffled into a picture of nothing
 
 
