@@ -100,9 +100,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except ValueError as error:
         raise _damaged(file, str(error)) from error
     if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
+        rounded = "; an edit is smaller than the rounding of 8-bit floats" if min(unknown).startswith("F8") else ""
         raise ErasecError(
             f"{file.name} holds tensors of the dtype {min(unknown)}",
-            why=f"supported dtypes: {', '.join(DTYPES)}",
+            why=f"supported dtypes: {', '.join(DTYPES)}{rounded}",
             fix="use the model's float16 or float32 file",
             where=str(file),
         )

@@ -110,6 +110,20 @@ def test_a_single_pickled_file_is_refused_too(tmp_path: Path) -> None:
     assert "--allow-pickle" in caught.value.fix
 
 
+def test_quantised_models_are_recognised_and_refused(random_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"  # whatever its name
+    file.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ErasecError, match=r"the GGUF file .* holds quantised weights") as caught:
+        loading.load(str(file))
+    assert "float16" in caught.value.fix
+    copy = Path(shutil.copytree(random_folder, tmp_path / "copy"))
+    loading.load(str(copy))
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(ErasecError, match=r"text_encoder of .* holds quantised weights"):
+        loading.load(str(copy))
+
+
 def test_a_variant_is_chosen_by_its_name(random_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(random_folder, tmp_path / "copy")
     for file in copy.glob("*/*.safetensors"):
