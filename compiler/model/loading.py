@@ -160,9 +160,9 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
     folder = Folder(root, variant)
     folder.watch()
     denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
-    for component in sorted(path.parent for path in root.glob("*/config.json")):
-        if folder.config(component.name).get("quantization_config"):
-            raise _quantised(f"{component.name} of {name}", component)
+    for file in sorted(root.glob("*/config.json")):
+        if folder.config(file.parent.name).get("quantization_config"):
+            raise _quantised(f"{file.parent.name} of {name}", file)
     family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
     for component in family.optional:
         if not folder.index.get(component, [None])[0]:
@@ -177,9 +177,9 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
         required = _required_files(component, str(classes[1]), root)
         if not required:
             continue
-        file = _require(root, name, component, required)
+        present = _require(root, name, component, required)
         if component.startswith("scheduler"):
-            folder.config(component, file)
+            folder.config(component, present)
         else:
             read_tokenizer(root / component)
     return Model(family, folder, name, revision)

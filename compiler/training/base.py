@@ -33,8 +33,10 @@ SAMPLED = 16  # prompts that are sampled at once
 Scope = Literal["tokens", "noise", "any"]
 SCOPED: dict[str, Scope] = {"esd": "any", "trce": "noise", "safegen": "noise"}  # those beyond token states
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
-HEADS = ("conv_out.", "conv_norm_out.", "time_embedding.")
-HEADS += ("proj_out.", "norm_out.", "time_text_embed.timestep_embedder.")  # those of Stable Diffusion 3
+HEADS = (
+    *("conv_out.", "conv_norm_out.", "time_embedding."),
+    *("proj_out.", "norm_out.", "time_text_embed.timestep_embedder."),  # those of Stable Diffusion 3
+)
 FIXED = "pos_embed.pos_embed"  # a table of positions, which is no parameter
 
 
