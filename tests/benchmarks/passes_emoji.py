@@ -4,7 +4,7 @@
     ... --tasks owl Noto --setups uce esd                  measures these rows again, and keeps the others
     ... --table                                            prints the tables of docs/emoji.md
     ... --plot docs/many.png                               draws what is left against the number of erased objects
-    ... --picture docs/owl.png --setups uce                draws an owl, its neighbours and others, before and after
+    ... --picture docs/owl.png --setups uce                draws an owl, or another --object, before and after
 
 A row is a pass, or several joined by "+", each starting from what the one before it left, as a build does it. Every row
 runs in a process of its own with one thread; seconds are the processor's for solving alone. Judge B, the same
@@ -40,6 +40,7 @@ from erasec.commands import settings
 from erasec.emoji.evaluate import TWIN
 from erasec.emoji.judge import EmojiJudge, far_objects, label_of, prompt
 from erasec.emoji.words import ARTISTS, CLUSTERS, OBJECTS, neighbours
+from erasec.emoji.world import article
 from erasec.judging.intervals import wilson
 from erasec.model import loading, sidecar
 from erasec.model.view import Model
@@ -173,13 +174,14 @@ def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
     return row
 
 
-def picture(setup: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Pairs before and after ``setup`` erased the owl, by title: the owl by each artist, its neighbours, others."""
-    base, item = loading.load("emoji"), concepts.find("owl", "emoji")
+def picture(setup: str, name: str) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Pairs before and after ``setup`` erased the object ``name``, by title: it by each artist, its neighbours,
+    others."""
+    base, item = loading.load("emoji"), concepts.find(name, "emoji")
     prompts = {
-        "an owl, by each artist": [prompt("owl", 1, artist) for artist in ARTISTS],
-        "its neighbours": [prompt(name, 1) for name in neighbours("owl")[:5]],
-        "others": [prompt(name, 1) for name in far_objects("owl", 5)],
+        f"{article(name)}, by each artist": [prompt(name, 1, artist) for artist in ARTISTS],
+        "its neighbours": [prompt(close, 1) for close in neighbours(name)[:5]],
+        "others": [prompt(far, 1) for far in far_objects(name, 5)],
     }
     panel = [Question("", text, SEED + i, "") for i, text in enumerate(chain.from_iterable(prompts.values()))]
     before = paint(base.source.root, panel)
@@ -263,7 +265,8 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="measure only rows that the file does not have")
     parser.add_argument("--table", action="store_true", help="print the tables of the file, and measure nothing")
     parser.add_argument("--plot", type=Path, help="draw the file as a chart to this PNG, and measure nothing")
-    parser.add_argument("--picture", type=Path, help="draw the owl before and after the first of --setups to this PNG")
+    parser.add_argument("--picture", type=Path, help="draw --object before and after the first of --setups to this PNG")
+    parser.add_argument("--object", choices=[*OBJECTS], default="owl", help="the object of --picture")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
@@ -274,7 +277,7 @@ def main() -> None:
         plot(options.plot, result)
         return
     if options.picture:
-        strips.draw(options.picture, picture(options.setups[0]), 64)
+        strips.draw(options.picture, picture(options.setups[0], options.object), 64)
         return
     pending = [(task, setup) for task in options.tasks for setup in options.setups or SETUPS[task]]
     if options.missing:

@@ -57,17 +57,16 @@ def test_the_table_of_the_documents_is_what_was_measured(root: Path) -> None:
 def test_the_floor_is_a_floor() -> None:
     """The object that the twin has never seen it hardly shows, and the base does."""
     twin = FIGURES["twin"]
-    assert twin["object_by_name_or_synonym"] <= 0.10
+    assert twin["object_by_name_or_synonym"] <= 0.01
     assert FIGURES["object_top1"]["owl"] >= 0.5
-    assert FIGURES["object_top1_mean"] >= 0.80
+    assert FIGURES["object_top1_mean"] >= 0.85
     assert FIGURES["judges"]["judge_b"]["object_top1"] >= 0.99
 
 
-@pytest.mark.xfail(strict=True, reason="2 of 100 pictures: the twin is trained for 13,898 of 20,000 steps")
 def test_the_floor_of_the_object_by_scene_is_a_floor() -> None:
     assert FIGURES["twin"]["object_by_scene"] <= 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="generated pictures are softer than the differences between artists")
+@pytest.mark.xfail(strict=True, reason="29 %: artists differ in details, which it draws too softly")
 def test_the_floor_of_the_artist_is_a_floor() -> None:
     assert FIGURES["twin"]["artist_by_name"] <= 0.05
