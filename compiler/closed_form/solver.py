@@ -282,7 +282,7 @@ def reduce_rank(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> tuple[
         return left, right
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)  # it is not square where a matrix has few rows
     nonzero = s > s[0] * tolerance
     u, s, vh = u[:, nonzero], s[nonzero], vh[nonzero]
     signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()

@@ -208,6 +208,15 @@ def test_reduced_factors_have_the_same_product_and_the_least_rank() -> None:
     assert all(torch.equal(a, b) for a, b in zip(small, solver.reduce_rank(left, right), strict=True))
 
 
+@pytest.mark.parametrize(("height", "rank", "width"), [(8, 40, 24), (24, 40, 8), (8, 12, 8)])
+def test_more_factors_than_a_matrix_has_rows_or_columns_are_reduced(height: int, rank: int, width: int) -> None:
+    """As where a projector takes many directions of a small matrix: a hundred concepts at once."""
+    left, right = draw(3, height, rank), draw(4, rank, width)
+    small = solver.reduce_rank(left, right)
+    assert small[0].shape == (height, min(height, width)) and small[1].shape == (min(height, width), width)
+    assert torch.allclose(small[0] @ small[1], left @ right, atol=1e-10)
+
+
 def test_fused_edits_minimise_what_the_paper_minimises() -> None:
     """MACE, equation 8, by explicit sums over states at one site; and one edit alone on its own states is unchanged."""
     weight = draw(0, 6, WIDTH)
