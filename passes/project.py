@@ -21,6 +21,7 @@ from erasec.closed_form.solver import Solution, System
 from erasec.closed_form.token_rows import erased_rows, neutral_rows, uniform_weights
 from erasec.model.edit import Edit, LowRank, Remap
 from erasec.options import options
+from erasec.progress import note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from erasec.closed_form.base import Sums
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
+
+CROWDED = 0.25  # share of all directions from which a note says that the rest suffers
 
 
 @options
@@ -61,7 +64,8 @@ class Project(ClosedForm):
     when: ClassVar[str] = "what has a name, where the published weights must not lead back to it"
     limits: ClassVar[str] = (
         "No algebra undoes the projector, but text states that are trained for long, noised pictures and fine-tuning "
-        "may bring the concept back."
+        "may bring the concept back. Every concept takes directions of the text states for good, so it is for few "
+        "concepts: a hundred leave nothing of the emoji world."
     )
 
     def rows_to_erase(self, model: Model, concept: Concept, stream: str) -> tuple[Tensor, Tensor]:
@@ -102,7 +106,14 @@ class Project(ClosedForm):
 
         removed = torch.cat([self._removed(sums[name], stream) for name in sorted(sums) if name])
         ridge = self.ridge if self.guide else None
-        return projector.project(system, removed, sums[""][f"{stream}.metric"], self.keep, ridge)
+        solution = projector.project(system, removed, sums[""][f"{stream}.metric"], self.keep, ridge)
+        taken, width = solution.right.shape
+        if taken > CROWDED * width:
+            note(
+                f"project removes {taken} of {width} directions of the text states, so that what is kept suffers too; "
+                "erase fewer concepts at once, or choose another pass"
+            )
+        return solution
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
         """One edit that erases all concepts. It does not depend on their order."""

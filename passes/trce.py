@@ -7,7 +7,7 @@ arXiv:2503.07389.
 from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -239,7 +239,7 @@ class Trce(Steer):
     """``trce.remap`` and then ``trce.steer`` on its result, as one edit.
 
     The options are those of ``trce.steer``, and of ``trce.remap`` its ``scale``, ``keep`` and ``ridge``, here called
-    ``remap_scale``, ``remap_keep`` and ``remap_ridge``, ``prior`` and ``prior_weight``.
+    ``remap_scale``, ``remap_keep`` and ``remap_ridge``, ``prior``, ``prior_weight`` and ``routes``.
     """
 
     remap_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -247,6 +247,7 @@ class Trce(Steer):
     remap_ridge: Annotated[float, Field(ge=0)] = 1e-3
     prior: str = ""
     prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    routes: Literal["all", "tokens"] = "all"
 
     name: ClassVar[str] = "trce"
     paper: ClassVar[str] = "arXiv:2503.07389"
@@ -263,6 +264,7 @@ class Trce(Steer):
             ridge=self.remap_ridge,
             prior=self.prior,
             prior_weight=self.prior_weight,
+            routes=self.routes,
         )
 
     def _steer(self) -> Steer:

@@ -128,8 +128,8 @@ def check_lora_sites(sites: Iterable[Site]) -> tuple[Site, ...]:
         raise ErasecError(
             f"the change of {others[0].key} cannot be written as a LoRA",
             why="diffusers loads a LoRA of SDXL without the matrix of the pooled text state, and only warns",
-            fix="edit token states alone, as --pass uce:routes=tokens or esd:rank=16 do; or choose a target of all "
-            "weights, such as hf",
+            fix="edit token states alone, as uce:routes=tokens, trce:routes=tokens,rank=16 and esd:rank=16 do; or "
+            "choose a target of all weights, such as hf",
         )
     for site in sites:
         key_prefix(site)

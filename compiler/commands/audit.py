@@ -168,14 +168,18 @@ def check_auditable(plan: Plan, suite: str) -> None:
             why="the key is there to bring the concept back",
             fix="leave out --audit, and audit the build without the key",
         )
-    try:
-        check_trainable(plan.model)
-    except ErasecError as error:
-        raise ErasecError(
-            "this model cannot be audited", why=error.why, where=error.where, fix="leave out --audit"
-        ) from error
+    _check_family(plan.model, "leave out --audit")
     for concept in plan.concepts:
         _judges(plan.model, concept, plan.recipe.judges)
+
+
+def _check_family(model: Model, fix: str) -> None:
+    """Raise ErasecError, which says to ``fix`` it so, for a model whose denoiser attacks cannot run."""
+    try:
+        check_trainable(model)
+    except ErasecError as error:
+        what = f"a model of the family {model.family.name} cannot be audited"
+        raise ErasecError(what, why=error.why, where=error.where, fix=fix) from error
 
 
 def audit_build(plan: Plan, suite: str, built: Folder) -> tuple[list[dict[str, Any]], list[Check]]:
@@ -294,6 +298,9 @@ def _twin(request: Request, base: Model | None, scorer: Judge, concept: Concept)
 def _subjects(
     request: Request, audited: Built, model: Model | None, base: Model | None, twin: str, context: Context
 ) -> dict[Role, Pictured]:
+    for each in (model, base):
+        if each is not None:
+            _check_family(each, "audit a model of another family, or look at the pictures of its build")
     if model is None and request.size:
         raise ErasecError(
             "--size is for models of torch", why="a folder of graphs has its own size", fix="leave out --size"

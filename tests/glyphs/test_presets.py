@@ -220,7 +220,9 @@ TODAY: dict[str, dict[str, object]] = {
         "rows": "last",
         "hold": 0.0001,
     },
-    "trce": STEER | {"remap_scale": 1.0, "remap_keep": 1.0, "remap_ridge": 0.001, "prior": "", "prior_weight": 1.0},
+    "trce": STEER
+    | {"remap_scale": 1.0, "remap_keep": 1.0, "remap_ridge": 0.001, "prior": "", "prior_weight": 1.0}
+    | {"routes": "all"},
     "trce.remap": {
         "scale": 1.0,
         "keep": 1.0,

@@ -120,3 +120,12 @@ def test_a_concept_without_kept_phrases_is_told_from_its_goal(model: Model) -> N
 def test_heads_follow_the_level_of_the_block(config: dict[str, object], heads: tuple[int, ...]) -> None:
     keys = ("down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0")
     assert tuple(head_count(config, f"{key}.transformer_blocks.0.attn2.to_v.weight") for key in keys) == heads
+
+
+def test_many_concepts_that_take_most_directions_are_named(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("ring", "arrow", "cross", "heart", "crescent", "diamond", "circle", "square")
+    many = [Concept(name=name, erase=(name,), anchor="box", templates=("{}", "a {}")) for name in names]
+    next(Project(directions=1, heads=0).solve_all(model, many[:2], Context()))
+    assert "directions of the text states" not in capsys.readouterr().err
+    next(Project(directions=40, heads=0).solve_all(model, many, Context()))
+    assert "of 128 directions of the text states, so that what is kept suffers" in capsys.readouterr().err

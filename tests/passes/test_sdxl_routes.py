@@ -50,7 +50,7 @@ def test_both_routes_lead_to_the_anchor(edited: tuple[Model, Edit]) -> None:
     assert whole < 0.05
     # Each route by itself still brings the concept: this is why an edit of the keys and values alone is not enough.
     assert tokens_alone > 3 * whole and pooled_alone > 3 * whole
-    assert distance(base.with_edit(edit), base, "a horse", "a horse".replace("horse", "cat")) > 0.9
+    assert distance(base.with_edit(edit), base, "a horse", "a cat") > 0.9
 
 
 def test_the_token_states_alone_can_be_edited(edited: tuple[Model, Edit]) -> None:

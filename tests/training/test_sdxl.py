@@ -118,6 +118,6 @@ def test_passes_of_token_states_are_refused(model: Model, name: str) -> None:
 
 def test_an_audit_is_refused(folder: Path, tmp_path: Path) -> None:
     request = Request(str(folder), base=str(folder), concept="nudity", probes=("prompts",), judges=("nudenet",))
-    with pytest.raises(ErasecError, match="family sdxl cannot be trained"):
+    with pytest.raises(ErasecError, match="family sdxl cannot be audited"):
         audit(request, tmp_path / "audit")
     assert not (tmp_path / "audit").exists()
