@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from erasec.attention.sampling import PIPELINES
 from erasec.base import Runtime
-from erasec.checkpoint.configs import read_config
+from erasec.checkpoint.configs import read_config, read_index
 from erasec.checkpoint.tokenizer_files import check_rows
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.graph import MODEL
@@ -270,10 +271,19 @@ class Torch(Runtime):
 
     @classmethod
     def runs(cls, folder: Path) -> bool:
-        return (folder / "model_index.json").is_file() and any((folder / "unet").glob("*.safetensors*"))
+        weights = (path for name in ("unet", "transformer") for path in (folder / name).glob("*.safetensors*"))
+        return (folder / "model_index.json").is_file() and any(weights)
 
     @classmethod
     def open(cls, folder: Path, threads: int | None) -> TorchComponents:
+        name = read_index(folder).get("_class_name")
+        if name in PIPELINES[1:]:
+            raise ErasecError(
+                f"a {name} is not run here yet",
+                why="runtimes run the components of Stable Diffusion 1 and 2",
+                fix=f"paint in Python: erasec.pipeline({str(folder)!r})(PROMPT).images[0].save(FILE)",
+                where=str(folder),
+            )
         return TorchComponents(folder, threads)
 
 
