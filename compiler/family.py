@@ -1,8 +1,8 @@
 """Model families: data files in ``families/``, and the detection of a family from the tensors of a checkpoint.
 
 A family is one TOML file. It lists the components that hold weights, the text states that the denoiser reads, the names
-of its attention modules, the layouts of its single files and configs, and whether it can be trained and exported. A
-file may extend another one: it then inherits every key that it does not set, and in a table every key of the table.
+of its attention modules, the layouts of its single files and configs, and whether it can be trained. A file may extend
+another one: it then inherits every key that it does not set, and in a table every key of the table.
 """
 
 from __future__ import annotations
@@ -217,9 +217,8 @@ class Family:
     further matrices that read text to what they embed. ``pooled`` names the stream that the denoiser embeds with the
     size of the picture and the timestep, where it has one besides token states. ``flow`` says that the denoiser
     predicts velocities of a rectified flow. If ``trainable``, learned passes can run the denoiser; which of them do so
-    depends on ``pooled`` and ``flow``. ``graphs`` are the ONNX graphs that can be exported. ``hub`` maps aliases to
-    repositories. ``lora`` is the metadata of LoRA files. ``presets`` are options of passes that suit its models (see
-    ``erasec.recipe.presets``).
+    depends on ``pooled`` and ``flow``. ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files.
+    ``presets`` are options of passes that suit its models (see ``erasec.recipe.presets``).
     """
 
     name: str
@@ -235,7 +234,6 @@ class Family:
     pooled: str = ""
     flow: bool = False
     trainable: bool = False
-    graphs: tuple[str, ...] = ()
     hub: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
     configs: ConfigLayout | None = None

@@ -29,7 +29,7 @@ from erasec.graphs.link import write_onnx
 from erasec.graphs.manifest import MANIFEST
 from erasec.graphs.parity import compare_weights
 from erasec.graphs.session import OnnxSession
-from erasec.graphs.signature import TEXT_TO_IMAGE, graphs
+from erasec.graphs.signature import NAMES, graphs
 from erasec.model.sidecar import KINDS
 from erasec.options import options
 from erasec.progress import bar
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     Port = tuple[str, tuple[int, ...]]  # Triton's name of its type, and its shape, -1 for dynamic axes
     Ports = Mapping[str, Port]
 
+SERVED = tuple(name for name in NAMES if name != "vae_encoder")  # which image to image alone needs
 MODELS, CLIENT, CONFIG = "models", "client", "config.pbtxt"
 # By what runs the models: Triton's names of platform and backend, and the file that the backend loads.
 ENGINES = {"onnx": ("onnxruntime_onnx", "onnxruntime", MODEL), "trt": ("tensorrt_plan", "tensorrt", "model.plan")}
@@ -70,7 +71,7 @@ Inputs and outputs are float32, ids int64. Heights and widths of latents are mul
 
 @options
 class Triton(Target):
-    """Three models that a client runs in turn: text_encoder, unet and vae_decoder.
+    """Models that a client runs in turn: text encoders, denoiser and vae_decoder.
 
     ``version`` is the number under which they are served: give every erased variant a new one. ``instances`` is where
     they run, "auto", "gpu" or "cpu". ``precision`` is that of text encoder and UNet, "fp32" or "fp16". ``engines``
@@ -120,7 +121,7 @@ class Triton(Target):
         models = out / MODELS
         with tempfile.TemporaryDirectory(prefix=".", dir=out) as scratch:
             linked = Folder(Path(scratch))
-            exported = write_onnx(checkpoint, linked.root, self.precision, TEXT_TO_IMAGE)
+            exported = write_onnx(checkpoint, linked.root, self.precision, SERVED)
             checks = compare_weights(checkpoint, linked.root)
             ports = {graph.name: scalars_to_vectors(linked.root / graph.name / MODEL) for graph in exported}
             for name in linked.files():
@@ -244,18 +245,20 @@ def parse_config(text: str) -> dict[str, list[Any]]:
 def repository_check(models: Path, graphs: Path) -> Check:
     """Count the faults that would keep Triton from serving a repository's models as intended, by its files.
 
-    ``graphs`` is the folder of the ONNX files that plans were built from.
+    ``graphs`` is the folder of the linked graphs.
     """
-    wrong = [fault for folder in sorted(models.iterdir()) for fault in find_faults(folder, graphs)]
-    wrong += [f"there is no {name}" for name in TEXT_TO_IMAGE if not (models / name).is_dir()]
-    how = f"faults in {len(TEXT_TO_IMAGE)} configurations: files, names, types and shapes, against the graphs in "
+    served = [name for name in SERVED if (graphs / name).is_dir()]
+    wrong = [fault for folder in sorted(models.iterdir()) for fault in find_faults(folder, graphs, served)]
+    wrong += [f"there is no {name}" for name in served if not (models / name).is_dir()]
+    how = f"faults in {len(served)} configurations: files, names, types and shapes, against the graphs in "
     how += "onnxruntime"
     return Check.count("triton/repository", wrong, how)
 
 
-def find_faults(folder: Path, graphs: Path) -> list[str]:
-    """The faults of one folder of a repository, one sentence each; [] for a model that Triton can serve."""
-    if folder.name not in TEXT_TO_IMAGE:
+def find_faults(folder: Path, graphs: Path, served: Sequence[str]) -> list[str]:
+    """The faults of one folder of a repository, one sentence each; [] for a model that Triton can serve. ``served`` are
+    the names of all models."""
+    if folder.name not in served:
         return [f"Triton would load {folder.name} as a model"]
     try:
         fields = parse_config((folder / CONFIG).read_text())

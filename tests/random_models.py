@@ -20,6 +20,9 @@ from erasec.glyphs.world import sample
 from erasec.ldm import configs, skeleton, tensor_names
 from erasec.worlds import assemble, networks
 
+# The graphs of Stable Diffusion 1 and 2 that make a picture of a prompt.
+TEXT_TO_IMAGE = ("text_encoder", "unet", "vae_decoder")
+GRAPHS = (*TEXT_TO_IMAGE, "vae_encoder")
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # A constant tensor that the published folders of Stable Diffusion 1 and 2 contain.
 POSITION_IDS = "text_model.embeddings.position_ids"

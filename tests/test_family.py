@@ -209,7 +209,6 @@ name = "toy"
 title = "Toy"
 extends = "sd1"
 trainable = false
-graphs = []
 
 [hub]
 toy = "example/toy"
@@ -263,7 +262,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
 def test_one_file_adds_a_family_that_inherits_the_rest(toy: Family) -> None:
     sd1 = FAMILIES["sd1"]
     assert (toy.components, toy.streams, toy.single_file) == (sd1.components, sd1.streams, sd1.single_file)
-    assert (toy.hub, toy.trainable, toy.graphs) == ({"toy": "example/toy"}, False, ())
+    assert (toy.hub, toy.trainable) == ({"toy": "example/toy"}, False)
     assert toy.attentions.keys() == {*sd1.attentions, "attentions"}
     assert toy.configs is not None and sd1.configs is not None
     assert toy.configs.scheduler == sd1.configs.scheduler

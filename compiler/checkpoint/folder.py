@@ -50,6 +50,10 @@ WEIGHT_NAME = re.compile(
     rf"({'|'.join(WEIGHTS)})(?:\.((?:(?!-\d+-of-)[^.])+))?\.safetensors"
     r"((?:\.(?!index\.)([^.]+))?\.index(?:\.([^.]+))?\.json)?"
 )
+TRANSFORMER = "joint_attention_dim"  # a key of configs of transformers that UNets and VAEs do not have
+PATCH = 2
+FLUX_SIDE = 128
+SIZES = 6  # numbers that a UNet of Stable Diffusion XL reads of the picture besides the pooled state
 SHARD = re.compile(r"-\d+-of-\d+")  # what the name of a shard has in addition to that of a whole file
 
 
@@ -117,15 +121,26 @@ def check_links(root: Path) -> None:
 
 
 def downscale(config: Mapping[str, Any]) -> int:
-    """The factor between the resolutions of the first and the lowest level of a UNet or VAE; 8 in Stable Diffusion."""
+    """The factor between the resolutions of the first and the lowest level of a UNet or VAE, 8 in Stable Diffusion; the
+    side of the patches of latents that a transformer reads."""
+    if TRANSFORMER in config:
+        return PATCH
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def trained_size(unet: Mapping[str, Any]) -> tuple[int, int]:
-    """Height and width of the latents that a UNet with this config was trained on."""
-    size = unet["sample_size"]
+def trained_size(denoiser: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the latents that a denoiser with this config was trained on. The config of FLUX does not say
+    it; diffusers' pipeline takes 128."""
+    size = (denoiser.get("sample_size") or FLUX_SIDE) if TRANSFORMER in denoiser else denoiser["sample_size"]
     height, width = size if isinstance(size, Sequence) else (size, size)
     return height, width
+
+
+def pooled_width(denoiser: Mapping[str, Any]) -> int:
+    """The width of the pooled text state that a denoiser with this config reads."""
+    if "pooled_projection_dim" in denoiser:
+        return int(denoiser["pooled_projection_dim"])
+    return int(denoiser["projection_class_embeddings_input_dim"]) - SIZES * int(denoiser["addition_time_embed_dim"])
 
 
 def head_count(unet: Mapping[str, Any], key: str) -> int:

@@ -27,8 +27,9 @@ from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest, finite_check
 from erasec.commands.integrity import compare_with_manifest, listed, outcome_notes, recorded_digests, sealed_check
 from erasec.errors import CheckFailed, ErasecError, MissingTool
+from erasec.graphs.conditioning import picture_inputs
 from erasec.graphs.manifest import MANIFEST, file_records, read_manifest
-from erasec.graphs.signature import NAMES, input_shapes
+from erasec.graphs.signature import NAMES, TEXT_STATES, configs, graphs, input_shapes, layout
 from erasec.reporting.read import REPORT
 from erasec.runtime.backends import GraphComponents, GraphRuntime, OnnxRuntime, with_vectors
 
@@ -294,7 +295,7 @@ def _components(kind: str, root: Path) -> Iterator[_Component]:
         return
     runtime = next(runtime for runtime in _graph_runtimes() if kind in runtime.folders)
     components = GraphComponents(root, runtime)
-    for name in NAMES:
+    for name in (graph.name for graph in graphs(Folder(root))):
         file = root / name / runtime.file
         if name != "vae_encoder" or file.is_file():
             yield _Component(name, name, file, partial(components.open, name))
@@ -322,34 +323,33 @@ def _run(kind: str, root: Path) -> Iterator[Check]:
 
 def small_inputs(kind: str, root: Path, name: str) -> dict[str, Array]:
     """Small seeded inputs of the component ``name``, by input name. For engines the smallest shapes of the profile."""
-    configs_root = root / "client" if kind == "triton" else root
-    graphs = {"text_encoder": "text_encoder", "unet": "unet", "vae": "vae_decoder"}
-    configs = {component: Folder(configs_root).config(graph) for component, graph in graphs.items()}
-    side = 2 * downscale(configs["unet"]) if name == "unet" else LATENT_SIDE
-    shapes = input_shapes(name, configs, 1, side, side)
+    folder = Folder(root / "client" if kind == "triton" else root)
+    graph, by_component = next(graph for graph in graphs(folder) if graph.name == name), configs(folder)
+    side = 2 * downscale(by_component[graph.component]) if graph.denoises else LATENT_SIDE
+    shapes = input_shapes(graph, by_component, 1, side, side)
     if kind in ("trt", "trt-rtx"):
         from erasec.tensorrt.engines import read_record
 
         profile = read_record(root)["components"][name]["profile"]
-        shapes = {key: tuple(bounds["min"]) for key, bounds in profile.items()}
+        shapes |= {key: tuple(bounds["min"]) for key, bounds in profile.items()}
     rng = np.random.default_rng(0)
-    vocabulary = configs["text_encoder"]["vocab_size"]
     inputs: dict[str, Array] = {
-        key: np.arange(math.prod(shape)).reshape(shape) % vocabulary
+        key: np.arange(math.prod(shape)).reshape(shape) % by_component[graph.component]["vocab_size"]
         if key == "input_ids"
         else rng.standard_normal(shape, np.float32)
         for key, shape in shapes.items()
-        if key != "timestep"
     }
-    if name == "unet":
-        inputs["timestep"] = np.array([500] if kind == "triton" else 500, np.float32)
+    if graph.denoises:
+        described = picture_inputs(layout(folder), by_component, (1, side, side), inputs[TEXT_STATES].shape[1])
+        inputs |= {key: np.resize(value, shapes[key]) for key, value in described.items()}
+        timestep = np.full(shapes["timestep"], 0.5 if "img_ids" in inputs else 500, np.float32)
+        inputs["timestep"] = np.atleast_1d(timestep) if kind == "triton" else timestep
     return inputs
 
 
 def _parity(kind: str, root: Path, checkpoint: Folder) -> Iterator[Check]:
     """Compare weights and outputs with the checkpoint, with the tolerances of a build."""
     from erasec.graphs.parity import TOLERANCES, compare_graph, compare_outputs, compare_weights
-    from erasec.graphs.signature import graphs
 
     if kind == "onnx":
         yield from compare_weights(checkpoint, root)

@@ -12,9 +12,11 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +28,9 @@ from erasec.checkpoint.folder import downscale
 from erasec.checkpoint.owned import process_scratch
 from erasec.errors import ErasecError
 from erasec.graphs.cache import cached_graph, computing_config
+from erasec.graphs.conditioning import picture_inputs
 from erasec.graphs.graph import FORMAT, MEMORY, MODEL, Shape, Template, Weight
-from erasec.graphs.signature import CLASSES, Graph, input_shapes, num_train_timesteps
+from erasec.graphs.signature import HIDDEN, TEXT_STATES, Graph, configs, input_shapes, layout, num_train_timesteps
 from erasec.model.sidecar import Extras
 from erasec.progress import disable_library_bars
 
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
 
 # Sizes of sample inputs are (batch, height, width); height and width count the smallest step of latents.
-LATENTS = 4  # that step for graphs other than the UNet, whose step is its downscaling
+LATENTS = 4  # that step for graphs other than the denoiser, whose step is its downscaling
+GUIDANCE = 3.5  # of sample inputs
+ADDED = {"text_embeds", "time_ids"}  # inputs that a UNet of diffusers takes in one dictionary
 TRACED = (2, 2, 3)  # small, as CPUs are slow in float16; parity uses other batches and sizes
 
 
@@ -135,12 +140,9 @@ def weightless_module(
 
     disable_library_bars()
     config = dict(checkpoint.config(graph.component))
-    cls: Any = getattr(transformers if graph.component == "text_encoder" else diffusers, CLASSES[graph.component])
+    cls: Any = getattr(transformers if graph.encodes_text else diffusers, graph.kind)
     with described_by(graph.component, checkpoint.root), init_empty_weights(include_buffers=False):
-        if graph.component == "text_encoder":
-            module = cls(transformers.CLIPTextConfig(**config))
-        else:
-            module = cls.from_config(config)
+        module = cls(cls.config_class(**config)) if graph.encodes_text else cls.from_config(config)
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             owner.register_parameter(name, _uninitialised(parameter.shape))
@@ -160,11 +162,21 @@ def weightless_module(
             module.register_parameter(f"{MEMORY}_{number}_values", memory.values)
         attach(module, memories, num_train_timesteps(checkpoint))
     module.eval()
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.RMSNorm):
+            norm.forward = partial(_rms_norm, norm)  # type: ignore[method-assign]
     _mark(module)
     half = precision == "fp16"
     if half:
         _to_float16(module, keep_in_fp32)
     return with_graph_signature(module, graph, torch.float16 if half else torch.float32, negative)
+
+
+def _rms_norm(norm: torch.nn.RMSNorm, value: Tensor) -> Tensor:
+    """What torch.nn.RMSNorm computes, in operations that the exporter knows."""
+    eps = torch.finfo(value.dtype).eps if norm.eps is None else norm.eps
+    normed = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    return normed if norm.weight is None else normed * norm.weight
 
 
 def _uninitialised(shape: Sequence[int]) -> Any:
@@ -218,34 +230,57 @@ def _cast(value: Any, old: Any, new: Any) -> Any:
 
 
 def with_graph_signature(module: Any, graph: Graph, dtype: Any, negative: Sequence[Sequence[int]] = ()) -> nn.Module:
-    """``module``, which computes in ``dtype``, with a forward that takes and returns what the graph does, in float32.
-
-    ``negative`` (2, tokens): prompts with the ids of the first row are encoded as those of the second.
-    """
-    forward = module.forward
-    if graph.name == "text_encoder":
-        rows = torch.tensor([list(ids) for ids in negative], dtype=torch.int64)
-
-        def encode(ids: Tensor) -> Any:
-            if negative:
-                # Arithmetic instead of a branch: the exporter records one branch only.
-                differs = (ids != rows[:1]).sum(1, keepdim=True) > 0
-                ids = torch.where(differs, ids, rows[1:])
-            return tuple(output.float() for output in forward(ids, return_dict=False)[:2])
-
-        module.forward = encode
-    elif graph.name == "unet":
-
-        def denoise(sample: Tensor, step: Tensor, states: Tensor) -> Any:
-            return forward(sample.to(dtype), step, states.to(dtype), return_dict=False)[0].float()
-
-        module.forward = denoise
-    elif graph.name == "vae_decoder":
-        module.forward = lambda latents: module.decode(latents.to(dtype), return_dict=False)[0].float()
-    else:
-        module.forward = lambda images: module.encode(images.to(dtype)).latent_dist.parameters.float()
+    """``module``, which computes in ``dtype``, with the forward of ``graph_function``."""
+    module.forward = graph_function(module, graph, dtype, negative, module.forward)
     wrapped: nn.Module = module
     return wrapped
+
+
+def graph_function(
+    module: Any,
+    graph: Graph,
+    dtype: Any,
+    negative: Sequence[Sequence[int]] = (),
+    forward: Callable[..., Any] | None = None,
+) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """A function that runs ``module``, which computes in ``dtype``, and takes and returns what the graph does, in
+    float32.
+
+    ``negative`` (2, tokens): prompts with the ids of the first row are encoded as those of the second. ``forward`` is
+    called instead of the module, without its hooks.
+    """
+    stock, rows = forward or module, torch.tensor([list(ids) for ids in negative], dtype=torch.int64)
+
+    def encode(ids: Tensor) -> Any:
+        if negative:
+            # Arithmetic instead of a branch: the exporter records one branch only.
+            differs = (ids != rows[:1]).sum(1, keepdim=True) > 0
+            ids = torch.where(differs, ids, rows[1:])
+        wanted = any(name.startswith(HIDDEN) for name in graph.outputs)
+        outputs = stock(ids, return_dict=True, **({"output_hidden_states": True} if wanted else {}))
+        hidden = {f"{HIDDEN}{number}": states for number, states in enumerate(outputs.hidden_states or ())}
+        return tuple((hidden[name] if name in hidden else outputs[name]).float() for name in graph.outputs)
+
+    def denoise(*inputs: Tensor) -> Any:
+        # Timesteps stay in float32, in which they are exact.
+        given: dict[str, Any] = {
+            name: value if name == "timestep" else value.to(dtype)
+            for name, value in zip(graph.inputs, inputs, strict=True)
+        }
+        if given.keys() >= ADDED:
+            given["added_cond_kwargs"] = {name: given.pop(name) for name in sorted(ADDED)}
+        return stock(**given, return_dict=False)[0].float()
+
+    def decode(latents: Tensor) -> Tensor:
+        return module.decode(latents.to(dtype), return_dict=False)[0].float()  # type: ignore[no-any-return]
+
+    if graph.encodes_text:
+        return encode
+    if graph.denoises:
+        return denoise
+    if graph.name == "vae_decoder":
+        return decode
+    return lambda images: module.encode(images.to(dtype)).latent_dist.parameters.float()
 
 
 def sample_inputs(
@@ -254,28 +289,53 @@ def sample_inputs(
     """Random inputs of a graph for the ``size`` (batch, height, width) and the timestep ``step``, drawn from ``rng``.
 
     Height and width count the smallest step of the graph's latents: for the UNet of Stable Diffusion 8 latents (64
-    pixels), for that of glyphs 4. So inputs are small whatever the size of the model's own images.
+    pixels), for that of glyphs 4, for a transformer 2. So inputs are small whatever the size of the model's own images.
     """
     batch, height, width = size
-    configs = {component: checkpoint.config(component) for component in CLASSES}
-    unit = downscale(configs["unet"]) if graph.name == "unet" else LATENTS
-    shapes = input_shapes(graph.name, configs, batch, height * unit, width * unit)
-    if graph.name == "text_encoder":
+    by_component = configs(checkpoint)
+    unit = downscale(by_component[graph.component]) if graph.denoises else LATENTS
+    latents = batch, height * unit, width * unit
+    shapes = input_shapes(graph, by_component, *latents)
+    if graph.encodes_text:
         # Prompts of different lengths, padded with the end token as tokenizers do; a larger height gives shorter ones.
         fixed = 1 not in graph.inputs["input_ids"]
         length = shapes["input_ids"][1] * 2 // (2 if fixed else height)
-        end = configs["text_encoder"]["vocab_size"] - 1
+        end = by_component[graph.component]["vocab_size"] - 1
         ids = torch.randint(0, end, (batch, length), generator=rng)
         for row in range(batch):
             ids[row, length // (row + 2) :] = end
         return {"input_ids": ids}
     if graph.name == "vae_encoder":
         return {"sample": torch.rand(shapes["sample"], generator=rng) * 2 - 1}
-    # The timestep is a float, as some schedulers use timesteps between whole numbers.
-    return {
-        name: torch.tensor(float(step)) if name == "timestep" else torch.randn(shape, generator=rng)
-        for name, shape in shapes.items()
-    }
+    inputs = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items() if name != "timestep"}
+    if graph.denoises:
+        name = layout(checkpoint)
+        described = picture_inputs(name, by_component, latents, inputs[TEXT_STATES].shape[1], GUIDANCE)
+        inputs |= {key: torch.from_numpy(value) for key, value in described.items()}
+        # The timestep is a float, as some schedulers use timesteps between whole numbers.
+        inputs["timestep"] = torch.full(shapes["timestep"], step / 1000 if name == "flux" else float(step))
+    return {key: inputs[key] for key in graph.inputs}
+
+
+@contextmanager
+def _traceable_rotation() -> Iterator[None]:
+    """Lets FLUX rotate queries and keys by operations whose shapes stay dynamic: diffusers' own take a part of a shape,
+    which the exporter records as the numbers of the sample input."""
+    from diffusers.models.transformers import transformer_flux
+
+    stock = transformer_flux.apply_rotary_emb
+
+    def rotate(x: Tensor, freqs_cis: tuple[Tensor, Tensor], sequence_dim: int = 2) -> Tensor:
+        cos, sin = (values.unsqueeze(1 if sequence_dim == 1 else 0)[None] for values in freqs_cis)
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack([-imaginary, real], -1).flatten(-2)
+        return (x.float() * cos + rotated.float() * sin).to(x.dtype)
+
+    transformer_flux.apply_rotary_emb = rotate
+    try:
+        yield
+    finally:
+        transformer_flux.apply_rotary_emb = stock
 
 
 def trace(module: nn.Module, checkpoint: Folder, graph: Graph, opset: int) -> tuple[ModelProto, tuple[Weight, ...]]:
@@ -283,7 +343,12 @@ def trace(module: nn.Module, checkpoint: Folder, graph: Graph, opset: int) -> tu
     import onnx
 
     inputs = sample_inputs(checkpoint, graph, TRACED, 300, torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch, warnings.catch_warnings(), torch.no_grad():
+    with (
+        tempfile.TemporaryDirectory(dir=process_scratch()) as scratch,
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        _traceable_rotation(),
+    ):
         # The exporter warns of its deprecation, and of branches on sizes, which parity tests at other sizes.
         warnings.simplefilter("ignore")
         file = Path(scratch) / MODEL

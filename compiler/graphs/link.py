@@ -22,8 +22,8 @@ from erasec.checkpoint.safetensors import Entry, atomic_write, copy_file, file_d
 from erasec.errors import ErasecError
 from erasec.graphs.graph import EMBEDDING, MEMORY, MODEL, Template, Weight, weight_from_json
 from erasec.graphs.manifest import read_manifest, write_manifest
-from erasec.graphs.signature import COPIED, NAMES, Graph, graphs, with_whole_prompts
-from erasec.ldm.tensor_names import canonical
+from erasec.graphs.signature import COPIED, NAMES, T5, Graph, graphs, with_whole_prompts
+from erasec.ldm.tensor_names import TIED, canonical
 from erasec.model.sidecar import Extras, read_extras
 from erasec.progress import bar
 
@@ -212,6 +212,8 @@ def _stored_keys(component: str, weights: Sequence[Weight], entries: Mapping[str
         if _is_memory(weight):
             continue
         name = canonical(component, weight.key)
+        if name not in stored and weight.key in TIED:
+            name = canonical(component, TIED[1 - TIED.index(weight.key)])
         if name not in stored:
             raise ErasecError(
                 f"the checkpoint has no {weight.key}",
@@ -324,9 +326,11 @@ def write_onnx(
 
 
 def fp32_modules(checkpoint: Folder, graph: Graph, keep_in_fp32: Sequence[str]) -> tuple[str, ...]:
-    """``keep_in_fp32``, and attention where the config says that it overflows float16, as in Stable Diffusion 2.1."""
+    """``keep_in_fp32``, and what overflows float16: the last matrix of each layer of T5, and attention where the config
+    says so, as in Stable Diffusion 2.1."""
     upcast = graph.name == "unet" and checkpoint.config("unet").get("upcast_attention")
-    return (*keep_in_fp32, *(("*.attn1", "*.attn2") if upcast else ()))
+    more = ("*.wo",) if graph.kind == T5 else ("*.attn1", "*.attn2") if upcast else ()
+    return *keep_in_fp32, *more
 
 
 def _check_patterns(keep_in_fp32: Sequence[str], templates: Sequence[Template]) -> None:

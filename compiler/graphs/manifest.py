@@ -17,7 +17,7 @@ from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.documents import Count, Sha256, Source, parse_json, read_text
 from erasec.errors import ErasecError
-from erasec.graphs.signature import NAMES
+from erasec.graphs.signature import COMPONENTS, NAMES
 
 T = TypeVar("T")
 
@@ -73,6 +73,7 @@ def _check_axes(weight: WeightRecord) -> WeightRecord:
 
 
 GraphName = Annotated[str, StringConstraints(pattern=f"^({'|'.join(NAMES)})$")]
+ComponentName = Annotated[str, StringConstraints(pattern=f"^({'|'.join(COMPONENTS)})$")]
 CheckedWeight = Annotated[WeightRecord, AfterValidator(_check_axes)]
 
 
@@ -80,7 +81,7 @@ CheckedWeight = Annotated[WeightRecord, AfterValidator(_check_axes)]
 class GraphRecord(TypedDict):
     """What a manifest says of one graph; ``weights`` and ``edited`` are fields of ``graphs.graph.Weight``."""
 
-    component: Literal["text_encoder", "unet", "vae"]
+    component: ComponentName
     graph: str
     origin: NotRequired[str]
     precision: str

@@ -14,11 +14,12 @@ import numpy as np
 from erasec.base import Check
 from erasec.checkpoint.configs import described_by
 from erasec.errors import ErasecError
+from erasec.graphs.conditioning import text_inputs
 from erasec.graphs.graph import MODEL
 from erasec.graphs.link import PAGE, tensor_reader
 from erasec.graphs.manifest import read_manifest
 from erasec.graphs.session import OnnxSession
-from erasec.graphs.signature import CLASSES, Graph, graphs, num_train_timesteps, with_whole_prompts
+from erasec.graphs.signature import Graph, configs, graphs, layout, num_train_timesteps, text_length, with_whole_prompts
 from erasec.model.sidecar import read_extras
 from erasec.progress import bar, disable_library_bars
 
@@ -165,13 +166,13 @@ def _open_session(file: Path) -> OnnxSession:
 
 
 def torch_cases(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
-    """Seeded inputs of a graph, each with torch's outputs; a UNet gets text states of real prompts."""
+    """Seeded inputs of a graph, each with torch's outputs; a denoiser gets text states of real prompts."""
     import torch
 
     from erasec.graphs.export import sample_inputs
 
-    states = _prompt_states(checkpoint) if graph.name == "unet" else None
-    if graph.name == "text_encoder" and read_extras(checkpoint.root).negative:
+    texts = _prompt_inputs(checkpoint) if graph.denoises else {}
+    if graph.component == "text_encoder" and read_extras(checkpoint.root).negative:
         graph = with_whole_prompts(graph)
     module, cases = load_module(checkpoint, graph), []
     rng = torch.Generator().manual_seed(seed)
@@ -182,37 +183,47 @@ def torch_cases(checkpoint: Folder, graph: Graph, seed: int) -> list[Case]:
         sizes += zip(SIZES[1:], itertools.cycle(timesteps), strict=False)
         for number, (size, timestep) in enumerate(sizes):
             inputs = sample_inputs(checkpoint, graph, size, timestep, rng)
-            if states is not None:
-                rows = (torch.arange(size[0]) + number) % len(states)
-                inputs["encoder_hidden_states"] = states[rows]
+            rows = (torch.arange(size[0]) + number) % len(PROMPTS)
+            inputs |= {name: values[rows] for name, values in texts.items()}
             outputs = module(*inputs.values())
             cases.append((inputs, outputs if isinstance(outputs, tuple) else (outputs,)))
-        if graph.name == "text_encoder":
-            ids = _prompt_ids(checkpoint)
+        if graph.encodes_text:
+            ids = _prompt_ids(checkpoint, graph.component)
             cases.append(({"input_ids": ids}, module(ids)))
     return cases
 
 
-def _prompt_ids(checkpoint: Folder) -> Tensor:
-    """Token ids of ``PROMPTS`` (4, tokens)."""
+def _prompt_ids(checkpoint: Folder, encoder: str) -> Tensor:
+    """Token ids of ``PROMPTS`` (4, tokens) for a text encoder."""
     from erasec.model.text_encoders import load_tokenizer
 
-    length = checkpoint.config("text_encoder")["max_position_embeddings"]
-    tokenizer = load_tokenizer(checkpoint)
-    ids: Tensor = tokenizer(
-        list(PROMPTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ids: Tensor = load_tokenizer(checkpoint, encoder)(
+        list(PROMPTS),
+        padding="max_length",
+        max_length=text_length(encoder, configs(checkpoint)),
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
     return ids
 
 
-def _prompt_states(checkpoint: Folder) -> Tensor:
-    """Text states of ``PROMPTS`` (4, tokens, d)."""
+def _prompt_inputs(checkpoint: Folder) -> dict[str, Tensor]:
+    """The inputs of the denoiser that depend on the prompt alone, for ``PROMPTS``: text states (4, tokens, d).
+
+    The text encoders are in memory one after the other.
+    """
     import torch
 
-    graph = next(graph for graph in graphs(checkpoint) if graph.name == "text_encoder")
-    with torch.no_grad():
-        states: Tensor = load_module(checkpoint, graph)(_prompt_ids(checkpoint))[0]
-    return states
+    by_name = {graph.name: graph for graph in graphs(checkpoint)}
+
+    def encode(name: str) -> dict[str, Any]:
+        graph = by_name[name]
+        with torch.no_grad():
+            outputs = load_module(checkpoint, graph)(_prompt_ids(checkpoint, name))
+        return {key: value.numpy() for key, value in zip(graph.outputs, outputs, strict=True)}
+
+    inputs = text_inputs(layout(checkpoint), configs(checkpoint), encode)
+    return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
 
 def _worst_difference(load: Load, graph: Graph, cases: Sequence[Case]) -> tuple[float, str]:
@@ -254,7 +265,7 @@ def _ranges(cases: Sequence[Case]) -> str:
 def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
     """The component in torch and float32, with a forward that takes the graph's inputs and returns its outputs.
 
-    The UNet has the checkpoint's memories; the text encoder has its new tokens and its negative prompt. Raises
+    The UNet has the checkpoint's memories; the first text encoder has its new tokens and its negative prompt. Raises
     ErasecError where a tensor is missing.
     """
     import diffusers
@@ -264,8 +275,8 @@ def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
     from erasec.graphs.export import negative_ids, with_graph_signature
 
     disable_library_bars()
-    library, dtype = (transformers, "dtype") if graph.component == "text_encoder" else (diffusers, "torch_dtype")
-    cls: Any = getattr(library, CLASSES[graph.component])
+    library, dtype = (transformers, "dtype") if graph.encodes_text else (diffusers, "torch_dtype")
+    cls: Any = getattr(library, graph.kind)
     options: dict[str, Any] = {dtype: torch.float32, "use_safetensors": True, "output_loading_info": True}
     options["variant"] = checkpoint.variant_of(graph.component) or None
     with described_by(graph.component, checkpoint.root):
@@ -283,7 +294,7 @@ def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
         from erasec.attention.processors import attach
 
         attach(module, extras.memories, num_train_timesteps(checkpoint))
-    text = graph.name == "text_encoder"
+    text = graph.component == "text_encoder"
     if text and extras.tokens:
         embedding = module.get_input_embeddings()
         new_rows = torch.stack(list(extras.tokens.values())).float()

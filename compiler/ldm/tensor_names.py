@@ -15,6 +15,9 @@ from erasec.ldm.module_names import THIRDS, VIT_H_LAYERS, Pair, count, tensor_pa
 # The families with a single-file layout.
 LAYOUTS = {name: family.single_file for name, family in FAMILIES.items() if family.single_file is not None}
 
+# The two names of T5's token embedding: files have one of them, or both.
+TIED = ("shared.weight", "encoder.embed_tokens.weight")
+
 # Modules of the VAE's attention: the names in the published folders of SD 1 and SD 2, and the present names.
 OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

@@ -10,6 +10,7 @@ from erasec.checkpoint.configs import described_by
 from erasec.checkpoint.tokenizer_files import check_rows, read_tokenizer
 from erasec.documents import read_json
 from erasec.errors import ErasecError
+from erasec.ldm.tensor_names import TIED
 from erasec.model.networks import fill
 from erasec.model.threads import fixed_threads
 from erasec.progress import bar, disable_library_bars
@@ -28,8 +29,6 @@ ENCODERS = {
     "CLIPTextModelWithProjection": "CLIPTokenizer",
     "T5EncoderModel": "T5Tokenizer",
 }
-# The two names of T5's token embedding.
-TIED = ("shared.weight", "encoder.embed_tokens.weight")
 
 # The positions of CLIP's text encoders, where the config does not say.
 POSITIONS = 77

@@ -14,7 +14,7 @@ from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, only_variant
 from erasec.closed_form.reach import reach
 from erasec.family import HUB
-from erasec.graphs.signature import pixel_unit
+from erasec.graphs.signature import DENOISERS, configs, pixel_unit
 from erasec.ldm.single_file import SingleFile
 from erasec.model.loading import BUNDLED, NOTICE
 from erasec.model.sidecar import read_extras
@@ -86,14 +86,20 @@ def written_files(target: str, folder: Path) -> ArtifactRecord:
     """The sizes and digests of all files that a target wrote, and what its users must know to load and run them."""
     records = manifest.records(folder, [name.as_posix() for name in Folder(folder).files()])
     # The configs of graphs lie beside them, or, for Triton, in a folder for its clients.
-    configs = [Folder(root) for root in (folder, folder / "client") if (root / "vae_decoder" / "config.json").is_file()]
+    graphs = [Folder(root) for root in (folder, folder / "client") if (root / "vae_decoder" / "config.json").is_file()]
     return ArtifactRecord(
         target,
         target,
         {name: (record.bytes, record.sha256) for name, record in records.items()},
         only_variant(folder),
-        pixel_unit(configs[0].config("unet"), configs[0].config("vae_decoder")) if configs else 0,
+        _pixel_unit(graphs[0]) if graphs else 0,
     )
+
+
+def _pixel_unit(folder: Folder) -> int:
+    by_component = configs(folder)
+    denoiser = next(config for name, config in by_component.items() if name in DENOISERS)
+    return pixel_unit(denoiser, by_component["vae"])
 
 
 def base_record(model: Model) -> BaseRecord:

@@ -15,16 +15,17 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from erasec.attention.sampling import PIPELINES
 from erasec.base import Runtime
-from erasec.checkpoint.configs import read_config, read_index
+from erasec.checkpoint.configs import read_config
+from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.tokenizer_files import check_rows
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.graph import MODEL
 from erasec.graphs.session import OnnxSession
-from erasec.graphs.signature import INPUTS, OUTPUTS
+from erasec.graphs.signature import DENOISERS, T5, T5_TOKENS, graphs
 from erasec.model.sidecar import read_record
 from erasec.runtime.clip_tokenizer import ClipTokenizer, load_tokenizer
+from erasec.runtime.t5_tokenizer import T5Tokenizer, load_t5_tokenizer
 from erasec.tensorrt import engines
 
 Array = NDArray[Any]
@@ -52,8 +53,8 @@ class Components(Protocol):
     def open(self, name: str) -> Component:
         """The component ``name``, loaded now. Raises ErasecError where it is missing or cannot be loaded."""
 
-    def ids(self, texts: Sequence[str]) -> Array:
-        """Token ids (n, t) in int64."""
+    def ids(self, texts: Sequence[str], encoder: str = "text_encoder") -> Array:
+        """Token ids (n, t) of a text encoder in int64."""
 
     def text_read(self, text: str) -> str:
         """The part of ``text`` that the text encoder reads: all of it, or the beginning for which it has room."""
@@ -101,7 +102,7 @@ class GraphRuntime(Runtime):
 
     @classmethod
     def runs(cls, folder: Path) -> bool:
-        return (folder / "unet" / cls.file).is_file()
+        return any((folder / name / cls.file).is_file() for name in DENOISERS)
 
     @classmethod
     def open(cls, folder: Path, threads: int | None) -> GraphComponents:
@@ -175,13 +176,14 @@ class EngineRuntime(GraphRuntime):
 
     @classmethod
     def batch(cls, folder: Path) -> int:
-        """As many as every engine takes; with guidance, the UNet and the text encoder run each image twice."""
+        """As many as every engine takes; with guidance, denoiser and text encoders run each image twice."""
         components = engines.read_record(folder)["components"]
         largest = {
             name: min(shapes["max"][0] for shapes in component["profile"].values() if shapes["max"])
             for name, component in components.items()
         }
-        return max(1, min(BATCH, int(largest["text_encoder"]), int(largest["unet"]) // 2, int(largest["vae_decoder"])))
+        limits = (int(size) // (2 if name in DENOISERS else 1) for name, size in largest.items())
+        return max(1, min(BATCH, *limits))
 
 
 class TensorRtRtx(EngineRuntime):
@@ -207,17 +209,25 @@ class GraphComponents:
 
     def __init__(self, root: Path, runtime: type[GraphRuntime], threads: int | None = None) -> None:
         self.root, self.runtime, self.threads = root, runtime, threads
+        self._tokenizers: dict[str, ClipTokenizer | T5Tokenizer] = {}
 
     @cached_property
     def batch(self) -> int:
         return self.runtime.batch(self.root)
 
-    @cached_property
-    def tokenizer(self) -> ClipTokenizer:
-        """The folder's tokenizer. Raises ErasecError where it lacks a new token that the folder carries."""
-        config = read_config(self.root, "text_encoder")
-        tokenizer = load_tokenizer(self.root / "tokenizer", config.get("max_position_embeddings", 77))
-        for token in carried_text(self.root)[1]:
+    def tokenizer(self, encoder: str = "text_encoder") -> ClipTokenizer | T5Tokenizer:
+        """The tokenizer of a text encoder, read once. Raises ErasecError where it lacks a new token that the folder
+        carries."""
+        if encoder not in self._tokenizers:
+            self._tokenizers[encoder] = self._read_tokenizer(encoder)
+        return self._tokenizers[encoder]
+
+    def _read_tokenizer(self, encoder: str) -> ClipTokenizer | T5Tokenizer:
+        config, folder = read_config(self.root, encoder), self.root / encoder.replace("text_encoder", "tokenizer")
+        if T5 in config.get("architectures", ()):
+            return load_t5_tokenizer(folder, T5_TOKENS["sd3" if encoder == "text_encoder_3" else "flux"])
+        tokenizer = load_tokenizer(folder, config.get("max_position_embeddings", 77))
+        for token in carried_text(self.root)[1] if encoder == "text_encoder" else ():
             if not tokenizer.knows(token):
                 raise ErasecError(
                     f"the tokenizer does not know the new token {token!r}",
@@ -227,14 +237,15 @@ class GraphComponents:
                 )
         return tokenizer
 
-    def ids(self, texts: Sequence[str]) -> Array:
-        ids, own = self.tokenizer.ids(texts), self.tokenizer.tokenizer
-        rows = read_config(self.root, "text_encoder")["vocab_size"] + len(carried_text(self.root)[1])
-        check_rows(ids.ravel().tolist(), rows, own.id_to_token, self.root)
+    def ids(self, texts: Sequence[str], encoder: str = "text_encoder") -> Array:
+        tokenizer = self.tokenizer(encoder)
+        ids, rows = tokenizer.ids(texts), read_config(self.root, encoder)["vocab_size"]
+        rows += len(carried_text(self.root)[1]) if encoder == "text_encoder" else 0
+        check_rows(ids.ravel().tolist(), rows, tokenizer.tokenizer.id_to_token, self.root)
         return ids
 
     def text_read(self, text: str) -> str:
-        return self.tokenizer.text_read(text)
+        return self.tokenizer().text_read(text)
 
     def open(self, name: str) -> Component:
         path = self.root / name / self.runtime.file
@@ -271,19 +282,11 @@ class Torch(Runtime):
 
     @classmethod
     def runs(cls, folder: Path) -> bool:
-        weights = (path for name in ("unet", "transformer") for path in (folder / name).glob("*.safetensors*"))
+        weights = (path for name in DENOISERS for path in (folder / name).glob("*.safetensors*"))
         return (folder / "model_index.json").is_file() and any(weights)
 
     @classmethod
     def open(cls, folder: Path, threads: int | None) -> TorchComponents:
-        name = read_index(folder).get("_class_name")
-        if name in PIPELINES[1:]:
-            raise ErasecError(
-                f"a {name} is not run here yet",
-                why="runtimes run the components of Stable Diffusion 1 and 2",
-                fix=f"paint in Python: erasec.pipeline({str(folder)!r})(PROMPT).images[0].save(FILE)",
-                where=str(folder),
-            )
         return TorchComponents(folder, threads)
 
 
@@ -307,10 +310,14 @@ class TorchComponents:
         loaded = pipeline(self.root, dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
         return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def ids(self, texts: Sequence[str]) -> Array:
+    def ids(self, texts: Sequence[str], encoder: str = "text_encoder") -> Array:
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-        tokenizer, embedding = self.pipeline.tokenizer, self.pipeline.text_encoder.get_input_embeddings()
+        tokenizer = getattr(self.pipeline, encoder.replace("text_encoder", "tokenizer"))
+        module = getattr(self.pipeline, encoder)
+        if type(module).__name__ == T5:
+            options["max_length"] = T5_TOKENS["sd3" if encoder == "text_encoder_3" else "flux"]
         ids: Array = tokenizer(list(texts), **options).input_ids
+        embedding = module.get_input_embeddings()
         check_rows(ids.ravel().tolist(), embedding.num_embeddings, tokenizer.convert_ids_to_tokens, self.root)
         return ids
 
@@ -319,20 +326,28 @@ class TorchComponents:
 
         return fitting_part(self.pipeline.tokenizer, text, self.pipeline.tokenizer.model_max_length)
 
+    @cached_property
+    def calls(self) -> dict[str, Any]:
+        """The components by the names of their graphs: functions that take and return what the graphs do."""
+        import torch
+
+        from erasec.graphs.export import graph_function
+
+        listed = graphs(Folder(self.root))
+        return {
+            graph.name: (graph, graph_function(getattr(self.pipeline, graph.component), graph, torch.float32))
+            for graph in listed
+        }
+
     def open(self, name: str) -> Component:
         import torch
 
-        pipe = self.pipeline
-        calls: dict[str, Callable[..., tuple[Any, ...]]] = {
-            "text_encoder": lambda ids: pipe.text_encoder(ids, return_dict=False)[:2],
-            "unet": lambda sample, timestep, states: pipe.unet(sample, timestep, states, return_dict=False),
-            "vae_decoder": lambda latents: pipe.vae.decode(latents, return_dict=False),
-            "vae_encoder": lambda images: (pipe.vae.encode(images).latent_dist.parameters,),
-        }
+        graph, call = self.calls[name]
 
         def run(inputs: Mapping[str, Array]) -> Arrays:
             with torch.no_grad():
-                outputs = calls[name](*(torch.from_numpy(inputs[key]).to(pipe.device) for key in INPUTS[name]))
-            return {key: output.cpu().numpy() for key, output in zip(OUTPUTS[name], outputs, strict=True)}
+                outputs = call(*(torch.from_numpy(inputs[key]).to(self.pipeline.device) for key in graph.inputs))
+            values = outputs if isinstance(outputs, tuple) else (outputs,)
+            return {key: value.cpu().numpy() for key, value in zip(graph.outputs, values, strict=True)}
 
         return Function(run)

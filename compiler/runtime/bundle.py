@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erasec import registry
-from erasec.checkpoint.configs import Config, read_config
-from erasec.checkpoint.folder import downscale, trained_size
+from erasec.checkpoint.configs import Config, read_config, read_index
+from erasec.checkpoint.folder import Folder, downscale, trained_size
 from erasec.errors import ErasecError, suggestion
-from erasec.graphs.signature import INPUTS, OUTPUTS, pixel_unit
+from erasec.graphs import conditioning
+from erasec.graphs.signature import DENOISERS, FLUX, LAYOUTS, TEXT_STATES, configs, layout, pixel_unit
 from erasec.progress import bar
 from erasec.runtime.backends import carried_text
 from erasec.runtime.schedulers import make_scheduler
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from erasec.runtime.backends import Component, Components
 
 Array = NDArray[Any]
+Arrays = dict[str, Array]
 
 
 @dataclass
@@ -41,17 +44,13 @@ class Bundle:
     _open: dict[str, Component] = field(default_factory=dict)
 
     def run(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name of the component text_encoder, unet, vae_decoder or vae_encoder, as its ONNX graph has them.
+        """Outputs by name of a component such as text_encoder, unet or vae_decoder, as its ONNX graph has them.
 
         Raises ErasecError where the component is missing or cannot be loaded.
         """
         if name not in self._open:
             self._open[name] = self.components.open(name)
         return self._open[name].run(inputs)
-
-    def _first_output(self, name: str, *inputs: Array) -> Array:
-        """The first output of a component, for its inputs in the graph's order."""
-        return self.run(name, dict(zip(INPUTS[name], inputs, strict=True)))[OUTPUTS[name][0]]
 
     def drop(self, name: str) -> None:
         """Release a component; it is loaded again when it next runs."""
@@ -67,10 +66,35 @@ class Bundle:
         """A component's config. Raises ErasecError where it is missing or damaged."""
         return read_config(self.root, component, name)
 
-    def states(self, texts: Sequence[str], batch: int) -> Array:
-        """Text states (n, t, d) in float32, encoded ``batch`` at a time."""
-        chunks = [texts[start : start + batch] for start in range(0, len(texts), batch)]
-        return np.concatenate([self._first_output("text_encoder", self.components.ids(chunk)) for chunk in chunks])
+    @cached_property
+    def layout(self) -> str:
+        """The layout of the model, one of ``signature.LAYOUTS``. Raises ErasecError for a model of another one."""
+        indexed = (self.root / "model_index.json").is_file()  # folders of runtimes of other packages may have none
+        return layout(Folder(self.root)) if indexed else "sd"
+
+    @cached_property
+    def configs(self) -> dict[str, Config]:
+        """The configs of the components, by name."""
+        if (self.root / "model_index.json").is_file():
+            return configs(Folder(self.root))
+        return {"unet": self.config("unet"), "vae": self.config("vae_decoder")}
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the component that denoises: unet or transformer."""
+        return next(name for name in DENOISERS if name in LAYOUTS[self.layout])
+
+    def text_inputs(self, texts: Sequence[str], batch: int) -> Arrays:
+        """What the denoiser reads of texts, by the names of its inputs: text states (n, t, d) in float32, and pooled
+        ones (n, d). The texts are encoded ``batch`` at a time, by one encoder after the other."""
+
+        def encode(name: str) -> Arrays:
+            # Runtimes of other packages may know the first encoder alone.
+            ids = self.components.ids(texts, name) if name != "text_encoder" else self.components.ids(texts)
+            parts = [self.run(name, {"input_ids": ids[at : at + batch]}) for at in range(0, len(texts), batch)]
+            return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+        return conditioning.text_inputs(self.layout, self.configs, encode)
 
     def generate(
         self,
@@ -84,64 +108,84 @@ class Bundle:
         scheduler: str = "auto",
         batch: int | None = None,
     ) -> Images:
-        """Images (n, height, width, 3), each from its own seed, as StableDiffusionPipeline makes them.
+        """Images (n, height, width, 3), each from its own seed, as the pipeline of the model in diffusers makes them.
 
         ``negative`` is by default the bundle's own negative prompt, or the empty one. ``guidance`` of at most 1 turns
-        guidance off. ``height`` and ``width`` are in pixels, by default the model's; ``batch`` is how many images are
-        made at a time. Raises ErasecError for a size, scheduler or number of steps that the model or the runtime does
-        not support, and where an image is not finite.
+        guidance off; FLUX reads it as a number, and takes no negative prompt. ``height`` and ``width`` are in pixels,
+        by default the model's; ``batch`` is how many images are made at a time. Raises ErasecError for a size,
+        scheduler or number of steps that the model or the runtime does not support, and where an image is not
+        finite.
         """
         batch = batch or self.components.batch
         if not prompts or len(prompts) != len(seeds):
             raise ErasecError(
                 f"there are {len(prompts)} prompts and {len(seeds)} seeds", why="every prompt needs one seed"
             )
-        unet, vae = self.config("unet"), self.config("vae" if self.backend == "torch" else "vae_decoder")
-        shape = latent_shape(unet, vae, height, width, torch=self.backend == "torch")
-        scheduler_config = self.config("scheduler", "scheduler_config.json")
-        # StableDiffusionPipeline overrides these two options of every scheduler.
-        scheduler_config |= {"steps_offset": 1, "clip_sample": False}
-        evaluations = len(make_scheduler(scheduler_config, steps, scheduler).timesteps)
-        texts = [carried_text(self.root)[0] if negative is None else negative, *prompts]
-        distinct = list(dict.fromkeys(texts))
-        states = dict(zip(distinct, self.states(distinct, batch), strict=True))
-        images = []
+        if negative and self.layout == "flux":
+            raise ErasecError("FLUX takes no negative prompt", why="its guidance is distilled", fix="leave it out")
+        shape = latent_shape(self.configs[self.denoiser], self.configs["vae"], height, width, self.backend == "torch")
+        patches = pixel_patches(self.layout, shape)
+        config = self._scheduler_config()
+        evaluations = len(make_scheduler(config, steps, scheduler, patches).timesteps)
+        away = carried_text(self.root)[0] if negative is None else negative
+        distinct = list(dict.fromkeys([away, *prompts]))
+        texts = self.text_inputs(distinct, batch)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        empty = select(texts, [0])
+        if self.layout == "sdxl" and not away and negative is None:
+            empty = conditioning.without_prompt(empty, read_index(self.root))
+        vae, images = self.configs["vae"], []
         with bar("run", evaluations * -(-len(prompts) // batch)) as advance:
             for first in range(0, len(prompts), batch):
-                conditional = np.stack([states[prompt] for prompt in prompts[first : first + batch]])
-                unconditional = np.stack([states[texts[0]]] * len(conditional))
-                stepper = make_scheduler(scheduler_config, steps, scheduler)
+                conditional = select(texts, rows[first : first + batch])
+                stepper = make_scheduler(config, steps, scheduler, patches)
                 latents = np.concatenate([randn(seed, (1, *shape)) for seed in seeds[first : first + batch]])
                 latents *= np.float32(stepper.start)
-                for index, timestep in enumerate(stepper.timesteps):
-                    scaled = stepper.scaled(index, latents)
-                    prediction = self._guided_prediction(scaled, timestep, unconditional, conditional, guidance)
-                    latents = stepper.step(index, prediction, latents)
+                for number, timestep in enumerate(stepper.timesteps):
+                    scaled = stepper.scaled(number, latents)
+                    prediction = self._guided_prediction(scaled, timestep, empty, conditional, guidance)
+                    latents = stepper.step(number, prediction, latents)
                     advance()
-                images.append(self._decode(latents / np.float32(vae.get("scaling_factor", 0.18215))))
+                latents = latents / np.float32(vae.get("scaling_factor", 0.18215))
+                images.append(self._decode(latents + np.float32(vae.get("shift_factor") or 0)))
         return np.concatenate(images)
 
-    def _guided_prediction(
-        self, latents: Array, timestep: float, unconditional: Array, conditional: Array, guidance: float
-    ) -> Array:
-        """The UNet's prediction for latents (n, c, h, w) and both text states (n, t, d), with guidance where above 1.
+    def _scheduler_config(self) -> Config:
+        config = self.config("scheduler", "scheduler_config.json")
+        # StableDiffusionPipeline overrides these two options of every scheduler.
+        if self.layout == "sd":
+            config |= {"steps_offset": 1, "clip_sample": False}
+        return config
 
+    def _guided_prediction(
+        self, latents: Array, timestep: float, empty: Arrays, conditional: Arrays, guidance: float
+    ) -> Array:
+        """The denoiser's prediction for latents (n, c, h, w), with guidance where above 1.
+
+        ``conditional`` is what it reads of n prompts, and ``empty`` of the one that guidance leads away from.
         Classifier-free guidance (arXiv 2207.12598): unconditional + guidance (conditional - unconditional).
         """
         count = len(latents)
-        step = np.array(timestep, np.float32)
-        if guidance > 1:
-            states = np.concatenate([unconditional, conditional])
-            both = self._first_output("unet", np.concatenate([latents] * 2), step, states)
+        if guidance > 1 and self.layout != "flux":
+            texts = {name: np.concatenate([np.repeat(empty[name], count, 0), conditional[name]]) for name in empty}
+            both = self._prediction(np.concatenate([latents] * 2), timestep, texts)
             return both[:count] + np.float32(guidance) * (both[count:] - both[:count])
         # A memory may act on the second half of an even batch only, as guidance puts the conditional rows there. So an
         # even batch without guidance is made odd: its first row is run twice.
-        rows = [*range(count), *([0] if count % 2 == 0 else [])]
-        return self._first_output("unet", latents[rows], step, conditional[rows])[:count]
+        rows = [*range(count), *([0] if count % 2 == 0 and self.layout == "sd" else [])]
+        return self._prediction(latents[rows], timestep, select(conditional, rows), guidance)[:count]
+
+    def _prediction(self, latents: Array, timestep: float, texts: Arrays, guidance: float = 1.0) -> Array:
+        """The denoiser's prediction for latents (n, c, h, w) and what it reads of n texts."""
+        count, _, height, width = latents.shape
+        size, tokens = (count, height, width), texts[TEXT_STATES].shape[1]
+        inputs = conditioning.denoiser_inputs(self.layout, latents, timestep) | texts
+        inputs |= conditioning.picture_inputs(self.layout, self.configs, size, tokens, guidance)
+        return conditioning.prediction(self.layout, self.run(self.denoiser, inputs), height, width)
 
     def _decode(self, latents: Array) -> Images:
         """Images (n, height, width, 3) from latents (n, c, h, w). Raises ErasecError where one is not finite."""
-        decoded = self._first_output("vae_decoder", latents)
+        decoded = self.run("vae_decoder", {"latent_sample": latents})["sample"]
         if not np.isfinite(decoded).all():
             raise ErasecError(
                 "an image is not finite",
@@ -152,6 +196,16 @@ class Bundle:
         pixels = (decoded / 2 + np.float32(0.5)).clip(0, 1).transpose(0, 2, 3, 1)
         images: Images = np.rint(pixels * 255).astype(np.uint8)
         return images
+
+
+def select(arrays: Arrays, rows: Sequence[int]) -> Arrays:
+    """The ``rows`` of each array."""
+    return {name: values[list(rows)] for name, values in arrays.items()}
+
+
+def pixel_patches(layout: str, shape: tuple[int, int, int]) -> int:
+    """The patches of latents of ``shape`` (c, h, w), on whose number the schedule of FLUX depends; 0 for others."""
+    return shape[1] // 2 * (shape[2] // 2) if layout == "flux" else 0
 
 
 def open_bundle(path: Path, backend: str = "auto", threads: int | None = None) -> Bundle:
@@ -191,7 +245,7 @@ def _no_match(backend: str, path: Path, able: Sequence[str], target: str) -> Era
         )
     return ErasecError(
         f"{path} is no bundle",
-        why="it has no folder unet with a graph, an engine or safetensors",
+        why="it has no folder unet or transformer with a graph, an engine or safetensors",
         where=str(path),
         fix="erasec build MODEL --erase CONCEPT --target onnx   makes one",
     )
@@ -202,10 +256,12 @@ def latent_shape(
 ) -> tuple[int, int, int]:
     """Channels, height and width of latents for an image in pixels, by default of the model's own size.
 
-    ``unet`` and ``vae`` are configs. Raises ErasecError for an inpainting model, and for a size that the model, or its
-    exported graph, cannot downscale.
+    ``unet``, the denoiser's, and ``vae`` are configs. Raises ErasecError for an inpainting model, and for a size that
+    the model, or its exported graph, cannot downscale.
     """
     channels, decoded = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if unet.get("_class_name") == FLUX:  # it reads patches of 2 x 2 latents as channels
+        channels //= 4
     if channels != decoded:
         raise ErasecError(
             f"the denoiser takes {channels} channels, and the decoder {decoded}",

@@ -1,7 +1,8 @@
 """Schedulers in numpy, from the config of a diffusers scheduler, that take its steps number by number.
 
-DDIM (arXiv 2010.02502), Euler (arXiv 2206.00364, algorithm 2 without churn), DPM-Solver++ 2M (arXiv 2211.01095) and the
-linear multistep half of PNDM (arXiv 2202.09778). Latents are x = alpha x0 + sigma noise; all arrays are float32.
+DDIM (arXiv 2010.02502), Euler (arXiv 2206.00364, algorithm 2 without churn), DPM-Solver++ 2M (arXiv 2211.01095), the
+linear multistep half of PNDM (arXiv 2202.09778), and Euler steps of rectified flows. Latents are x = alpha x0 + sigma
+noise; all arrays are float32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ KINDS = {
     "dpm": "DPMSolverMultistepScheduler",
     "pndm": "PNDMScheduler",
 }
+FLOW = "FlowMatchEulerDiscreteScheduler"  # of models that predict velocities; no other one here samples them
 # The options of each class with diffusers' defaults, as old configs lack some.
 SHARED = NOISE_DEFAULTS | {"steps_offset": 0}
 SIGMAS = {
@@ -58,6 +60,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "variance_type": None,
         "lambda_min_clipped": -np.inf,
     },
+    FLOW: {
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "use_dynamic_shifting": False,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "time_shift_type": "exponential",
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+        "stochastic_sampling": False,
+    },
     "PNDMScheduler": SHARED | {"timestep_spacing": "leading", "set_alpha_to_one": False, "skip_prk_steps": False},
 }
 # The supported values of options of which diffusers supports more.
@@ -82,6 +100,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beta_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
     "use_flow_sigmas": (False, None),
+    "time_shift_type": ("exponential",),
+    "invert_sigmas": (False, None),
+    "shift_terminal": (None,),
+    "stochastic_sampling": (False, None),
 }
 
 
@@ -101,14 +123,28 @@ class Scheduler(Protocol):
         """The latents after step ``at``, where the denoiser predicted ``output`` for the latents ``sample``."""
 
 
-def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") -> Scheduler:
+def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto", patches: int = 0) -> Scheduler:
     """The scheduler of a scheduler_config.json, or the one called ``kind`` with this config's noise schedule.
 
-    Raises ErasecError for a class, an option or a number of steps that is not supported.
+    ``patches`` is the number of patches of the picture where the model is a FLUX: its schedule depends on it. Raises
+    ErasecError for a class, an option or a number of steps that is not supported.
     """
     if kind != "auto" and kind not in KINDS:
         raise ErasecError(f"there is no scheduler {kind!r}", why=suggestion(kind, ("auto", *KINDS)))
-    name = str(config.get("_class_name")) if kind == "auto" else KINDS[kind]
+    own = str(config.get("_class_name"))
+    name = own if kind == "auto" else KINDS[kind]
+    if own == FLOW != name:
+        raise ErasecError(
+            f"the scheduler {kind} cannot sample this model",
+            why="it predicts velocities of a rectified flow, which its own scheduler samples",
+            fix="leave out --scheduler",
+        )
+    if name == FLOW and config.get("use_dynamic_shifting") and not patches:
+        raise ErasecError(
+            "the schedule of this model depends on the size of the picture",
+            why="its scheduler has use_dynamic_shifting, which is read for FLUX alone",
+            fix="sample with diffusers, which reads the same folder",
+        )
     instead = f"--scheduler {'euler' if name == KINDS['ddim'] else 'ddim'}   uses the same model's noise schedule"
     elsewhere = "sample with diffusers, which reads the same folder"  # no other scheduler here has the noise schedule
     if name not in DEFAULTS:
@@ -134,6 +170,8 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
         raise ErasecError(
             f"{steps} steps cannot be taken", why=f"the model has {total} timesteps", fix=f"take 1 to {total - 1}"
         )
+    if name == FLOW:
+        return FlowEuler(options, steps, patches)
     classes: dict[str, type[Ddim | Euler | Dpm | Pndm]] = {
         KINDS["ddim"]: Ddim,
         KINDS["euler"]: Euler,
@@ -153,7 +191,7 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto") ->
 def sampling_notes(target: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """A sentence where ``erasec run`` cannot sample with the scheduler of this config, for a target's plan."""
     try:
-        make_scheduler(config, 2)
+        make_scheduler(config, 2, patches=1)
     except ErasecError as error:
         return (f"{target}: erasec run cannot sample with the model's scheduler: {error.what}; {error.fix}.",)
     return ()
@@ -289,6 +327,44 @@ class Euler:
             clean = sample / (sigma**2 + 1) - sigma / math.hypot(sigma, 1) * output
             noise = (sample - clean) / sigma
         return sample + (next_sigma - sigma) * noise
+
+
+class FlowEuler:
+    """Euler steps along a rectified flow, on latents (1 - sigma) x0 + sigma noise (arXiv 2403.03206, section 3.1).
+
+    A schedule of ``patches`` above 0 is that of FLUX: even sigmas, shifted by the number of patches where the options
+    have ``use_dynamic_shifting``. Others are even between the first and the last shifted sigma, and shifted again, as
+    diffusers has it.
+    """
+
+    start = 1.0
+
+    def __init__(self, options: Mapping[str, Any], steps: int, patches: int = 0) -> None:
+        total, shift = options["num_train_timesteps"], options["shift"]
+        if patches:
+            sigmas: Array = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        else:
+            first, last = (float(_shifted(np.float32(end), shift)) for end in (1.0, 1 / total))
+            sigmas = np.linspace(first, last, steps)
+        if options["use_dynamic_shifting"]:
+            # The logarithm of the shift grows with the number of patches.
+            least, most = options["base_image_seq_len"], options["max_image_seq_len"]
+            slope = (options["max_shift"] - options["base_shift"]) / (most - least)
+            shift = math.exp(options["base_shift"] + slope * (patches - least))
+        shifted = _shifted(sigmas, shift).astype(np.float32)
+        self.timesteps = (shifted * np.float32(total)).astype(np.float64)
+        self.sigmas = [*map(float, shifted), 0.0]
+
+    def scaled(self, at: int, sample: Array) -> Array:
+        return sample
+
+    def step(self, at: int, output: Array, sample: Array) -> Array:
+        return sample + np.float32(self.sigmas[at + 1] - self.sigmas[at]) * output
+
+
+def _shifted(sigma: Any, shift: float) -> Any:
+    """More noise in every step: shift sigma / (1 + (shift - 1) sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class Dpm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from erasec.graphs import link
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.manifest import MANIFEST, origin_of
-from erasec.graphs.signature import CLASSES, TEXT_TO_IMAGE, graphs, input_shapes
+from erasec.graphs.signature import configs, graphs, input_shapes
 from erasec.graphs.weights import digests
 from erasec.model.sidecar import KINDS
 from erasec.options import options
@@ -29,6 +29,7 @@ from erasec.tensorrt.engines import ENGINE, RECORD, RTX, Builder, Profile
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
+    from erasec.graphs.signature import Configs, Graph
     from erasec.model.view import Model
 
 
@@ -117,12 +118,12 @@ class EngineTarget(Target):
 
         Raises ErasecError for a model that the graphs do not cover, or a size that the model does not support.
         """
-        graphs(checkpoint)  # raises for models with other components or inputs
-        configs = {name: checkpoint.config(name) for name in CLASSES}
-        step, scale = downscale(configs["unet"]), downscale(configs["vae"])
+        listed, by_component = graphs(checkpoint), configs(checkpoint)
+        denoiser = next(graph.component for graph in listed if graph.denoises)
+        step, scale = downscale(by_component[denoiser]), downscale(by_component["vae"])
         images = parse_range("batch", self.batch)
         sizes = {}
-        for option, usual in zip(("height", "width"), trained_size(configs["unet"]), strict=True):
+        for option, usual in zip(("height", "width"), trained_size(by_component[denoiser]), strict=True):
             smallest, largest = max(usual // 2 // step, 1) * step, -(-usual * 3 // 2 // step) * step
             text = getattr(self, option) or f"{scale * smallest}:{scale * usual}:{scale * largest}"
             pixels = parse_range(option, text)
@@ -133,20 +134,26 @@ class EngineTarget(Target):
                     fix=f"choose a multiple of {scale * step}",
                 )
             sizes[option] = [size // scale for size in pixels]
-        # Guidance runs the UNet twice for each image, with its prompt and with the empty one; without guidance, once.
+        # Guidance runs the denoiser twice for each image, with its prompt and with the empty one; without it, once.
         guided = images[0], 2 * images[1], 2 * images[2]
-        batches = {"unet": guided, "vae_decoder": images, "vae_encoder": images}
-        # The text encoder runs once for each different prompt, and all images may have the same one.
-        batches["text_encoder"] = (1, *guided[1:])
-        names = (*TEXT_TO_IMAGE, *(("vae_encoder",) if self.vae_encoder else ()))
-        return {name: _profile(name, configs, batches[name], sizes["height"], sizes["width"]) for name in names}
+        # A text encoder runs once for each different prompt, and all images may have the same one.
+        encoded = 1, *guided[1:]
+        return {
+            graph.name: _profile(
+                graph,
+                by_component,
+                encoded if graph.encodes_text else guided if graph.denoises else images,
+                sizes["height"],
+                sizes["width"],
+            )
+            for graph in listed
+            if graph.name != "vae_encoder" or self.vae_encoder
+        }
 
 
-def _profile(
-    name: str, configs: Mapping[str, Any], batches: Range, heights: Sequence[int], widths: Sequence[int]
-) -> Profile:
+def _profile(graph: Graph, configs: Configs, batches: Range, heights: Sequence[int], widths: Sequence[int]) -> Profile:
     """The smallest, usual and largest shape of each input of a graph; scalars have one shape and need no profile."""
-    shapes = [input_shapes(name, configs, *sizes) for sizes in zip(batches, heights, widths, strict=True)]
+    shapes = [input_shapes(graph, configs, *sizes) for sizes in zip(batches, heights, widths, strict=True)]
     return {key: [by_input[key] for by_input in shapes] for key, shape in shapes[0].items() if shape}
 
 

@@ -31,11 +31,10 @@ from erasec.checkpoint.safetensors import CHUNK, atomic_write, copy_file, file_d
 from erasec.documents import read_json
 from erasec.errors import ErasecError
 from erasec.graphs.cache import cache_folder, unusable_is_noted
-from erasec.graphs.signature import INPUTS
+from erasec.graphs.signature import TEXT_STATES
 from erasec.graphs.weights import digests, read_weights
 from erasec.tensorrt.engines import ENGINE, Builder, Profile, build_engine, engine_entry, version
 
-TEXT = INPUTS["unet"][2]
 MAP = "places.json"
 FORMAT = 1  # of places.json; part of the key of the cache
 KNOWN = "1.7."  # the versions of TensorRT-RTX whose layout this module was written for
@@ -65,7 +64,9 @@ def text_projections(graph: Path) -> dict[str, Array]:
     import onnx
 
     model = onnx.load(graph, load_external_data=False).graph
-    texts = {TEXT} | {node.output[0] for node in model.node if node.op_type == "Cast" and node.input[0] == TEXT}
+    texts = {TEXT_STATES} | {
+        node.output[0] for node in model.node if node.op_type == "Cast" and node.input[0] == TEXT_STATES
+    }
     names = {node.input[1] for node in model.node if node.op_type == "MatMul" and node.input[0] in texts}
     return read_weights(graph, names)
 

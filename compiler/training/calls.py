@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SIZES = 6  # numbers that a UNet of Stable Diffusion XL reads of the picture
 
 
 def unet(network: Any, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
@@ -36,10 +34,3 @@ CALLS: dict[str, Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]]
     "UNet2DConditionModel": unet,
     "SD3Transformer2DModel": sd3,
 }
-
-
-def pooled_width(config: Mapping[str, Any]) -> int:
-    """The width of the pooled text state that a denoiser with this config reads."""
-    if "pooled_projection_dim" in config:
-        return int(config["pooled_projection_dim"])
-    return int(config["projection_class_embeddings_input_dim"]) - SIZES * int(config["addition_time_embed_dim"])

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from erasec.attention.processors import attach
 from erasec.attention.sampling import LARGE, fit_side
 from erasec.checkpoint.configs import described_by
-from erasec.checkpoint.folder import downscale, trained_size
+from erasec.checkpoint.folder import downscale, pooled_width, trained_size
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
 from erasec.model.networks import load_network
@@ -26,7 +26,7 @@ from erasec.model.operations import text_rows
 from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar, disable_library_bars
 from erasec.training.base import SAMPLED, TrainingContext, check_trainable, measures_of
-from erasec.training.calls import CALLS, pooled_width
+from erasec.training.calls import CALLS
 
 if TYPE_CHECKING:
     from erasec.base import Context

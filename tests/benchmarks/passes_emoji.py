@@ -59,7 +59,8 @@ FIFTY = tuple(OBJECTS)[1::3][:50]
 HUNDRED = tuple(name for index, name in enumerate(OBJECTS) if index % 3)[:100]
 TASKS: dict[str, tuple[str, ...]] = {
     "owl": ("owl",),
-    "Noto": ("the style of Noto",),
+    "Noto": ("the style of Noto",),  # which the twin has never seen
+    "Blob": ("the style of Blob",),  # which the base draws best
     "10 objects": TEN,
     BARE: TEN,
     "50 objects": FIFTY,
@@ -68,7 +69,8 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 SETUPS = {
     "owl": (BASE, "twin", *ONE),
-    "Noto": (BASE, "twin", *ONE),
+    "Noto": (BASE, "twin", *CLOSED),
+    "Blob": (BASE, *ONE),
     "10 objects": (BASE, *MANY),
     BARE: (BASE, "uce", "uce:rows=last"),
     "50 objects": (BASE, *MANY),
@@ -169,6 +171,7 @@ def measure(task: str, setup: str, scratch: Path) -> dict[str, Any]:
     judge, groups = EmojiJudge(), np.array([question.group for question in panel])
     seen = judge.sees(after, [question.looked_for for question in panel])
     row["shows"] = {group: [int(seen[groups == group].sum()), int((groups == group).sum())] for group in GROUPS}
+    row["seen"] = "".join("01"[hit] for hit in seen.astype(int))  # a digit for each of ``questions(task)``
     far = groups == "far objects"
     row["drift"] = float(np.abs(after[far].astype(np.float64) - before[far]).mean() / 255)
     return row

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from random_models import TEXT_TO_IMAGE
 
 from erasec.base import Context
 from erasec.checkpoint.folder import Folder
 from erasec.graphs.link import write_onnx
-from erasec.graphs.signature import TEXT_TO_IMAGE
 from erasec.runtime.bundle import open_bundle
 from erasec.targets import triton
 from erasec.targets.triton import Triton, parse_config

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import GRAPHS
 
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
@@ -28,7 +29,7 @@ from erasec.graphs.graph import Weight
 from erasec.graphs.link import BASE, EDITED, OPSET, PAGE, fp32_modules, lay_out, link, read_array, write_onnx
 from erasec.graphs.manifest import MANIFEST, Origin, read_manifest
 from erasec.graphs.parity import compare_weights, load_module
-from erasec.graphs.signature import NAMES, graphs
+from erasec.graphs.signature import graphs
 from erasec.ldm.tensor_names import OLD_VAE
 from erasec.model.sidecar import Extras, write_extras
 
@@ -72,7 +73,7 @@ def linked(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_the_weights_are_those_that_the_exporter_itself_writes(
     linked: Path, random_folder: Path, tmp_path: Path, name: str
 ) -> None:
@@ -107,7 +108,7 @@ def test_the_weights_are_those_that_the_exporter_itself_writes(
 def test_the_manifest_lists_every_file(linked: Path, random_folder: Path) -> None:
     manifest = read_manifest(linked)
     assert [manifest[key] for key in ("schema", "precision", "vae", "base")] == ["erasec.onnx/1", "fp32", "fp32", {}]
-    assert set(manifest["graphs"]) == set(NAMES)
+    assert set(manifest["graphs"]) == set(GRAPHS)
     digests = {name: file["sha256"] for name, file in manifest["files"].items()}
     for name, graph in manifest["graphs"].items():
         assert set(graph["files"]) == {"model.onnx", BASE}
@@ -136,7 +137,7 @@ def test_edited_tensors_are_in_a_file_of_their_own(variant: Callable[..., Any], 
     assert len(manifest["base"]) == 14
     keys = {f"unet/{item['key']}" for item in manifest["graphs"]["unet"]["edited"]}
     assert keys == set(manifest["base"])
-    assert [name for name in NAMES if (edited.onnx / name / EDITED).exists()] == ["unet"]
+    assert [name for name in GRAPHS if (edited.onnx / name / EDITED).exists()] == ["unet"]
     assert right(edited.folder, edited.onnx)
     ours, others = stored(edited.onnx / "unet" / "model.onnx"), stored(linked / "unet" / "model.onnx")
     changed = {name for name in ours if not np.array_equal(ours[name], others[name])}
@@ -238,7 +239,7 @@ def test_fp16_rounds_all_modules_except_those_that_stay_in_fp32(
     random_folder: Path, linked: Path, tmp_path: Path
 ) -> None:
     write_onnx(Folder(random_folder), tmp_path / "out", "fp16")
-    for name in NAMES:
+    for name in GRAPHS:
         ours, theirs = (stored(root / name / "model.onnx") for root in (tmp_path / "out", linked))
         assert ours.keys() == theirs.keys()
         for key, array in ours.items():
@@ -270,7 +271,7 @@ def test_a_base_is_shared_by_hard_links(variant: Callable[..., Any], random_fold
     out = tmp_path / "shared"
     write_onnx(Folder(b.folder), out, origin=b.origin, share=a.onnx)
     assert contents(out) == contents(b.onnx)
-    for name in NAMES:
+    for name in GRAPHS:
         assert (out / name / BASE).stat().st_ino == (a.onnx / name / BASE).stat().st_ino
     assert (out / "unet" / EDITED).read_bytes() != (a.onnx / "unet" / EDITED).read_bytes()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import GRAPHS
 
 from erasec.base import Check
 from erasec.checkpoint.folder import Folder
@@ -28,7 +29,7 @@ from erasec.graphs.parity import (
     load_module,
     relative_error,
 )
-from erasec.graphs.signature import NAMES, Graph, graphs
+from erasec.graphs.signature import Graph, graphs
 from erasec.model.memory import Memory
 from erasec.model.sidecar import Extras, write_extras
 from erasec.runtime.backends import Function
@@ -79,7 +80,7 @@ def change(exported: Path, name: str, key: str, by: Callable[[Array], Array]) ->
 def test_what_was_linked_is_the_checkpoint(variant_a: Any) -> None:
     checks = compare_weights(Folder(variant_a.folder), variant_a.onnx)
     assert [(check.name, check.passed, check.value) for check in checks] == [
-        (f"weights/{name}", True, 0.0) for name in NAMES
+        (f"weights/{name}", True, 0.0) for name in GRAPHS
     ]
     assert "of 326 (14 of them edited)" in checks[1].how
     check = compare_one(variant_a.folder, variant_a.onnx, "unet")

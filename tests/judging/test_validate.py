@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import TEXT_TO_IMAGE
 
 from erasec import registry
 from erasec.attention.pipeline import Sampling, generate
@@ -18,7 +19,6 @@ from erasec.errors import ErasecError
 from erasec.glyphs import world
 from erasec.glyphs.judge import GlyphJudge
 from erasec.graphs.link import write_onnx
-from erasec.graphs.signature import NAMES
 from erasec.judging import evidence, validate
 from erasec.judging.evidence import Evidence
 from erasec.judging.intervals import wilson
@@ -262,7 +262,7 @@ def erased(unedited: Evidence, tmp_path_factory: pytest.TempPathFactory) -> tupl
     edited = base.with_edit(Uce().solve(base, concept.find("star", "glyphs"), Context()))
     edited.source.write(root / "hf", edited.merged(), False)
     for name, folder in (("base", loading.bundled_folder("glyphs")), ("edited", root / "hf")):
-        write_onnx(Folder(folder), root / name, names=NAMES[:3])
+        write_onnx(Folder(folder), root / name, names=TEXT_TO_IMAGE)
     rows = np.flatnonzero(unedited.rows("name"))[:4].tolist() + np.flatnonzero(unedited.rows("keep"))[:4].tolist()
     questions = tuple(unedited.questions[row] for row in rows)
     prompts, seeds = [question.prompt for question in questions], [question.seed for question in questions]

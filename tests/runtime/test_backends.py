@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import joint_models
 import numpy as np
 import pytest
-import random_models
 import torch
 
-from erasec import pipeline
 from erasec.checkpoint.folder import EXTRAS_FILE
 from erasec.errors import ErasecError, MissingTool
 from erasec.model.sidecar import Extras, write_extras
@@ -99,18 +96,3 @@ def test_a_library_that_is_missing(
     with pytest.raises(MissingTool) as caught:
         open_bundle(folder, backend).generate(["a star"], [0], 2)
     assert library in caught.value.what and caught.value.fix == f'pip install "erasec[{extra}]"'
-
-
-@pytest.mark.parametrize(("family", "side"), [("sdxl", 64), ("sd3", 8)])
-def test_families_that_no_runtime_runs_are_refused_with_another_way(family: str, side: int, tmp_path: Path) -> None:
-    root = tmp_path / "hf"
-    if family == "sdxl":
-        random_models.random_folder(root, family, "tiny")
-    else:
-        joint_models.pipeline(family).save_pretrained(root)
-    for path in (root, tmp_path):  # the folder itself, and a build around it
-        with pytest.raises(ErasecError, match="Pipeline is not run here yet") as caught:
-            open_bundle(path, "torch")
-        assert "erasec.pipeline" in caught.value.fix
-    picture = pipeline(root)("a dog", num_inference_steps=1, height=side, width=side).images[0]
-    assert picture.size == (side, side)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_models import GRAPHS, TEXT_TO_IMAGE
 from typer.testing import CliRunner
 
 from erasec import registry
@@ -25,7 +26,6 @@ from erasec.checkpoint.folder import Folder
 from erasec.cli.app import app
 from erasec.errors import ErasecError
 from erasec.graphs.link import write_onnx
-from erasec.graphs.signature import NAMES, TEXT_TO_IMAGE
 from erasec.model.memory import Memory
 from erasec.model.sidecar import Extras, write_extras
 from erasec.runtime.backends import Component, Components, Function, OnnxRuntime
@@ -160,10 +160,10 @@ def test_engines_are_run_through_their_session_and_within_their_profile(
         "schema": engines.SCHEMA,
         "builder": {"name": library, "version": "1"},
         "capabilities": [],
-        "components": dict.fromkeys(NAMES, entry),
+        "components": dict.fromkeys(GRAPHS, entry),
     }
     (tmp_path / "built" / backend / engines.RECORD).write_text(json.dumps(record))
-    for name in NAMES:
+    for name in GRAPHS:
         (tmp_path / "built" / backend / name / "model.engine").touch()
     monkeypatch.setattr(engines, "Session", Session)
     bundle = open_bundle(tmp_path / "built", backend)

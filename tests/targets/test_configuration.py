@@ -12,13 +12,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from random_models import TEXT_TO_IMAGE
 
 from erasec.base import Context
 from erasec.checkpoint.folder import Folder
 from erasec.commands.apply import apply
 from erasec.graphs.link import write_onnx
 from erasec.graphs.session import OnnxSession
-from erasec.graphs.signature import TEXT_TO_IMAGE
 from erasec.model import edit_file, loading
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import GRAPHS
 
 from erasec.base import Artifact, Context
 from erasec.checkpoint.folder import Folder
@@ -18,7 +19,7 @@ from erasec.checkpoint.safetensors import patch_file, read_tensor
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
 from erasec.graphs.link import write_onnx
 from erasec.graphs.parity import TOLERANCES
-from erasec.graphs.signature import NAMES, Graph, graphs
+from erasec.graphs.signature import Graph, graphs
 from erasec.model.loading import load
 from erasec.model.memory import Memory
 from erasec.model.sidecar import Extras, write_extras
@@ -79,7 +80,7 @@ def test_the_layout_is_the_one_that_pipelines_read(exported: Artifact, random_fo
     paths = {name.as_posix() for name in Folder(exported.path).files()}
     copied = {"model_index.json", "scheduler/scheduler_config.json"}
     copied |= {f"tokenizer/{path.name}" for path in (random_folder / "tokenizer").iterdir()}
-    written = {f"{name}/{file}" for name in NAMES for file in (FILE, "openvino_model.bin", "config.json")}
+    written = {f"{name}/{file}" for name in GRAPHS for file in (FILE, "openvino_model.bin", "config.json")}
     assert paths == copied | written
     assert sorted(path.name for path in exported.path.rglob(".*")) == []
     for name in copied:
@@ -87,7 +88,7 @@ def test_the_layout_is_the_one_that_pipelines_read(exported: Artifact, random_fo
 
 
 def test_all_checks_pass_on_what_was_exported(exported: Artifact) -> None:
-    names = [f"{kind}/{name}" for kind in ("weights", "parity") for name in NAMES]
+    names = [f"{kind}/{name}" for kind in ("weights", "parity") for name in GRAPHS]
     assert [check.name for check in exported.checks] == ["openvino/ports", *names]
     assert all(check.passed for check in exported.checks)
     assert all(0 < check.value < 2e-5 for check in exported.checks if check.name.startswith("parity"))

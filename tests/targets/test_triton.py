@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import TEXT_TO_IMAGE
 
 from erasec.base import Artifact, Context
 from erasec.checkpoint.folder import Folder
 from erasec.errors import TOOL_MISSING, ErasecError, MissingTool
-from erasec.graphs.signature import TEXT_TO_IMAGE, graphs
+from erasec.graphs.signature import graphs
 from erasec.model.loading import load
 from erasec.targets.triton import Triton, compare_outputs, config, parse_config, repository_check
 from erasec.targets.trt import Trt

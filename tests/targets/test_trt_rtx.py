@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_models import TEXT_TO_IMAGE
 
 from erasec.base import Artifact, Context
 from erasec.checkpoint.folder import Folder
@@ -17,7 +18,6 @@ from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs import link
 from erasec.graphs.manifest import MANIFEST
-from erasec.graphs.signature import TEXT_TO_IMAGE
 from erasec.options import configure
 from erasec.recipe.recipe import parse_named_options
 from erasec.targets.trt_rtx import TrtRtx

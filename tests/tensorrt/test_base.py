@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from random_models import TEXT_TO_IMAGE
 
 from erasec.checkpoint.folder import Folder
 from erasec.errors import ErasecError
-from erasec.graphs.signature import TEXT_TO_IMAGE
 from erasec.targets.trt_rtx import TrtRtx
 from erasec.tensorrt.base import parse_range
 
