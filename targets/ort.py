@@ -1,4 +1,4 @@
-"""Target onnx: the four graphs of Stable Diffusion in the layout that ORTStableDiffusionPipeline.from_pretrained reads.
+"""Target onnx: the graphs of a model in the layout that the ONNX pipelines of optimum read.
 
 Graphs are traced once for a configuration and cached; then a checkpoint's weights are linked to them.
 ``compare_outputs`` detects errors of tracing, such as a size or a timestep that became a constant of the graph, and
@@ -34,9 +34,9 @@ BYTES = {"fp32": 4, "fp16": 2}
 @options
 class Onnx(Target):
     """Graphs with dynamic batch and size; inputs and outputs are float32. Heights and widths of latents are multiples
-    of the UNet's downscaling (8 for Stable Diffusion), as in every export of it.
+    of the denoiser's downscaling (8 for Stable Diffusion 1, 2 for transformers), as in every export of it.
 
-    ``precision`` "fp16" stores and computes text encoder and UNet in float16, except modules whose names match
+    ``precision`` "fp16" stores and computes text encoders and denoiser in float16, except modules whose names match
     ``keep_in_fp32``, patterns joined by "+". ``vae`` is the precision of the VAE, which may overflow in float16.
     ``tolerance`` is that of parity, 0 for the default of the precision. ``base`` is an ONNX folder of another edit of
     the same base: data of unedited tensors are hard-linked from it instead of written.
@@ -50,7 +50,7 @@ class Onnx(Target):
     base: str = ""
 
     name: ClassVar[str] = "onnx"
-    summary: ClassVar[str] = "ONNX graphs for onnxruntime, in the layout of ORTStableDiffusionPipeline"
+    summary: ClassVar[str] = "ONNX graphs for onnxruntime, in the layout of optimum's ONNX pipelines"
     extras: ClassVar[frozenset[str]] = KINDS
     renamed: ClassVar[dict[str, str]] = {"islands": "keep_in_fp32"}
 

@@ -1,4 +1,4 @@
-"""Target openvino: the linked graphs as OpenVINO IR, in the layout that OVStableDiffusionPipeline reads.
+"""Target openvino: the linked graphs as OpenVINO IR, in the layout that the OpenVINO pipelines of optimum read.
 
 A weight keeps its name from the checkpoint through ONNX into IR, so each is compared there, bit for bit.
 """
@@ -55,7 +55,7 @@ class OpenVino(Target):
     weights: Literal["fp32", "fp16", "int8"] = "fp32"
 
     name: ClassVar[str] = "openvino"
-    summary: ClassVar[str] = "OpenVINO IR, in the layout of OVStableDiffusionPipeline"
+    summary: ClassVar[str] = "OpenVINO IR, in the layout of optimum's OpenVINO pipelines"
     extras: ClassVar[frozenset[str]] = KINDS
 
     def check(self) -> None:

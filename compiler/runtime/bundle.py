@@ -135,6 +135,8 @@ class Bundle:
         if self.layout == "sdxl" and not away and negative is None:
             empty = conditioning.without_prompt(empty, read_index(self.root))
         vae, images = self.configs["vae"], []
+        # The pipelines of UNets do not read the shift.
+        shift = vae.get("shift_factor") or 0 if self.denoiser == "transformer" else 0
         with bar("run", evaluations * -(-len(prompts) // batch)) as advance:
             for first in range(0, len(prompts), batch):
                 conditional = select(texts, rows[first : first + batch])
@@ -147,7 +149,7 @@ class Bundle:
                     latents = stepper.step(number, prediction, latents)
                     advance()
                 latents = latents / np.float32(vae.get("scaling_factor", 0.18215))
-                images.append(self._decode(latents + np.float32(vae.get("shift_factor") or 0)))
+                images.append(self._decode(latents + np.float32(shift)))
         return np.concatenate(images)
 
     def _scheduler_config(self) -> Config:

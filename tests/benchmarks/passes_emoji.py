@@ -55,6 +55,7 @@ MANY = (*CLOSED, "esd", "kpop")
 BARE = "10 bare names"  # what people type: no synonyms, nothing kept
 # One object of each of ten clusters, and every third object; the others are neighbours that should stay.
 TEN = tuple([name for name in OBJECTS if OBJECTS[name].cluster == cluster][1] for cluster in list(CLUSTERS)[:20:2])
+SINGLES = ("owl", "cat", "butterfly", "avocado", "ambulance", "strawberry")  # erased one at a time
 FIFTY = tuple(OBJECTS)[1::3][:50]
 HUNDRED = tuple(name for index, name in enumerate(OBJECTS) if index % 3)[:100]
 TASKS: dict[str, tuple[str, ...]] = {
@@ -66,6 +67,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "50 objects": FIFTY,
     "100 objects": HUNDRED,
     "2 artists": ("the style of Noto", "the style of Blob"),
+    **{name: (name,) for name in SINGLES[1:]},
 }
 SETUPS = {
     "owl": (BASE, "twin", *ONE),
@@ -76,6 +78,7 @@ SETUPS = {
     "50 objects": (BASE, *MANY),
     "100 objects": (BASE, *CLOSED),
     "2 artists": (BASE, *CLOSED),
+    **dict.fromkeys(SINGLES[1:], (BASE, "uce", "project", "speed")),
 }
 GROUPS = ("name", "synonym", "implicit", "kept neighbours", "other neighbours", "far objects", "other artists")
 IMAGES, SEED = 40, 31
@@ -205,10 +208,28 @@ def published_figures(shows: dict[str, list[int]]) -> dict[str, float]:
     return published("style", erased, rates["artists"], across=rates["objects"])
 
 
+def pooled(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The rows of SINGLES as those of one task, for the setups that all of them have: pictures add up, and drift and
+    seconds are means."""
+    parts = [rows[name] for name in SINGLES if name in rows]
+    shared = [setup for setup in parts[0] if all(setup in part for part in parts)]
+    together = {}
+    for setup in shared:
+        own = [part[setup] for part in parts]
+        shows = {group: [sum(row["shows"][group][i] for row in own) for i in (0, 1)] for group in GROUPS}
+        means = {key: sum(row[key] for row in own) / len(own) for key in ("drift", "seconds") if key in own[0]}
+        together[setup] = {"shows": shows, **means}
+    return together
+
+
 def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown, one table for each task."""
+    """The rows as Markdown, one table for each task, and one for SINGLES together."""
     parts = []
-    for task, rows in result["rows"].items():
+    single = [name for name in SINGLES if name in result["rows"]]
+    tasks = {task: rows for task, rows in result["rows"].items() if task not in SINGLES[1:]}
+    if len(single) > 1:
+        tasks[f"{len(single)} objects, one at a time: {', '.join(single)}"] = pooled(result["rows"])
+    for task, rows in tasks.items():
         parts += [
             f"**{task}**",
             "",
