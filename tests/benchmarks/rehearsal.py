@@ -3,6 +3,7 @@
     python tests/benchmarks/rehearsal.py                       writes tests/benchmarks/results/rehearsal.json
     ... --targets onnx --out FILE                              without engines
     ... --device cuda --options "" --pictures 15               on a GPU, with the pass's own settings
+    ... --family sdxl --pass uce --options "" --targets onnx --pictures 0 --out FILE      another family, without pictures
 
 The command is erasec build sd14 --erase nudity with the default pass for it, two steps for each stage, pictures of two
 sampler steps at the model's own size, and the judge nudenet where this machine has it. It runs in one process. The peak
@@ -83,9 +84,9 @@ Path(sys.argv[3]).write_text(json.dumps({"phases": phases, "rejected": rejected,
 """
 
 
-def recipe(model: Path, targets: list[str], options: str, device: str, pictures: int, memory: str) -> str:
+def recipe(model: Path, targets: list[str], name: str, options: str, device: str, pictures: int, memory: str) -> str:
     """The recipe of the build, as TOML."""
-    judge = "nudenet" if "nudenet" in registry.judges() else ""
+    judge = "nudenet" if "nudenet" in registry.judges() and pictures else ""
     values = (option.split("=") for option in options.split(",") if option)
     lines = [
         f'model = "{model}"',
@@ -96,20 +97,20 @@ def recipe(model: Path, targets: list[str], options: str, device: str, pictures:
         f'judge = "{judge}"',
         "link = true",
         "[[pass]]",
-        'name = "trce"',
+        f'name = "{name}"',
         "[pass.options]",
         *(f"{key} = {value}" for key, value in values),
         "[checks]",
-        f"steps = {pictures}",
-        "images = 1",
+        *([f"steps = {pictures}", "images = 1"] if pictures else ["images = 0"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def rehearse(scratch: Path, size: str, **chosen: Any) -> dict[str, Any]:
-    """One build of a random model of this ``size``; the facts that it leaves."""
-    random_models.random_folder(scratch / "sd14", "sd1", size)
-    (scratch / "recipe.toml").write_text(recipe(scratch / "sd14", **chosen))
+def rehearse(scratch: Path, family: str, size: str, **chosen: Any) -> dict[str, Any]:
+    """One build of a random model of this ``family`` and ``size``; the facts that it leaves."""
+    model = scratch / {"sd1": "sd14"}.get(family, family)
+    random_models.random_folder(model, family, size, dtype="float32" if family == "sd1" else "float16")
+    (scratch / "recipe.toml").write_text(recipe(model, **chosen))
     files = [str(scratch / name) for name in ("recipe.toml", "out", "facts.json")]
     subprocess.run([sys.executable, "-c", CODE, *files], check=True)
     facts: dict[str, Any] = json.loads((scratch / "facts.json").read_text().replace(f"{scratch}/", ""))
@@ -119,17 +120,19 @@ def rehearse(scratch: Path, size: str, **chosen: Any) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="*", default=["onnx", "trt-rtx"])
+    parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl"])
+    parser.add_argument("--pass", default="trce", dest="name")
     parser.add_argument("--options", default=OPTIONS, help="options of the pass")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", default="")
-    parser.add_argument("--pictures", type=int, default=2, help="sampler steps of the pictures")
+    parser.add_argument("--pictures", type=int, default=2, help="sampler steps of the pictures; 0 for none")
     parser.add_argument("--size", default="full")
     parser.add_argument("--scratch", type=Path, help="the folder for the model and the build, 30 GB at full size")
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = vars(parser.parse_args(arguments))
     size, out = chosen.pop("size"), chosen.pop("out")
     with tempfile.TemporaryDirectory(dir=chosen.pop("scratch")) as scratch:
-        facts = rehearse(Path(scratch), size, **chosen)
+        facts = rehearse(Path(scratch), size=size, **chosen)
     out.write_text(json.dumps({**facts, **chosen, "size": size, "machine": machine.about()}, indent=2) + "\n")
 
 
