@@ -71,7 +71,9 @@ def run(
     out: PICTURE,
     negative: Annotated[str | None, typer.Option("--negative", help="by default the bundle's")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1)] = 25,
-    guidance: Annotated[float, typer.Option("--guidance", help="guidance scale; 1 is no guidance")] = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="guidance scale, by default the family's; 1 is no guidance")
+    ] = None,
     cfg: Annotated[float | None, typer.Option("--cfg", hidden=True)] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the first image; then seed + 1, ...")] = 0,
     count: Annotated[int, typer.Option("--count", min=1, help="number of images")] = 1,

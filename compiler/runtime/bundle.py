@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+# The guidance of diffusers' pipelines where a caller gives none, by layout.
+GUIDANCE = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "flux": 3.5}
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Bundle:
         prompts: Sequence[str],
         seeds: Sequence[int],
         steps: int = 25,
-        guidance: float = 7.5,
+        guidance: float | None = None,
         negative: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -110,17 +112,18 @@ class Bundle:
     ) -> Images:
         """Images (n, height, width, 3), each from its own seed, as the pipeline of the model in diffusers makes them.
 
-        ``negative`` is by default the bundle's own negative prompt, or the empty one. ``guidance`` of at most 1 turns
-        guidance off; FLUX reads it as a number, and takes no negative prompt. ``height`` and ``width`` are in pixels,
-        by default the model's; ``batch`` is how many images are made at a time. Raises ErasecError for a size,
-        scheduler or number of steps that the model or the runtime does not support, and where an image is not
-        finite.
+        ``negative`` is by default the bundle's own negative prompt, or the empty one. ``guidance`` is by default the
+        pipeline's; at most 1 turns it off. FLUX reads it as a number, and takes no negative prompt. ``height`` and
+        ``width`` are in pixels, by default the model's; ``batch`` is how many images are made at a time. Raises
+        ErasecError for a size, scheduler or number of steps that the model or the runtime does not support, and where
+        an image is not finite.
         """
         batch = batch or self.components.batch
         if not prompts or len(prompts) != len(seeds):
             raise ErasecError(
                 f"there are {len(prompts)} prompts and {len(seeds)} seeds", why="every prompt needs one seed"
             )
+        guidance = GUIDANCE[self.layout] if guidance is None else guidance
         if negative and self.layout == "flux":
             raise ErasecError("FLUX takes no negative prompt", why="its guidance is distilled", fix="leave it out")
         shape = latent_shape(self.configs[self.denoiser], self.configs["vae"], height, width, self.backend == "torch")

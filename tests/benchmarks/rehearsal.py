@@ -3,7 +3,7 @@
     python tests/benchmarks/rehearsal.py                       writes tests/benchmarks/results/rehearsal.json
     ... --targets onnx --out FILE                              without engines
     ... --device cuda --options "" --pictures 15               on a GPU, with the pass's own settings
-    ... --family sdxl --pass uce --options "" --targets onnx --pictures 0 --out FILE      another family, without pictures
+    ... --family sdxl --pass uce --options "" --targets onnx --pictures 0 --out FILE   another family
 
 The command is erasec build sd14 --erase nudity with the default pass for it, two steps for each stage, pictures of two
 sampler steps at the model's own size, and the judge nudenet where this machine has it. It runs in one process. The peak
@@ -101,7 +101,7 @@ def recipe(model: Path, targets: list[str], name: str, options: str, device: str
         "[pass.options]",
         *(f"{key} = {value}" for key, value in values),
         "[checks]",
-        *([f"steps = {pictures}", "images = 1"] if pictures else ["images = 0"]),
+        *([f"steps = {pictures}", "images = 1"] if pictures else ["pictures = 0"]),
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from erasec.checkpoint.folder import Folder
 from erasec.commands.check import small_inputs
 from erasec.errors import ErasecError
 from erasec.graphs.conditioning import pack, unpack
-from erasec.graphs.signature import configs, graphs
+from erasec.graphs.signature import LAYOUTS, configs, graphs
 from erasec.registry import load_target
-from erasec.runtime.bundle import open_bundle
+from erasec.runtime.bundle import GUIDANCE, open_bundle
 from erasec.runtime.schedulers import make_scheduler
 from erasec.runtime.t5_tokenizer import load_t5_tokenizer
 
@@ -77,6 +78,14 @@ def test_every_runtime_paints_what_diffusers_paints(folders: dict[str, Path], fa
             bundle = open_bundle(folders[family] / target, backend)
             pictures = bundle.generate(PROMPTS, SEEDS, STEPS, guidance, height=side, width=side)
             assert np.abs(pictures - wanted).max() <= 2, (target, guidance)
+
+
+def test_the_default_guidance_is_that_of_the_pipeline() -> None:
+    import diffusers
+
+    kinds = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+    theirs = [inspect.signature(getattr(diffusers, kind).__call__).parameters["guidance_scale"] for kind in kinds]
+    assert dict(zip(LAYOUTS, (value.default for value in theirs), strict=True)) == GUIDANCE
 
 
 def test_guidance_changes_the_pictures(folders: dict[str, Path]) -> None:
