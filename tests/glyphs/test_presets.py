@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -292,3 +293,21 @@ def test_no_preset_repeats_a_default_unless_the_family_sets_the_option() -> None
 def test_the_helper_of_other_tests_creates_the_same_passes() -> None:
     assert {name: asdict(cast("Any", tuned(registry.load_pass(name)))) for name in TODAY} == TODAY
     assert cast("Any", tuned(registry.load_pass("esd"), lr=1.0)).lr == 1.0
+
+
+@pytest.mark.parametrize("world", ["glyphs", "emoji"])
+def test_every_value_that_differs_from_the_published_one_says_so(world: str) -> None:
+    name, compared = "", 0
+    for line in (loading.bundled_folder(world) / "presets.toml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            name = next(iter(tomllib.loads(line)))
+            name = ".".join([name, *tomllib.loads(line)[name]])
+        elif not line.startswith("#") and line:
+            setting, _, comment = line.partition("  # published: ")
+            ((option, value),) = tomllib.loads(setting).items()
+            published = getattr(registry.load_pass(name), option)
+            said = tomllib.loads(f"value = {comment}")["value"] if comment else value
+            assert said == published, f"{world} [{name}] {option}"
+            assert bool(comment) == (value != published), f"{world} [{name}] {option}"
+            compared += 1
+    assert compared > 50
