@@ -167,6 +167,10 @@ class Pass(ABC):
             model = model.with_edit(edit)
             yield edit
 
+    def notes(self, model: Model, concepts: Sequence[Concept]) -> tuple[str, ...]:
+        """Sentences that a plan and a report give before ``concepts`` are erased. Reads no tensors. By default none."""
+        return ()
+
     def checks(self, edit: Edit) -> tuple[Check, ...]:
         """Lines of the report about an edit of this pass; a build fails where one of them does. By default none."""
         return ()

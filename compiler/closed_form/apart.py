@@ -42,20 +42,24 @@ def closest_pairs(model: Model, concepts: Sequence[Concept]) -> tuple[Pair, ...]
     owners = {phrase: concept.name for concept in concepts for phrase in concept.phrases}
     if not kept:
         return ()
-    everything = everyday.captions()
-    references = everything[:: max(1, len(everything) // REFERENCES)]
-    texts = [*map(_caption, (*owners, *kept)), *references]
-    states = _states(model, texts)
-    states = states - states.mean(0)
-    states = states / states.norm(dim=1, keepdim=True)
-    cosines = states[: len(owners)] @ states[len(owners) : len(owners) + len(kept)].T
-    best, columns = cosines.max(1)
-    angles = best.clamp(-1, 1).arccos().rad2deg().tolist()
+    smallest, columns = angles(model, tuple(owners), kept).min(1)
     pairs = (
         Pair(owners[phrase], phrase, kept[column], angle)
-        for phrase, column, angle in zip(owners, columns.tolist(), angles, strict=True)
+        for phrase, column, angle in zip(owners, columns.tolist(), smallest.tolist(), strict=True)
     )
     return tuple(sorted(pairs, key=lambda pair: pair.angle))
+
+
+def angles(model: Model, erased: Sequence[str], kept: Sequence[str]) -> Tensor:
+    """The angles (erased, kept) in degrees between the states of phrases, around the centre."""
+    everything = everyday.captions()
+    references = everything[:: max(1, len(everything) // REFERENCES)]
+    states = _states(model, [*map(_caption, (*erased, *kept)), *references])
+    states = states - states.mean(0)
+    states = states / states.norm(dim=1, keepdim=True)
+    cosines = states[: len(erased)] @ states[len(erased) : len(erased) + len(kept)].T
+    degrees: Tensor = cosines.clamp(-1, 1).arccos().rad2deg()
+    return degrees
 
 
 def _caption(phrase: str) -> str:

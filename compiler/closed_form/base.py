@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from erasec.family import Site
     from erasec.model.view import Model
 
+MANY = 0.04  # concepts for each entry of a text state, from which a note says what they cost
+
 
 @options
 class ClosedForm(Pass):
@@ -73,6 +75,18 @@ class ClosedForm(Pass):
         if site.attn == "pooled":
             return self.routes == "all"
         return site.attn != "cross" or site.proj in self.matrices
+
+    def notes(self, model: Model, concepts: Sequence[Concept]) -> tuple[str, ...]:
+        """What many concepts cost: one map of text states has as many directions as these have entries."""
+        width = min(sites[0].shape[1] for sites in model.streams.values())
+        if len(concepts) <= MANY * width:
+            return ()
+        return (
+            f"{self.name} erases {len(concepts)} concepts in one map of text states that are {width} wide, so that "
+            "what is kept suffers too: on the emoji world, ten concepts, 5 % of the width, cost a fifth of the other "
+            "objects, and fifty two fifths (docs/emoji.md). Look at what is kept; a larger keep= trades it against "
+            "what is erased.",
+        )
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         return next(self.solve_all(model, [concept], context))

@@ -377,6 +377,8 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, looked: pictures.Looked) 
         yield from source.notes
     for target in plan.targets:
         yield from target.notes(plan.model)
+    for step in plan.passes:
+        yield from step.notes(plan.model, plan.concepts)
     if plan.unjudged:
         what = "the key brings it back" if plan.keys else "it is gone"
         yield (

@@ -432,6 +432,7 @@ def notes(plan: Plan) -> list[str]:
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),
         *(note for target in plan.targets for note in target.notes(plan.model)),
+        *(note for step in plan.passes for note in step.notes(plan.model, plan.concepts)),
         *plan.remarks,
         *unjudged_notes(plan),
         *(

@@ -105,7 +105,7 @@ def layout(checkpoint: Folder) -> str:
             )
     if extra := sorted(set(listed) - set(expected)):
         raise ErasecError(
-            f"onnx: the model has a {extra[0]}",
+            f"onnx: the model has the component {extra[0]}",
             why=f"graphs are written for models of {', '.join(expected)}",
             where="model_index.json",
             fix="build it for hf: --target hf",

@@ -3,6 +3,7 @@
     python tests/benchmarks/passes_emoji.py                writes tests/benchmarks/results/passes_emoji.json
     ... --tasks owl Noto --setups uce esd                  measures these rows again, and keeps the others
     ... --table                                            prints the tables of docs/emoji.md
+    ... --angles                                           prints what is lost by the angle to what is erased
     ... --plot docs/many.png                               draws what is left against the number of erased objects
     ... --picture docs/owl.png --setups uce                draws an owl, or another --object, before and after
 
@@ -36,6 +37,7 @@ import strips
 from erasec.attention.pipeline import Sampling, generate
 from erasec.audit.metrics import published
 from erasec.base import Context, Question
+from erasec.closed_form import apart
 from erasec.commands import settings
 from erasec.emoji.evaluate import TWIN
 from erasec.emoji.judge import EmojiJudge, far_objects, label_of, prompt
@@ -250,6 +252,30 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def angles(result: dict[str, Any]) -> str:
+    """Of the pictures of other objects that the base gets right, how many are right after ten and fifty objects are
+    erased: by the angle between the object's text state and the nearest erased phrase, as `erasec plan --apart`
+    measures it, over all passes."""
+    base = loading.load("emoji")
+    bins = ((0, 45), (45, 55), (55, 65), (65, 180))
+    lines = [f"| task | {' | '.join(f'{low}–{high}°' for low, high in bins)} |", "|---" * (len(bins) + 1) + "|"]
+    for task in ("10 objects", "50 objects"):
+        panel, rows = questions(task), result["rows"][task]
+        kept = sorted({question.looked_for for question in panel if question.group in GROUPS[3:6]})
+        phrases = [phrase for item in erased(task) for phrase in item.phrases]
+        nearest = dict(zip(kept, apart.angles(base, phrases, kept).amin(0).tolist(), strict=True))
+        counts = {pair: [0, 0] for pair in bins}
+        for setup in rows.keys() - {BASE}:
+            for question, before, after in zip(panel, rows[BASE]["seen"], rows[setup]["seen"], strict=True):
+                if question.looked_for in nearest and question.group in GROUPS[3:6] and before == "1":
+                    pair = next(pair for pair in bins if pair[0] <= nearest[question.looked_for] < pair[1])
+                    counts[pair][0] += after == "1"
+                    counts[pair][1] += 1
+        cells = [f"{hits / total:.0%} of {total}" if total else "–" for hits, total in counts.values()]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(path: Path, result: dict[str, Any]) -> None:
     """Two charts, one line a pass: the objects that are kept, and those that are erased, against how many are erased.
 
@@ -288,6 +314,7 @@ def main() -> None:
     parser.add_argument("--setups", nargs="*", default=[])
     parser.add_argument("--missing", action="store_true", help="measure only rows that the file does not have")
     parser.add_argument("--table", action="store_true", help="print the tables of the file, and measure nothing")
+    parser.add_argument("--angles", action="store_true", help="print what is lost by angle, and measure nothing")
     parser.add_argument("--plot", type=Path, help="draw the file as a chart to this PNG, and measure nothing")
     parser.add_argument("--picture", type=Path, help="draw --object before and after the first of --setups to this PNG")
     parser.add_argument("--object", choices=[*OBJECTS], default="owl", help="the object of --picture")
@@ -296,6 +323,9 @@ def main() -> None:
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     if options.table:
         print(table(result))
+        return
+    if options.angles:
+        print(angles(result))
         return
     if options.plot:
         plot(options.plot, result)

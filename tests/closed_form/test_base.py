@@ -43,3 +43,10 @@ def test_a_concepts_scale_moves_it_nearer_to_its_goal(model: Model) -> None:
         return float((rows.double() @ matrix.T - becomes).norm())
 
     assert gap(heavy) < 0.5 * gap(heart)
+
+
+def test_many_concepts_are_named_before_anything_is_solved(model: Model) -> None:
+    many = [Concept(name=f"a{number}", erase=(f"a{number}",)) for number in range(20)]
+    (sentence,) = Uce().notes(model, many)
+    assert sentence.startswith("uce erases 20 concepts in one map of text states that are 128 wide")
+    assert Uce().notes(model, many[:5]) == ()

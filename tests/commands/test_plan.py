@@ -309,11 +309,14 @@ def test_a_target_that_cannot_hold_the_extras_is_refused(here: Path, random_fold
 
 
 @pytest.mark.parametrize("target", ["onnx", "openvino", "trt-rtx", "triton"])
-def test_graphs_of_another_family_are_refused_before_anything_is_solved(here: Path, target: str) -> None:
+def test_models_without_graphs_are_refused_before_anything_is_solved(here: Path, target: str) -> None:
     random_layout(here / "sdxl", "sdxl", "tiny")
     for name in {"openvino": ("openvino",), "trt-rtx": ("tensorrt_rtx", "polygraphy")}.get(target, ()):
         pytest.importorskip(name)
-    with pytest.raises(ErasecError, match="onnx: the model has a text_encoder_2"):
+    assert plan.make_plan(recipe(here / "sdxl", targets=(target,)), pin=False).targets[-1].name == target
+    index = here / "sdxl" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"adapter": ["diffusers", "T2IAdapter"]}))
+    with pytest.raises(ErasecError, match="onnx: the model has the component adapter"):
         plan.make_plan(recipe(here / "sdxl", targets=(target,)), pin=False)
 
 

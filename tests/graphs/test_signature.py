@@ -108,8 +108,12 @@ def rewrite(file: Path, **changes: Any) -> None:
     [
         ("model_index.json", {"unet": ["diffusers", "UNet3D"]}, "onnx: unet is a UNet3D"),
         ("model_index.json", {"vae": [None, None]}, "onnx: vae is missing"),
-        ("model_index.json", {"text_encoder_2": ["transformers", "T"]}, "onnx: the model has a text_encoder_2"),
-        ("model_index.json", {"image_adapter": ["diffusers", "T"]}, "onnx: the model has a image_adapter"),
+        (
+            "model_index.json",
+            {"text_encoder_2": ["transformers", "T"]},
+            "onnx: the model has the component text_encoder_2",
+        ),
+        ("model_index.json", {"image_adapter": ["diffusers", "T"]}, "onnx: the model has the component image_adapter"),
         (
             "unet/config.json",
             {"addition_embed_type": "text_time"},
