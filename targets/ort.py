@@ -79,7 +79,7 @@ class Onnx(Target):
         return GRAPHS_BYTES
 
     def notes(self, model: Model) -> tuple[str, ...]:
-        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
+        return sampling_notes(self.name, model.source)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link all graphs, then compare each with the checkpoint and with torch.

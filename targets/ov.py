@@ -73,7 +73,7 @@ class OpenVino(Target):
         return GRAPHS_BYTES
 
     def notes(self, model: Model) -> tuple[str, ...]:
-        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
+        return sampling_notes(self.name, model.source)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, convert each, and compare each with the graph, the checkpoint and torch.

@@ -64,8 +64,9 @@ Version {version} of each model is served, as its config.pbtxt says, and no othe
 | model | input | output |
 |---|---|---|
 {rows}
-No batching by the server: a request brings its own batch as the first axis, and one timestep for all of it.
-Inputs and outputs are float32, ids int64. Heights and widths of latents are multiples of what the UNet halves them by.
+No batching by the server: a request brings its own batch as the first axis. A timestep of a UNet is one number for all
+of it. Inputs and outputs are float32, ids int64. Heights and widths of latents are multiples of what the denoiser
+halves them by, or of its patches; FLUX reads latents as packed patches, with their places in img_ids.
 """
 
 
@@ -74,7 +75,7 @@ class Triton(Target):
     """Models that a client runs in turn: text encoders, denoiser and vae_decoder.
 
     ``version`` is the number under which they are served: give every erased variant a new one. ``instances`` is where
-    they run, "auto", "gpu" or "cpu". ``precision`` is that of text encoder and UNet, "fp32" or "fp16". ``engines``
+    they run, "auto", "gpu" or "cpu". ``precision`` is that of text encoders and denoiser, "fp32" or "fp16". ``engines``
     "trt" builds TensorRT plans, for servers with the same version of TensorRT and the same kind of GPU.
     """
 
@@ -110,7 +111,7 @@ class Triton(Target):
         return GRAPHS_BYTES
 
     def notes(self, model: Model) -> tuple[str, ...]:
-        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
+        return sampling_notes(self.name, model.source)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Link the graphs, write the repository and the client's folder, then check the files that the server loads.
@@ -138,7 +139,7 @@ class Triton(Target):
                 checks += self._build_plans(checkpoint, linked.root, out)
             else:
                 checks += compare_outputs(checkpoint, models, exported, self.version, self.precision, context.seed)
-            checks = repository_check(models, linked.root), *checks
+            checks = repository_check(models, linked.root, [graph.name for graph in exported]), *checks
         (out / "README.md").write_text(readme(ports, self.version))
         return Artifact(self.name, out, checks)
 
@@ -198,8 +199,8 @@ def config(
     """The text of a model's config.pbtxt.
 
     ``max_batch_size`` 0 means that shapes include the batch: the server batches requests only where every input has the
-    batch as its first axis, and a timestep has none. The version is named, so that no other version in the folder is
-    served.
+    batch as its first axis, and the timestep of a UNet has none. The version is named, so that no other version in the
+    folder is served.
     """
     platform, backend, file = ENGINES[engine]
     lines = [
@@ -242,12 +243,11 @@ def parse_config(text: str) -> dict[str, list[Any]]:
     return stack[0]
 
 
-def repository_check(models: Path, graphs: Path) -> Check:
+def repository_check(models: Path, graphs: Path, served: Sequence[str]) -> Check:
     """Count the faults that would keep Triton from serving a repository's models as intended, by its files.
 
-    ``graphs`` is the folder of the linked graphs.
+    ``graphs`` is the folder of the linked graphs, and ``served`` are the names of all models.
     """
-    served = [name for name in SERVED if (graphs / name).is_dir()]
     wrong = [fault for folder in sorted(models.iterdir()) for fault in find_faults(folder, graphs, served)]
     wrong += [f"there is no {name}" for name in served if not (models / name).is_dir()]
     how = f"faults in {len(served)} configurations: files, names, types and shapes, against the graphs in "

@@ -65,7 +65,7 @@ class Trt(EngineTarget):
             check_refit_version(installed)
 
     def notes(self, model: Model) -> tuple[str, ...]:
-        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
+        return sampling_notes(self.name, model.source)
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         entry, library = super().engine(graph, file, profile)

@@ -48,7 +48,7 @@ class TrtRtx(EngineTarget):
         return super().cached(model) + (self.size(model) if self.patch else 0)
 
     def notes(self, model: Model) -> tuple[str, ...]:
-        return sampling_notes(self.name, model.source.config("scheduler", "scheduler_config.json"))
+        return sampling_notes(self.name, model.source)
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         if self.patch and graph.parent.name == "unet":

@@ -34,7 +34,7 @@ def picture_paths(out: Path, count: int) -> list[Path]:
 
 
 def cut_notes(bundle: Bundle, prompt: str, negative: str | None) -> list[str]:
-    """A sentence for each of the two prompts of which the text encoder reads only the beginning.
+    """A sentence for each of the two prompts of which a text encoder reads only the beginning.
 
     A ``negative`` of None is the bundle's own negative prompt.
     """
@@ -42,7 +42,7 @@ def cut_notes(bundle: Bundle, prompt: str, negative: str | None) -> list[str]:
     if negative is None:
         negative = carried_text(bundle.root)[0]
     for what, text in (("prompt", prompt), ("negative prompt", negative)):
-        if cut := where_cut({"the text encoder": bundle.components.text_read(text)}, text):
+        if cut := where_cut(bundle.text_read(text), text):
             notes.append(f"the {what} is cut: {cut}.")
     return notes
 

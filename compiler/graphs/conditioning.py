@@ -80,7 +80,7 @@ def picture_inputs(
 def without_prompt(inputs: Arrays, index: Mapping[str, Any]) -> Arrays:
     """The ``inputs`` of the empty prompt, or zeros where model_index.json, ``index``, says that the pipeline of Stable
     Diffusion XL reads zeros without a negative prompt."""
-    if index.get("force_zeros_for_empty_prompt"):
+    if index.get("force_zeros_for_empty_prompt", True):
         return {name: np.zeros_like(value) for name, value in inputs.items()}
     return inputs
 

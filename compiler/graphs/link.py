@@ -253,9 +253,9 @@ def write_onnx(
     origin: Origin | None = None,
     share: Path | None = None,
 ) -> tuple[Graph, ...]:
-    """Write the ONNX folder of a checkpoint, in the layout of ORTStableDiffusionPipeline; returns its graphs.
+    """Write the ONNX folder of a checkpoint, in the layout of optimum's pipelines; returns its graphs.
 
-    ``names`` are the graphs to write. The text encoder and the UNet have ``precision``, the VAE has the precision
+    ``names`` are the graphs to write. Text encoders and denoiser have ``precision``, the VAE has the precision
     ``vae``; inputs and outputs are always float32. ``keep_in_fp32`` are patterns of names of modules that compute in
     float32 within a float16 graph. Memories, new tokens and a negative prompt of the checkpoint become part of the
     graphs. With an ``origin``, tensors that differ from it go to a file of their own, and ``share`` may be an ONNX

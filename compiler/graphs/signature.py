@@ -53,6 +53,7 @@ COMPONENTS = tuple(sorted({component for components in LAYOUTS.values() for comp
 NAMES = (*(component for component in COMPONENTS if component != "vae"), *VAE_GRAPHS)
 DENOISERS = ("unet", "transformer")
 TEXT_STATES = "encoder_hidden_states"
+PLACES = ("txt_ids", "img_ids")  # inputs of FLUX without a batch: the places of tokens and of patches
 HIDDEN = "hidden_states."  # and the number of layers before it: outputs of CLIP besides its last states
 # Tokens of T5 where neither its config nor a caller says how many: those of diffusers' pipelines.
 T5_TOKENS = {"sd3": 256, "flux": 512}
@@ -88,11 +89,7 @@ class Graph:
 
 def layout(checkpoint: Folder) -> str:
     """The layout of a checkpoint, of LAYOUTS. Raises ErasecError where it has other components or inputs."""
-    listed = {
-        name: kind[-1]
-        for name, kind in checkpoint.index.items()
-        if isinstance(kind, list) and kind[-1] is not None and name not in (*COPIED, *LEFT_OUT)
-    }
+    listed = _listed(checkpoint)
     name, expected = max(LAYOUTS.items(), key=lambda item: _likeness(item[1], listed))
     for component, known in expected.items():
         if listed.get(component) != known and (component in listed or component not in OPTIONAL):
@@ -113,6 +110,15 @@ def layout(checkpoint: Folder) -> str:
     if "unet" in expected:
         _check_inputs(checkpoint.config("unet"), pooled=name == "sdxl")
     return name
+
+
+def _listed(checkpoint: Folder) -> dict[str, str]:
+    """The components of model_index.json with their classes, but for those that graphs do not need."""
+    return {
+        name: str(kind[-1])
+        for name, kind in checkpoint.index.items()
+        if isinstance(kind, list) and kind and kind[-1] is not None and name not in (*COPIED, *LEFT_OUT)
+    }
 
 
 def _likeness(expected: Mapping[str, str], listed: Mapping[str, str]) -> int:
@@ -146,9 +152,12 @@ def configs(checkpoint: Folder) -> dict[str, Config]:
 
     Raises ErasecError where the graphs do not cover the checkpoint.
     """
-    listed = [name for name in LAYOUTS[layout(checkpoint)] if (checkpoint.index.get(name) or [None])[-1] is not None]
-    graphs_alone = not (checkpoint.root / "vae").is_dir()
-    return {name: checkpoint.config("vae_decoder" if name == "vae" and graphs_alone else name) for name in listed}
+    listed, graphs_alone = _listed(checkpoint), not (checkpoint.root / "vae").is_dir()
+    return {
+        name: checkpoint.config("vae_decoder" if name == "vae" and graphs_alone else name)
+        for name in LAYOUTS[layout(checkpoint)]
+        if name in listed
+    }
 
 
 def _graphs_of(component: str, name: str, config: Mapping[str, Any]) -> list[Graph]:
@@ -209,8 +218,8 @@ def input_shapes(graph: Graph, configs: Configs, batch: int, height: int, width:
     if graph.name == "vae_decoder":
         return {"latent_sample": (batch, config["latent_channels"], height, width)}
     parts = {component: text_length(component, configs) for component in configs if component.startswith("text")}
-    # The states of CLIP's encoders stand side by side, those of T5 follow; FLUX reads T5's alone.
-    tokens = parts["text_encoder"] + parts.get("text_encoder_3", 0)
+    # The states of CLIP's encoders stand side by side. Those of T5 follow, or zeros; FLUX reads T5's alone.
+    tokens = parts["text_encoder"] + (T5_TOKENS["sd3"] if graph.kind == SD3 else 0)
     patches = height // 2 * (width // 2)
     if graph.kind == FLUX:
         tokens = parts["text_encoder_2"]

@@ -50,7 +50,7 @@ def denoiser(model: Model) -> Cost:
     config = model.source.config(model.family.denoiser)
     height, width = trained_size(config)
     if "patch_size" in config:
-        patches = height * width // int(config["patch_size"]) ** 2
+        patches = height * width // downscale(config) ** 2
         return _joint(_shapes(model, model.family.denoiser), patches, text_rows(FAMILIES[model.family.name]))
     depth = downscale(config).bit_length() - 1
     return _network(_shapes(model, model.family.denoiser), lambda key: _unet_scale(key, depth), height * width, TOKENS)

@@ -14,7 +14,7 @@ from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, only_variant
 from erasec.closed_form.reach import reach
 from erasec.family import HUB
-from erasec.graphs.signature import DENOISERS, configs, pixel_unit
+from erasec.graphs.signature import DENOISERS, pixel_unit
 from erasec.ldm.single_file import SingleFile
 from erasec.model.loading import BUNDLED, NOTICE
 from erasec.model.sidecar import read_extras
@@ -97,9 +97,8 @@ def written_files(target: str, folder: Path) -> ArtifactRecord:
 
 
 def _pixel_unit(folder: Folder) -> int:
-    by_component = configs(folder)
-    denoiser = next(config for name, config in by_component.items() if name in DENOISERS)
-    return pixel_unit(denoiser, by_component["vae"])
+    denoiser = next((name for name in DENOISERS if (folder.root / name / "config.json").is_file()), DENOISERS[0])
+    return pixel_unit(folder.config(denoiser), folder.config("vae_decoder"))
 
 
 def base_record(model: Model) -> BaseRecord:

@@ -22,7 +22,7 @@ from erasec.checkpoint.tokenizer_files import check_rows
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs.graph import MODEL
 from erasec.graphs.session import OnnxSession
-from erasec.graphs.signature import DENOISERS, T5, T5_TOKENS, graphs
+from erasec.graphs.signature import DENOISERS, PLACES, T5, T5_TOKENS, graphs
 from erasec.model.sidecar import read_record
 from erasec.runtime.clip_tokenizer import ClipTokenizer, load_tokenizer
 from erasec.runtime.t5_tokenizer import T5Tokenizer, load_t5_tokenizer
@@ -56,8 +56,8 @@ class Components(Protocol):
     def ids(self, texts: Sequence[str], encoder: str = "text_encoder") -> Array:
         """Token ids (n, t) of a text encoder in int64."""
 
-    def text_read(self, text: str) -> str:
-        """The part of ``text`` that the text encoder reads: all of it, or the beginning for which it has room."""
+    def text_read(self, text: str, encoder: str = "text_encoder") -> str:
+        """The part of ``text`` that a text encoder reads: all of it, or the beginning for which it has room."""
 
 
 def carried_text(root: Path) -> tuple[str, list[str]]:
@@ -176,13 +176,17 @@ class EngineRuntime(GraphRuntime):
 
     @classmethod
     def batch(cls, folder: Path) -> int:
-        """As many as every engine takes; with guidance, denoiser and text encoders run each image twice."""
+        """As many as every engine takes; with guidance, the denoiser runs each image twice, except that of FLUX."""
         components = engines.read_record(folder)["components"]
+        profiles = {name: component["profile"] for name, component in components.items()}
         largest = {
-            name: min(shapes["max"][0] for shapes in component["profile"].values() if shapes["max"])
-            for name, component in components.items()
+            name: min(shapes["max"][0] for key, shapes in profile.items() if shapes["max"] and key not in PLACES)
+            for name, profile in profiles.items()
         }
-        limits = (int(size) // (2 if name in DENOISERS else 1) for name, size in largest.items())
+        limits = (
+            int(size) // (2 if name in DENOISERS and not profiles[name].keys() & set(PLACES) else 1)
+            for name, size in largest.items()
+        )
         return max(1, min(BATCH, *limits))
 
 
@@ -224,7 +228,7 @@ class GraphComponents:
 
     def _read_tokenizer(self, encoder: str) -> ClipTokenizer | T5Tokenizer:
         config, folder = read_config(self.root, encoder), self.root / encoder.replace("text_encoder", "tokenizer")
-        if T5 in config.get("architectures", ()):
+        if T5 in (config.get("architectures") or ()):
             return load_t5_tokenizer(folder, T5_TOKENS["sd3" if encoder == "text_encoder_3" else "flux"])
         tokenizer = load_tokenizer(folder, config.get("max_position_embeddings", 77))
         for token in carried_text(self.root)[1] if encoder == "text_encoder" else ():
@@ -244,8 +248,8 @@ class GraphComponents:
         check_rows(ids.ravel().tolist(), rows, tokenizer.tokenizer.id_to_token, self.root)
         return ids
 
-    def text_read(self, text: str) -> str:
-        return self.tokenizer().text_read(text)
+    def text_read(self, text: str, encoder: str = "text_encoder") -> str:
+        return self.tokenizer(encoder).text_read(text)
 
     def open(self, name: str) -> Component:
         path = self.root / name / self.runtime.file
@@ -311,20 +315,26 @@ class TorchComponents:
         return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def ids(self, texts: Sequence[str], encoder: str = "text_encoder") -> Array:
-        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-        tokenizer = getattr(self.pipeline, encoder.replace("text_encoder", "tokenizer"))
-        module = getattr(self.pipeline, encoder)
-        if type(module).__name__ == T5:
-            options["max_length"] = T5_TOKENS["sd3" if encoder == "text_encoder_3" else "flux"]
-        ids: Array = tokenizer(list(texts), **options).input_ids
-        embedding = module.get_input_embeddings()
+        tokenizer, length = self._tokenizer(encoder), self._length(encoder)
+        encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        ids: Array = encoded.input_ids
+        embedding = getattr(self.pipeline, encoder).get_input_embeddings()
         check_rows(ids.ravel().tolist(), embedding.num_embeddings, tokenizer.convert_ids_to_tokens, self.root)
         return ids
 
-    def text_read(self, text: str) -> str:
+    def text_read(self, text: str, encoder: str = "text_encoder") -> str:
         from erasec.model.text_encoders import fitting_part
 
-        return fitting_part(self.pipeline.tokenizer, text, self.pipeline.tokenizer.model_max_length)
+        return fitting_part(self._tokenizer(encoder), text, self._length(encoder))
+
+    def _tokenizer(self, encoder: str) -> Any:
+        return getattr(self.pipeline, encoder.replace("text_encoder", "tokenizer"))
+
+    def _length(self, encoder: str) -> int:
+        """The number of tokens that a text encoder reads."""
+        if type(getattr(self.pipeline, encoder)).__name__ == T5:
+            return T5_TOKENS["sd3" if encoder == "text_encoder_3" else "flux"]
+        return int(self._tokenizer(encoder).model_max_length)
 
     @cached_property
     def calls(self) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from erasec import registry
 from erasec.checkpoint.configs import Config, read_config, read_index
-from erasec.checkpoint.folder import Folder, downscale, trained_size
+from erasec.checkpoint.folder import PATCH, TRANSFORMER, Folder, downscale, trained_size
 from erasec.errors import ErasecError, suggestion
 from erasec.graphs import conditioning
-from erasec.graphs.signature import DENOISERS, FLUX, LAYOUTS, TEXT_STATES, configs, layout, pixel_unit
+from erasec.graphs.signature import DENOISERS, FLUX, LAYOUTS, T5, TEXT_STATES, configs, layout, pixel_unit
 from erasec.progress import bar
 from erasec.runtime.backends import carried_text
 from erasec.runtime.schedulers import make_scheduler
@@ -74,6 +74,11 @@ class Bundle:
         indexed = (self.root / "model_index.json").is_file()  # folders of runtimes of other packages may have none
         return layout(Folder(self.root)) if indexed else "sd"
 
+    @property
+    def flow(self) -> bool:
+        """Whether the denoiser predicts velocities of a rectified flow."""
+        return self.denoiser == "transformer"
+
     @cached_property
     def configs(self) -> dict[str, Config]:
         """The configs of the components, by name."""
@@ -86,6 +91,12 @@ class Bundle:
         """The name of the component that denoises: unet or transformer."""
         return next(name for name in DENOISERS if name in LAYOUTS[self.layout])
 
+    def text_read(self, text: str) -> dict[str, str]:
+        """The part of ``text`` that each text encoder reads, by the encoder."""
+        others = [name for name in self.configs if name.startswith("text_encoder_")]
+        read = {name: self.components.text_read(text, name) for name in others}
+        return {"the text encoder" if not others else "text_encoder": self.components.text_read(text)} | read
+
     def text_inputs(self, texts: Sequence[str], batch: int) -> Arrays:
         """What the denoiser reads of texts, by the names of its inputs: text states (n, t, d) in float32, and pooled
         ones (n, d). The texts are encoded ``batch`` at a time, by one encoder after the other."""
@@ -94,6 +105,8 @@ class Bundle:
             # Runtimes of other packages may know the first encoder alone.
             ids = self.components.ids(texts, name) if name != "text_encoder" else self.components.ids(texts)
             parts = [self.run(name, {"input_ids": ids[at : at + batch]}) for at in range(0, len(texts), batch)]
+            if LAYOUTS[self.layout].get(name) == T5:  # which takes as much memory as the denoiser
+                self.drop(name)
             return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
         return conditioning.text_inputs(self.layout, self.configs, encode)
@@ -129,21 +142,21 @@ class Bundle:
         shape = latent_shape(self.configs[self.denoiser], self.configs["vae"], height, width, self.backend == "torch")
         patches = pixel_patches(self.layout, shape)
         config = self._scheduler_config()
-        evaluations = len(make_scheduler(config, steps, scheduler, patches).timesteps)
-        away = carried_text(self.root)[0] if negative is None else negative
-        distinct = list(dict.fromkeys([away, *prompts]))
+        evaluations = len(make_scheduler(config, steps, scheduler, patches, self.flow).timesteps)
+        unwanted = carried_text(self.root)[0] if negative is None else negative
+        distinct = list(dict.fromkeys([unwanted, *prompts]))
         texts = self.text_inputs(distinct, batch)
         rows = [distinct.index(prompt) for prompt in prompts]
         empty = select(texts, [0])
-        if self.layout == "sdxl" and not away and negative is None:
+        if self.layout == "sdxl" and not unwanted and negative is None:
             empty = conditioning.without_prompt(empty, read_index(self.root))
         vae, images = self.configs["vae"], []
         # The pipelines of UNets do not read the shift.
-        shift = vae.get("shift_factor") or 0 if self.denoiser == "transformer" else 0
+        shift = vae.get("shift_factor") or 0 if self.flow else 0
         with bar("run", evaluations * -(-len(prompts) // batch)) as advance:
             for first in range(0, len(prompts), batch):
                 conditional = select(texts, rows[first : first + batch])
-                stepper = make_scheduler(config, steps, scheduler, patches)
+                stepper = make_scheduler(config, steps, scheduler, patches, self.flow)
                 latents = np.concatenate([randn(seed, (1, *shape)) for seed in seeds[first : first + batch]])
                 latents *= np.float32(stepper.start)
                 for number, timestep in enumerate(stepper.timesteps):
@@ -257,15 +270,15 @@ def _no_match(backend: str, path: Path, able: Sequence[str], target: str) -> Era
 
 
 def latent_shape(
-    unet: Mapping[str, Any], vae: Mapping[str, Any], height: int | None, width: int | None, torch: bool = False
+    denoiser: Mapping[str, Any], vae: Mapping[str, Any], height: int | None, width: int | None, torch: bool = False
 ) -> tuple[int, int, int]:
     """Channels, height and width of latents for an image in pixels, by default of the model's own size.
 
-    ``unet``, the denoiser's, and ``vae`` are configs. Raises ErasecError for an inpainting model, and for a size that
-    the model, or its exported graph, cannot downscale.
+    ``denoiser`` and ``vae`` are configs. In ``torch``, a UNet takes sizes that its graph does not. Raises ErasecError
+    for an inpainting model, and for a size that the model cannot downscale, or has no positions for.
     """
-    channels, decoded = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    if unet.get("_class_name") == FLUX:  # it reads patches of 2 x 2 latents as channels
+    channels, decoded = denoiser.get("in_channels", 4), vae.get("latent_channels", 4)
+    if denoiser.get("_class_name") == FLUX:  # it reads patches of 2 x 2 latents as channels
         channels //= 4
     if channels != decoded:
         raise ErasecError(
@@ -274,14 +287,19 @@ def latent_shape(
             fix="use a text-to-image model",
         )
     scale = downscale(vae)
-    unit = scale if torch else pixel_unit(unet, vae)
+    unit = scale if torch and TRANSFORMER not in denoiser else pixel_unit(denoiser, vae)
+    largest = scale * PATCH * int(denoiser.get("pos_embed_max_size") or 0)
     sizes = []
-    for name, requested, default in zip(("height", "width"), (height, width), trained_size(unet), strict=True):
+    for name, requested, default in zip(("height", "width"), (height, width), trained_size(denoiser), strict=True):
         pixels = default * scale if requested is None else requested
         if pixels < unit or pixels % unit:
             nearest_size = max(1, round(pixels / unit)) * unit
             raise ErasecError(
                 f"the {name} cannot be {pixels}", why=f"it must be a multiple of {unit}", fix=f"--{name} {nearest_size}"
+            )
+        if largest and pixels > largest:
+            raise ErasecError(
+                f"the {name} cannot be {pixels}", f"this model paints up to {largest}", f"--{name} {largest}"
             )
         sizes.append(pixels // scale)
     return channels, sizes[0], sizes[1]

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erasec.errors import ErasecError, shown, suggestion
+from erasec.graphs.signature import LAYOUTS, layout
 from erasec.ldm.configs import NOISE_DEFAULTS
+
+if TYPE_CHECKING:
+    from erasec.checkpoint.folder import Folder
 
 Array = NDArray[Any]
 KINDS = {
@@ -123,21 +127,24 @@ class Scheduler(Protocol):
         """The latents after step ``at``, where the denoiser predicted ``output`` for the latents ``sample``."""
 
 
-def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto", patches: int = 0) -> Scheduler:
+def make_scheduler(
+    config: Mapping[str, Any], steps: int, kind: str = "auto", patches: int = 0, flow: bool = False
+) -> Scheduler:
     """The scheduler of a scheduler_config.json, or the one called ``kind`` with this config's noise schedule.
 
-    ``patches`` is the number of patches of the picture where the model is a FLUX: its schedule depends on it. Raises
-    ErasecError for a class, an option or a number of steps that is not supported.
+    ``patches`` is the number of patches of the picture where the model is a FLUX: its schedule depends on it. ``flow``
+    says that the model predicts velocities of a rectified flow. Raises ErasecError for a class, an option or a number
+    of steps that is not supported.
     """
     if kind != "auto" and kind not in KINDS:
         raise ErasecError(f"there is no scheduler {kind!r}", why=suggestion(kind, ("auto", *KINDS)))
-    own = str(config.get("_class_name"))
-    name = own if kind == "auto" else KINDS[kind]
-    if own == FLOW != name:
+    name = str(config.get("_class_name")) if kind == "auto" else KINDS[kind]
+    if flow != (name == FLOW):
+        model = "velocities of a rectified flow" if flow else "no velocities of a rectified flow"
         raise ErasecError(
-            f"the scheduler {kind} cannot sample this model",
-            why="it predicts velocities of a rectified flow, which its own scheduler samples",
-            fix="leave out --scheduler",
+            f"the scheduler {name} cannot sample this model",
+            why=f"it predicts {model}",
+            fix="leave out --scheduler" if kind != "auto" else "sample with diffusers, which reads the same folder",
         )
     if name == FLOW and config.get("use_dynamic_shifting") and not patches:
         raise ErasecError(
@@ -188,10 +195,12 @@ def make_scheduler(config: Mapping[str, Any], steps: int, kind: str = "auto", pa
     return scheduler
 
 
-def sampling_notes(target: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """A sentence where ``erasec run`` cannot sample with the scheduler of this config, for a target's plan."""
+def sampling_notes(target: str, checkpoint: Folder) -> tuple[str, ...]:
+    """A sentence where ``erasec run`` cannot sample with the scheduler of a checkpoint, for a target's plan."""
+    name = layout(checkpoint)
     try:
-        make_scheduler(config, 2, patches=1)
+        config = checkpoint.config("scheduler", "scheduler_config.json")
+        make_scheduler(config, 2, patches=int(name == "flux"), flow="transformer" in LAYOUTS[name])
     except ErasecError as error:
         return (f"{target}: erasec run cannot sample with the model's scheduler: {error.what}; {error.fix}.",)
     return ()

@@ -19,7 +19,7 @@ from erasec.graphs import link
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.manifest import MANIFEST, origin_of
-from erasec.graphs.signature import configs, graphs, input_shapes
+from erasec.graphs.signature import FLUX, configs, graphs, input_shapes
 from erasec.graphs.weights import digests
 from erasec.model.sidecar import KINDS
 from erasec.options import options
@@ -42,8 +42,8 @@ class EngineTarget(Target):
 
     ``batch`` counts images; ``height`` and ``width`` are in pixels. Each is "smallest:usual:largest", or one number for
     a fixed size. By default sizes go from half of what the model was trained on to one and a half times that.
-    ``workspace`` is in MiB, 0 for the library's own limit. ``precision`` is that of text encoder and UNet, ``vae`` that
-    of the VAE. ``vae_encoder`` builds an engine of the VAE's encoder as well. ``onnx`` keeps the graphs that the
+    ``workspace`` is in MiB, 0 for the library's own limit. ``precision`` is that of text encoders and denoiser, ``vae``
+    that of the VAE. ``vae_encoder`` builds an engine of the VAE's encoder as well. ``onnx`` keeps the graphs that the
     engines are built from, in onnx/.
     """
 
@@ -135,6 +135,7 @@ class EngineTarget(Target):
                 )
             sizes[option] = [size // scale for size in pixels]
         # Guidance runs the denoiser twice for each image, with its prompt and with the empty one; without it, once.
+        # FLUX reads guidance as a number.
         guided = images[0], 2 * images[1], 2 * images[2]
         # A text encoder runs once for each different prompt, and all images may have the same one.
         encoded = 1, *guided[1:]
@@ -142,7 +143,7 @@ class EngineTarget(Target):
             graph.name: _profile(
                 graph,
                 by_component,
-                encoded if graph.encodes_text else guided if graph.denoises else images,
+                encoded if graph.encodes_text else guided if graph.denoises and graph.kind != FLUX else images,
                 sizes["height"],
                 sizes["width"],
             )

@@ -145,7 +145,8 @@ class Denoiser:
         states = torch.nn.functional.pad(states, (0, 0, 0, lacking))
         pooled = self.model.encode(prompts, self.model.family.pooled).states[:, :, : self._pooled_width]
         rows = torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[2] - self._pooled_width))], 1)
-        if self.model.source.config("", "model_index.json").get("force_zeros_for_empty_prompt"):
+        index = self.model.source.config("", "model_index.json")
+        if not self.model.family.flow and index.get("force_zeros_for_empty_prompt", True):
             rows[[number for number, prompt in enumerate(prompts) if not prompt]] = 0
         return rows
 

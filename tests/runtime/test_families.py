@@ -17,12 +17,13 @@ from erasec import pipeline
 from erasec.base import Context
 from erasec.checkpoint.folder import Folder
 from erasec.commands.check import small_inputs
+from erasec.commands.run import cut_notes
 from erasec.errors import ErasecError
 from erasec.graphs.conditioning import pack, unpack
 from erasec.graphs.signature import LAYOUTS, configs, graphs
 from erasec.registry import load_target
 from erasec.runtime.bundle import GUIDANCE, open_bundle
-from erasec.runtime.schedulers import make_scheduler
+from erasec.runtime.schedulers import FLOW, make_scheduler
 from erasec.runtime.t5_tokenizer import load_t5_tokenizer
 
 PROMPTS = ["a photo of a navy star", "a drawing of a heart"]
@@ -116,10 +117,38 @@ def test_what_flux_does_not_take_is_refused(folders: dict[str, Path]) -> None:
     bundle = open_bundle(folders["flux"] / "onnx")
     with pytest.raises(ErasecError, match="FLUX takes no negative prompt"):
         bundle.generate(PROMPTS, SEEDS, STEPS, 3.0, "a square", height=16, width=16)
-    with pytest.raises(ErasecError, match="the scheduler euler cannot sample this model"):
+    with pytest.raises(ErasecError, match="the scheduler EulerDiscreteScheduler cannot sample this model"):
         bundle.generate(PROMPTS, SEEDS, STEPS, 3.0, height=16, width=16, scheduler="euler")
     with pytest.raises(ErasecError, match="the width cannot be 17"):
         bundle.generate(PROMPTS, SEEDS, STEPS, 3.0, height=16, width=17)
+
+
+def test_schedulers_of_the_other_kind_are_refused() -> None:
+    for kind, flow in (("FlowMatchHeunDiscreteScheduler", True), ("DDIMScheduler", True), (FLOW, False)):
+        with pytest.raises(ErasecError, match="cannot sample this model") as caught:
+            make_scheduler({"_class_name": kind}, 4, flow=flow)
+        assert "diffusers" in caught.value.fix
+    with pytest.raises(ErasecError, match="cannot sample this model"):  # whatever scheduler the folder has
+        make_scheduler({"_class_name": "FlowMatchHeunDiscreteScheduler"}, 4, "ddim", flow=True)
+
+
+def test_sizes_that_a_transformer_has_no_patches_or_positions_for(folders: dict[str, Path]) -> None:
+    for family, height, words in (("flux", 17, "multiple of 2"), ("sd3", 18, "up to 16"), ("sd3-no-t5", 9, "of 2")):
+        for target in ("hf", "onnx"):
+            bundle = open_bundle(folders[family] / target, "torch" if target == "hf" else "ort")
+            with pytest.raises(ErasecError, match=f"the height cannot be {height}") as caught:
+                bundle.generate(PROMPTS, SEEDS, STEPS, 3.0, height=height, width=8)
+            assert words in caught.value.why
+
+
+def test_each_text_encoder_has_its_own_room(folders: dict[str, Path]) -> None:
+    long = "star " * 120
+    for target, backend in (("hf", "torch"), ("onnx", "ort")):
+        bundle = open_bundle(folders["flux"] / target, backend)
+        (sentence,) = cut_notes(bundle, long, None)
+        assert "text_encoder reads it up to" in sentence and "text_encoder_2" not in sentence
+        assert bundle.text_read(long)["text_encoder_2"] == long
+        assert len(bundle.text_read("star " * 600)["text_encoder_2"]) < 5 * 600
 
 
 @pytest.mark.parametrize("family", [*TARGETS])
@@ -163,7 +192,7 @@ def test_the_flow_scheduler_takes_the_steps_of_diffusers(options: dict[str, Any]
         theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(patches))
     else:
         theirs.set_timesteps(steps)
-    ours = make_scheduler(config, steps, patches=patches)
+    ours = make_scheduler(config, steps, patches=patches, flow=True)
     np.testing.assert_allclose(ours.timesteps, theirs.timesteps, rtol=1e-6)
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((1, 4, 4, 4), np.float32)
@@ -185,7 +214,7 @@ def test_the_flow_scheduler_takes_the_steps_of_diffusers(options: dict[str, Any]
 )
 def test_flow_schedules_that_are_not_supported(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ErasecError, match=words):
-        make_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", **changes}, 4)
+        make_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", **changes}, 4, flow=True)
 
 
 def test_the_tokenizer_of_t5_gives_the_ids_of_transformers(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_the_server_would_not_serve_fails_with_a_reason(models: Path, kind: str) -> None:
     damage, words = DAMAGE[kind]
     damage(models)
-    check = repository_check(models, models)
+    check = repository_check(models, models, TEXT_TO_IMAGE)
     assert not check.passed
     assert check.value >= 1
     assert f"the first is {words}" in check.how
