@@ -295,9 +295,10 @@ def _components(kind: str, root: Path) -> Iterator[_Component]:
         return
     runtime = next(runtime for runtime in _graph_runtimes() if kind in runtime.folders)
     components = GraphComponents(root, runtime)
-    for name in (graph.name for graph in graphs(Folder(root))):
+    needed = {graph.name for graph in graphs(Folder(root))} - {"vae_encoder"}
+    for name in NAMES:
         file = root / name / runtime.file
-        if name != "vae_encoder" or file.is_file():
+        if name in needed or file.is_file():
             yield _Component(name, name, file, partial(components.open, name))
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import machine
 import numpy as np
+from random_models import GRAPHS
 
 from erasec.base import Context, Question
 from erasec.checkpoint.folder import Folder
@@ -29,7 +30,6 @@ from erasec.checkpoint.safetensors import atomic_write
 from erasec.glyphs.judge import GlyphJudge
 from erasec.graphs.link import write_onnx
 from erasec.graphs.parity import compare_graph
-from erasec.graphs.signature import NAMES
 from erasec.model import loading
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
@@ -89,7 +89,7 @@ def built(checkpoint: Path, row: str, out: Path) -> dict[str, float]:
 def measure(checkpoint: Path, row: str, questions: list[Question], out: Path) -> tuple[dict[str, Any], Images]:
     judge, limits = GlyphJudge(), recipe.Limits()
     parity = built(checkpoint, row, out)
-    names = NAMES
+    names = GRAPHS
     size = {name: sum(f.stat().st_size for f in (out / name).iterdir() if f.suffix != ".json") for name in names}
     bundle = open_bundle(out, threads=1)
     bundle.generate(["a star"], [0], 2, limits.guidance)

@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -521,7 +520,9 @@ def test_cfg_still_sets_the_guidance_with_one_line_on_stderr(run: Any, monkeypat
     guidances = []
 
     class Bundle:
-        components = SimpleNamespace(text_read=lambda text: text)
+        def text_read(self, text: str) -> dict[str, str]:
+            return {"the text encoder": text}
+
         root = Path("any")
 
         def generate(self, prompts: list[str], seeds: range, steps: int, guidance: float | None, *more: object) -> Any:

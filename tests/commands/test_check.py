@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_models import GRAPHS
 from typer.testing import CliRunner
 
 from erasec.checkpoint.folder import Folder
@@ -24,7 +25,6 @@ from erasec.commands.check import examine, raise_for_failures, small_inputs, wei
 from erasec.errors import CHECK_FAILED, TOOL_MISSING, CheckFailed, ErasecError, MissingTool
 from erasec.graphs.link import BASE, EDITED, write_onnx
 from erasec.graphs.manifest import MANIFEST
-from erasec.graphs.signature import NAMES
 from erasec.graphs.weights import digests
 from erasec.reporting.collect import written_files
 from erasec.tensorrt import devices, engines
@@ -83,7 +83,7 @@ def test_a_build_passes(out: Path) -> None:
         "hf/finite/unet",
         "hf/finite/vae",
         "onnx/files",
-        *(f"onnx/{kind}/{name}" for kind in ("finite", "weights", "parity") for name in NAMES),
+        *(f"onnx/{kind}/{name}" for kind in ("finite", "weights", "parity") for name in GRAPHS),
     }
     assert examination.missing == ()
     raise_for_failures(examination, out)
@@ -434,7 +434,7 @@ def test_an_onnx_folder_is_checked_without_torch(out: Path) -> None:
 
 
 def test_small_inputs_have_the_width_of_the_model(out: Path) -> None:
-    by_name = {name: small_inputs("onnx", out / "onnx", name) for name in NAMES}
+    by_name = {name: small_inputs("onnx", out / "onnx", name) for name in GRAPHS}
     shapes = {name: {key: value.shape for key, value in given.items()} for name, given in by_name.items()}
     assert shapes["text_encoder"] == {"input_ids": (1, 77)}
     assert by_name["text_encoder"]["input_ids"].dtype == np.int64

@@ -188,7 +188,7 @@ def test_a_config_without_a_scaling_factor_gets_the_one_that_torch_uses(base: Pa
 def test_other_models_are_refused_before_anything_is_written(base: Path) -> None:
     index = base / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "text_encoder_2": ["transformers", "T"]}))
-    with pytest.raises(ErasecError, match="onnx: the model has a text_encoder_2"):
+    with pytest.raises(ErasecError, match="onnx: the model has the component text_encoder_2"):
         Onnx().export(Folder(base), base / "onnx", Context())
     assert not (base / "onnx").exists()
 

@@ -254,7 +254,7 @@ def test_another_kind_of_model_is_refused_before_anything_is_written(random_fold
     root = Path(shutil.copytree(random_folder, tmp_path / "model"))
     index = json.loads((root / "model_index.json").read_text())
     (root / "model_index.json").write_text(json.dumps(index | {"transformer": ["diffusers", "Transformer2DModel"]}))
-    with pytest.raises(ErasecError, match="the model has a transformer"):
+    with pytest.raises(ErasecError, match="the model has the component transformer"):
         TrtRtx().export(Folder(root), tmp_path / "out", Context())
     assert not (tmp_path / "out").exists()
 
