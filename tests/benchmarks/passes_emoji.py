@@ -72,10 +72,10 @@ TASKS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in SINGLES[1:]},
 }
 SETUPS = {
-    "owl": (BASE, "twin", *ONE, "uce:keep=1"),
+    "owl": (BASE, "twin", *ONE, "uce:keep=1", "uce:matrices=v", "uce:matrices=k"),
     "Noto": (BASE, "twin", *CLOSED, "uce:keep=1"),
     "Blob": (BASE, *CLOSED, "uce:keep=1"),
-    "10 objects": (BASE, *MANY, "uce:keep=1"),
+    "10 objects": (BASE, *MANY, "uce:keep=1", "uce:prior=everyday"),
     BARE: (BASE, "uce", "uce:rows=last"),
     "50 objects": (BASE, *CLOSED, "uce:keep=1", "uce:keep=4"),
     "100 objects": (BASE, *CLOSED, "uce:keep=1", "uce:keep=3"),
