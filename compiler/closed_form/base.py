@@ -84,8 +84,8 @@ class ClosedForm(Pass):
         return (
             f"{self.name} erases {len(concepts)} concepts in one map of text states that are {width} wide, so that "
             "what is kept suffers too: on the emoji world, ten concepts, 5 % of the width, cost a fifth of the other "
-            "objects, and fifty two fifths (docs/emoji.md). keep=2 and prior=everyday halve that there, and leave a "
-            "little more of what is erased.",
+            "objects, and fifty two fifths (docs/emoji.md). With keep=2 it was a tenth and a quarter, and "
+            "prior=everyday helped besides.",
         )
 
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
