@@ -24,8 +24,8 @@ from erasec.graphs.graph import MODEL
 from erasec.graphs.session import OnnxSession
 from erasec.graphs.signature import DENOISERS, PLACES, T5, T5_TOKENS, graphs
 from erasec.model.sidecar import read_record
-from erasec.runtime.clip_tokenizer import ClipTokenizer, load_tokenizer
-from erasec.runtime.t5_tokenizer import T5Tokenizer, load_t5_tokenizer
+from erasec.runtime.clip_tokenizer import PromptTokenizer, load_tokenizer
+from erasec.runtime.t5_tokenizer import load_t5_tokenizer
 from erasec.tensorrt import engines
 
 Array = NDArray[Any]
@@ -213,20 +213,20 @@ class GraphComponents:
 
     def __init__(self, root: Path, runtime: type[GraphRuntime], threads: int | None = None) -> None:
         self.root, self.runtime, self.threads = root, runtime, threads
-        self._tokenizers: dict[str, ClipTokenizer | T5Tokenizer] = {}
+        self._tokenizers: dict[str, PromptTokenizer] = {}
 
     @cached_property
     def batch(self) -> int:
         return self.runtime.batch(self.root)
 
-    def tokenizer(self, encoder: str = "text_encoder") -> ClipTokenizer | T5Tokenizer:
+    def tokenizer(self, encoder: str = "text_encoder") -> PromptTokenizer:
         """The tokenizer of a text encoder, read once. Raises ErasecError where it lacks a new token that the folder
         carries."""
         if encoder not in self._tokenizers:
             self._tokenizers[encoder] = self._read_tokenizer(encoder)
         return self._tokenizers[encoder]
 
-    def _read_tokenizer(self, encoder: str) -> ClipTokenizer | T5Tokenizer:
+    def _read_tokenizer(self, encoder: str) -> PromptTokenizer:
         config, folder = read_config(self.root, encoder), self.root / encoder.replace("text_encoder", "tokenizer")
         if T5 in (config.get("architectures") or ()):
             return load_t5_tokenizer(folder, T5_TOKENS["sd3" if encoder == "text_encoder_3" else "flux"])

@@ -22,8 +22,8 @@ SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": 
 
 
 @dataclass(frozen=True)
-class ClipTokenizer:
-    """Encodes texts as rows of ``length`` token ids: a start token, the text, an end token, truncated and padded."""
+class PromptTokenizer:
+    """Encodes texts as rows of ``length`` token ids, with start and end tokens, truncated and padded."""
 
     tokenizer: Tokenizer
     length: int
@@ -42,7 +42,7 @@ class ClipTokenizer:
         return self.tokenizer.token_to_id(token) is not None
 
 
-def load_tokenizer(folder: Path, positions: int) -> ClipTokenizer:
+def load_tokenizer(folder: Path, positions: int) -> PromptTokenizer:
     """The tokenizer of a folder, for a text encoder of that many ``positions``.
 
     The vocabulary is read from tokenizer.json, or else from vocab.json and merges.txt. Raises ErasecError where these
@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path, positions: int) -> ClipTokenizer:
         raise
     except Exception as error:  # the library tokenizers raises plain Exception
         raise source.error(reason(error)) from error
-    return ClipTokenizer(tokenizer, length)
+    return PromptTokenizer(tokenizer, length)
 
 
 def _byte_pair_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Tokenizer:

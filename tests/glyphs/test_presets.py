@@ -306,8 +306,8 @@ def test_every_value_that_differs_from_the_published_one_says_so(world: str) -> 
             setting, _, comment = line.partition("  # published: ")
             ((option, value),) = tomllib.loads(setting).items()
             published = getattr(registry.load_pass(name), option)
-            said = tomllib.loads(f"value = {comment}")["value"] if comment else value
-            assert said == published, f"{world} [{name}] {option}"
+            stated = tomllib.loads(f"value = {comment}")["value"] if comment else value
+            assert stated == published, f"{world} [{name}] {option}"
             assert bool(comment) == (value != published), f"{world} [{name}] {option}"
             compared += 1
     assert compared > 50
