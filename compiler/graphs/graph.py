@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-FORMAT = 1  # of the cache: raise it with every change of this code that changes graphs
+FORMAT = 2  # of the cache: raise it with every change of this code that changes graphs
 MODEL = "model.onnx"  # the file of a graph in its folder
 MEMORY = "erasec_memory"  # memories are parameters called erasec_memory_NUMBER_keys and erasec_memory_NUMBER_values
 EMBEDDING = "token_embedding.weight"
