@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from erasec.audit.base import Cell, Rate
-from erasec.graphs.cache import read_entry, write_entry
+from erasec.checkpoint.store import read_entry, write_entry
 
 FOLDER = "audit"
 

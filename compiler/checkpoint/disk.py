@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,8 @@ from erasec.errors import ErasecError
 FILE, FOLDER = 0o666, 0o777  # the kernel takes the bits of the umask away
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+SIZE = r"^\d+(\.\d+)?\s?([kMG]i?)?B?$"
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 # What a kernel or a file system that cannot exchange two paths answers.
@@ -134,6 +137,14 @@ def size(count: float) -> str:
             break
         value /= 1000
     return f"{float(f'{value:.3g}'):g} {unit}"
+
+
+def parse_size(text: str, option: str) -> int:
+    """The bytes of a text such as "8GB". Raises ErasecError, which names the ``option``, where it is no size."""
+    if not re.match(SIZE, text) or not (value := float(re.match(r"[\d.]+", text)[0])):  # type: ignore[index]
+        raise ErasecError(f"{text!r} is no size", fix=f"write a number and a unit, such as {option}8GB")
+    unit = re.sub(r"[\d.\s]|B$", "", text)
+    return int(value * UNITS[unit])
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def _clean_up(paths: Sequence[str | Path | None]) -> None:
     if os.environ.get("RANK", "0") != "0":  # the main process of a build does it
         return
     from erasec.checkpoint.staging import settle_all
-    from erasec.graphs.cache import caches
+    from erasec.checkpoint.store import caches
 
     settle_all([Path(path).expanduser() for path in paths if path], caches())
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint.disk import existing, free_bytes, size
+from erasec.checkpoint.store import cache_folder
 from erasec.errors import ErasecError
-from erasec.graphs.cache import cache_folder
 from erasec.training.base import Learned
 from erasec.training.measures import describe, parse_memory, peak, unlimited
 

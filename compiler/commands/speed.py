@@ -16,7 +16,7 @@ from typing import Any
 
 from erasec.checkpoint.disk import DiskFull, size
 from erasec.checkpoint.safetensors import atomic_write
-from erasec.graphs.cache import cache_folder, unusable_is_noted
+from erasec.checkpoint.store import cache_folder, unusable_is_noted
 from erasec.model.threads import chosen_threads, fixed_threads
 from erasec.tensorrt.devices import query
 

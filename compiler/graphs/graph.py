@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of the cache: raise it with every change of this code that changes graphs
 MODEL = "model.onnx"  # the file of a graph in its folder
+WEIGHTS = "weights.json"  # the file of its weights' shapes and names
 MEMORY = "erasec_memory"  # memories are parameters called erasec_memory_NUMBER_keys and erasec_memory_NUMBER_values
 EMBEDDING = "token_embedding.weight"
 
@@ -56,7 +57,7 @@ class Template:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        return tuple(read_json(self.root / "weights.json", list[Weight]))
+        return tuple(read_json(self.root / WEIGHTS, list[Weight]))
 
     def load(self) -> ModelProto:
         import onnx

@@ -16,7 +16,7 @@ import numpy as np
 
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder
 from erasec.checkpoint.safetensors import file_digest
-from erasec.graphs.cache import read_entry, write_entry
+from erasec.checkpoint.store import read_entry, write_entry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

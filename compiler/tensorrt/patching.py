@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -26,17 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
+from erasec.checkpoint import store
 from erasec.checkpoint.owned import scratch_folder
-from erasec.checkpoint.safetensors import CHUNK, atomic_write, copy_file, file_digest
+from erasec.checkpoint.safetensors import CHUNK, atomic_write, copy_file
 from erasec.documents import read_json
-from erasec.errors import ErasecError
-from erasec.graphs.cache import cache_folder, unusable_is_noted
 from erasec.graphs.signature import TEXT_STATES
 from erasec.graphs.weights import digests, read_weights
 from erasec.tensorrt.engines import ENGINE, Builder, Profile, build_engine, engine_entry, version
 
 MAP = "places.json"
-FORMAT = 1  # of places.json; part of the key of the cache
+FORMAT = 2  # of places.json; part of the key in the store
 KNOWN = "1.7."  # the versions of TensorRT-RTX whose layout this module was written for
 # Names that the library generates. Of several equal tensors it keeps one, and which one differs between builds.
 NAME = re.compile(rb"__mye\d+[\w./:]*")
@@ -211,23 +209,21 @@ def patched_engine(graph: Path, file: Path, profile: Profile, builder: Builder) 
     library = version(builder.library)
     key = _cache_key(builder, library, profile, source[0], digests(graph, skip=matrices)[1])
     root = None
-    with unusable_is_noted():
-        root = cache_folder() / "engines" / key
-    if root is None:
-        return build_engine(graph, file, profile, builder)
-    cached = _read_cached(root)
+    with store.unusable_is_noted():
+        root = store.read_folder("engines", key)
+    cached = _read_record(root) if root else {}
     changed = {name for name, matrix in matrices.items() if cached and cached["matrices"].get(name) != _sha256(matrix)}
-    if cached and changed <= set(cached["proven"]):
+    if root and cached and changed <= set(cached["proven"]):
         file.parent.mkdir(parents=True, exist_ok=True)
         patch(root / ENGINE, file, cached["places"], {name: matrices[name] for name in changed})
         return engine_entry(file, source, profile, time.monotonic() - start) | {"patched": len(changed)}, library
     entry, library = build_engine(graph, file, profile, builder)
     places, proven = locate(file, matrices), set[str]()
     replacements = {name: matrices[name] for name in changed}
-    with unusable_is_noted():
-        if cached and changed <= places.keys() and not _patch_mismatch(root, file, places, replacements):
+    with store.unusable_is_noted():
+        if root and cached and changed <= places.keys() and not _patch_mismatch(root, file, places, replacements):
             proven = set(cached["proven"]) | changed
-        _write_cached(root, file, matrices, places, proven)
+        _store_engine(key, file, matrices, places, proven)
     return entry, library
 
 
@@ -253,36 +249,30 @@ def _sha256(matrix: Array) -> str:
     return hashlib.sha256(matrix.tobytes()).hexdigest()
 
 
-def _write_cached(
-    root: Path, file: Path, matrices: Mapping[str, Array], places: Mapping[str, MatrixLocation], proven: Collection[str]
+def _store_engine(
+    key: str, file: Path, matrices: Mapping[str, Array], places: Mapping[str, MatrixLocation], proven: Collection[str]
 ) -> None:
-    """Put an engine into the cache, with the digests of its matrices, their places and which of these are proven."""
+    """Put an engine into the store, with the digests of its matrices, their places and which of these are proven."""
     record = {
-        "engine": file_digest(file),
         "matrices": {name: _sha256(matrix) for name, matrix in matrices.items()},
         "places": {name: asdict(place) for name, place in places.items()},
         "proven": sorted(proven),
     }
-    root.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(root.parent) as scratch:
-        copy_file(file, scratch / ENGINE)
-        (scratch / MAP).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        for name in (ENGINE, MAP):  # a record of another engine is not read
-            os.replace(scratch / name, root / name)
+
+    def fill(folder: Path) -> None:
+        copy_file(file, folder / ENGINE)
+        (folder / MAP).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+    store.write_folder("engines", key, fill, replace=True)
 
 
 class _Record(TypedDict):
-    engine: str
     matrices: dict[str, str]
     places: dict[str, MatrixLocation]
     proven: list[str]
 
 
-def _read_cached(root: Path) -> dict[str, Any]:
-    """The record of a cached engine; {} where it is missing or damaged, or belongs to another file."""
-    try:
-        record: dict[str, Any] = {**read_json(root / MAP, _Record)}
-        whole = file_digest(root / ENGINE) == record["engine"] and set(record["proven"]) <= record["places"].keys()
-        return record if whole and record["matrices"] else {}
-    except (OSError, ErasecError):
-        return {}
+def _read_record(root: Path) -> dict[str, Any]:
+    """The record of a stored engine; {} where it has no matrices."""
+    record: dict[str, Any] = {**read_json(root / MAP, _Record)}
+    return record if record["matrices"] else {}

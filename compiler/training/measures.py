@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from erasec.attention.sampling import LARGE
-from erasec.checkpoint.disk import size
+from erasec.checkpoint.disk import parse_size, size
 from erasec.errors import ErasecError
 from erasec.model import operations
 from erasec.training.base import Learned, Measures
@@ -19,19 +18,12 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
-UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-PATTERN = r"^\d+(\.\d+)?\s?([kMG]i?)?B?$"
 LIBRARIES = 0.8e9  # bytes of Python, torch and diffusers, and on a GPU of torch's context and its unused blocks
 
 
 def parse_memory(text: str) -> int:
     """The bytes of a text such as "8GB"; 0 for "". Raises ErasecError where it is no size."""
-    if not text:
-        return 0
-    if not re.match(PATTERN, text) or not (value := float(re.match(r"[\d.]+", text)[0])):  # type: ignore[index]
-        raise ErasecError(f"{text!r} is no size of memory", fix="write a number and a unit: --memory 8GB")
-    unit = re.sub(r"[\d.\s]|B$", "", text)
-    return int(value * UNITS[unit])
+    return parse_size(text, "--memory ") if text else 0
 
 
 def peak(step: Learned, model: Model, concepts: Sequence[Concept], device: str, measures: Measures) -> float:

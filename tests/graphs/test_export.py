@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from erasec.checkpoint import store
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import read_tensor
 from erasec.errors import ErasecError
-from erasec.graphs import cache, export
+from erasec.graphs import export
 from erasec.graphs.export import graph_template
 from erasec.graphs.graph import FORMAT, Template
 from erasec.graphs.signature import Graph, graphs
@@ -43,7 +44,7 @@ def bare(random_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def key(bare: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A function that returns the key of a graph, without tracing it."""
-    monkeypatch.setattr(cache, "is_whole", lambda _: True)
+    monkeypatch.setattr(store, "read_folder", lambda kind, key: Path(kind, key))
 
     def key(name: str = "unet", precision: str = "fp32", opset: int = 18, folder: Path = bare, **more: Any) -> str:
         return graph_template(Folder(folder), graph_named(folder, name), precision, opset, **more).key

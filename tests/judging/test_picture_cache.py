@@ -13,7 +13,7 @@ import pytest
 
 from erasec.attention.sampling import Sampling
 from erasec.base import Question
-from erasec.graphs import cache
+from erasec.checkpoint import store
 from erasec.judging import picture_cache
 from erasec.model import loading
 
@@ -24,7 +24,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ERASEC_CACHE", str(tmp_path / "cache"))
-    cache._note.cache_clear()
+    store._note.cache_clear()
     return tmp_path / "cache"
 
 
@@ -103,4 +103,4 @@ def test_a_cache_that_cannot_be_used_is_a_note(own: Path, capsys: pytest.Capture
 
 
 def test_commands_remove_what_killed_ones_left_in_the_folder_of_pictures(own: Path) -> None:
-    assert own / picture_cache.FOLDER in cache.caches()
+    assert own / picture_cache.FOLDER in store.caches()
