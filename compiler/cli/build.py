@@ -16,6 +16,7 @@ from erasec.cli.options import (
     CODE,
     DEVICE,
     ERASE,
+    FRESH,
     GATE,
     JSON,
     JUDGE,
@@ -69,6 +70,7 @@ def build(
     allow_pickle: PICKLE = False,
     allow_code: CODE = False,
     link: LINK = False,
+    fresh: FRESH = False,
     as_json: JSON = False,
     verbose: VERBOSE = False,
 ) -> None:
@@ -100,6 +102,7 @@ def build(
         )
         from erasec.commands.build import is_main, train_in_worker
         from erasec.commands.build import run as run_plan
+        from erasec.commands.current import current
         from erasec.commands.plan import make_plan, notes
 
         main = is_main()  # before the plan, because it assigns a device to each process
@@ -109,20 +112,26 @@ def build(
             return
         for note in (printed := notes(planned)):
             say(note)
-        try:
-            report = run_plan(planned)
-        except CheckFailed as error:
-            if as_json:
-                output.print_facts(Path(error.where))
-            raise
+        facts = None if fresh else current(planned)
+        if facts is None:
+            from erasec.reporting.report import facts_of
+
+            try:
+                facts = facts_of(run_plan(planned, fresh))
+            except CheckFailed as error:
+                if as_json:
+                    output.print_facts(Path(error.where))
+                raise
+        else:
+            say(f"{planned.out} is up to date: this build wrote it, and no file has changed (--fresh builds it again)")
         if as_json:
             output.print_facts(planned.out)
             return
         print(f"{planned.out}\n{planned.out / 'report.html'}")
-        print(output.verdict(report))
-        for audited in report.audits:
+        print(output.verdict(facts))
+        for audited in facts["audits"]:
             print(printable(audited["headline"]))
-        for note in report.notes:
+        for note in facts["notes"]:
             if note not in printed:
                 say(note)
 

@@ -144,6 +144,7 @@ VARIANT = Annotated[str | None, typer.Option("--variant", help="variant of a fol
 PICKLE = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights (tensors only)")]
 CODE = Annotated[bool, typer.Option("--allow-code", help="let a recipe name classes in Python files, which then run")]
 LINK = Annotated[bool, typer.Option("--link", help="hard-link unchanged files instead of copying them")]
+FRESH = Annotated[bool, typer.Option("--fresh", help="build again, also where nothing changed; use no stored edits")]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="print tracebacks and warnings")]
 

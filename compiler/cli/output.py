@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from erasec import registry
@@ -16,17 +16,14 @@ if TYPE_CHECKING:
     from erasec.base import Check
     from erasec.commands.diff import Difference
     from erasec.commands.doctor import Finding
-    from erasec.reporting.report import Report
 
 # A plan prints so many concepts and notes; --json has all of them.
 LISTED = 12
 
 
-def verdict(report: Report) -> str:
+def verdict(facts: Mapping[str, Any]) -> str:
     """One line: the state of the build, how many checks hold, and the hit rate before and after the edit for each group
-    of prompts; then a line for each prompt file and label."""
-    from erasec.reporting.report import mean_rates
-
+    of prompts; then a line for each prompt file and label. ``facts`` are those of its report.json."""
     titles = {
         "name": "by name",
         "synonym": "by synonym",
@@ -35,20 +32,20 @@ def verdict(report: Report) -> str:
         "keep": "everything else",
     }
     parts = []
-    for group in dict.fromkeys(row["group"] for row in report.rates):
-        if mean := mean_rates(report.rates, group):
+    for group in dict.fromkeys(row["group"] for row in facts["rates"]):
+        if mean := facts["summary"].get(group):
             parts.append(f"{titles.get(group, group)} {mean['before']:.0%} -> {mean['after']:.0%}")
     shown = f"; shown {', '.join(parts)}" if parts else ""
-    checks = sum(check.limit is not None for check in report.checks)
-    if report.outcome == "passed":
+    checks = sum(check["limit"] is not None for check in facts["checks"])
+    if facts["outcome"] == "passed":
         line = f"passed {'its one check' if checks == 1 else f'all {checks} checks'}{shown}"
-    elif report.outcome == "not judged":
+    elif facts["outcome"] == "not judged":
         held = f"of what could be checked nothing failed ({checks} checks)"
-        line = f"not judged: no judge can see {', '.join(report.unjudged)} in these pictures; {held}{shown}"
+        line = f"not judged: no judge can see {', '.join(facts['unjudged'])} in these pictures; {held}{shown}"
     else:
-        line = f"rejected: {', '.join(report.failed)} failed{shown}"
+        line = f"rejected: {', '.join(facts['failed'])} failed{shown}"
     lines = [line]
-    for file in report.prompt_files:
+    for file in facts["prompt_files"]:
         for row in (row for row in file["rows"] if not row["category"]):
             shares = f"{row['before']:.0%} -> {row['after']:.0%} of {row['images']} pictures"
             lines.append(f"{file['file']}: {row['looked_for']} in {shares}")

@@ -20,9 +20,11 @@ from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
 from erasec.commands import durations, estimates, pictures
 from erasec.commands.audit import audit_build, check_auditable
+from erasec.commands.current import inputs
 from erasec.commands.effect import check_change, check_goals
 from erasec.commands.measures import Measured, measure_files
 from erasec.commands.output_paths import check_replaceable
+from erasec.commands.solved import Solver
 from erasec.errors import CheckFailed, ErasecError, is_out_of_memory, reason
 from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
@@ -76,8 +78,8 @@ def train_in_worker(plan: Plan) -> None:
     _solve(plan, training_folder(plan.out))
 
 
-def run(plan: Plan) -> Report:
-    """Build ``plan.out`` and return its report.
+def run(plan: Plan, fresh: bool = False) -> Report:
+    """Build ``plan.out`` and return its report. With ``fresh``, no edit is taken from the store.
 
     Raises CheckFailed if a check fails; the output is then in ``plan.out/.rejected``. Raises ErasecError if another
     command writes ``plan.out``, or if the model or the content of ``plan.out`` has changed meanwhile. Long training
@@ -88,7 +90,7 @@ def run(plan: Plan) -> Report:
         check_auditable(plan, plan.recipe.audit)
     with output(plan.out, total=estimates.output_bytes(plan.targets, plan.model)) as own, _resumable(own) as work:
         try:
-            report = _build(plan, own.new_folder(), work)
+            report = _build(plan, own.new_folder(), work, fresh)
         except Exception as error:
             plan.model.check_unchanged()  # a change explains every other error
             if is_out_of_memory(error):
@@ -185,17 +187,18 @@ def _resumable(own: Output) -> Iterator[Path]:
         ) from stop
 
 
-def _solve(plan: Plan, work: Path) -> _Solved:
+def _solve(plan: Plan, work: Path, fresh: bool = False) -> _Solved:
     concepts = {concept.name: concept for concept in plan.concepts}
     model, applied, secrets = plan.model, [], []
     checks: list[Check] = []
     if plan.passes:
         check_goals(plan.concepts, model)
+    solver = Solver(plan.model, fresh)
     with bar("solve", len(plan.concepts) * len(plan.passes)) as advance:
         for step, origins, measures in zip(plan.passes, plan.origins, plan.measures, strict=True):
             context = TrainingContext(**vars(plan.context), resume_folder=work, measures=measures)
             start = time.perf_counter()
-            for edit in step.solve_all(model, plan.concepts, context):
+            for edit, stored in solver.solve(step, model, plan.concepts, context):
                 edited = model.with_edit(edit)
                 check_change(step, model, edited, edit)
                 model = edited
@@ -214,6 +217,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
                         step.limits,
                         curves,
                         dict(origins),
+                        stored,
                     )
                 )
                 if edit.secret is not None:
@@ -228,10 +232,10 @@ def _solve(plan: Plan, work: Path) -> _Solved:
 
 
 @fixed_threads()
-def _build(plan: Plan, stage: Path, work: Path) -> Report:
+def _build(plan: Plan, stage: Path, work: Path, fresh: bool) -> Report:
     seconds: dict[str, float] = {}
     try:
-        solved = _solve(plan, work)
+        solved = _solve(plan, work, fresh)
     except (ErasecError, RuntimeError) as error:  # torch raises RuntimeError where a matrix has a NaN
         if broken := _broken_tensor(plan.model):
             raise ErasecError(
@@ -317,6 +321,7 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         estimated=durations.estimate(plan)["steps"],
         audits=tuple(audits),
         reach=reaches,
+        inputs=inputs(plan),
     )
     write_report(report, stage)
     known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}

@@ -74,7 +74,8 @@ class SiteMove:
 @dataclass(frozen=True)
 class EditRecord:
     """One edit. ``limits`` is that of the pass; ``curves`` are values measured during training, by name. ``origins``
-    says where the value of each option in ``params`` comes from: "flag", "recipe", "model", "family" or "class"."""
+    says where the value of each option in ``params`` comes from: "flag", "recipe", "model", "family" or "class".
+    ``stored`` says that an earlier command had solved the same, and ``seconds`` are those of reading it again."""
 
     by: str
     version: str
@@ -86,6 +87,7 @@ class EditRecord:
     limits: str = ""
     curves: dict[str, list[float]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Report:
     estimated: dict[str, list[float]] = field(default_factory=dict)  # by step: the least and the most seconds
     audits: tuple[dict[str, Any], ...] = ()
     reach: tuple[dict[str, Any], ...] = ()  # the fields of closed_form.reach.Reach, for each concept that has one
+    inputs: str = ""  # a digest of everything that the build depends on
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -192,7 +195,7 @@ def write_report(report: Report, out: Path) -> None:
 
     Each file is written completely or not at all. The same report gives the same bytes.
     """
-    facts = _facts(report)
+    facts = facts_of(report)
     environment = templates()
     page = environment.get_template("report.html.j2").render(
         facts,
@@ -238,7 +241,7 @@ def write_text(path: Path, text: str) -> None:
 # --- facts: the single source of all three files --------------------------------------------------------------------
 
 
-def _facts(report: Report) -> dict[str, Any]:
+def facts_of(report: Report) -> dict[str, Any]:
     """Everything except the pictures, as dicts and lists. Numbers are not rounded."""
     return {
         "schema": SCHEMA,
@@ -280,6 +283,7 @@ def _facts(report: Report) -> dict[str, Any]:
         "estimated": {step: list(limits) for step, limits in report.estimated.items()},
         "environment": dict(report.environment),
         "audits": [dict(audit) for audit in report.audits],
+        "inputs": report.inputs,
     }
 
 

@@ -32,6 +32,7 @@ from erasec.keys.key_file import write_key
 from erasec.model import loading
 from erasec.model.memory import Secret
 from erasec.recipe import concept
+from erasec.reporting.report import facts_of
 from erasec.runtime import bundle
 
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}
@@ -396,16 +397,18 @@ def test_the_verdict_weighs_rows_by_their_images() -> None:
         {"group": "keep", "looked_for": "heart", "images": 3, "before": 1.0, "after": 1.0},
     ]
     report = star_report(rates=tuple(rows))
-    assert output.verdict(report) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
+    assert (
+        output.verdict(facts_of(report)) == "passed all 5 checks; shown by name 100% -> 0%, everything else 100% -> 75%"
+    )
     one = replace(report, checks=report.checks[1:2], rates=tuple(rows[:1]))
-    assert output.verdict(one) == "passed its one check; shown by name 100% -> 0%"
+    assert output.verdict(facts_of(one)) == "passed its one check; shown by name 100% -> 0%"
 
 
 def test_the_verdict_of_a_build_that_nothing_could_see_does_not_say_passed() -> None:
-    unseen = output.verdict(star_report(judged=()))
+    unseen = output.verdict(facts_of(star_report(judged=())))
     assert unseen.startswith("not judged: no judge can see star in these pictures; ") and "passed" not in unseen
     failed = star_report(checks=(Check("erased/name", 0.5, 0.1, False, ""),), judged=())
-    assert output.verdict(failed).startswith("rejected: erased/name failed")
+    assert output.verdict(facts_of(failed)).startswith("rejected: erased/name failed")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from erasec import registry
 from erasec.cli import output
 from erasec.commands import plan
 from erasec.recipe.recipe import from_flags
+from erasec.reporting.report import facts_of
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,5 @@ def test_a_verdict_has_a_line_for_each_prompt_file_and_label() -> None:
         {"category": "sky", "looked_for": "star", "images": 16, "before": 1.0, "after": 0.5},
     ]
     files = ({"file": "night\x1b[1m", "rows": rows}, {"file": "unseen", "rows": []})
-    first, *lines = output.verdict(star_report(prompt_files=files)).splitlines()
+    first, *lines = output.verdict(facts_of(star_report(prompt_files=files))).splitlines()
     assert first.startswith("passed all ") and lines == ["night\\x1b[1m: star in 82% -> 6% of 40 pictures"]

@@ -37,6 +37,8 @@ SMALL: dict[str, int | str] = {
     "batch": 2,
     "min_cosine": 0.0,
     "max_rise": 0.0,
+    "searches": 2,
+    "final_steps": 2,
 }
 
 pytestmark = pytest.mark.parametrize("name", NAMES)
