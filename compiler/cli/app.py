@@ -14,6 +14,7 @@ import typer
 from erasec.cli import output
 from erasec.cli.audit import audit
 from erasec.cli.build import build, plan
+from erasec.cli.cache import cache
 from erasec.cli.explain import explain
 from erasec.cli.options import (
     DEVICE,
@@ -62,6 +63,7 @@ def _start(version: VERSION = False) -> None:
 
 app.command()(build)
 app.command()(plan)
+app.command()(cache)
 
 
 @app.command()

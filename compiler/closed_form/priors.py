@@ -6,11 +6,16 @@ projections for every layer ship the same information many times.)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erasec.checkpoint import store
+from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import file_digest, read_finite
 from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
@@ -85,12 +90,12 @@ def write(path: Path, model: Model, file: Path) -> list[str]:
 def read(name: str, model: Model, stream: str) -> Tensor:
     """Rows (r, d) whose Gram matrix is that of the prior file ``name``, for one stream of a model.
 
-    "everyday" is built here, of the bundled captions; a file of it is read in no time.
+    "everyday" is built here, of the bundled captions, and stored for later builds of models with these text encoders.
 
     Raises ErasecError where the file is no prior, or was built with other text encoders.
     """
     if name == everyday.NAME:
-        return solver.gram_root(build(model, everyday.captions(), stream))
+        return solver.gram_root(_everyday(model, stream))
     path = Path(name).expanduser()
     if not path.is_file():
         raise ErasecError(f"there is no prior {name}", fix=f"erasec prior {model.name} CAPTIONS.txt --out {name}")
@@ -122,6 +127,37 @@ def read(name: str, model: Model, stream: str) -> Tensor:
             fix=f"build it again: erasec prior {model.name} CAPTIONS.txt --out {path.name}",
         )
     return solver.gram_root(read_finite(entries, stream))
+
+
+def _everyday(model: Model, stream: str) -> Tensor:
+    """``build`` of the bundled captions, or what an earlier command stored of it."""
+    import numpy as np
+    import torch
+
+    edited = any(site.component in model.family.text_encoders for site in model.edited_sites)
+    width = model.streams[stream][0].shape[1]
+    key = "" if edited else _everyday_key(model, stream)
+    stored = store.read_entry("priors", key) if key else None
+    if stored is not None:
+        return torch.from_numpy(np.frombuffer(stored, np.float64).reshape(width, width).copy())
+    gram = build(model, everyday.captions(), stream)
+    if key:
+        store.write_entry("priors", key, gram.numpy().tobytes())
+    return gram
+
+
+def _everyday_key(model: Model, stream: str) -> str:
+    """A digest of everything that decides the states of the bundled captions."""
+    folder = Folder(model.source.root)
+    files = [name for name in folder.files() if name.parts[0].startswith("tokenizer") or name.name == "config.json"]
+    facts = [
+        stream,
+        [model.component_digest(name) for name in model.family.text_encoders],
+        {name.as_posix(): file_digest(folder.root / name) for name in files},
+        file_digest(everyday.FILE),
+        [version(name) for name in ("torch", "transformers", "erasec")],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _encoders(model: Model) -> str:
