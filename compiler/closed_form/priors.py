@@ -154,7 +154,7 @@ def _everyday_key(model: Model, stream: str) -> str:
         stream,
         [model.component_digest(name) for name in model.family.text_encoders],
         {name.as_posix(): file_digest(folder.root / name) for name in files},
-        file_digest(everyday.FILE),
+        everyday.captions(),
         [version(name) for name in ("torch", "transformers", "erasec")],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

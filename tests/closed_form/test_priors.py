@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,3 +159,28 @@ def test_the_everyday_prior_needs_no_file(model: Model, tmp_path: Path, monkeypa
     site = next(iter(with_prior.deltas))
     weight = model.stored_weight(site)
     assert not torch.equal(with_prior.deltas[site].change(weight), without.deltas[site].change(weight))
+
+
+def test_the_everyday_prior_is_stored_for_the_same_text_encoders(
+    model: Model, random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ERASEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(everyday, "captions", lambda: ("a red ring", "a box"))
+    built: list[str] = []
+    build = priors.build
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        built.append(arguments[2])
+        return build(*arguments)
+
+    monkeypatch.setattr(priors, "build", counted)
+    first, second = (priors.read(everyday.NAME, model, "context") for _ in range(2))
+    assert torch.equal(first, second) and built == ["context"]
+    monkeypatch.setattr(everyday, "captions", lambda: ("a red ring",))
+    assert not torch.equal(priors.read(everyday.NAME, model, "context"), first) and len(built) == 2
+    copied = tmp_path / "copy"
+    shutil.copytree(random_folder, copied)
+    key = priors._everyday_key(loading.load(str(copied)), "context")
+    assert key == priors._everyday_key(loading.load(str(random_folder)), "context")
+    (copied / "tokenizer" / "special.json").write_text("{}")
+    assert priors._everyday_key(loading.load(str(copied)), "context") != key
