@@ -16,6 +16,7 @@ from erasec.cli.audit import audit
 from erasec.cli.build import build, plan
 from erasec.cli.cache import cache
 from erasec.cli.explain import explain
+from erasec.cli.matrix import matrix
 from erasec.cli.options import (
     DEVICE,
     JSON,
@@ -64,6 +65,7 @@ def _start(version: VERSION = False) -> None:
 app.command()(build)
 app.command()(plan)
 app.command()(cache)
+app.command()(matrix)
 
 
 @app.command()

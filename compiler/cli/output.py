@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from erasec.base import Check
     from erasec.commands.diff import Difference
     from erasec.commands.doctor import Finding
+    from erasec.commands.matrix import Group
 
 # A plan prints so many concepts and notes; --json has all of them.
 LISTED = 12
@@ -50,6 +52,37 @@ def verdict(facts: Mapping[str, Any]) -> str:
             shares = f"{row['before']:.0%} -> {row['after']:.0%} of {row['images']} pictures"
             lines.append(f"{file['file']}: {row['looked_for']} in {shares}")
     return printable("\n".join(lines), keep="\n")
+
+
+def print_groups(groups: Sequence[Group], count: int, as_json: bool) -> None:
+    """Print the plan of a matrix: the builds of each model and variant, and how long all of them take, ``count`` at a
+    time."""
+    least, most = (sum(len(group.jobs) * group.seconds[at] for group in groups) / max(1, count) for at in (0, 1))
+    if as_json:
+        rows = [
+            {
+                **{name: getattr(group, name) for name in ("model", "variant", "memory", "seconds", "device", "why")},
+                "builds": [job.name for job in group.jobs],
+            }
+            for group in groups
+        ]
+        print(json.dumps({"groups": rows, "at_once": count, "range": [least, most]}, indent=2))
+        return
+    from erasec.checkpoint.disk import size
+    from erasec.reporting.format import about
+
+    cells = [
+        [
+            group.model,
+            group.variant or "–",
+            f"{len(group.jobs)}",
+            size(group.memory) if group.memory else "–",
+            group.why or about(*group.seconds),
+        ]
+        for group in groups
+    ]
+    table(["model", "variant", "builds", "memory of each", "time of each"], cells)
+    print(f"{sum(len(group.jobs) for group in groups)} builds, {count} at a time: {about(least, most)}")
 
 
 def print_facts(folder: Path) -> None:

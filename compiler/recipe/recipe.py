@@ -141,7 +141,7 @@ def from_file(path: Path, allow_code: bool = False) -> Recipe:
 
     A recipe that names classes in Python files is refused without ``allow_code``: a build would run them.
     """
-    recipe = _validate(read_toml(path, "the recipe"), str(path))
+    recipe = from_content(read_toml(path, "the recipe"), str(path))
     if not allow_code:
         refuse_code(recipe, str(path))
     return recipe
@@ -177,7 +177,7 @@ def refuse_code(recipe: Recipe, where: str, replaced: Collection[str] = ()) -> N
 
 def from_toml(text: str, where: str = "") -> Recipe:
     """Read a recipe from TOML. ``where`` names its source in errors. Raises ErasecError as ``from_file`` does."""
-    return _validate(parse_toml(text, Source("the recipe", where, "")), where)
+    return from_content(parse_toml(text, Source("the recipe", where, "")), where)
 
 
 def from_flags(
@@ -242,7 +242,7 @@ def from_flags(
         base = recipe.model_dump(by_alias=True)
     if checks:
         given["checks"] = {**base.get("checks", {}), **checks}
-    return _validate({**base, **given}, "the command line")
+    return from_content({**base, **given}, "the command line")
 
 
 def _picture_keys(text: str) -> dict[str, Option]:
@@ -330,7 +330,7 @@ def _lines(table: Mapping[str, Any]) -> str:
     return tomli_w.dumps({key: value for key, value in table.items() if value not in ("", [])})
 
 
-def _validate(content: Mapping[str, Any], where: str) -> Recipe:
+def from_content(content: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from the content of a file. Raises ErasecError that names the key at fault."""
     version = content.get("erasec", FORMAT)
     if isinstance(version, str) and re.fullmatch(r"\d+\.\d+", version) and _version(version) > _version(FORMAT):
