@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def test_what_ended_well_is_not_repeated_and_what_failed_is(groups: list[matrix.
 
 
 def test_the_page_shows_every_build(groups: list[matrix.Group], tmp_path: Path) -> None:
-    first, second, third = (job.name for job in groups[0].jobs)
+    _, second, third = (job.name for job in groups[0].jobs)
     out = tmp_path / "out"
     with pytest.raises(CheckFailed):
         matrix.run(groups, out, Scripted({second: -9, third: 2}))
@@ -151,10 +152,10 @@ def test_the_page_shows_every_build(groups: list[matrix.Group], tmp_path: Path) 
 
 
 def test_the_first_pictures_of_a_report() -> None:
-    pair = '<img src="data:image/png;base64,AA" alt="before: a &lt;star&gt;"><img src="data:image/png;base64,BB" alt="after">'
+    before, after = "data:image/png;base64,AA", "data:image/png;base64,BB"
+    pair = f'<img src="{before}" alt="before: a &lt;star&gt;"><img src="{after}" alt="after">'
     page = f'<img src="https://elsewhere/x.png" alt="">{pair}{pair}'
-    first = [("data:image/png;base64,AA", "before: a <star>"), ("data:image/png;base64,BB", "after")]
-    assert first_pictures(page) == first
+    assert first_pictures(page) == [(before, "before: a <star>"), (after, "after")]
     assert first_pictures("<p>none</p>") == []
 
 
@@ -212,7 +213,10 @@ def child(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
 
 
 def test_a_killed_build_is_run_again_and_a_failed_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    count = "runs = Path(sys.argv[3]).with_suffix('.runs'); runs.write_text(runs.read_text() + 'x' if runs.exists() else 'x')\n"
+    count = (
+        "runs = Path(sys.argv[3]).with_suffix('.runs')\n"
+        "runs.write_text(runs.read_text() + 'x' if runs.exists() else 'x')\n"
+    )
     child(monkeypatch, count + "if len(runs.read_text()) < 3: os.kill(os.getpid(), signal.SIGKILL)\n")
     end = workers.run_task(task("a", folder=tmp_path))
     assert (end.exit, end.attempts) == (0, 3)
@@ -226,10 +230,8 @@ def test_a_killed_build_is_run_again_and_a_failed_one_is_not(monkeypatch: pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children with their parents on Linux alone")
 def test_a_build_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    sleeper = (
-        workers.CHILD.partition("from erasec")[0] + f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-    )
-    sleeper += "import time; time.sleep(60)"
+    sleeper = workers.CHILD.partition("from erasec")[0]
+    sleeper += f"import time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     code = f"import os, subprocess, sys\nsubprocess.run([sys.executable, '-c', {sleeper!r}, str(os.getpid())])"
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
         for _ in range(600):
@@ -267,37 +269,27 @@ def test_the_command_plans_builds_and_does_nothing_the_second_time(tmp_path: Pat
 
 @pytest.mark.network
 def test_a_killed_ray_worker_costs_no_build(tmp_path: Path, random_folder: Path) -> None:
-    """A real Ray with three workers, one of which is killed while it builds."""
+    """A real Ray with several workers, one of which is killed while it builds. Needs the extra "ray"."""
     ray = pytest.importorskip("ray")
     text = f'models = ["{random_folder}"]\nconcepts = ["star", "heart", "ring", "box"]\n[build.checks]\npictures = 0\n'
     groups = matrix.make_groups(from_file(write(tmp_path, text)), tmp_path / "out")
     killed: list[int] = []
+
+    def kill() -> None:
+        """Kill the parent of the first process that builds: the worker."""
+        for _ in range(1200):
+            lines = subprocess.run(["ps", "-eo", "ppid,cmd"], capture_output=True, text=True, check=True).stdout
+            builds = [line for line in lines.splitlines() if " build " in line and f"{tmp_path}/out/.matrix" in line]
+            if builds:
+                killed.append(int(builds[0].split()[0]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
     ray.init(num_cpus=12, include_dashboard=False, log_to_driver=False)
-
-    def started(name: str) -> None:
-        begun.append(name)
-
-    begun: list[str] = []
-
-    class Killing(workers.Ray):
-        def run(self, tasks: Sequence[Task], started: Callable[[str], None]) -> Iterator[End]:
-            from threading import Thread
-
-            def kill() -> None:
-                for _ in range(600):
-                    lines = subprocess.run(["ps", "-eo", "pid,cmd"], capture_output=True, text=True, check=True).stdout
-                    busy = [line for line in lines.splitlines() if "ray::" in line and "run_task" in line]
-                    busy += [line for line in lines.splitlines() if "ray::random-without" in line]
-                    if busy:
-                        pid = int(busy[0].split()[0])
-                        time.sleep(0.5)
-                        os.kill(pid, signal.SIGKILL)
-                        killed.append(pid)
-                        return
-                    time.sleep(0.1)
-
-            Thread(target=kill, daemon=True).start()
-            yield from super().run(tasks, started)
-
-    rows = matrix.run(groups, tmp_path / "out", Killing("local"))
+    killer = Thread(target=kill)
+    killer.start()
+    rows = matrix.run(groups, tmp_path / "out", workers.Ray("local"))
+    killer.join()
     assert killed and [row.state for row in rows] == ["not judged"] * 4
+    assert sorted(path.name for path in (tmp_path / "out").glob("*/hf")) == ["hf"] * 4
