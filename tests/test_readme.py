@@ -34,6 +34,7 @@ PAGES = [
     "docs/emoji.md",
     "docs/reliability.md",
     "docs/cache.md",
+    "docs/matrix.md",
 ]
 BASE, NEVER = "base", "never-star model"
 
@@ -375,6 +376,15 @@ def test_every_link_leads_somewhere(root: Path, name: str) -> None:
         assert target.exists(), path
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{path}#{anchor}"
     assert "@@" not in text
+
+
+def test_the_page_on_many_builds_has_the_simulated_figures(root: Path) -> None:
+    result = json.loads((root / "tests/benchmarks/results/matrix_scale.json").read_text())
+    text = page(root, "docs/matrix.md")
+    for nodes, row in result["rows"].items():
+        hours = f"{row['hours']:,.2g}" if row["hours"] < 100 else f"{row['hours']:,.0f}"
+        assert f"| {int(nodes):,} | {hours} | {row['efficiency']:.0%} |" in text
+    assert f"takes {result['first']:.0f} s and each later one {result['later']:.0f} s" in text
 
 
 def test_the_command_table_of_the_readme_is_the_program_s(root: Path) -> None:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Local:
                     free.append(device)
 
         with ThreadPoolExecutor(self.count) as pool:
-            ends = _schedule(
+            ends = schedule(
                 tasks,
                 lambda task: pool.submit(work, task),
                 lambda futures: wait(futures, return_when=FIRST_COMPLETED).done,
@@ -146,7 +147,7 @@ class Ray:
                 started(task.name)
                 return remote.options(name=task.name, **needs).remote(task)
 
-            for task, reference in _schedule(tasks, start, lambda references: ray.wait(references)[0]):
+            for task, reference in schedule(tasks, start, lambda references: ray.wait(references)[0]):
                 try:
                     yield ray.get(reference)
                 except ray.exceptions.RayError as error:
@@ -155,25 +156,26 @@ class Ray:
             ray.shutdown()
 
 
-def _schedule(
+def schedule(
     tasks: Sequence[Task],
     start: Callable[[Task], Any],
     wait_for_one: Callable[[list[Any]], Iterable[Any]],
     most: int = 0,
 ) -> Iterator[tuple[Task, Any]]:
     """Each task with what ``start`` returned for it, once ``wait_for_one`` returns that. ``most`` tasks run at a time,
-    with 0 all that may. The others of a model begin when its first one has ended."""
-    waiting, running = list(tasks), dict[Any, Task]()
-    begun, ended = set[str](), set[str]()
-    while waiting or running:
-        for task in list(waiting):
-            if most and len(running) >= most:
-                break
-            if task.model not in begun or task.model in ended:
-                begun.add(task.model)
-                waiting.remove(task)
-                running[start(task)] = task
+    with 0 all that may. The first task of each model begins before all others, which wait until it has ended."""
+    ready, blocked, running = deque[Task](), dict[str, list[Task]](), dict[Any, Task]()
+    for task in tasks:
+        if task.model in blocked:
+            blocked[task.model].append(task)
+        else:
+            blocked[task.model] = []
+            ready.append(task)
+    while ready or running:
+        while ready and (not most or len(running) < most):
+            task = ready.popleft()
+            running[start(task)] = task
         for handle in wait_for_one(list(running)):
             task = running.pop(handle)
-            ended.add(task.model)
+            ready.extend(blocked.pop(task.model, ()))
             yield task, handle

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -278,12 +279,12 @@ def test_a_killed_ray_worker_costs_no_build(tmp_path: Path, random_folder: Path)
     def kill() -> None:
         """Kill the parent of the first process that builds: the worker."""
         for _ in range(1200):
-            lines = subprocess.run(["ps", "-eo", "ppid,cmd"], capture_output=True, text=True, check=True).stdout
-            builds = [line for line in lines.splitlines() if " build " in line and f"{tmp_path}/out/.matrix" in line]
-            if builds:
-                killed.append(int(builds[0].split()[0]))
-                os.kill(killed[0], signal.SIGKILL)
-                return
+            for process in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    if f"{tmp_path}/out/.matrix".encode() in (process / "cmdline").read_bytes():
+                        killed.append(int((process / "stat").read_text().rpartition(")")[2].split()[1]))
+                        os.kill(killed[0], signal.SIGKILL)
+                        return
             time.sleep(0.05)
 
     ray.init(num_cpus=12, include_dashboard=False, log_to_driver=False)
