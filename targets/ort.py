@@ -102,3 +102,7 @@ class Onnx(Target):
         outputs = compare_outputs(checkpoint, out, seed=context.seed, tolerances=limits)
         coarsest = "fp16" if "fp16" in (self.precision, self.vae) else "fp32"
         return Artifact(self.name, out, weights + outputs, coarsest)
+
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        require_modules("comparing ONNX graphs", ("onnx",), "onnx")
+        return compare_weights(checkpoint, out)
