@@ -180,14 +180,12 @@ class Output(ABC):
     """One output format of a build; the base of Target and EditTarget. Its fields are its options.
 
     ``extras`` names what the format can hold in addition to weights: any of "memory", "tokens" and "negative".
-    ``unread`` says what of the format cannot be read back, "" if all can: ``erasec verify`` says it of each bundle.
     ``renamed`` maps old option names to current ones.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     extras: ClassVar[frozenset[str]] = frozenset()
-    unread: ClassVar[str] = ""
     renamed: ClassVar[Mapping[str, str]] = {}
 
     def undoes(self) -> str:
@@ -195,6 +193,10 @@ class Output(ABC):
 
         A release leaves out the folders of such targets (see ``recipe.Publish``).
         """
+        return ""
+
+    def unread(self) -> str:
+        """What of the format cannot be read back, so that ``compare`` does not see it. By default "": nothing."""
         return ""
 
     def check(self) -> None:

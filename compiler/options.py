@@ -39,7 +39,7 @@ TYPE_NAMES = {
 # Class attributes that describe a pass or a target itself. They must not become options of it.
 ATTRIBUTES = {
     "pass": frozenset(("name", "version", "paper", "summary", "limits", "when", "extras", "prompt_options", "renamed")),
-    "target": frozenset(("name", "summary", "extras", "unread", "renamed")),
+    "target": frozenset(("name", "summary", "extras", "renamed")),
     "probe": frozenset(
         ("name", "summary", "threat", "paper", "limits", "version", "gradients", "needs_base", "references", "renamed")
     ),

@@ -295,8 +295,8 @@ def merged_check(base: Model, checkpoint: Folder, file: Path, limit: float | Non
         worst = max(worst, (error / change if change else math.inf if error else 0.0, site.key))
     if unread:
         worst = math.inf, f"{min(unread)}, which is no tensor of the base"
-    how = "largest error of the base with this LoRA against the checkpoint, beyond rounding, over the largest change of "
-    return Check.at_most("lora/merged", worst[0], limit, f"{how}the tensor; the worst is {worst[1] or 'none'}")
+    how = "largest error of the base with this LoRA against the checkpoint, beyond rounding, over the largest change of"
+    return Check.at_most("lora/merged", worst[0], limit, f"{how} the tensor; the worst is {worst[1] or 'none'}")
 
 
 def _read_product(entries: dict[str, Entry], start: str) -> tuple[Tensor | float, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from erasec.base import Artifact, Context, Target
+from erasec.base import Artifact, Check, Context, Target
 from erasec.errors import ErasecError, require_modules
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.link import KEEP_IN_FP32, OPSET, write_onnx

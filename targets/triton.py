@@ -39,7 +39,7 @@ from erasec.runtime.backends import with_vectors
 from erasec.runtime.schedulers import sampling_notes
 from erasec.targets.trt import Trt
 from erasec.tensorrt import engines
-from erasec.tensorrt.base import engine_checks
+from erasec.tensorrt.base import UNREAD, engine_checks
 
 if TYPE_CHECKING:
     from erasec.graphs.signature import Graph
@@ -96,6 +96,9 @@ class Triton(Target):
                 "triton: plans of TensorRT do not run on a CPU", fix="choose instances=auto, or engines=onnx"
             )
 
+    def unread(self) -> str:
+        return UNREAD if self.engines == "trt" else ""
+
     def check(self) -> None:
         require_modules("the target triton", ("onnx", "onnxruntime"), "onnx")
         if self.engines == "trt":
@@ -151,7 +154,8 @@ class Triton(Target):
             exported = write_onnx(checkpoint, Path(scratch), self.precision, SERVED)
             linked = {graph.name: Path(scratch) / graph.name / MODEL for graph in exported}
             if self.engines == "trt":
-                return tuple(check for name, file in linked.items() for check in engine_checks(out, name, file))
+                checks = (check for name, file in linked.items() for check in engine_checks(out, name, file))
+                return tuple(check for check in checks if check.limit is not None)
             return tuple(
                 same_weights(name, file, out / MODELS / name / str(self.version) / MODEL)
                 for name, file in linked.items()

@@ -29,9 +29,11 @@ from erasec.cli.options import (
     PICTURES,
     PROMPT_LIMIT,
     PROMPTS,
+    PUBLISH,
     REVISION,
     ROBUST,
     SEED,
+    SIGN,
     TARGET,
     VARIANT,
     VERBOSE,
@@ -69,6 +71,8 @@ def build(
     allow_pickle: PICKLE = False,
     allow_code: CODE = False,
     link: LINK = False,
+    publish: PUBLISH = False,
+    sign: SIGN = None,
     as_json: JSON = False,
     verbose: VERBOSE = False,
 ) -> None:
@@ -97,13 +101,14 @@ def build(
             allow_code=allow_code,
             link=link or None,
             audit=audit,
+            publish=publish or sign is not None or None,
         )
         from erasec.commands.build import is_main, train_in_worker
         from erasec.commands.build import run as run_plan
         from erasec.commands.plan import make_plan, notes
 
         main = is_main()  # before the plan, because it assigns a device to each process
-        planned = make_plan(recipe, out, by_flag=bool(passes))
+        planned = make_plan(recipe, out, by_flag=bool(passes), sign=sign)
         if not main:
             train_in_worker(planned)
             return
@@ -151,6 +156,8 @@ def plan(
     allow_pickle: PICKLE = False,
     allow_code: CODE = False,
     link: LINK = False,
+    publish: PUBLISH = False,
+    sign: SIGN = None,
     all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
     apart: Annotated[
         bool, typer.Option("--apart", help="read the text encoder, and name kept phrases that lie near to erased ones")
@@ -183,10 +190,11 @@ def plan(
             allow_code=allow_code,
             link=link or None,
             audit=audit,
+            publish=publish or sign is not None or None,
         )
         from erasec.commands.plan import describe, describe_pairs, make_plan
 
-        planned = make_plan(recipe, out, pin=False, by_flag=bool(passes))
+        planned = make_plan(recipe, out, pin=False, by_flag=bool(passes), sign=sign)
         if recipe.audit:
             from erasec.commands.audit import check_auditable
 

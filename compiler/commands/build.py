@@ -15,10 +15,9 @@ from erasec.base import Check, EditTarget
 from erasec.checkpoint import manifest
 from erasec.checkpoint.disk import PRIVATE_FOLDER
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
-from erasec.commands import durations, estimates, pictures
+from erasec.commands import durations, estimates, pictures, release
 from erasec.commands.audit import audit_build, check_auditable
 from erasec.commands.effect import check_change, check_goals
 from erasec.commands.measures import Measured, measure_files
@@ -30,12 +29,13 @@ from erasec.judging.evidence import rates
 from erasec.keys import key_file
 from erasec.keys.absorb import absorb_keys
 from erasec.ldm.single_file import SingleFile
+from erasec.model.edit import edit_digest
 from erasec.model.sidecar import gather_extras, read_extras, write_extras
 from erasec.model.threads import fixed_threads
 from erasec.progress import bar
 from erasec.recipe.recipe import code_files, to_toml
 from erasec.reporting import collect
-from erasec.reporting.report import EditRecord, Report, write_report
+from erasec.reporting.report import EditRecord, Report
 from erasec.training.base import Learned, TrainingContext
 
 if TYPE_CHECKING:
@@ -86,9 +86,14 @@ def run(plan: Plan) -> Report:
     """
     if plan.recipe.audit:
         check_auditable(plan, plan.recipe.audit)
-    with output(plan.out, total=estimates.output_bytes(plan.targets, plan.model)) as own, _resumable(own) as work:
+    total = estimates.output_bytes(plan.targets, plan.model)
+    with (
+        output(plan.out, total=total) as own,
+        release.private_output(plan) as private,
+        _resumable(own) as work,
+    ):
         try:
-            report = _build(plan, own.new_folder(), work)
+            report = _build(plan, own.new_folder(), work, private.stage if private else None)
         except Exception as error:
             plan.model.check_unchanged()  # a change explains every other error
             if is_out_of_memory(error):
@@ -101,7 +106,7 @@ def run(plan: Plan) -> Report:
             plan.out.mkdir(exist_ok=True)
             own.publish(own.path / manifest.REJECTED)
             raise _rejection(plan, report, rejected, work)
-        own.publish()
+        release.publish(plan, own, private)
         return report
 
 
@@ -214,6 +219,7 @@ def _solve(plan: Plan, work: Path) -> _Solved:
                         step.limits,
                         curves,
                         dict(origins),
+                        edit_digest(edit),
                     )
                 )
                 if edit.secret is not None:
@@ -228,8 +234,9 @@ def _solve(plan: Plan, work: Path) -> _Solved:
 
 
 @fixed_threads()
-def _build(plan: Plan, stage: Path, work: Path) -> Report:
+def _build(plan: Plan, stage: Path, work: Path, private: Path | None) -> Report:
     seconds: dict[str, float] = {}
+    started = time.time()
     try:
         solved = _solve(plan, work)
     except (ErasecError, RuntimeError) as error:  # torch raises RuntimeError where a matrix has a NaN
@@ -245,11 +252,13 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
     built = Folder(stage / plan.targets[0].name, plan.model.source.variant)
     public = replace(built, root=stage / PUBLIC) if plan.keys else built
     extras = gather_extras(model.edits, read_extras(plan.model.source.root))
+    absorbed: tuple[str, ...] = ()
     with _timed(seconds, "merge and write"):
         model.source.write(public.root, model.merged(), plan.recipe.link)
         write_extras(public.root, extras)
         if plan.keys:
-            checks += _unlock(plan, model, public, built, extras)
+            absorbed, unlocked = _unlock(plan, model, public, built, extras)
+            checks += unlocked
         else:
             _write_keys(solved, built, stage)
 
@@ -289,6 +298,9 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
             audits, gates = audit_build(plan, plan.recipe.audit, built)
         checks += gates
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
+    # A rejected build is no release: all of it is kept together, for whoever looks for the reason.
+    apart = private if all(check.passed for check in checks) else None
+    undoing = release.set_apart(plan, stage, apart)
 
     with _timed(seconds, "report"):
         (stage / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
@@ -304,10 +316,19 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         checks=tuple(checks),
         pairs=(*(pair for item in looked.evidence for pair in collect.picture_pairs(item)), *measured.pairs),
         rates=tuple(row for item in looked.evidence for group in groups for row in rates(item, group)),
-        written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
+        written=tuple(
+            collect.written_files(target.name, stage / target.name)
+            for target in plan.targets
+            if (stage / target.name).is_dir()
+        ),
         seconds=seconds,
         environment=collect.environment(),
-        notes=(*_notes(plan, solved, built, looked), *measured.notes, *_unaudited(plan)),
+        notes=(
+            *_notes(plan, solved, built, looked),
+            *release.notes(plan, undoing),
+            *measured.notes,
+            *_unaudited(plan),
+        ),
         judged=tuple(concept.name for concept in plan.looked_for if concept.name not in plan.unjudged),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
@@ -316,13 +337,10 @@ def _build(plan: Plan, stage: Path, work: Path) -> Report:
         prompt_files=tuple(measured.tables),
         estimated=durations.estimate(plan)["steps"],
         audits=tuple(audits),
+        undoing=undoing,
         reach=reaches,
     )
-    write_report(report, stage)
-    known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
-    keys = [path.name for path in stage.glob(f"*{key_file.SUFFIX}")]  # which must not be published with the folders
-    records = {name: FileRecord(bytes=size, sha256=digest) for name, (size, digest) in known.items()}
-    manifest.write(stage, records, movable=keys)
+    release.finish(plan, report, stage, apart, release.edited_tensors(model, absorbed), started)
     return report
 
 
@@ -332,10 +350,13 @@ def edit_origin(model: Model) -> Origin:
     return Origin(digests, {f"{site.component}/{site.key}": model.site_digest(site) for site in model.edited_sites})
 
 
-def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, extras: Extras) -> tuple[Check, ...]:
+def _unlock(
+    plan: Plan, model: Model, public: Folder, built: Folder, extras: Extras
+) -> tuple[tuple[str, ...], tuple[Check, ...]]:
     """Write ``built``: the public folder with the keys attached as memories, or absorbed into its weights.
 
-    Absorbing returns a check of its residual. Raises ErasecError for a key of another model.
+    Returns the tensors of the denoiser that absorbing changes, and a check of its residual. Raises ErasecError for a
+    key of another model.
     """
     denoiser, limit = plan.model.family.denoiser, plan.recipe.absorb
     entries = public.entries(denoiser)
@@ -346,12 +367,12 @@ def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, extras: Ext
     if not limit:
         public.write(built.root, {}, link=True)
         write_extras(built.root, replace(extras, memories=(*extras.memories, *memories)))
-        return ()
+        return (), ()
     concepts = [key.concept for key in plan.keys]
     changed, check = absorb_keys(memories, concepts, model, entries, plan.context, limit)
     public.write(built.root, {denoiser: changed}, link=True)
     write_extras(built.root, extras)
-    return (check,)
+    return tuple(changed), (check,)
 
 
 def _write_keys(solved: _Solved, built: Folder, stage: Path) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 
+UNREAD = "the weights inside engine files: engine.json and the sha256 of an engine only say what it was built from"
 Range = tuple[int, int, int]  # the smallest, the usual and the largest size
 
 
@@ -58,14 +59,14 @@ class EngineTarget(Target):
     onnx: bool = False
 
     extras: ClassVar[frozenset[str]] = KINDS
-    unread: ClassVar[str] = (
-        "the weights inside engine files; engine.json and the sha256 of each engine say what it was built from"
-    )
 
     def __post_init__(self) -> None:
         for option in ("batch", "height", "width"):
             if text := getattr(self, option):
                 parse_range(f"{self.name}: option {option}", text)
+
+    def unread(self) -> str:
+        return UNREAD
 
     @abstractmethod
     def builder(self) -> Builder:
