@@ -41,10 +41,11 @@ def check_private_key(key: Path) -> None:
 
 def sign(root: Path, key: Path, name: str) -> None:
     """Write the signature of all that is below ``root``, which the signature calls ``name``. Raises ErasecError."""
+    require_library("--sign")
     from model_signing import hashing
 
-    require_library("--sign")
-    signer = _signer(key).set_hashing_config(hashing.Config().set_ignored_paths(paths=[SIGNATURE]))
+    hashes: Any = hashing.Config
+    signer = _signer(key).set_hashing_config(hashes().set_ignored_paths(paths=[SIGNATURE]))
     # The library takes the name from the folder, and refuses links.
     with tempfile.TemporaryDirectory(dir=root.parent) as parent:
         named = Path(parent) / name
@@ -58,10 +59,11 @@ def sign(root: Path, key: Path, name: str) -> None:
 def _signer(key: Path) -> Any:
     from model_signing import signing
 
+    config: Any = signing.Config  # which has no types
     _check_file(key, "the private key")
     password = os.environ.get(PASSWORD, "").encode() or None
     try:
-        return signing.Config().use_elliptic_key_signer(private_key=key, password=password)  # type: ignore[arg-type]
+        return config().use_elliptic_key_signer(private_key=key, password=password)
     except Exception as error:  # of any library below: a wrong password, another kind of key, no key
         fix = f"give {CURVES}: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
         fix += f"; the password of an encrypted key is read from ${PASSWORD}"
@@ -73,6 +75,24 @@ def _check_file(key: Path, what: str) -> None:
         raise ErasecError(f"there is no file {key}", why=f"{what} is read from it", fix=f"give {CURVES}")
 
 
+def check_public_key(key: Path) -> None:
+    """Raise ErasecError where ``key`` cannot verify, and MissingTool where the library is missing."""
+    require_library("--key")
+    _verifier(key)
+
+
+def _verifier(key: Path) -> Any:
+    from model_signing import verifying
+
+    config: Any = verifying.Config
+    _check_file(key, "the public key")
+    try:
+        return config().use_elliptic_key_verifier(public_key=key)
+    except Exception as error:
+        fix = f"give {CURVES}: openssl ec -in key.pem -pubout -out key.pub"
+        raise ErasecError("the public key cannot be used", why=reason(error), where=str(key), fix=fix) from error
+
+
 def find_fault(root: Path, key: Path) -> str:
     """What is wrong with the signature of ``root``, as a sentence; "" where ``key``, a public key, verifies it.
 
@@ -80,15 +100,9 @@ def find_fault(root: Path, key: Path) -> str:
     cannot be used, and MissingTool where the library is missing.
     """
     require_library("--key")
-    from model_signing import verifying
     from model_signing._signing.sign_sigstore_pb import Signature
 
-    _check_file(key, "the public key")
-    try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=key)
-    except Exception as error:
-        fix = f"give {CURVES}: openssl ec -in key.pem -pubout -out key.pub"
-        raise ErasecError("the public key cannot be used", why=reason(error), where=str(key), fix=fix) from error
+    config = _verifier(key)
     file = root / SIGNATURE
     try:
         # The library prints a warning about signatures without the digest of their key.

@@ -83,7 +83,8 @@ def private_output(plan: Plan) -> Iterator[Output | None]:
 def set_apart(plan: Plan, stage: Path, private: Path | None) -> Undoing:
     """Move what a release does not hold from ``stage`` to ``private``; None moves nothing. Returns all that can undo
     the erasure, as ``Report.undoing`` has it."""
-    publish, undoing = plan.recipe.publish, []
+    publish = plan.recipe.publish
+    undoing: list[dict[str, Any]] = []
     for target in plan.targets:
         if how := target.undoes():
             allowed = publish and (publish.edits if isinstance(target, EditTarget) else publish.refittable)

@@ -134,7 +134,8 @@ class Edit:
 def edit_digest(edit: Edit) -> str:
     """sha256 of what an edit changes: the tensors of its deltas, its memories, new tokens and negative prompt."""
     remaps: dict[int, str] = {}
-    tensors, kinds = {}, {}
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
     for site, delta in edit.deltas.items():
         name = f"{site.component}/{site.key}"
         kinds[name] = type(delta).__name__
