@@ -33,6 +33,7 @@ PAGES = [
     "docs/deploy.md",
     "docs/emoji.md",
     "docs/reliability.md",
+    "docs/verify.md",
 ]
 BASE, NEVER = "base", "never-star model"
 

@@ -61,9 +61,10 @@ def _signer(key: Path) -> Any:
 
     config: Any = signing.Config  # which has no types
     _check_file(key, "the private key")
-    password = os.environ.get(PASSWORD, "").encode() or None
+    # A password for a key without one would be an error.
+    password = os.environ.get(PASSWORD, "").encode() if b"ENCRYPTED" in key.read_bytes() else b""
     try:
-        return config().use_elliptic_key_signer(private_key=key, password=password)
+        return config().use_elliptic_key_signer(private_key=key, password=password or None)
     except Exception as error:  # of any library below: a wrong password, another kind of key, no key
         fix = f"give {CURVES}: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
         fix += f"; the password of an encrypted key is read from ${PASSWORD}"
@@ -117,7 +118,7 @@ def find_fault(root: Path, key: Path) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(error)
+    text = str(error).replace("\\'", "'")
     for pattern, what in DIFFERENCES.items():
         if match := re.search(pattern, text):
             return f"{match[1]} {what}: {SIGNATURE} is for another file, or none"
