@@ -121,7 +121,7 @@ def make_plan(
     check_free(out)
     release.check(recipe, out, sign)
     for text in recipe.targets:
-        _target(text).check()
+        make_target(text).check()
     context = Context(find_device(recipe.device), recipe.seed, recipe.judges)
 
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
@@ -263,7 +263,7 @@ def _targets(
     by_name = {parse_named_options(text, "--target").name: text for text in recipe.targets}
     plain = "bundle" if sources else "hf"
     texts = tuple(dict.fromkeys((by_name.get(plain, plain), *recipe.targets)))
-    targets = tuple(_target(text) for text in texts)
+    targets = tuple(make_target(text) for text in texts)
     names = [target.name for target in targets]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ErasecError(
@@ -287,7 +287,8 @@ def _targets(
     return texts, targets
 
 
-def _target(text: str) -> Target | EditTarget:
+def make_target(text: str) -> Target | EditTarget:
+    """The target that ``text``, NAME or NAME:key=value,..., names. Raises ErasecError."""
     use = parse_named_options(text, "--target")
     target = configure(registry.load_target(use.name), use.options, f"target {use.name}")
     assert isinstance(target, Target | EditTarget)  # the only subclasses of Output

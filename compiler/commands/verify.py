@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from erasec import registry
 from erasec.base import Target
 from erasec.checkpoint import manifest, signature
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder, only_variant
@@ -23,10 +22,10 @@ from erasec.checkpoint.safetensors import content_digest, read_header
 from erasec.commands import belonging
 from erasec.commands.belonging import Bundle
 from erasec.commands.diff import same_bytes
+from erasec.commands.plan import make_target
 from erasec.errors import CheckFailed, ErasecError, MissingTool, reason
 from erasec.model import loading
 from erasec.model.threads import fixed_threads
-from erasec.options import configure
 from erasec.progress import bar
 from erasec.recipe.recipe import code_file, parse_named_options
 
@@ -239,12 +238,10 @@ def _same_files(base: Model, merged: Folder, changed: set[str]) -> int:
 
 def _target(text: str) -> Target | EditTarget:
     """The target with its options. Raises _Unverified where it is not installed here."""
-    use = parse_named_options(text, "--target")
     try:
-        target: Any = configure(registry.load_target(use.name), use.options, f"target {use.name}")
+        return make_target(text)
     except ErasecError as error:
         raise _Unverified(f"its weights: {error.what}") from error
-    return target  # type: ignore[no-any-return]
 
 
 def _unread(text: str) -> str:
