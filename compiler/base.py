@@ -188,6 +188,17 @@ class Output(ABC):
     extras: ClassVar[frozenset[str]] = frozenset()
     renamed: ClassVar[Mapping[str, str]] = {}
 
+    def undoes(self) -> str:
+        """How somebody can undo an erasure with what the target writes, as a clause; "" if nobody can. By default "".
+
+        A release leaves out the folders of such targets (see ``recipe.Publish``).
+        """
+        return ""
+
+    def unread(self) -> str:
+        """What of the format cannot be read back, so that ``compare`` does not see it. By default "": nothing."""
+        return ""
+
     def check(self) -> None:
         """Raise MissingTool if a library that the target needs is not installed. By default it needs none."""
         return
@@ -216,13 +227,28 @@ class Target(Output):
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write ``checkpoint`` into ``out``, an existing folder that belongs to this target, and check the result."""
 
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...] | None:
+        """Checks that the weights in ``out``, which ``export`` wrote, are exactly those of ``checkpoint``.
+
+        ``erasec verify`` runs them on a bundle that somebody handed over, so nothing in ``out`` may be trusted or run.
+        By default None: it cannot be told.
+        """
+        return None
+
 
 class EditTarget(Output):
     """Writes only the edits, not the rest of the model."""
 
+    def undoes(self) -> str:
+        return "anyone who has it and the erased checkpoint can subtract the edit"
+
     @abstractmethod
     def export(self, model: Model, out: Path, context: Context) -> Artifact:
         """Write the edits of ``model`` into ``out``, an existing folder that belongs to this target, and check it."""
+
+    def compare(self, base: Model, checkpoint: Folder, out: Path) -> tuple[Check, ...] | None:
+        """Checks that ``base`` with the edits in ``out`` is ``checkpoint``, tensor by tensor; as ``Target.compare``."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from erasec.checkpoint.safetensors import dtype_name, finite_check, read_header,
 from erasec.errors import ErasecError
 from erasec.model.sidecar import KINDS, read_extras
 from erasec.options import options
-from erasec.targets.hf import same_layout, tensors
+from erasec.targets.hf import same_files, same_layout, tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,9 @@ class Bundle(Target):
             layout = (same_layout(checkpoint, copy),)
         checks = finite_check("finite", tensors(copy)), *layout, loads_check(checkpoint.root, out), fits_check(copy)
         return Artifact(self.name, out, checks)
+
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        return (same_files(checkpoint, type(checkpoint)(out)),)
 
 
 def loads_check(source: Path, root: Path) -> Check:

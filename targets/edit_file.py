@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, EditTarget
+from erasec.checkpoint.safetensors import read_tensor, tensor_bytes
 from erasec.checkpoint.staging import file_name
 from erasec.model import edit_file
 from erasec.model.memory import pack_extras
@@ -15,6 +16,7 @@ from erasec.model.sidecar import KINDS, gather_extras
 from erasec.options import options
 
 if TYPE_CHECKING:
+    from erasec.checkpoint.folder import Folder
     from erasec.model.view import Model
 
 
@@ -46,6 +48,19 @@ class EditFile(EditTarget):
         tensors = {f"{part}/{key}": make() for part, keys in merged.items() for key, make in keys.items()}
         edit_file.write_edits(path, model.edits, model.base_record(), self.sums, tensors)
         return Artifact(self.name, out, (read_back_check(model, path),))
+
+    def compare(self, base: Model, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        (path,) = out.iterdir()
+        edited = replace(base, edits=edit_file.read_edits(path)[0])
+        wrong, merged = [], edited.merged()
+        for component in base.family.components:
+            changed, stored = merged.get(component, {}), checkpoint.entries(component)
+            for key, entry in base.entries(component).items():
+                wanted = changed[key]() if key in changed else read_tensor(entry)
+                if key not in stored or tensor_bytes(read_tensor(stored[key])) != tensor_bytes(wanted):
+                    wrong.append(f"{component}/{key}")
+        how = f"tensors of the base with this edit that are not the checkpoint's; {path.name}"
+        return (Check.count("edit/merged", wrong, how),)
 
 
 def read_back_check(model: Model, path: Path) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -39,6 +40,9 @@ class Hf(Target):
         copy = type(checkpoint)(out)
         return Artifact(self.name, out, (finite_check("finite", tensors(copy)), same_layout(checkpoint, copy)))
 
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        return (same_files(checkpoint, type(checkpoint)(out)),)
+
 
 def same_layout(source: Folder, copy: Folder) -> Check:
     """A check that counts files that differ in name or size, and tensors that differ in name, dtype or shape."""
@@ -52,6 +56,15 @@ def same_layout(source: Folder, copy: Folder) -> Check:
         f"tensors that differ in name, dtype or shape, of {len(layouts[0])}"
     )
     return Check.count("layout", sorted(different), how)
+
+
+def same_files(source: Folder, copy: Folder) -> Check:
+    """A check that counts the files that differ in any byte, or that only one of two folders has."""
+    names = [{name.as_posix() for name in folder.files()} for folder in (source, copy)]
+    both = sorted(names[0] & names[1])
+    different = [name for name in both if not filecmp.cmp(source.root / name, copy.root / name, shallow=False)]
+    how = f"files that are not the merged checkpoint's, byte for byte, of {len(names[0])}"
+    return Check.count("same", sorted(names[0] ^ names[1]) + different, how)
 
 
 def tensors(folder: Folder) -> dict[str, Entry]:

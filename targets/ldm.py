@@ -92,6 +92,10 @@ class Ldm(Target):
         with without_library_warnings():
             return Artifact(self.name, out, (*checks, *read_back(checkpoint, family, out / FILE, context.seed)))
 
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
+        return (same_tensors({name: checkpoint.entries(name) for name in layout(family).prefixes}, out / FILE),)
+
 
 def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[TensorLocation, Entry]]]:
     """Group a folder's tensors by the tensor of the single file that they become, alone or as parts of it.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from erasec.checkpoint.folder import Folder
     from erasec.family import Shape, Site
     from erasec.model.edit import Delta
     from erasec.model.view import Model
@@ -54,6 +55,9 @@ class Lora(EditTarget):
 
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "the change as a LoRA, for diffusers, ComfyUI and A1111"
+
+    def undoes(self) -> str:
+        return "loaded on the erased checkpoint with the weight -1, it gives the base back"
 
     def accept(self, sites: Sequence[Site]) -> None:
         check_lora_sites(sites)
@@ -107,6 +111,11 @@ class Lora(EditTarget):
             stream_tensors(out / FILE, layout, model.family.lora)
         exact = self.rank == 0 and self.dtype == "float32"
         return Artifact(self.name, out, (loss_check(model, out / FILE, self.tolerance if exact else None),))
+
+    def compare(self, base: Model, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        """One check, with a limit for an exact LoRA only: one that was truncated or rounded holds other weights."""
+        exact = self.rank == 0 and self.dtype == "float32"
+        return (merged_check(base, checkpoint, out / FILE, self.tolerance if exact else None),)
 
 
 def edited_sites(model: Model) -> tuple[Site, ...]:
@@ -263,6 +272,31 @@ def loss_check(model: Model, file: Path, limit: float | None) -> Check:
         f"{file.stat().st_size} bytes, the edited tensors themselves have {stored_bytes}"
     )
     return Check("lora/loss", value, limit, math.isfinite(value) and (limit is None or value <= limit), how)
+
+
+def merged_check(base: Model, checkpoint: Folder, file: Path, limit: float | None) -> Check:
+    """How far ``base`` with a LoRA file is from ``checkpoint``: the largest error of any number in the denoiser, beyond
+    the rounding to the dtype of the checkpoint, over the largest change of its tensor."""
+    from torch import finfo
+
+    entries, worst = read_header(file)[0], (0.0, "")
+    component = base.family.denoiser
+    stored, unread = checkpoint.entries(component), {key.rsplit(".lora_", 1)[0] for key in entries if ".lora_" in key}
+    for site in (site for site in base.parameters if site.component == component):
+        before, after = base.stored_weight(site), read_tensor(stored[site.key])
+        product: Tensor | float = 0.0
+        if len(site.shape) == 2 and site.key.endswith(".weight"):
+            product, _ = _read_product(entries, key_prefix(site))
+            unread.discard(key_prefix(site))
+        wanted, change = before.double() + product, float((after.double() - before.double()).abs().max())
+        # Half a spacing of the dtype is at most half its eps times the number.
+        rounding = finfo(after.dtype).eps / 2 * wanted.abs() + finfo(after.dtype).tiny
+        error = float(((after.double() - wanted).abs() - rounding).clamp_min(0).max())
+        worst = max(worst, (error / change if change else math.inf if error else 0.0, site.key))
+    if unread:
+        worst = math.inf, f"{min(unread)}, which is no tensor of the base"
+    how = "largest error of the base with this LoRA against the checkpoint, beyond rounding, over the largest change of"
+    return Check.at_most("lora/merged", worst[0], limit, f"{how} the tensor; the worst is {worst[1] or 'none'}")
 
 
 def _read_product(entries: dict[str, Entry], start: str) -> tuple[Tensor | float, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from erasec.base import Artifact, Context, Target
+from erasec.base import Artifact, Check, Context, Target
 from erasec.errors import ErasecError, require_modules
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.link import KEEP_IN_FP32, OPSET, write_onnx
@@ -102,3 +102,7 @@ class Onnx(Target):
         outputs = compare_outputs(checkpoint, out, seed=context.seed, tolerances=limits)
         coarsest = "fp16" if "fp16" in (self.precision, self.vae) else "fp32"
         return Artifact(self.name, out, weights + outputs, coarsest)
+
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        require_modules("comparing ONNX graphs", ("onnx",), "onnx")
+        return compare_weights(checkpoint, out)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.owned import process_scratch
 from erasec.errors import require_modules
 from erasec.graphs import parity
 from erasec.graphs.cache import GRAPHS_BYTES
@@ -96,6 +97,12 @@ class OpenVino(Target):
             weights = compare_weights(checkpoint, linked.root, out, exported, self.weights)
         outputs = compare_outputs(checkpoint, out, exported, self.weights, context.seed)
         return Artifact(self.name, out, (compare_ports(out, exported), *weights, *outputs), self.weights)
+
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        self.check()
+        with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
+            exported = write_onnx(checkpoint, Path(scratch))
+            return compare_weights(checkpoint, Path(scratch), out, exported, self.weights)
 
 
 def convert(source: Path, target: Path, weights: str = "fp32") -> None:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import copy_file
 from erasec.errors import ErasecError, require_modules
 from erasec.graphs import parity
@@ -30,6 +31,7 @@ from erasec.graphs.manifest import MANIFEST
 from erasec.graphs.parity import compare_weights
 from erasec.graphs.session import OnnxSession
 from erasec.graphs.signature import NAMES, graphs
+from erasec.graphs.weights import weight_digests
 from erasec.model.sidecar import KINDS
 from erasec.options import options
 from erasec.progress import bar
@@ -37,7 +39,7 @@ from erasec.runtime.backends import with_vectors
 from erasec.runtime.schedulers import sampling_notes
 from erasec.targets.trt import Trt
 from erasec.tensorrt import engines
-from erasec.tensorrt.base import engine_checks
+from erasec.tensorrt.base import UNREAD, engine_checks
 
 if TYPE_CHECKING:
     from erasec.graphs.signature import Graph
@@ -94,6 +96,9 @@ class Triton(Target):
                 "triton: plans of TensorRT do not run on a CPU", fix="choose instances=auto, or engines=onnx"
             )
 
+    def unread(self) -> str:
+        return UNREAD if self.engines == "trt" else ""
+
     def check(self) -> None:
         require_modules("the target triton", ("onnx", "onnxruntime"), "onnx")
         if self.engines == "trt":
@@ -143,6 +148,19 @@ class Triton(Target):
         (out / "README.md").write_text(readme(ports, self.version))
         return Artifact(self.name, out, checks)
 
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        require_modules("comparing graphs", ("onnx",), "onnx")
+        with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
+            exported = write_onnx(checkpoint, Path(scratch), self.precision, SERVED)
+            linked = {graph.name: Path(scratch) / graph.name / MODEL for graph in exported}
+            if self.engines == "trt":
+                checks = (check for name, file in linked.items() for check in engine_checks(out, name, file))
+                return tuple(check for check in checks if check.limit is not None)
+            return tuple(
+                same_weights(name, file, out / MODELS / name / str(self.version) / MODEL)
+                for name, file in linked.items()
+            )
+
     def _build_plans(self, checkpoint: Folder, linked: Path, out: Path) -> tuple[Check, ...]:
         """Build the plans, and record them in engine.json. Their outputs are not compared with torch's."""
         target, entries, library = Trt(precision=self.precision), dict[str, dict[str, Any]](), ""
@@ -157,6 +175,13 @@ class Triton(Target):
                 advance()
         engines.write_record(out, target.builder(), library, entries)
         return tuple(check for name in profiles for check in engine_checks(out, name, linked / name / MODEL))
+
+
+def same_weights(name: str, linked: Path, served: Path) -> Check:
+    """A check that counts the weights of a served graph that are not those of the ``linked`` one, byte for byte."""
+    wanted, stored = weight_digests(linked), weight_digests(served)
+    different = sorted(key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key))
+    return Check.count(f"weights/{name}", different, f"weights that are not the checkpoint's, of {len(wanted)}")
 
 
 def scalars_to_vectors(file: Path) -> tuple[Ports, Ports]:

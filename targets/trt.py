@@ -40,6 +40,9 @@ class Trt(EngineTarget):
     name: ClassVar[str] = "trt"
     summary: ClassVar[str] = "TensorRT engines, for the GPU of the machine that builds them"
 
+    def undoes(self) -> str:
+        return "a refittable engine can be given the weights from before the erasure" if self.refit else ""
+
     def builder(self) -> Builder:
         timing_cache = str(Path(self.timing_cache).expanduser()) if self.timing_cache else ""
         return Builder(TRT, (), self.workspace, self.refit, timing_cache)

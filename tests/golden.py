@@ -21,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROSE = {"report.html", "report.json", "README.md", "erasec.manifest.json"}
+PROSE = {"report.html", "report.json", "README.md", "erasec.manifest.json", "provenance.json", "bom.cdx.json"}
 ENGINES = {"engine.json", "model.engine"}
 LIMITS = """
 [checks]

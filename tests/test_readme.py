@@ -35,6 +35,7 @@ PAGES = [
     "docs/reliability.md",
     "docs/cache.md",
     "docs/matrix.md",
+    "docs/verify.md",
 ]
 BASE, NEVER = "base", "never-star model"
 

@@ -23,6 +23,7 @@ from erasec.errors import ErasecError
 from erasec.progress import bar
 
 FILE = "erasec.manifest.json"
+SIGNATURE = "model.sig"  # signs the manifest too, so the manifest cannot list it
 SCHEMA = "erasec.manifest/1"
 REJECTED = ".rejected"  # a rejected build inside the folder of an earlier one; it has a manifest of its own
 
@@ -122,27 +123,30 @@ def read(root: Path) -> tuple[Manifest, str]:
     return content, hashlib.sha256(data).hexdigest()
 
 
-def compare(root: Path, content: Manifest) -> Differences:
+def compare(root: Path, content: Manifest, strict: bool = False) -> Differences:
     """Compare all that is below ``root`` with a manifest. Every listed file of the right size is read.
 
-    Hidden files that are not listed are left out: systems and download tools write them, and nothing loads them.
+    Hidden files that are not listed are left out: systems and download tools write them, and nothing loads them. With
+    ``strict``, they are not, nor is a rejected build; a file must be no link, and none may have been taken away.
     """
-    files, folders = _contents(root)
+    files, folders = _contents(root, strict)
     changed = []
     present = set(files)
     listed = sorted(content.files.keys() & present)
 
     def is_same(name: str) -> bool:
         file, record = root / name, content.files[name]
-        return file.is_file() and file.stat().st_size == record.bytes and file_digest(file) == record.sha256
+        if not file.is_file() or (strict and file.is_symlink()):
+            return False
+        return file.stat().st_size == record.bytes and file_digest(file) == record.sha256
 
     with bar("compare", len(listed)) as advance, ThreadPoolExecutor(os.cpu_count()) as threads:
         for name, same in zip(listed, threads.map(is_same, listed), strict=True):
             changed += [] if same else [name]
             advance(note=name)
     unlisted = sorted((present - content.files.keys()) | (set(folders) - set(content.folders)))
-    added = (name for name in unlisted if not any(part.startswith(".") for part in name.split("/")))
-    lost = content.files.keys() - present - set(content.movable)
+    added = (name for name in unlisted if strict or not any(part.startswith(".") for part in name.split("/")))
+    lost = content.files.keys() - present - (set() if strict else set(content.movable))
     return Differences(tuple(sorted(lost)), tuple(changed), tuple(added))
 
 
@@ -168,14 +172,26 @@ def check_readable(files: Iterable[Path]) -> None:
         read(root)
 
 
-def _contents(root: Path) -> tuple[list[str], list[str]]:
-    """The files below ``root`` and the folders that are empty or links, without the manifest and a rejected build."""
+def combined_digest(files: Mapping[str, FileRecord]) -> str:
+    """One sha256 for many files: that of a line "SHA256  PATH" for each, sorted by path, as ``sha256sum`` prints."""
+    lines = (f"{record.sha256}  {name}\n" for name, record in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def contents(root: Path) -> list[str]:
+    """The files below ``root`` that a manifest lists."""
+    return _contents(root)[0]
+
+
+def _contents(root: Path, whole: bool = False) -> tuple[list[str], list[str]]:
+    """The files below ``root`` and the folders that are empty or links, without the manifest, its signature and,
+    unless ``whole``, a rejected build."""
     files, folders = [], []
     for folder, inside, names in os.walk(root):
         where = Path(folder).relative_to(root)
         if where == Path():
-            inside[:] = [name for name in inside if name != REJECTED]
-            names = [name for name in names if name != FILE]
+            inside[:] = [name for name in inside if whole or name != REJECTED]
+            names = [name for name in names if name not in (FILE, SIGNATURE)]
         elif not inside and not names:
             folders.append(f"{where.as_posix()}/")
         files += [(where / name).as_posix() for name in names]

@@ -30,6 +30,7 @@ from erasec.cli.options import (
     VERSION,
     report_errors,
 )
+from erasec.cli.verify import verify
 from erasec.errors import TOOL_MISSING, ErasecError, printable, suggestion
 from erasec.progress import note as say
 from erasec.registry import RUNTIMES
@@ -263,6 +264,7 @@ def check(
         raise_for_failures(examination, folder)
 
 
+app.command()(verify)
 app.command()(audit)
 app.command()(explain)
 

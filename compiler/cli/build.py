@@ -30,9 +30,11 @@ from erasec.cli.options import (
     PICTURES,
     PROMPT_LIMIT,
     PROMPTS,
+    PUBLISH,
     REVISION,
     ROBUST,
     SEED,
+    SIGN,
     TARGET,
     VARIANT,
     VERBOSE,
@@ -71,6 +73,8 @@ def build(
     allow_code: CODE = False,
     link: LINK = False,
     fresh: FRESH = False,
+    publish: PUBLISH = False,
+    sign: SIGN = None,
     as_json: JSON = False,
     verbose: VERBOSE = False,
 ) -> None:
@@ -99,6 +103,7 @@ def build(
             allow_code=allow_code,
             link=link or None,
             audit=audit,
+            publish=publish or sign is not None or None,
         )
         from erasec.commands.build import is_main, train_in_worker
         from erasec.commands.build import run as run_plan
@@ -106,7 +111,7 @@ def build(
         from erasec.commands.plan import make_plan, notes
 
         main = is_main()  # before the plan, because it assigns a device to each process
-        planned = make_plan(recipe, out, by_flag=bool(passes))
+        planned = make_plan(recipe, out, by_flag=bool(passes), sign=sign)
         if not main:
             train_in_worker(planned)
             return
@@ -160,6 +165,8 @@ def plan(
     allow_pickle: PICKLE = False,
     allow_code: CODE = False,
     link: LINK = False,
+    publish: PUBLISH = False,
+    sign: SIGN = None,
     all_sites: Annotated[bool, typer.Option("--sites", help="list every site instead of groups of sites")] = False,
     apart: Annotated[
         bool, typer.Option("--apart", help="read the text encoder, and name kept phrases that lie near to erased ones")
@@ -192,10 +199,11 @@ def plan(
             allow_code=allow_code,
             link=link or None,
             audit=audit,
+            publish=publish or sign is not None or None,
         )
         from erasec.commands.plan import describe, describe_pairs, make_plan
 
-        planned = make_plan(recipe, out, pin=False, by_flag=bool(passes))
+        planned = make_plan(recipe, out, pin=False, by_flag=bool(passes), sign=sign)
         if recipe.audit:
             from erasec.commands.audit import check_auditable
 

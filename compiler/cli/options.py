@@ -129,6 +129,17 @@ PROMPT_LIMIT = Annotated[
     int | None,
     typer.Option("--prompt-limit", help="most rows of each prompt or caption file that are used  [default: 200]"),
 ]
+PUBLISH = Annotated[
+    bool,
+    typer.Option(
+        "--publish",
+        help="make a release: what can undo the erasure, such as edits and keys, lies in OUT.private instead of OUT",
+    ),
+]
+SIGN = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY.pem", help="sign the output with an elliptic key; makes a release"),
+]
 OUT = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="by default MODEL-without-CONCEPT")]
 DEVICE = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps  [default: auto]")]
 MEASURE = Annotated[bool, typer.Option("--measure", help="measure the device for ten seconds, for times in plans")]

@@ -15,10 +15,9 @@ from erasec.base import Check, EditTarget
 from erasec.checkpoint import manifest
 from erasec.checkpoint.disk import PRIVATE_FOLDER
 from erasec.checkpoint.folder import Folder
-from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
 from erasec.checkpoint.staging import Output, file_name, output, training_folder
-from erasec.commands import durations, estimates, pictures
+from erasec.commands import durations, estimates, pictures, release
 from erasec.commands.audit import audit_build, check_auditable
 from erasec.commands.current import inputs
 from erasec.commands.effect import check_change, check_goals
@@ -32,12 +31,13 @@ from erasec.judging.evidence import rates
 from erasec.keys import key_file
 from erasec.keys.absorb import absorb_keys
 from erasec.ldm.single_file import SingleFile
+from erasec.model.edit import edit_digest
 from erasec.model.sidecar import gather_extras, read_extras, write_extras
 from erasec.model.threads import fixed_threads
 from erasec.progress import bar
 from erasec.recipe.recipe import code_files, to_toml
 from erasec.reporting import collect
-from erasec.reporting.report import EditRecord, Report, write_report
+from erasec.reporting.report import EditRecord, Report
 from erasec.training.base import Learned, TrainingContext
 
 if TYPE_CHECKING:
@@ -88,9 +88,14 @@ def run(plan: Plan, fresh: bool = False) -> Report:
     """
     if plan.recipe.audit:
         check_auditable(plan, plan.recipe.audit)
-    with output(plan.out, total=estimates.output_bytes(plan.targets, plan.model)) as own, _resumable(own) as work:
+    total = estimates.output_bytes(plan.targets, plan.model)
+    with (
+        output(plan.out, total=total) as own,
+        release.private_output(plan) as private,
+        _resumable(own) as work,
+    ):
         try:
-            report = _build(plan, own.new_folder(), work, fresh)
+            report = _build(plan, own.new_folder(), work, private.stage if private else None, fresh)
         except Exception as error:
             plan.model.check_unchanged()  # a change explains every other error
             if is_out_of_memory(error):
@@ -103,7 +108,7 @@ def run(plan: Plan, fresh: bool = False) -> Report:
             plan.out.mkdir(exist_ok=True)
             own.publish(own.path / manifest.REJECTED)
             raise _rejection(plan, report, rejected, work)
-        own.publish()
+        release.publish(plan, own, private)
         return report
 
 
@@ -218,6 +223,7 @@ def _solve(plan: Plan, work: Path, fresh: bool = False) -> _Solved:
                         curves,
                         dict(origins),
                         stored,
+                        edit_digest(edit),
                     )
                 )
                 if edit.secret is not None:
@@ -232,8 +238,9 @@ def _solve(plan: Plan, work: Path, fresh: bool = False) -> _Solved:
 
 
 @fixed_threads()
-def _build(plan: Plan, stage: Path, work: Path, fresh: bool) -> Report:
+def _build(plan: Plan, stage: Path, work: Path, private: Path | None, fresh: bool) -> Report:
     seconds: dict[str, float] = {}
+    started = time.time()
     try:
         solved = _solve(plan, work, fresh)
     except (ErasecError, RuntimeError) as error:  # torch raises RuntimeError where a matrix has a NaN
@@ -249,11 +256,13 @@ def _build(plan: Plan, stage: Path, work: Path, fresh: bool) -> Report:
     built = Folder(stage / plan.targets[0].name, plan.model.source.variant)
     public = replace(built, root=stage / PUBLIC) if plan.keys else built
     extras = gather_extras(model.edits, read_extras(plan.model.source.root))
+    absorbed: tuple[str, ...] = ()
     with _timed(seconds, "merge and write"):
         model.source.write(public.root, model.merged(), plan.recipe.link)
         write_extras(public.root, extras)
         if plan.keys:
-            checks += _unlock(plan, model, public, built, extras)
+            absorbed, unlocked = _unlock(plan, model, public, built, extras)
+            checks += unlocked
         else:
             _write_keys(solved, built, stage)
 
@@ -293,6 +302,9 @@ def _build(plan: Plan, stage: Path, work: Path, fresh: bool) -> Report:
             audits, gates = audit_build(plan, plan.recipe.audit, built)
         checks += gates
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
+    # A rejected build is no release: all of it is kept together, for whoever looks for the reason.
+    apart = private if all(check.passed for check in checks) else None
+    undoing = release.set_apart(plan, stage, apart)
 
     with _timed(seconds, "report"):
         (stage / "recipe.toml").write_text(to_toml(plan.recipe), encoding="utf-8")
@@ -308,10 +320,19 @@ def _build(plan: Plan, stage: Path, work: Path, fresh: bool) -> Report:
         checks=tuple(checks),
         pairs=(*(pair for item in looked.evidence for pair in collect.picture_pairs(item)), *measured.pairs),
         rates=tuple(row for item in looked.evidence for group in groups for row in rates(item, group)),
-        written=tuple(collect.written_files(target.name, stage / target.name) for target in plan.targets),
+        written=tuple(
+            collect.written_files(target.name, stage / target.name)
+            for target in plan.targets
+            if (stage / target.name).is_dir()
+        ),
         seconds=seconds,
         environment=collect.environment(),
-        notes=(*_notes(plan, solved, built, looked), *measured.notes, *_unaudited(plan)),
+        notes=(
+            *_notes(plan, solved, built, looked),
+            *release.notes(plan, undoing),
+            *measured.notes,
+            *_unaudited(plan),
+        ),
         judged=tuple(concept.name for concept in plan.looked_for if concept.name not in plan.unjudged),
         extras=collect.carried_extras(built, [key.concept.name for key in plan.keys]),
         earlier=tuple(concept.model_dump(mode="json") for concept in plan.earlier),
@@ -320,14 +341,11 @@ def _build(plan: Plan, stage: Path, work: Path, fresh: bool) -> Report:
         prompt_files=tuple(measured.tables),
         estimated=durations.estimate(plan)["steps"],
         audits=tuple(audits),
+        undoing=undoing,
         reach=reaches,
         inputs=inputs(plan),
     )
-    write_report(report, stage)
-    known = {f"{item.path}/{name}": file for item in report.written for name, file in item.files.items()}
-    keys = [path.name for path in stage.glob(f"*{key_file.SUFFIX}")]  # which must not be published with the folders
-    records = {name: FileRecord(bytes=size, sha256=digest) for name, (size, digest) in known.items()}
-    manifest.write(stage, records, movable=keys)
+    release.finish(plan, report, stage, apart, release.edited_tensors(model, absorbed), started)
     return report
 
 
@@ -337,10 +355,13 @@ def edit_origin(model: Model) -> Origin:
     return Origin(digests, {f"{site.component}/{site.key}": model.site_digest(site) for site in model.edited_sites})
 
 
-def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, extras: Extras) -> tuple[Check, ...]:
+def _unlock(
+    plan: Plan, model: Model, public: Folder, built: Folder, extras: Extras
+) -> tuple[tuple[str, ...], tuple[Check, ...]]:
     """Write ``built``: the public folder with the keys attached as memories, or absorbed into its weights.
 
-    Absorbing returns a check of its residual. Raises ErasecError for a key of another model.
+    Returns the tensors of the denoiser that absorbing changes, and a check of its residual. Raises ErasecError for a
+    key of another model.
     """
     denoiser, limit = plan.model.family.denoiser, plan.recipe.absorb
     entries = public.entries(denoiser)
@@ -351,12 +372,12 @@ def _unlock(plan: Plan, model: Model, public: Folder, built: Folder, extras: Ext
     if not limit:
         public.write(built.root, {}, link=True)
         write_extras(built.root, replace(extras, memories=(*extras.memories, *memories)))
-        return ()
+        return (), ()
     concepts = [key.concept for key in plan.keys]
     changed, check = absorb_keys(memories, concepts, model, entries, plan.context, limit)
     public.write(built.root, {denoiser: changed}, link=True)
     write_extras(built.root, extras)
-    return (check,)
+    return tuple(changed), (check,)
 
 
 def _write_keys(solved: _Solved, built: Folder, stage: Path) -> None:

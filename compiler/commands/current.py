@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint import manifest
 from erasec.checkpoint.safetensors import file_digest
+from erasec.commands.release import private_folder
 from erasec.commands.solved import code_digest
 from erasec.documents import read_json
 from erasec.errors import ErasecError
@@ -58,8 +59,11 @@ def _files(value: Any) -> Iterator[Path]:
 
 
 def current(plan: Plan) -> dict[str, Any] | None:
-    """The facts of the report in ``plan.out``, where that folder is what ``plan`` would build, in every byte."""
-    if not (plan.out / manifest.FILE).is_file():
+    """The facts of the report in ``plan.out``, where that folder is what ``plan`` would build, in every byte.
+
+    None where it is not, and for a plan that signs: no record says which key signed before.
+    """
+    if plan.sign is not None or not (plan.out / manifest.FILE).is_file():
         return None
     try:
         facts = read_json(plan.out / REPORT, dict[str, Any])
@@ -68,6 +72,9 @@ def current(plan: Plan) -> dict[str, Any] | None:
         content, _ = manifest.read(plan.out)
         differences = manifest.compare(plan.out, content)
     except (ErasecError, OSError):  # it is damaged, and is built again
+        return None
+    private = private_folder(plan.out)
+    if any(not item["inside"] and not (private / item["path"]).exists() for item in facts.get("undoing", [])):
         return None
     lost = set(content.movable) - {path.relative_to(plan.out).as_posix() for path in plan.out.rglob("*")}
     return None if content.renewed or differences.all or lost else facts

@@ -143,12 +143,13 @@ def _compare_tensor(key: str, a: Entry, b: Entry) -> Difference | None:
         return Difference("shape", key, f"{list(a.shape)} -> {list(b.shape)}")
     if a.dtype != b.dtype:
         return _measure("dtype", key, a, b, f"{DTYPES[a.dtype]} -> {DTYPES[b.dtype]}")
-    if _same_bytes(a, b):
+    if same_bytes(a, b):
         return None
     return _measure("moved", key, a, b, f"{DTYPES[a.dtype]} {list(a.shape)}")
 
 
-def _same_bytes(a: Entry, b: Entry) -> bool:
+def same_bytes(a: Entry, b: Entry) -> bool:
+    """Whether two stored tensors of one dtype and shape have the same bytes."""
     if a.transposed != b.transposed:
         return tensor_bytes(read_tensor(a)) == tensor_bytes(read_tensor(b))
     return all(chunk_a == chunk_b for chunk_a, chunk_b in zip(_chunks(a), _chunks(b), strict=True))

@@ -27,6 +27,7 @@ OPTIONAL = {
     "tensorrt_rtx": "trt-rtx",
     "tensorrt": "trt",
     "nudenet": "nudenet",
+    "model_signing": "sign",
 }
 
 

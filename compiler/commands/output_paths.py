@@ -6,16 +6,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint import manifest
-from erasec.checkpoint.staging import check_place
+from erasec.checkpoint.staging import check_place, file_name
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
 from erasec.model import loading
+from erasec.reporting.bom import BOM
+from erasec.reporting.provenance import PROVENANCE
 from erasec.reporting.read import read_report
 
 if TYPE_CHECKING:
-    from erasec.model.view import Model
+    from collections.abc import Sequence
 
-BESIDE = ("report.json", "report.html", "README.md", "recipe.toml")  # what a build writes next to its targets' folders
+    from erasec.keys.key_file import Key
+    from erasec.model.view import Model
+    from erasec.recipe.concept import Concept
+
+# What a build writes next to its targets' folders.
+BESIDE = ("report.json", "report.html", "README.md", "recipe.toml", BOM, PROVENANCE, manifest.SIGNATURE)
+NAMED = 6  # the name of an output folder lists at most so many concepts
+
+
+def default_out(model: str, concepts: Sequence[Concept], keys: Sequence[Key] = ()) -> Path:
+    """The output folder of a build that names none: MODEL-without-CONCEPT in the working directory."""
+    words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]]
+    names = [key.concept.name for key in keys] or [concept.name for concept in concepts]
+    words += ["with" if keys else "without", *(names if len(names) <= NAMED else [f"{len(names)} concepts"])]
+    return Path(file_name(words))
 
 
 def check_replaceable(out: Path) -> None:

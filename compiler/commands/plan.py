@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
-from erasec.checkpoint.staging import check_free, file_name, settle
-from erasec.commands import doctor, durations, estimates, settings
-from erasec.commands.output_paths import check_disjoint, check_replaceable
+from erasec.checkpoint.staging import check_free, settle
+from erasec.commands import doctor, durations, estimates, release, settings
+from erasec.commands.output_paths import check_disjoint, check_replaceable, default_out
 from erasec.commands.pictures import end, unjudged_notes
 from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.question_files import QuestionFiles, read_files
@@ -46,9 +45,6 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.training.base import Measures
 
-# The name of an output folder lists at most so many concepts.
-NAMED = 6
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -61,7 +57,7 @@ class Plan:
     which pictures are painted, and ``files`` are the prompt and caption files. ``remarks`` are sentences about how
     names, goals, files and long phrases were understood. For each pass, ``origins`` says where the value of each option
     comes from, ``reasons`` for which kinds of concepts it is the default, "" for none, and ``measures`` what it does to
-    fit the memory, None where the memory has no limit.
+    fit the memory, None where the memory has no limit. ``sign`` is the private key that signs the build.
     """
 
     recipe: Recipe
@@ -80,6 +76,7 @@ class Plan:
     origins: tuple[Mapping[str, settings.Origin], ...] = field(default=(), compare=False)
     reasons: tuple[str, ...] = field(default=(), compare=False)
     measures: tuple[Measures | None, ...] = ()
+    sign: Path | None = None
 
     @property
     def looked_for(self) -> tuple[Concept, ...]:
@@ -92,9 +89,11 @@ class Plan:
         return tuple(concept.name for concept in self.looked_for if not labels(self.judge, concept))
 
 
-def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag: bool = False, sign: Path | None = None
+) -> Plan:
     """Resolve ``recipe``. ``out`` is by default the folder MODEL-without-CONCEPT in the working directory. With
-    ``by_flag``, the passes of the recipe were given by flags.
+    ``by_flag``, the passes of the recipe were given by flags. ``sign`` is the private key that signs the build.
 
     With ``pin``, the digest of the model is written into the recipe, for which all weights are read. A digest in
     ``recipe`` is compared with that of the model in any case. Raises ErasecError, or MissingTool if a library that a
@@ -106,11 +105,11 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
         raise ErasecError("there is a pass and nothing to erase", fix="add --erase star, or leave out the pass")
     if recipe.absorb and not recipe.keys:
         raise ErasecError("there is no key to absorb", why="--absorb puts a key into weights", fix="add --key FILE")
-    default_out, recipe = partial(_default_out, recipe.model), one_spelling(recipe)
+    given, recipe = recipe.model, one_spelling(recipe)
     concepts = _concepts(recipe)
     keys = tuple(read_key(Path(name).expanduser()) for name in recipe.keys)
     classes = settings.load(recipe.passes)
-    out = (out or default_out(concepts, keys)).expanduser()
+    out = (out or default_out(given, concepts, keys)).expanduser()
     if inside := [key.path for key in keys if key.path.resolve().is_relative_to(out.resolve())]:
         raise ErasecError(
             f"the key {inside[0]} lies in the output folder",
@@ -120,8 +119,9 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
     settle(out)
     check_replaceable(out)
     check_free(out)
+    release.check(recipe, out, sign)
     for text in recipe.targets:
-        _target(text).check()
+        make_target(text).check()
     context = Context(find_device(recipe.device), recipe.seed, recipe.judges)
 
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
@@ -197,6 +197,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, pin: bool = True, by_flag
         origins=tuple(item.origins for item in settled),
         reasons=reasons,
         measures=measures,
+        sign=sign,
     )
 
 
@@ -262,7 +263,7 @@ def _targets(
     by_name = {parse_named_options(text, "--target").name: text for text in recipe.targets}
     plain = "bundle" if sources else "hf"
     texts = tuple(dict.fromkeys((by_name.get(plain, plain), *recipe.targets)))
-    targets = tuple(_target(text) for text in texts)
+    targets = tuple(make_target(text) for text in texts)
     names = [target.name for target in targets]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ErasecError(
@@ -286,18 +287,12 @@ def _targets(
     return texts, targets
 
 
-def _target(text: str) -> Target | EditTarget:
+def make_target(text: str) -> Target | EditTarget:
+    """The target that ``text``, NAME or NAME:key=value,..., names. Raises ErasecError."""
     use = parse_named_options(text, "--target")
     target = configure(registry.load_target(use.name), use.options, f"target {use.name}")
     assert isinstance(target, Target | EditTarget)  # the only subclasses of Output
     return target
-
-
-def _default_out(model: str, concepts: Sequence[Concept], keys: Sequence[Key] = ()) -> Path:
-    words = [Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]]
-    names = [key.concept.name for key in keys] or [concept.name for concept in concepts]
-    words += ["with" if keys else "without", *(names if len(names) <= NAMED else [f"{len(names)} concepts"])]
-    return Path(file_name(words))
 
 
 def find_device(name: str) -> str:

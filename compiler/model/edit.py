@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from erasec.checkpoint.safetensors import tensors_digest
 from erasec.family import Site
-from erasec.model.memory import Memory, Secret
+from erasec.model.memory import Memory, Secret, pack_extras
 from erasec.model.threads import fixed_threads
 
 if TYPE_CHECKING:
@@ -126,6 +129,22 @@ class Edit:
     negative: str = ""
     secret: Secret | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+def edit_digest(edit: Edit) -> str:
+    """sha256 of what an edit changes: the tensors of its deltas, its memories, new tokens and negative prompt."""
+    remaps: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, str] = {}
+    for site, delta in edit.deltas.items():
+        name = f"{site.component}/{site.key}"
+        kinds[name] = type(delta).__name__
+        if isinstance(delta, Remap):  # which sites share
+            kinds[name] = name = remaps.setdefault(id(delta), name)
+        tensors |= {f"{name}.{part}": vars(delta)[part] for part in PARTS[type(delta)]}
+    extra_tensors, extra = pack_extras(edit.memories, edit.tokens, edit.negative)
+    text = json.dumps([kinds, extra], sort_keys=True)
+    return hashlib.sha256(f"{tensors_digest({**tensors, **extra_tensors})}\n{text}".encode()).hexdigest()
 
 
 @fixed_threads()

@@ -75,6 +75,18 @@ class Limits(_Table):
     require_judge: bool = False
 
 
+class Publish(_Table):
+    """Which files that can undo the erasure a release holds. What it does not hold lies in the folder OUT.private.
+
+    ``edits`` are the folders of targets that are written from the edit alone, such as edit and lora. ``keys`` are key
+    files, and a model with a key attached. ``refittable`` are engines that can be given other weights.
+    """
+
+    edits: bool = False
+    keys: bool = False
+    refittable: bool = False
+
+
 class Recipe(_Table):
     """All inputs of a build. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
 
@@ -88,6 +100,7 @@ class Recipe(_Table):
     NAME:key=value,...; "" leaves the choice to the model and the concepts (see ``erasec.selection``). ``revision`` and
     ``digest`` pin the model if they are not empty. ``variant`` selects one of a folder's precisions, such as "fp16".
     ``gate`` are the highest rates of an audit, by probe or PROBE/VARIANT (see ``erasec.audit.gates``).
+    A build with the table ``publish`` is a release; one without writes everything into its output folder.
     ``audit`` is the suite of attacks that a build must stand within them; "" for none.
     ``memory`` is what trainings may use, such as "8GB"; "" for what a GPU has free, and without a limit on a CPU. With
     ``allow_pickle``, pickled weights are read, as tensors only. With ``link``, unchanged files become hard links.
@@ -114,6 +127,7 @@ class Recipe(_Table):
     passes: Annotated[tuple[NamedOptions, ...], Field(alias="pass")] = ()
     checks: Limits = Limits()
     audit: Annotated[str, Field(pattern=r"^(quick|standard|full)?$")] = ""
+    publish: Publish | None = None
     gate: Mapping[Phrase, Annotated[float, Field(ge=0, le=1)]] = {}
     concepts: Annotated[tuple[Concept, ...], Field(alias="concept")] = ()
 
@@ -202,13 +216,15 @@ def from_flags(
     memory: str | None = None,
     allow_code: bool = False,
     audit: str | None = None,
+    publish: bool | None = None,
 ) -> Recipe:
     """Make a recipe from the flags of a command line.
 
     If ``model`` ends in .toml, it is a recipe file, and every flag that is given replaces its key in the recipe.
-    ``gate`` is the key require_judge of [checks], and ``pictures``, as N[:steps=S,size=PIXELS,minutes=M], the keys
-    whose names begin with "picture". Python files that the flags name may run; those that the recipe names only with
-    ``allow_code``. Raises ErasecError for an invalid flag or file.
+    ``publish`` makes the build a release: it adds the table [publish]. ``gate`` is the key require_judge of [checks],
+    and ``pictures``, as N[:steps=S,size=PIXELS,minutes=M], the keys whose names begin with "picture". Python files that
+    the flags name may run; those that the recipe names only with ``allow_code``. Raises ErasecError for an invalid flag
+    or file.
     """
     checks: dict[str, Option] = {} if gate is None else {"require_judge": gate}
     checks |= {} if pictures is None else _picture_keys(pictures)
@@ -242,6 +258,8 @@ def from_flags(
         base = recipe.model_dump(by_alias=True)
     if checks:
         given["checks"] = {**base.get("checks", {}), **checks}
+    if publish:
+        given["publish"] = base.get("publish") or {}
     return from_content({**base, **given}, "the command line")
 
 
@@ -310,7 +328,7 @@ def to_toml(recipe: Recipe) -> str:
     if recipe.prompt_limit == PROMPT_LIMIT:
         del content["prompt_limit"]
     passes, checks, concepts = content.pop("pass"), content.pop("checks"), content.pop("concept")
-    gate = content.pop("gate")
+    gate, publish = content.pop("gate"), content.pop("publish", None)
     parts = [_lines(content)]
     for use in passes:
         parts.append("[[pass]]\n" + _lines({"name": use["name"]}))
@@ -319,6 +337,8 @@ def to_toml(recipe: Recipe) -> str:
     if not recipe.checks.require_judge:
         del checks["require_judge"]
     parts.append("[checks]\n" + _lines(checks))
+    if publish is not None:
+        parts.append("[publish]\n" + _lines(publish))
     if gate:
         parts.append("[gate]\n" + tomli_w.dumps(dict(sorted(gate.items()))))
     parts += ["[[concept]]\n" + _lines(concept) for concept in concepts]
@@ -355,7 +375,12 @@ def _recipe_error(error: ValidationError, content: Mapping[str, Any], where: str
     """The error for the first fault of a recipe. It names the key as it is written in TOML."""
     first = error.errors()[0]
     table, *rest = first["loc"] or ("",)
-    kinds: dict[object, type[BaseModel]] = {"pass": NamedOptions, "concept": Concept, "checks": Limits}
+    kinds: dict[object, type[BaseModel]] = {
+        "pass": NamedOptions,
+        "concept": Concept,
+        "checks": Limits,
+        "publish": Publish,
+    }
     inside = kinds.get(table) if rest else None
     key = ".".join(str(part) for part in (rest if inside else first["loc"]) if not isinstance(part, int)) or str(table)
     if inside and isinstance(rest[0], int):

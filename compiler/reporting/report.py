@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from erasec.audit.metrics import published
+from erasec.checkpoint.manifest import FileRecord, combined_digest
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.family import HUB
 from erasec.reporting import charts
@@ -75,7 +76,8 @@ class SiteMove:
 class EditRecord:
     """One edit. ``limits`` is that of the pass; ``curves`` are values measured during training, by name. ``origins``
     says where the value of each option in ``params`` comes from: "flag", "recipe", "model", "family" or "class".
-    ``stored`` says that an earlier command had solved the same, and ``seconds`` are those of reading it again."""
+    ``stored`` says that an earlier command had solved the same, and ``seconds`` are those of reading it again.
+    ``digest`` is that of ``model.edit.edit_digest``."""
 
     by: str
     version: str
@@ -88,6 +90,7 @@ class EditRecord:
     curves: dict[str, list[float]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     stored: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,20 @@ class Report:
     prompt_files: tuple[dict[str, Any], ...] = ()
     estimated: dict[str, list[float]] = field(default_factory=dict)  # by step: the least and the most seconds
     audits: tuple[dict[str, Any], ...] = ()
+    # What the build wrote that can undo the erasure: path, whether it is in the release (inside), and how (undoes).
+    undoing: tuple[dict[str, Any], ...] = ()
     reach: tuple[dict[str, Any], ...] = ()  # the fields of closed_form.reach.Reach, for each concept that has one
     inputs: str = ""  # a digest of everything that the build depends on
+
+    @property
+    def digest(self) -> str:
+        """One sha256 for the files of all artifacts, by which the files of a build name what they are about."""
+        files = {
+            f"{item.path}/{name}": FileRecord(bytes=size, sha256=digest)
+            for item in self.written
+            for name, (size, digest) in item.files.items()
+        }
+        return combined_digest(files)
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -284,6 +299,8 @@ def facts_of(report: Report) -> dict[str, Any]:
         "environment": dict(report.environment),
         "audits": [dict(audit) for audit in report.audits],
         "inputs": report.inputs,
+        "digest": report.digest,
+        "undoing": [dict(item) for item in report.undoing],
     }
 
 

@@ -13,8 +13,9 @@ from pydantic import Field
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import downscale, trained_size
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import copy_file, file_digest
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, require_modules
 from erasec.graphs import link
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
 
 
+UNREAD = "the weights inside engine files: engine.json and the sha256 of an engine only say what it was built from"
 Range = tuple[int, int, int]  # the smallest, the usual and the largest size
 
 
@@ -62,6 +64,9 @@ class EngineTarget(Target):
         for option in ("batch", "height", "width"):
             if text := getattr(self, option):
                 parse_range(f"{self.name}: option {option}", text)
+
+    def unread(self) -> str:
+        return UNREAD
 
     @abstractmethod
     def builder(self) -> Builder:
@@ -108,6 +113,15 @@ class EngineTarget(Target):
                 os.replace(linked, out / "onnx")
         coarsest = "fp16" if "fp16" in (self.precision, self.vae) else "fp32"
         return Artifact(self.name, out, tuple(checks), coarsest)
+
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        """The checks of ``engine_checks`` with a limit, for which the graphs are linked again. Needs no GPU."""
+        require_modules("comparing engines with their graphs", ("onnx",), "onnx")
+        names = tuple(engines.read_record(out)["components"])
+        with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
+            link.write_onnx(checkpoint, Path(scratch), self.precision, names, vae=self.vae)
+            checks = [check for name in names for check in engine_checks(out, name, Path(scratch) / name / MODEL)]
+        return tuple(check for check in checks if check.limit is not None)
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         """Build one engine; returns its entry in engine.json, and the version of the library."""

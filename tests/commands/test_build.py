@@ -27,6 +27,8 @@ from erasec.model.edit import Edit
 from erasec.passes.uce import Uce
 from erasec.recipe import recipe
 from erasec.recipe.recipe import Limits, NamedOptions, Recipe
+from erasec.reporting.bom import BOM
+from erasec.reporting.provenance import PROVENANCE
 from erasec.reporting.report import Report
 
 LIMITS = Limits()
@@ -50,7 +52,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
 def test_star_is_gone_and_the_rest_is_there(built: tuple[Path, Report]) -> None:
     out, report = built
     assert report.outcome == "passed"
-    own = {"report.html", "report.json", "README.md", "recipe.toml", manifest.FILE}
+    own = {"report.html", "report.json", "README.md", "recipe.toml", BOM, PROVENANCE, manifest.FILE}
     assert {"hf", "onnx", *own} == set(os.listdir(out))
     assert manifest.compare(out, manifest.read(out)[0]).all == ()
     assert {check.name for check in report.checks} >= {

@@ -16,7 +16,7 @@ from random_models import random_folder as random_layout
 from erasec import registry
 from erasec.base import Pass
 from erasec.checkpoint import safetensors as checkpoint
-from erasec.commands import plan, settings
+from erasec.commands import output_paths, plan, settings
 from erasec.errors import ErasecError, MissingTool
 from erasec.keys.key_file import write_key
 from erasec.model import loading
@@ -500,8 +500,9 @@ def test_graphs_in_the_cache_and_in_tmpdir_are_counted_on_their_disks(
 
 def test_names_of_output_folders(here: Path) -> None:
     words = [Concept(name="in the style of X", erase=("x",)), Concept(name="b/..", erase=("b",))]
-    assert plan._default_out("owner/model", words) == Path("model-without-in-the-style-of-X-b")
-    assert len(str(plan._default_out("owner/model", [Concept(name="\u732b" * 100, erase=("x",))])).encode()) <= 120
+    assert output_paths.default_out("owner/model", words) == Path("model-without-in-the-style-of-X-b")
+    long = output_paths.default_out("owner/model", [Concept(name="\u732b" * 100, erase=("x",))])
+    assert len(str(long).encode()) <= 120
 
 
 JUDGE = """

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from erasec.checkpoint import manifest
+from erasec.reporting.bom import BOM
+from erasec.reporting.provenance import PROVENANCE
 
 TESTS = Path(__file__).resolve().parent.parent
 # They state seconds and paths, or digests of files that do.
-NOT_THE_SAME = {"report.json", "report.html", "README.md", "recipe.toml", manifest.FILE}
+NOT_THE_SAME = {"report.json", "report.html", "README.md", "recipe.toml", BOM, PROVENANCE, manifest.FILE}
 COMMANDS = ("build", "apply", "relink", "combine")
 
 

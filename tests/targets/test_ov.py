@@ -66,6 +66,16 @@ def base(random_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(random_folder, tmp_path / "base"))
 
 
+def test_a_folder_is_compared_with_its_checkpoint_and_with_another(exported: Artifact, base: Path) -> None:
+    """As ``erasec verify`` does, which has neither the graphs nor the edit."""
+    assert {check.passed for check in OpenVino().compare(Folder(base), exported.path)} == {True}
+    (file,) = Folder(base).weight_files("unet")
+    edited = read_tensor(Folder(base).entries("unet")[TO_K]) * 1.5
+    patch_file(file, file, {TO_K: lambda: edited})
+    failed = [check for check in OpenVino().compare(Folder(base), exported.path) if not check.passed]
+    assert [check.name for check in failed] == ["weights/unet"] and TO_K in failed[0].how
+
+
 def only(folder: Path, name: str) -> tuple[Graph, ...]:
     return tuple(graph for graph in graphs(Folder(folder)) if graph.name == name)
 

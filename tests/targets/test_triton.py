@@ -76,6 +76,23 @@ def models(exported: Artifact, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported.path / "models", tmp_path / "models"))
 
 
+def test_a_repository_is_compared_with_its_checkpoint_and_with_another(
+    exported: Artifact, random_folder: Path, tmp_path: Path
+) -> None:
+    target = Triton(version=2, instances="cpu")
+    assert {check.passed for check in target.compare(Folder(random_folder), exported.path)} == {True}
+    out = Path(shutil.copytree(exported.path, tmp_path / "out"))
+    data = out / "models" / "unet" / "2" / "model.onnx_data"
+    with data.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    failed = [check.name for check in target.compare(Folder(random_folder), out) if not check.passed]
+    assert failed == ["weights/unet"]
+    assert (target.unread(), bool(Triton(engines="trt").unread())) == ("", True)
+
+
 def test_files_lie_where_the_server_and_the_client_look(exported: Artifact, random_folder: Path) -> None:
     served = {
         f"models/{name}/{file}"

@@ -268,6 +268,10 @@ def test_a_timing_cache_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.Monk
     assert Trt().builder().timing_cache == ""
 
 
+def test_only_a_refittable_engine_undoes_an_erasure() -> None:
+    assert not Trt().undoes() and "before the erasure" in Trt(refit=True).undoes()
+
+
 def test_an_engine_can_be_refitted_only_on_request(machine: Path, file: Path, tmp_path: Path) -> None:
     assert json.loads(file.read_bytes())["flags"] == ["REFIT"]
     record = read_record(tmp_path / "out")

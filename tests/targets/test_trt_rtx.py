@@ -126,6 +126,20 @@ def copied(exported: Artifact, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported.path, tmp_path / "copied"))
 
 
+def test_engines_are_compared_with_the_graphs_that_they_were_built_from(
+    copied: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "write_onnx", link_small_graphs)
+    target = TrtRtx(workspace=64)
+    checks = target.compare(Folder(random_folder), copied)
+    assert {check.passed for check in checks} == {True} and all(check.limit is not None for check in checks)
+    assert "engine" in target.unread() and not target.undoes()
+    engine = copied / "text_encoder" / "model.engine"
+    engine.write_bytes(engine.read_bytes() + b"\0")
+    failed = [check.name for check in target.compare(Folder(random_folder), copied) if not check.passed]
+    assert failed == ["engine/text_encoder/source"]
+
+
 def test_the_folder_stands_alone(exported: Artifact) -> None:
     files = {path.relative_to(exported.path).as_posix() for path in exported.path.rglob("*") if path.is_file()}
     own = {name for name in files if not name.startswith("onnx/")}

@@ -1,0 +1,322 @@
+"""``erasec verify``: it verifies what a build wrote, and finds whatever was changed in it, first of all by whom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from signed import key_pair, needs_signing
+from typer.testing import CliRunner
+
+from erasec.base import EditTarget
+from erasec.checkpoint import manifest
+from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
+from erasec.cli.app import app
+from erasec.commands import build, plan
+from erasec.commands.verify import Verification, verify
+from erasec.errors import CHECK_FAILED, ErasecError
+from erasec.model.loading import load
+from erasec.recipe.recipe import Limits, Publish, Recipe
+from erasec.reporting.bom import BOM
+from erasec.reporting.provenance import PROVENANCE
+from erasec.reporting.report import Report
+
+QUIET = Limits(pictures=0)
+TARGETS = ("ldm", "lora", "edit", "onnx")
+UNET, VAE = "hf/unet/diffusion_pytorch_model.safetensors", "hf/vae/diffusion_pytorch_model.safetensors"
+GRAPHS = ("onnx", "openvino:weights=int8", "triton")
+
+
+def make(model: Path, out: Path, sign: Path | None = None, **fields: Any) -> Report:
+    recipe = Recipe(**{"model": str(model), "erase": ("church",), "checks": QUIET, "device": "cpu", **fields})
+    return build.run(plan.make_plan(recipe, out, sign=sign))
+
+
+@pytest.fixture(scope="module")
+def whole(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build for several targets. What its graphs compute is not compared with torch, which takes longest."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("erasec.targets.ort.compare_outputs", lambda *_, **__: ())
+        patch.setattr("erasec.targets.ldm.read_back", lambda *_: ())
+        make(random_folder, out, targets=TARGETS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def release(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed release, with its public key beside it as key.pub."""
+    parent = tmp_path_factory.mktemp("release")
+    private, _ = key_pair(parent)
+    make(random_folder, parent / "out", private, targets=("lora", "edit"), publish=Publish())
+    return parent / "out"
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """A copy of a build that a test may change."""
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def states(verification: Verification) -> dict[str, str]:
+    return {finding.what: finding.state for finding in verification.findings}
+
+
+def sign_over(out: Path) -> None:
+    """Write the manifest again, as somebody would who changed files: only signatures, and what belongs together, are
+    left to show it."""
+    (out / manifest.FILE).unlink()
+    manifest.write(out)
+
+
+def replace_digests(out: Path, *names: str) -> None:
+    """Write the digests of files anew into the report, the card and all else that names them."""
+    for name in names:
+        old, new = manifest.read(out)[0].files[name].sha256, file_digest(out / name)
+        _replace(out, old, new)
+    report = json.loads((out / "report.json").read_text())
+    records = manifest.records(out, [f"{item['path']}/{name}" for item in report["written"] for name in item["files"]])
+    _replace(out, report["digest"], manifest.combined_digest(records))
+    statement = json.loads((out / PROVENANCE).read_text())
+    for item in statement["subject"]:
+        item["digest"]["sha256"] = file_digest(out / item["name"])
+    (out / PROVENANCE).write_text(json.dumps(statement))
+    sign_over(out)
+
+
+def _replace(out: Path, old: str, new: str) -> None:
+    for name in ("report.json", "README.md", "report.html", BOM):
+        (out / name).write_text((out / name).read_text().replace(old, new))
+
+
+def change_tensor(file: Path, key: str) -> None:
+    entries, metadata = read_header(file)
+    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+    tensors[key].view(-1)[0] += 1
+    save_tensors(file, tensors, metadata)
+
+
+def test_every_artifact_of_a_build_is_verified(whole: Path, random_folder: Path) -> None:
+    found = verify(whole, str(random_folder))
+    assert found.wrong == "" and found.outcome == "verified in part"
+    described = ("files", "report", "card", "recipe", "provenance", "bill of materials", "hf and the base")
+    assert states(found) == {"signature": "not verified", **dict.fromkeys((*described, *TARGETS), "verified")}
+    assert [note.split()[0] for note in found.notes] == ["lora", "edit", "No", "What"]
+
+
+@pytest.mark.slow
+def test_every_kind_of_graph_is_verified(random_folder: Path, tmp_path: Path) -> None:
+    make(random_folder, tmp_path / "out", targets=GRAPHS)
+    found = verify(tmp_path / "out", str(random_folder))
+    assert {states(found)[name.partition(":")[0]] for name in GRAPHS} == {"verified"}
+    change_tensor(tmp_path / "out" / VAE, "decoder.conv_in.weight")
+    merged = Folder(tmp_path / "out" / "hf")
+    for text in GRAPHS:
+        target: Any = plan.make_target(text)
+        assert not all(check.passed for check in target.compare(merged, tmp_path / "out" / target.name))
+
+
+def test_what_cannot_be_verified_is_said(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else True)
+    found = verify(whole)
+    open_ends = {finding.what: finding.how for finding in found.findings if finding.state == "not verified"}
+    assert open_ends.keys() == {"signature", "hf and the base", "lora", "edit", "onnx"}
+    assert "--base MODEL" in open_ends["lora"] and 'pip install "erasec[onnx]"' in open_ends["onnx"]
+    assert states(found)["ldm"] == "verified"
+
+
+@needs_signing
+def test_a_signed_release_holds_no_edit_and_is_verified(release: Path, random_folder: Path) -> None:
+    from model_signing import verifying
+
+    assert sorted(os.listdir(release.parent / "out.private")) == ["edit", "erasec.manifest.json", "lora"]
+    assert not {"edit", "lora"} & set(os.listdir(release))
+    key = release.parent / "key.pub"
+    found = verify(release, str(random_folder), key)
+    assert found.outcome == "verified" and set(states(found).values()) == {"verified"}
+    config: Any = verifying.Config
+    config().use_elliptic_key_verifier(public_key=key).verify(release, release / manifest.SIGNATURE)
+    report = json.loads((release / "report.json").read_text())
+    assert [(item["path"], item["inside"]) for item in report["undoing"]] == [("lora", False), ("edit", False)]
+    assert any("out.private" in note for note in report["notes"])
+    assert "[publish]\nedits = false" in (release / "recipe.toml").read_text()
+
+
+@needs_signing
+def test_every_single_byte_change_of_any_file_is_found(release: Path, tmp_path: Path) -> None:
+    """Every byte of the smallest files, and samples of the others: their ends and some between."""
+    out, key = Path(shutil.copytree(release, tmp_path / "out")), release.parent / "key.pub"
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    assert len(files) > 15
+    for file in files:
+        name, data = file.relative_to(out).as_posix(), file.read_bytes()
+        size = len(data)
+        places = range(size) if size < 100 else sorted({0, 1, size // 3, size // 2, size - 2, size - 1})
+        for place in places if name == manifest.SIGNATURE or size < 100 else [*places][:: 1 if size < 10**5 else 3]:
+            file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            found = verify(out, key=key)
+            assert len(found.findings) < 3 and found.wrong, (name, place)
+            assert name in found.wrong or name == manifest.FILE, found.wrong
+        file.write_bytes(data)
+    assert verify(out, key=key).wrong == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda out: (out / "hf/more").touch(), "hf/more is there, and is not listed"),
+        (lambda out: (out / "hf/.hidden").touch(), "hf/.hidden is there"),
+        (lambda out: (out / ".rejected").mkdir(), ".rejected/ is there"),
+        (lambda out: (out / "report.html").unlink(), "report.html is missing"),
+        (
+            lambda out: shutil.copy(out / "hf/vae/config.json", out / "hf/unet/config.json"),
+            "hf/unet/config.json is not",
+        ),
+        (lambda out: shutil.move(out / "hf/unet/config.json", out / "hf/unet/other"), "hf/unet/config.json is missing"),
+        (
+            lambda out: (shutil.move(out / "README.md", out.parent / "x"), (out / "README.md").symlink_to("../x")),
+            "README.md is not the file",
+        ),
+        (
+            lambda out: manifest.renew([out / "onnx/unet/model.onnx"]),
+            "onnx/unet/model.onnx was changed after the build",
+        ),
+    ],
+)
+def test_files_that_were_added_lost_swapped_or_linked(copied: Path, change: Callable[[Path], Any], words: str) -> None:
+    change(copied)
+    assert words in verify(copied).wrong
+
+
+def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda out: edit_json(out / "report.json", lambda r: r.update(outcome="rejected")), "was rejected"),
+        (lambda out: edit_json(out / "report.json", lambda r: r.update(digest="0" * 64)), "digest of all artifacts"),
+        (lambda out: edit_json(out / "report.json", lambda r: r.pop("verdict")), "report.json cannot be read"),
+        (lambda out: (out / "more").touch(), "more is there, and report.json does not describe it"),
+        (lambda out: (out / BOM).unlink(), f"{BOM} is missing"),
+        (lambda out: (out / "README.md").write_text("# another model"), "README.md is about other files"),
+        (
+            lambda out: (out / "README.md").write_text((out / "README.md").read_text().replace("# ", "# Not ")),
+            "README.md does not say what report.json says",
+        ),
+        (
+            lambda out: (out / "recipe.toml").write_text(
+                (out / "recipe.toml").read_text().replace('digest = "', 'digest = "' + "0" * 64 + '" #')
+            ),
+            "recipe.toml is for another base",
+        ),
+        (
+            lambda out: (out / "recipe.toml").write_text((out / "recipe.toml").read_text().replace('"church"', '"x"')),
+            "recipe.toml",
+        ),
+        (
+            lambda out: edit_json(out / PROVENANCE, lambda s: s["subject"].pop()),
+            f"{PROVENANCE} is about another",
+        ),
+        (
+            lambda out: edit_json(out / BOM, lambda b: b["components"][1]["hashes"][0].update(content="0" * 64)),
+            f"{BOM} lists another",
+        ),
+    ],
+)
+def test_what_does_not_belong_to_the_files_is_found_without_the_manifest(
+    copied: Path, change: Callable[[Path], Any], words: str
+) -> None:
+    """Somebody changes one file and writes the manifest, and the provenance of all but itself, again."""
+    change(copied)
+    if not words.startswith(PROVENANCE):
+        statement = json.loads((copied / PROVENANCE).read_text())
+        statement["subject"] = [
+            {"name": name, "digest": {"sha256": file_digest(copied / name)}}
+            for name in manifest.contents(copied)
+            if name != PROVENANCE
+        ]
+        (copied / PROVENANCE).write_text(json.dumps(statement))
+    sign_over(copied)
+    assert words in verify(copied).wrong
+
+
+def test_a_tensor_that_is_neither_edited_nor_the_base_s_is_found(copied: Path, random_folder: Path) -> None:
+    """Also where every digest in the build was written again; without the base, it cannot be."""
+    change_tensor(copied / VAE, "decoder.conv_in.weight")
+    replace_digests(copied, VAE)
+    found = verify(copied, str(random_folder))
+    assert found.wrong.startswith("vae/decoder.conv_in.weight is not the base's")
+    found = verify(copied)
+    assert states(found)["hf and the base"] == "not verified" and "ldm does not hold the merged weights" in found.wrong
+
+
+def test_an_artifact_with_other_weights_is_found(copied: Path, random_folder: Path) -> None:
+    key = next(key for key in Folder(copied / "hf").entries("unet") if key.endswith("attn2.to_k.weight"))
+    change_tensor(copied / UNET, key)
+    replace_digests(copied, UNET)
+    found = verify(copied, str(random_folder))
+    assert states(found)["hf and the base"] == "verified"  # an edited tensor may be anything
+    assert found.wrong.startswith("ldm does not hold the merged weights")
+    base, merged = load(str(random_folder)), Folder(copied / "hf")
+    for text in TARGETS:
+        target: Any = plan.make_target(text)
+        given = (base, merged) if isinstance(target, EditTarget) else (merged,)
+        assert not all(check.passed for check in target.compare(*given, copied / target.name)), text
+
+
+def test_another_base_is_no_base(whole: Path, tmp_path: Path, random_folder: Path) -> None:
+    other = Path(shutil.copytree(random_folder, tmp_path / "other"))
+    change_tensor(other / UNET.removeprefix("hf/"), "conv_in.weight")
+    assert "is not the base of this build" in verify(whole, str(other)).wrong
+    with pytest.raises(ErasecError):
+        verify(whole, str(tmp_path / "none"))
+    with pytest.raises(ErasecError, match="is no build") as caught:
+        verify(whole / "hf")
+    assert str(whole) in caught.value.why
+
+
+def test_a_lora_for_other_weights_is_found_beyond_rounding(whole: Path, random_folder: Path, tmp_path: Path) -> None:
+    from erasec.targets.lora import FILE, Lora
+
+    merged, base = Folder(whole / "hf"), load(str(random_folder))
+    lora = Path(shutil.copytree(whole / "lora", tmp_path / "lora"))
+    (check,) = Lora().compare(base, merged, lora)
+    assert check.passed and check.limit is not None
+    (truncated,) = Lora(rank=1).compare(base, merged, lora)
+    assert truncated.limit is None  # it is reported: a truncated LoRA holds other weights
+    entries, metadata = read_header(lora / FILE)
+    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    save_tensors(lora / FILE, {**tensors, name: tensors[name] * 1.5}, metadata)
+    assert not Lora().compare(base, merged, lora)[0].passed
+    save_tensors(lora / FILE, {**tensors, "lora_unet_x.lora_down.weight": torch.ones(1, 2)}, metadata)
+    assert not Lora().compare(base, merged, lora)[0].passed
+
+
+def test_the_command_prints_what_it_found_and_exits_with_3(copied: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(copied)])
+    assert result.exit_code == 0 and result.stdout.splitlines()[-1] == "verified in part"
+    assert "edit can undo the erasure" in result.stderr
+    (copied / "README.md").write_text("forged")
+    result = CliRunner().invoke(app, ["verify", str(copied), "--json"])
+    content = json.loads(result.stdout)
+    assert result.exit_code == CHECK_FAILED and content["outcome"] == "wrong"
+    assert content["wrong"] in result.stderr and content["wrong"].startswith("README.md is not the file that was built")
+    assert [item["state"] for item in content["findings"]] == ["wrong"]
+
+
+@needs_signing
+def test_a_build_without_a_signature_fails_where_a_key_is_given(whole: Path, tmp_path: Path) -> None:
+    _, public = key_pair(tmp_path)
+    assert verify(whole, key=public).wrong.startswith("there is no model.sig")
