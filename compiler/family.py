@@ -116,11 +116,21 @@ class SingleFileLayout:
     diffusers folders do not contain the last layer of such an encoder. If ``size_embedding``, the UNet also embeds
     image sizes. A file whose ``global_step`` equals ``epsilon_global_step`` predicts epsilon. ``v_prediction_mark`` and
     ``zero_snr_mark`` are the names of empty tensors that mark v-prediction and a zero terminal SNR.
+
+    The names of a transformer are data: ``modules`` maps each module with a weight and a bias from its name in diffusers
+    to its original name, or to this name and the form in which the file stores it (``ldm.module_names.FORMS``), and
+    ``tensors`` maps whole tensor names. "{}" stands for the number of a block, "{last}" for that of the last one. Of the
+    text encoders, ``t5`` lists those that are T5's, and ``unprojected`` those whose projection readers leave out of the
+    file: they take the identity.
     """
 
     prefixes: Mapping[str, str]
-    architecture: Mapping[str, str]
     detect: Rule
+    architecture: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str | tuple[str, str]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    t5: tuple[str, ...] = ()
+    unprojected: tuple[str, ...] = ()
     openclip: tuple[str, ...] = ()
     drops_last_layer: bool = False
     size_embedding: bool = False
@@ -208,6 +218,28 @@ class ConfigLayout:
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
+class JointConfigs:
+    """Config values of a family of transformers that cannot be read from tensors, as in ``ConfigLayout``.
+
+    ``transformer``, ``vae`` and ``scheduler`` are entries of these configs; ``unguided`` replaces entries of the
+    scheduler where the transformer embeds no guidance. ``head_size`` is the number of channels per attention head.
+    ``published`` lists the published transformers, each by its number of (dual) blocks and its width.
+    """
+
+    pipeline: str
+    activations: tuple[str, ...]
+    pad_tokens: tuple[str, ...]
+    projected: tuple[str, ...]
+    head_size: int
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    published: tuple[tuple[int, int], ...]
+    unguided: Mapping[str, Any] = field(default_factory=dict)
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
 class Family:
     """One family of models: its components, the text states that its denoiser reads, and its layouts.
 
@@ -237,6 +269,7 @@ class Family:
     hub: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
     configs: ConfigLayout | None = None
+    joint_configs: JointConfigs | None = None
     lora: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, Any] = field(default_factory=dict)
 

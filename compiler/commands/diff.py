@@ -149,7 +149,7 @@ def _compare_tensor(key: str, a: Entry, b: Entry) -> Difference | None:
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:
-    if a.transposed != b.transposed:
+    if (a.transposed, a.swapped) != (b.transposed, b.swapped):
         return tensor_bytes(read_tensor(a)) == tensor_bytes(read_tensor(b))
     return all(chunk_a == chunk_b for chunk_a, chunk_b in zip(_chunks(a), _chunks(b), strict=True))
 
