@@ -7,7 +7,7 @@ another one: it then inherits every key that it does not set, and in a table eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -117,11 +117,11 @@ class SingleFileLayout:
     image sizes. A file whose ``global_step`` equals ``epsilon_global_step`` predicts epsilon. ``v_prediction_mark`` and
     ``zero_snr_mark`` are the names of empty tensors that mark v-prediction and a zero terminal SNR.
 
-    The names of a transformer are data: ``modules`` maps each module with a weight and a bias from its name in diffusers
-    to its original name, or to this name and the form in which the file stores it (``ldm.module_names.FORMS``), and
-    ``tensors`` maps whole tensor names. "{}" stands for the number of a block, "{last}" for that of the last one. Of the
-    text encoders, ``t5`` lists those that are T5's, and ``unprojected`` those whose projection readers leave out of the
-    file: they take the identity.
+    The names of a transformer are data. ``modules`` maps each module with a weight and a bias from its name in
+    diffusers to its original name, or to that and the form in which the file stores it (``ldm.module_names.FORMS``);
+    ``tensors`` maps whole tensor names. "{}" stands for the number of a block, "{last}" for that of the last one. Of
+    the text encoders, ``t5`` lists those that are T5's, and ``unprojected`` those whose projection is left out of the
+    file: readers take the identity.
     """
 
     prefixes: Mapping[str, str]
@@ -286,11 +286,15 @@ class Family:
                 f"{self.name} cannot do without {component}",
                 why=f"optional components of {self.name}: {', '.join(self.optional) or 'none'}",
             )
+        return self.only(tuple(name for name in self.components if name != component))
+
+    def only(self, components: Sequence[str]) -> Family:
+        """The family with these components alone; its streams lack the parts of other text encoders."""
         streams = tuple(
-            replace(stream, parts=tuple(part for part in stream.parts if component not in part.encoders))
+            replace(stream, parts=tuple(part for part in stream.parts if set(components).issuperset(part.encoders)))
             for stream in self.streams
         )
-        return replace(self, components=tuple(name for name in self.components if name != component), streams=streams)
+        return replace(self, components=tuple(components), streams=streams)
 
 
 def read_families(folder: Path = FOLDER) -> dict[str, Family]:

@@ -52,8 +52,8 @@ BLANK = b"\xff" * 8
 class Entry:
     """A tensor in a file. ``start`` and ``stop`` are byte offsets.
 
-    If ``transposed``, the bytes are those of the transpose of a 2-D tensor with this ``shape``; if ``swapped``, those of
-    the tensor whose first and second half of rows have changed places.
+    If ``transposed``, the bytes are those of the transpose of a 2-D tensor with this ``shape``; if ``swapped``, those
+    of the tensor whose first and second half of rows have changed places.
     """
 
     file: Path

@@ -14,7 +14,7 @@ from erasec.checkpoint.folder import SHARD, WEIGHTS, Folder, only_variant
 from erasec.checkpoint.safetensors import CHUNK, DTYPES, Entry, read_header, read_tensor, tensor_bytes
 from erasec.errors import ErasecError
 from erasec.ldm.single_file import SingleFile
-from erasec.ldm.tensor_names import UNUSED_IN_FOLDERS, canonical, layout
+from erasec.ldm.tensor_names import UNUSED_IN_FOLDERS, canonical
 from erasec.model.loading import BUNDLED, bundled_folder
 from erasec.progress import bar
 
@@ -115,7 +115,7 @@ def _by_component(folder: Path, file: Path) -> tuple[dict[str, Entry], dict[str,
     def tensors(source: Folder) -> dict[str, Entry]:
         return {
             f"{name}/{canonical(name, key)}": entry
-            for name in layout(single.family).prefixes
+            for name in single.components
             for key, entry in source.entries(name).items()
             if canonical(name, key) not in UNUSED_IN_FOLDERS
         }

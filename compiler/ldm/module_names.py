@@ -151,11 +151,11 @@ def _layouts(family: str) -> tuple[SingleFileLayout, tuple[str, ...]]:
 def _transformer(layout: SingleFileLayout, names: set[str], single: bool) -> Iterator[Pair]:
     """The tensors of a transformer, as the family file names them."""
     modules = {name: (file, "") if isinstance(file, str) else file for name, file in layout.modules.items()}
-    pairs = [Pair(folder, *file) for folder, file in modules.items()]
+    pairs = [Pair(folder, file, form) for folder, (file, form) in modules.items()]
     # A pair of the last block comes after those of all blocks, and takes the place of one of them.
     numbered = {pair.folder: pair for pair in _numbered(pairs, names, single)}
     yield from _leaves(numbered.values())
-    yield from _numbered([Pair(*name) for name in layout.tensors.items()], names, single)
+    yield from _numbered([Pair(folder, file) for folder, file in layout.tensors.items()], names, single)
 
 
 def _numbered(pairs: Iterable[Pair], names: set[str], single: bool) -> Iterator[Pair]:
@@ -164,7 +164,8 @@ def _numbered(pairs: Iterable[Pair], names: set[str], single: bool) -> Iterator[
         mark = next((mark for mark in ("{}", "{last}") if mark in pair.folder), "")
         blocks = count(names, (pair.file if single else pair.folder).split(mark)[0]) if mark else 1
         for number in range(blocks - 1 if mark == "{last}" else 0, blocks):
-            yield Pair(*(name.replace(mark, str(number)) for name in pair[:2]), pair.form) if mark else pair
+            folder, file = (name.replace(mark, str(number)) if mark else name for name in (pair.folder, pair.file))
+            yield Pair(folder, file, pair.form)
 
 
 def _t5(blocks: int) -> Iterator[Pair]:

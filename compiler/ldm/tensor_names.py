@@ -6,11 +6,11 @@ All functions work on names and shapes. They read no tensors and open no files.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from erasec.errors import ErasecError
-from erasec.family import FAMILIES, Family, Shape, SingleFileLayout
+from erasec.family import FAMILIES, Shape, SingleFileLayout
 from erasec.ldm.module_names import SHARES, VIT_H_LAYERS, Pair, count, tensor_pairs
 
 # The families with a single-file layout.
@@ -97,8 +97,8 @@ def canonical(component: str, key: str) -> str:
 def detect_single(shapes: Mapping[str, Shape]) -> str:
     """Detect the family of a single file from its tensors, shapes by tensor name. Returns the family's name.
 
-    The prefix of a transformer may be missing. Raises ErasecError if it is not a complete checkpoint of a known family,
-    with a guess at what else it may be, or with what is missing.
+    Of a transformer, the prefix and the other components may be missing. Raises ErasecError if it is not a checkpoint
+    of a known family, with a guess at what else it may be.
     """
     prefixes = {prefix for layout in LAYOUTS.values() for prefix in layout.prefixes.values()}
     present = {prefix for prefix in prefixes if any(key.startswith(prefix) for key in shapes)}
@@ -107,9 +107,14 @@ def detect_single(shapes: Mapping[str, Shape]) -> str:
     if len(fitting) != 1 or refiner:
         raise _unknown(shapes)
     family = FAMILIES[fitting[0]]
-    missing = [name for name in family.components if LAYOUTS[family.name].prefixes[name] not in present]
-    if needed := [name for name in missing if name not in (family.denoiser, *family.optional)]:
-        raise _incomplete(family, needed)
+    own = LAYOUTS[family.name]
+    missing = [name for name in family.components if own.prefixes[name] not in present]
+    if missing and not own.modules:
+        raise ErasecError(
+            f"this single file has no {missing[0]}",
+            why=f"its UNet is that of {family.name}, but no tensor name begins with {own.prefixes[missing[0]]}",
+            fix="give a complete checkpoint: UNet, VAE and text encoders in one file",
+        )
     return family.name
 
 
@@ -122,37 +127,10 @@ def _prefixed(family: str, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
     return {prefix + key: shape for key, shape in shapes.items()}
 
 
-def _incomplete(family: Family, missing: Sequence[str]) -> ErasecError:
-    """The error for a single file that lacks components of its family."""
-    if not LAYOUTS[family.name].modules:
-        return ErasecError(
-            f"this single file has no {missing[0]}",
-            why=f"its UNet is that of {family.name}, but no tensor name begins with "
-            f"{LAYOUTS[family.name].prefixes[missing[0]]}",
-            fix="give a complete checkpoint: UNet, VAE and text encoders in one file",
-        )
-    return ErasecError(
-        f"this single file has no {' and no '.join(missing)}",
-        why=f"it holds the transformer of {family.title} without the other components, whose text states an edit is "
-        "solved for",
-        fix="give the model as a diffusers folder: " + as_folder(family),
-    )
-
-
-def as_folder(family: Family) -> str:
-    """How to make a diffusers folder with the transformer of a single file, in words."""
-    pipeline = family.joint_configs.pipeline if family.joint_configs else "StableDiffusionPipeline"
-    return (
-        f"transformer = {family.denoiser_class}.from_single_file(FILE), then {pipeline}.from_pretrained(BASE, "
-        "transformer=transformer).save_pretrained(FOLDER) of the library diffusers, where BASE is the model that the "
-        "file was made from"
-    )
-
-
 def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tuple[str, str], TensorLocation]:
     """Where a single file stores each tensor of a diffusers folder: {(component, tensor name): Place}.
 
-    ``shapes`` is {component: {tensor name: shape}}. Tensors in UNUSED_IN_FOLDERS are left out. Raises ErasecError for a
+    ``shapes`` is {component: {tensor name: shape}}. What ``stored_names`` lacks is left out. Raises ErasecError for a
     tensor that has no place in a single file, for two tensors with the same place, and if a part of a joint tensor is
     missing.
     """
@@ -164,12 +142,9 @@ def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tu
             raise ErasecError(
                 f"{family} has no component {component}", why=f"it has {', '.join(LAYOUTS[family].prefixes)}"
             )
-        names = {key: canonical(component, key) for key in tensors}
+        names = stored_names(family, component, tensors)
         pairs = {pair.folder: pair for pair in tensor_pairs(family, component, names.values(), single=False)}
-        unused = unused_in_folder(family, component, names.values())
         for key, name in names.items():
-            if name in unused:
-                continue
             if name not in pairs:
                 raise ErasecError(
                     f"{component}: {key} has no place in a single file",
@@ -194,12 +169,26 @@ def to_single(family: str, shapes: Mapping[str, Mapping[str, Shape]]) -> dict[tu
     return places
 
 
-def unused_in_folder(family: str, component: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Canonical names of the tensors of a folder's component that a single file does not hold: constants, the
-    second name of T5's token embedding, and a projection for which readers take the identity."""
-    if component in layout(family).t5:
-        return TIED[1:] if TIED[0] in names else ()
-    return (*UNUSED_IN_FOLDERS, *((PROJECTION,) if component in layout(family).unprojected else ()))
+def stored_names(family: str, component: str, keys: Iterable[str]) -> dict[str, str]:
+    """By the ``keys`` of a folder's component, the canonical names of the tensors that a single file holds.
+
+    It does not hold constants, the second name of T5's token embedding, and a projection for which readers take the
+    identity.
+    """
+    own = layout(family)
+    names = {key: canonical(component, key) for key in keys}
+    if component in own.t5:
+        names, unused = _one_embedding(names), TIED[1:]
+    else:
+        unused = (*UNUSED_IN_FOLDERS, *((PROJECTION,) if component in own.unprojected else ()))
+    return {key: name for key, name in names.items() if name not in unused}
+
+
+def _one_embedding(names: dict[str, str]) -> dict[str, str]:
+    """Names of T5's tensors, with the first name of its token embedding where that is missing."""
+    if TIED[0] in names.values():
+        return names
+    return {key: TIED[0] if name == TIED[1] else name for key, name in names.items()}
 
 
 def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], TensorLocation]:
@@ -221,6 +210,7 @@ def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str
     for component, own_prefix in layout(family).prefixes.items():
         prefix = "" if bare and component == FAMILIES[family].denoiser else own_prefix
         names = {key: _file_name(family, component, key, prefix) for key in shapes if key.startswith(prefix)}
+        names = _one_embedding(names) if component in layout(family).t5 else names
         pairs: dict[str, list[Pair]] = {}
         for pair in tensor_pairs(family, component, names.values(), single=True):
             pairs.setdefault(pair.file, []).append(pair)
@@ -282,7 +272,7 @@ def _place(prefix: str, pair: Pair, name: str, shape: Shape) -> TensorLocation:
 def _share_rows(key: str, shape: Shape, shares: int) -> int:
     """The rows of one share of a tensor. Raises ErasecError if it has not as many shares of one size."""
     if not shape or shape[0] % shares:
-        raise ErasecError(f"{key} is {shape}", why=f"its rows should be {shares} parts of one size, one after the other")
+        raise ErasecError(f"{key} is {shape}", why=f"its rows should be {shares} parts of one size")
     return shape[0] // shares
 
 
@@ -297,7 +287,7 @@ def _unused(family: str, component: str, names: Iterable[str]) -> tuple[str, ...
     """Prefixes of the tensor names of a component that a folder does not contain."""
     own = LAYOUTS[family]
     if component in own.t5:
-        return TIED[1:] if TIED[0] in names else ()
+        return TIED[1:]
     if component in FAMILIES[family].text_encoders and component not in own.openclip:
         configs = FAMILIES[family].configs or FAMILIES[family].joint_configs
         projected = configs is not None and component in configs.projected and component not in own.unprojected

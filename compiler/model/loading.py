@@ -18,7 +18,7 @@ from erasec.checkpoint.quantised import GGUF, quantised, refuse_gguf
 from erasec.checkpoint.staging import settle
 from erasec.checkpoint.tokenizer_files import SAVED, SENTENCEPIECE, VOCABULARY, read_tokenizer
 from erasec.errors import ErasecError, reason, suggestion
-from erasec.family import HUB, detect
+from erasec.family import FAMILIES, HUB, detect
 from erasec.model import hub
 from erasec.model.view import Model
 from erasec.recipe.presets import FILE as PRESETS_FILE
@@ -133,7 +133,9 @@ def _load_single_file(path: Path, name: str, allow_pickle: bool) -> Model:
         raise ErasecError(f"{name} is no checkpoint", why=f"its suffix is {path.suffix or 'missing'}, not .safetensors")
     source = SingleFile(path)
     source.watch()
-    return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
+    denoiser = source.entries(FAMILIES[source.family].denoiser)
+    family = detect({key: entry.shape for key, entry in denoiser.items()})
+    return Model(family.only([part for part in family.components if part in source.components]), source, name)
 
 
 def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_pickle: bool = False) -> Model:
