@@ -318,8 +318,8 @@ def _differing(component: str, field: str, own: Any, read: Any, pictures: bool =
 def _comparable(field: str, value: Any) -> Any:
     """A value of a config in a form in which equal settings are equal: one number for a list of the same numbers."""
     if isinstance(value, list | tuple):
-        first, *rest = (_comparable(field, item) for item in value)
-        return [first, *rest] if any(item != first for item in rest) else first
+        items = [_comparable(field, item) for item in value]
+        return items[0] if items and all(item == items[0] for item in items) else items
     if field == "eos_token_id" and value == 2:
         return VOCABULARY - 1  # in transformers both mean the first end token of a prompt (see ``_text_encoder``)
     return False if field == "mid_block_only_cross_attention" and value is None else value
