@@ -7,7 +7,7 @@ another one: it then inherits every key that it does not set, and in a table eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -116,11 +116,21 @@ class SingleFileLayout:
     diffusers folders do not contain the last layer of such an encoder. If ``size_embedding``, the UNet also embeds
     image sizes. A file whose ``global_step`` equals ``epsilon_global_step`` predicts epsilon. ``v_prediction_mark`` and
     ``zero_snr_mark`` are the names of empty tensors that mark v-prediction and a zero terminal SNR.
+
+    The names of a transformer are data. ``modules`` maps each module with a weight and a bias from its name in
+    diffusers to its original name, or to that and the form in which the file stores it (``ldm.module_names.FORMS``);
+    ``tensors`` maps whole tensor names. "{}" stands for the number of a block, "{last}" for that of the last one. Of
+    the text encoders, ``t5`` lists those that are T5's, and ``unprojected`` those whose projection is left out of the
+    file: readers take the identity.
     """
 
     prefixes: Mapping[str, str]
-    architecture: Mapping[str, str]
     detect: Rule
+    architecture: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str | tuple[str, str]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    t5: tuple[str, ...] = ()
+    unprojected: tuple[str, ...] = ()
     openclip: tuple[str, ...] = ()
     drops_last_layer: bool = False
     size_embedding: bool = False
@@ -208,6 +218,28 @@ class ConfigLayout:
 
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
+class JointConfigs:
+    """Config values of a family of transformers that cannot be read from tensors, as in ``ConfigLayout``.
+
+    ``transformer``, ``vae`` and ``scheduler`` are entries of these configs; ``unguided`` replaces entries of the
+    scheduler where the transformer embeds no guidance. ``head_size`` is the number of channels per attention head.
+    ``published`` lists the published transformers, each by its number of (dual) blocks and its width.
+    """
+
+    pipeline: str
+    activations: tuple[str, ...]
+    pad_tokens: tuple[str, ...]
+    projected: tuple[str, ...]
+    head_size: int
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    published: tuple[tuple[int, int], ...]
+    unguided: Mapping[str, Any] = field(default_factory=dict)
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
 class Family:
     """One family of models: its components, the text states that its denoiser reads, and its layouts.
 
@@ -237,6 +269,7 @@ class Family:
     hub: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
     configs: ConfigLayout | None = None
+    joint_configs: JointConfigs | None = None
     lora: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, Any] = field(default_factory=dict)
 
@@ -253,11 +286,15 @@ class Family:
                 f"{self.name} cannot do without {component}",
                 why=f"optional components of {self.name}: {', '.join(self.optional) or 'none'}",
             )
+        return self.only(tuple(name for name in self.components if name != component))
+
+    def only(self, components: Sequence[str]) -> Family:
+        """The family with these components alone; its streams lack the parts of other text encoders."""
         streams = tuple(
-            replace(stream, parts=tuple(part for part in stream.parts if component not in part.encoders))
+            replace(stream, parts=tuple(part for part in stream.parts if set(components).issuperset(part.encoders)))
             for stream in self.streams
         )
-        return replace(self, components=tuple(name for name in self.components if name != component), streams=streams)
+        return replace(self, components=tuple(components), streams=streams)
 
 
 def read_families(folder: Path = FOLDER) -> dict[str, Family]:

@@ -1,30 +1,28 @@
-"""Target ldm: one file in the original Stable Diffusion layout, for ComfyUI, A1111 and from_single_file."""
+"""Target ldm: one file in the original layout of the family, for ComfyUI, A1111 and from_single_file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import downscale
-from erasec.checkpoint.safetensors import Entry, finite_check, read_header, read_tensor, stream_tensors
+from erasec.checkpoint.safetensors import Entry, finite_check, read_header, read_tensor, stream_tensors, tensor_bytes
 from erasec.errors import ErasecError
-from erasec.family import detect
+from erasec.family import FAMILIES, Family, detect
 from erasec.graphs.parity import TOLERANCES, relative_error
 from erasec.ldm.configs import POSITIONS, config_files, sizes_from_shapes
+from erasec.ldm.joint_readers import check_joint_readers, reader_check, reads_width
 from erasec.ldm.readers import check_readers, compare_configs, compare_schedulers, needs_configs
-from erasec.ldm.single_file import SingleFile
+from erasec.ldm.single_file import SingleFile, entry_at, stored_form
 from erasec.ldm.tensor_names import (
     LAYOUTS,
-    UNUSED_IN_FOLDERS,
     TensorLocation,
-    canonical,
-    detect_single,
     from_single,
     layout,
+    stored_names,
     to_single,
 )
 from erasec.model.networks import fill
@@ -49,48 +47,90 @@ class Ldm(Target):
 
     A single file contains neither configs nor the tokenizer: its readers have them for each family. A checkpoint whose
     own ones make other pictures is refused (``ldm.readers``).
+
+    ``parts`` "denoiser" writes the transformer alone, without a prefix, as ComfyUI loads diffusion models.
     """
+
+    parts: Literal["all", "denoiser"] = "all"
 
     name: ClassVar[str] = "ldm"
     summary: ClassVar[str] = "a single file in the original layout, for ComfyUI, A1111 and from_single_file"
 
     def size(self, model: Model) -> int:
         """Bytes of the weights as stored. Raises ErasecError if the model cannot be written as a single file."""
-        family = model.family.name
-        if family not in LAYOUTS:
-            raise _no_unet(str(model.source.root))
-        entries = {component: model.entries(component) for component in LAYOUTS[family].prefixes}
-        pieces(family, entries)
-        lost_settings(model.source, family)
-        return sum(entry.stop - entry.start for own in entries.values() for entry in own.values())
+        family = model.family
+        if family.name not in LAYOUTS:
+            raise _no_layout(str(model.source.root))
+        entries = {component: model.entries(component) for component in self._components(family)}
+        parts = pieces(family.name, entries)
+        lost_settings(model.source, family.name, entries)
+        return sum(entry.stop - entry.start for own in parts.values() for _, entry in own)
 
     def notes(self, model: Model) -> tuple[str, ...]:
-        return lost_settings(model.source, model.family.name)
+        entries = {component: model.entries(component) for component in self._components(model.family)}
+        return lost_settings(model.source, model.family.name, entries)
+
+    def _components(self, family: Family) -> tuple[str, ...]:
+        """The components of a model of ``family`` that the file holds."""
+        if self.parts == "all":
+            return family.components
+        if not LAYOUTS[family.name].modules:
+            raise ErasecError(
+                f"ldm:parts=denoiser writes a transformer, and {family.title} has a {family.denoiser}",
+                why="readers of its single files expect all components",
+                fix="leave out parts=denoiser",
+            )
+        return (family.denoiser,)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
         """Write ``out/model.safetensors`` with one tensor in memory at a time, and compare it with the checkpoint."""
         import torch
 
         check_supported(read_extras(checkpoint.root), self.extras, self.name)
-        if "unet" not in checkpoint.index:
-            raise _no_unet(str(checkpoint.root))
-        family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
-        entries = {component: checkpoint.entries(component) for component in layout(family).prefixes}
-        parts = pieces(family, entries)
-        lost_settings(checkpoint, family)
-        file_metadata, marks = metadata(checkpoint, family)
+        family = family_of(checkpoint)
+        entries = {component: checkpoint.entries(component) for component in self._components(family)}
+        parts = pieces(family.name, entries)
+        lost_settings(checkpoint, family.name, entries)
+        file_metadata, marks = metadata(checkpoint, family.name)
         empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
+        prefix = layout(family.name).prefixes[family.denoiser] if self.parts == "denoiser" else ""
         with bar("write", len(parts)) as advance:
             tensors = {
-                key: (own[0][1].dtype, own[0][0].shape, partial(_concatenate, own, advance))
+                key.removeprefix(prefix): (own[0][1].dtype, own[0][0].shape, partial(_concatenate, own, advance))
                 for key, own in parts.items()
             }
             stream_tensors(out / FILE, {**tensors, **empty}, file_metadata)
-        checks = finite_check("ldm/finite", read_header(out / FILE)[0]), same_tensors(entries, out / FILE)
+        checks = finite_check("ldm/finite", read_header(out / FILE)[0]), same_tensors(family.name, entries, out / FILE)
         if not all(check.passed for check in checks):
             return Artifact(self.name, out, checks)
+        if layout(family.name).modules:
+            return Artifact(
+                self.name, out, (*checks, *_joint_checks(family.name, entries[family.denoiser], out / FILE))
+            )
         with without_library_warnings():
-            return Artifact(self.name, out, (*checks, *read_back(checkpoint, family, out / FILE, context.seed)))
+            return Artifact(self.name, out, (*checks, *read_back(checkpoint, family.name, out / FILE, context.seed)))
+
+
+def family_of(checkpoint: Folder) -> Family:
+    """The family of a folder, without the optional components that the folder lacks. Raises ErasecError for a folder
+    whose denoiser has no single-file layout."""
+    denoiser = next((name for name in ("unet", "transformer") if name in checkpoint.index), "")
+    if not denoiser:
+        raise _no_layout(str(checkpoint.root))
+    family = detect({key: entry.shape for key, entry in checkpoint.entries(denoiser).items()})
+    if family.name not in LAYOUTS:
+        raise _no_layout(str(checkpoint.root))
+    for component in family.optional:
+        if not checkpoint.index.get(component, [None])[0]:
+            family = family.without(component)
+    return family
+
+
+def _joint_checks(family: str, transformer: Mapping[str, Entry], file: Path) -> Iterator[Check]:
+    """The check of how diffusers reads the transformer of a file, where it reads one of this width."""
+    if reads_width(family, {key: entry.shape for key, entry in transformer.items()}):
+        shapes = {key: entry.shape for key, entry in read_header(file)[0].items()}
+        yield reader_check(family, shapes, from_single(family, shapes))
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
         family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
@@ -111,16 +151,16 @@ def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str,
         if len(dtypes := sorted({entry.dtype for _, entry in parts})) > 1:
             raise ErasecError(
                 f"the parts of {key} have the dtypes {' and '.join(dtypes)}",
-                why="a single file stores q, k and v as one tensor",
-                fix="save the text encoder in one dtype",
+                why="a single file stores q, k and v of a layer as one tensor",
+                fix="save the component in one dtype",
             )
     return groups
 
 
-def _no_unet(where: str) -> ErasecError:
+def _no_layout(where: str) -> ErasecError:
     return ErasecError(
-        "this model has no UNet",
-        why=f"single files can be written for {', '.join(LAYOUTS)} only, whose denoiser is a UNet",
+        "this model has no denoiser that single files hold",
+        why=f"single files can be written for {', '.join(LAYOUTS)}",
         where=where,
         fix="use the target hf, which writes a diffusers folder of any model",
     )
@@ -135,9 +175,11 @@ def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str
         raise ErasecError(
             "the checkpoint has no scheduler/scheduler_config.json",
             where=str(checkpoint.root),
-            why="it states what the UNet predicts, which the single file must state too",
+            why="it states what the denoiser predicts, and at which noise",
             fix="add the scheduler folder of the model",
         )
+    if FAMILIES[family].flow:
+        return {"format": "pt"}, ()
     config = checkpoint.config("scheduler", "scheduler_config.json")
     prediction = config.get("prediction_type", "epsilon")
     own = layout(family)
@@ -158,15 +200,18 @@ def metadata(checkpoint: Folder, family: str) -> tuple[dict[str, str], tuple[str
     return file_metadata, (own.v_prediction_mark, *zero_snr)
 
 
-def lost_settings(checkpoint: Folder, family: str) -> tuple[str, ...]:
-    """Sentences about settings that readers do not get from the single file.
+def lost_settings(checkpoint: Folder, family: str, entries: Mapping[str, Mapping[str, Entry]]) -> tuple[str, ...]:
+    """Sentences about settings that readers do not get from the single file, which will hold the tensors ``entries``.
 
     Raises ErasecError if they would make other pictures with it.
     """
     _, marks = metadata(checkpoint, family)
+    if layout(family).modules:
+        return check_joint_readers(checkpoint, family, entries)
     prediction = checkpoint.config("scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
     rescaled = layout(family).zero_snr_mark in marks
-    return check_readers(checkpoint, family, _shapes(checkpoint, family), prediction, rescaled)
+    shapes = {name: {key: entry.shape for key, entry in own.items()} for name, own in entries.items()}
+    return check_readers(checkpoint, family, shapes, prediction, rescaled)
 
 
 def read_back(checkpoint: Folder, family: str, file: Path, seed: int = 0) -> tuple[Check, ...]:
@@ -244,20 +289,17 @@ def _shapes(checkpoint: Folder, family: str) -> dict[str, dict[str, tuple[int, .
     }
 
 
-def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:
+def same_tensors(family: str, folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check:
     """A check that counts the tensors that differ between a folder and a single file in name, dtype, shape or bytes.
 
     ``folder`` is {component: {tensor name: entry}}. Tensors that single files leave out are not counted.
     """
     entries = read_header(file)[0]
-    shapes = {key: entry.shape for key, entry in entries.items()}
-    places = from_single(detect_single(shapes), shapes)
-    wanted = {
-        (component, canonical(component, key)): entry
-        for component, own in folder.items()
-        for key, entry in own.items()
-        if canonical(component, key) not in UNUSED_IN_FOLDERS
-    }
+    places = from_single(family, {key: entry.shape for key, entry in entries.items()})
+    wanted: dict[tuple[str, str], Entry] = {}
+    for component, own in folder.items():
+        names = stored_names(family, component, own)
+        wanted |= {(component, name): own[key] for key, name in names.items()}
     different = set(wanted) ^ set(places)
     for name in set(wanted) & set(places):
         if not _equal(wanted[name], entries[places[name].key], places[name]):
@@ -269,18 +311,11 @@ def same_tensors(folder: Mapping[str, Mapping[str, Entry]], file: Path) -> Check
 
 def _equal(wanted: Entry, stored: Entry, place: TensorLocation) -> bool:
     """Whether the tensor at ``place`` in the file's tensor ``stored`` equals the folder's tensor ``wanted``."""
-    import torch
-
     if (stored.dtype, place.folder_shape) != (wanted.dtype, wanted.shape):
         return False
-    # Rows are contiguous, so that one third of a tensor can be read alone.
-    rows = place.rows or place.shape[0]
-    row_bytes = (stored.stop - stored.start) // place.shape[0]
-    start = stored.start + place.start * row_bytes
-    part = read_tensor(replace(stored, shape=(rows, *place.shape[1:]), start=start, stop=start + rows * row_bytes))
-    part = part.T if place.transposed else part
-    # Compare bytes: a NaN must be equal to itself.
-    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (part, read_tensor(wanted))))
+    # The part is read as ``SingleFile`` reads it, and not turned into the form in which it was written. Bytes are
+    # compared: a NaN must be equal to itself.
+    return tensor_bytes(read_tensor(entry_at(stored, place))) == tensor_bytes(read_tensor(wanted))
 
 
 def _concatenate(parts: list[tuple[TensorLocation, Entry]], advance: Advance) -> Tensor:
@@ -289,5 +324,5 @@ def _concatenate(parts: list[tuple[TensorLocation, Entry]], advance: Advance) ->
 
     advance()
     ordered = sorted(parts, key=lambda part: part[0].start)
-    tensors = [read_tensor(entry).T if place.transposed else read_tensor(entry) for place, entry in ordered]
-    return torch.cat(tensors).reshape(parts[0][0].shape)
+    tensors = [stored_form(place, read_tensor(entry)) for place, entry in ordered]
+    return torch.cat(tensors)

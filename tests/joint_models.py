@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 
+from erasec.ldm.skeleton import write_tokenizer
 from erasec.model import loading
 
 WORDS = ("a", "an", "photo", "drawing", "image", "of", "on", "navy", "star", "circle", "square", "heart")
@@ -91,3 +94,92 @@ def pipeline(family: str) -> Any:
         text_encoder_3=None if family == "sd3-no-t5" else t5(),
         tokenizer_3=None if family == "sd3-no-t5" else t5_tokenizer(256),
     )
+
+
+def save_original(family: str, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the folder of a small model with random weights and all that the published models have beside their sizes:
+    CLIP's vocabulary, and the settings that no tensor shows. "sd35" has no T5, as the smaller published files."""
+    _original(family).to(dtype).save_pretrained(out)
+    index = json.loads((out / "model_index.json").read_text())
+    pads = ("<|endoftext|>",) if family == "flux" else ("<|endoftext|>", "!")
+    # transformers' own files of CLIP's tokenizer take seconds to make, and to read.
+    for name, pad in zip(("tokenizer", "tokenizer_2"), pads, strict=False):
+        write_tokenizer(out / name, pad)
+        index[name] = ["transformers", "CLIPTokenizer"]
+    (out / "model_index.json").write_text(json.dumps(index))
+
+
+def _original(family: str) -> Any:
+    """The pipeline of ``save_original``, without CLIP's tokenizers."""
+    torch.manual_seed(0)
+    flux = family == "flux"
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=16,
+        scaling_factor=0.3611 if flux else 1.5305,
+        shift_factor=0.1159 if flux else 0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=32128, d_model=80, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        )
+    )
+    kind = transformers.CLIPTextModel if flux else transformers.CLIPTextModelWithProjection
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": whole_clip(kind, 32, "quick_gelu"),
+        "tokenizer": None,
+    }
+    if flux:
+        return diffusers.FluxPipeline(
+            transformer=diffusers.FluxTransformer2DModel(
+                num_layers=2,
+                num_single_layers=2,
+                num_attention_heads=1,
+                joint_attention_dim=80,
+                pooled_projection_dim=32,
+                guidance_embeds=True,
+            ),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokenizer(512),
+            **parts,
+        )
+    parts["text_encoder"].text_projection.weight.data = torch.eye(32)
+    later = family == "sd35"
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(
+            num_layers=3,
+            num_attention_heads=1,
+            joint_attention_dim=80,
+            caption_projection_dim=64,
+            pooled_projection_dim=80,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0, 1) if later else (),
+            qk_norm="rms_norm" if later else None,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder_2=whole_clip(kind, 48, "gelu"),
+        tokenizer_2=None,
+        text_encoder_3=None if later else t5,
+        tokenizer_3=None if later else t5_tokenizer(256),
+        **parts,
+    )
+
+
+def whole_clip(kind: Any, width: int, activation: str) -> Any:
+    """A small text encoder of CLIP with all of its vocabulary."""
+    config = transformers.CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=64,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        hidden_act=activation,
+        initializer_factor=4.0,
+    )
+    return kind(config)

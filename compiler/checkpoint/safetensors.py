@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.base import Check
 from erasec.checkpoint.disk import named_errors, new_file, sync
+from erasec.checkpoint.quantised import refuse_dtypes, refuse_gguf
 from erasec.documents import POINTER, refuse_pointer
 from erasec.errors import ErasecError, shown
 from erasec.progress import bar
@@ -51,7 +52,8 @@ BLANK = b"\xff" * 8
 class Entry:
     """A tensor in a file. ``start`` and ``stop`` are byte offsets.
 
-    If ``transposed``, the bytes are those of the transpose of a 2-D tensor with this ``shape``.
+    If ``transposed``, the bytes are those of the transpose of a 2-D tensor with this ``shape``; if ``swapped``, those
+    of the tensor whose first and second half of rows have changed places.
     """
 
     file: Path
@@ -60,19 +62,21 @@ class Entry:
     start: int
     stop: int
     transposed: bool = False
+    swapped: bool = False
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The entries by tensor name, and the metadata, of a safetensors file. No tensor is read.
 
     The library safetensors judges the header first, so that no file is accepted here that others refuse. Raises
-    ErasecError if the file is damaged, has an unfinished in-place edit, or has a dtype that is not in DTYPES.
+    ErasecError if the file is damaged, has an unfinished in-place edit, is a GGUF file, or has a dtype not in DTYPES.
     """
     from safetensors import SafetensorError, safe_open
 
     with file.open("rb") as handle:
         first = handle.read(len(POINTER))
         refuse_pointer(file, first)
+        refuse_gguf(file, first)
         if first[:8] == BLANK:
             raise ErasecError(
                 f"an in-place edit of {file.name} was interrupted",
@@ -99,14 +103,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise _damaged(file, "the entry of a tensor is not a table") from error
     except ValueError as error:
         raise _damaged(file, str(error)) from error
-    if unknown := {entry.dtype for entry in entries.values()} - set(DTYPES):
-        rounded = "; an edit is smaller than the rounding of 8-bit floats" if min(unknown).startswith("F8") else ""
-        raise ErasecError(
-            f"{file.name} holds tensors of the dtype {min(unknown)}",
-            why=f"supported dtypes: {', '.join(DTYPES)}{rounded}",
-            fix="use the model's float16 or float32 file",
-            where=str(file),
-        )
+    refuse_dtypes(file, (entry.dtype for entry in entries.values()), DTYPES)
     return entries, metadata
 
 
@@ -130,14 +127,14 @@ def _damaged(file: Path, why: str) -> ErasecError:
 
 
 def read_bytes(entry: Entry) -> bytearray:
-    """The stored bytes of one tensor. Raises ErasecError if the file has become shorter."""
+    """The stored bytes of one tensor, halves in the tensor's order. Raises ErasecError if the file became shorter."""
     size = entry.stop - entry.start
     with entry.file.open("rb") as handle:
         handle.seek(entry.start)
         data = bytearray(size)
         if handle.readinto(data) < size:
             raise _damaged(entry.file, "it became shorter while it was read")
-    return data
+    return data[size // 2 :] + data[: size // 2] if entry.swapped else data
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -422,7 +419,7 @@ def _digest(tensors: Mapping[str, tuple[str, Shape, Callable[[], Iterable[bytes 
 
 def _stored(entry: Entry) -> Iterator[bytes | memoryview]:
     """The bytes of a stored tensor in chunks."""
-    if entry.transposed:
+    if entry.transposed or entry.swapped:
         yield _byte_view(read_tensor(entry))
         return
     with entry.file.open("rb") as handle:

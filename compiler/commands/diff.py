@@ -14,7 +14,7 @@ from erasec.checkpoint.folder import SHARD, WEIGHTS, Folder, only_variant
 from erasec.checkpoint.safetensors import CHUNK, DTYPES, Entry, read_header, read_tensor, tensor_bytes
 from erasec.errors import ErasecError
 from erasec.ldm.single_file import SingleFile
-from erasec.ldm.tensor_names import UNUSED_IN_FOLDERS, canonical, layout
+from erasec.ldm.tensor_names import UNUSED_IN_FOLDERS, canonical
 from erasec.model.loading import BUNDLED, bundled_folder
 from erasec.progress import bar
 
@@ -115,7 +115,7 @@ def _by_component(folder: Path, file: Path) -> tuple[dict[str, Entry], dict[str,
     def tensors(source: Folder) -> dict[str, Entry]:
         return {
             f"{name}/{canonical(name, key)}": entry
-            for name in layout(single.family).prefixes
+            for name in single.components
             for key, entry in source.entries(name).items()
             if canonical(name, key) not in UNUSED_IN_FOLDERS
         }
@@ -150,7 +150,7 @@ def _compare_tensor(key: str, a: Entry, b: Entry) -> Difference | None:
 
 def same_bytes(a: Entry, b: Entry) -> bool:
     """Whether two stored tensors of one dtype and shape have the same bytes."""
-    if a.transposed != b.transposed:
+    if (a.transposed, a.swapped) != (b.transposed, b.swapped):
         return tensor_bytes(read_tensor(a)) == tensor_bytes(read_tensor(b))
     return all(chunk_a == chunk_b for chunk_a, chunk_b in zip(_chunks(a), _chunks(b), strict=True))
 

@@ -7,7 +7,7 @@ stabilityai/stable-diffusion-xl-base-1.0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from erasec.errors import ErasecError, suggestion
@@ -72,11 +72,12 @@ def config_files(family: str, sizes: Sizes, prediction: str = "", rescaled: bool
     files = {
         "model_index.json": index,
         "unet/config.json": _unet(family, sizes, image_size // 8),
-        "vae/config.json": _vae(family, sizes, image_size),
+        "vae/config.json": vae_config(sizes.vae, sizes.vae_layers, sizes.latents, image_size)
+        | {"scaling_factor": layout.scaling_factor, **layout.vae},
         "scheduler/scheduler_config.json": {**BETAS, **scheduler, "prediction_type": prediction},
     }
     for name, text, activation in zip(FAMILIES[family].text_encoders, sizes.texts, layout.activations, strict=True):
-        files[f"{name}/config.json"] = _text_encoder(family, text, activation)
+        files[f"{name}/config.json"] = text_config(text, activation, layout.projection_dim)
         index[name] = ["transformers", files[f"{name}/config.json"]["architectures"][0]]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
     if rescaled:
@@ -119,27 +120,26 @@ def _unet(family: str, sizes: Sizes, sample_size: int) -> dict[str, Any]:
     return config
 
 
-def _vae(family: str, sizes: Sizes, image_size: int) -> dict[str, Any]:
-    levels = len(sizes.vae)
-    config: dict[str, Any] = {
+def vae_config(widths: Sequence[int], layers: int, latents: int, image_size: int) -> dict[str, Any]:
+    """The config of a VAE with these ``widths`` per level, without its factors."""
+    return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": "0.42.1",
         "act_fn": "silu",
-        "block_out_channels": list(sizes.vae),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "block_out_channels": list(widths),
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "in_channels": 3,
-        "latent_channels": sizes.latents,
-        "layers_per_block": sizes.vae_layers,
+        "latent_channels": latents,
+        "layers_per_block": layers,
         "norm_num_groups": 32,
         "out_channels": 3,
         "sample_size": image_size,
-        "scaling_factor": LAYOUTS[family].scaling_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
     }
-    return {**config, **LAYOUTS[family].vae}
 
 
-def _text_encoder(family: str, text: TextSizes, activation: str) -> dict[str, Any]:
+def text_config(text: TextSizes, activation: str, projection_dim: int = 0) -> dict[str, Any]:
+    """The config of a CLIP text encoder; ``projection_dim`` is what it states if it has no projection."""
     # These token ids are wrong, as in the published configs. If the end token is 2, transformers pools the state at the
     # highest id, which is that of the end token.
     return {
@@ -159,7 +159,7 @@ def _text_encoder(family: str, text: TextSizes, activation: str) -> dict[str, An
         "num_attention_heads": max(1, text.width // 64),
         "num_hidden_layers": text.layers,
         "pad_token_id": 1,
-        "projection_dim": text.projection or LAYOUTS[family].projection_dim or text.width,
+        "projection_dim": text.projection or projection_dim or text.width,
         # Without this entry transformers would load float16 weights as float16, and diffusers the UNet as float32.
         "torch_dtype": "float32",
         "vocab_size": VOCABULARY,
@@ -177,20 +177,20 @@ def sizes_from_shapes(family: str, shapes: Shapes) -> Sizes:
     unet, vae = shapes["unet"], shapes["vae"]
     if (detected := detect(unet).name) != family:
         raise ErasecError(f"the UNet is not of the family {family}", why=f"by its shapes it is {detected}")
-    down = [f"down_blocks.{level}." for level in range(_count(unet, "down_blocks."))]
-    encoder = [f"encoder.down_blocks.{level}." for level in range(_count(vae, "encoder.down_blocks."))]
+    down = [f"down_blocks.{level}." for level in range(count(unet, "down_blocks."))]
+    projected = LAYOUTS[family].projected
     single_file = FAMILIES[family].single_file
     embeds_sizes = single_file is not None and single_file.size_embedding
     sizes = Sizes(
-        widths=tuple(_size("unet", unet, f"{block}resnets.0.conv1.weight", 0) for block in down),
-        depths=tuple(_count(unet, f"{block}attentions.0.transformer_blocks.") for block in down),
-        texts=tuple(_text_sizes(family, name, shapes[name]) for name in FAMILIES[family].text_encoders),
-        vae=tuple(_size("vae", vae, f"{block}resnets.0.conv1.weight", 0) for block in encoder),
-        added=_size("unet", unet, "add_embedding.linear_1.weight", 1) if embeds_sizes else 0,
-        inputs=_size("unet", unet, "conv_in.weight", 1),
-        latents=_size("vae", vae, "decoder.conv_in.weight", 1),
-        layers=_count(unet, "down_blocks.0.resnets."),
-        vae_layers=_count(vae, "encoder.down_blocks.0.resnets."),
+        widths=tuple(size("unet", unet, f"{block}resnets.0.conv1.weight", 0) for block in down),
+        depths=tuple(count(unet, f"{block}attentions.0.transformer_blocks.") for block in down),
+        texts=tuple(text_sizes(name, shapes[name], name in projected) for name in FAMILIES[family].text_encoders),
+        vae=vae_widths(vae),
+        added=size("unet", unet, "add_embedding.linear_1.weight", 1) if embeds_sizes else 0,
+        inputs=size("unet", unet, "conv_in.weight", 1),
+        latents=size("vae", vae, "decoder.conv_in.weight", 1),
+        layers=count(unet, "down_blocks.0.resnets."),
+        vae_layers=count(vae, "encoder.down_blocks.0.resnets."),
     )
     if sizes.inputs not in (sizes.latents, 2 * sizes.latents + 1):
         raise ErasecError(
@@ -207,9 +207,16 @@ def sizes_from_shapes(family: str, shapes: Shapes) -> Sizes:
     return sizes
 
 
-def check_clip(family: str, sizes: Sizes) -> None:
-    """Raise ErasecError for a text encoder that has another vocabulary or other prompts than CLIP's."""
-    for component, text in zip(FAMILIES[family].text_encoders, sizes.texts, strict=True):
+def vae_widths(vae: Mapping[str, Shape]) -> tuple[int, ...]:
+    """The channels of a VAE's levels, from the shapes of its tensors."""
+    levels = range(count(vae, "encoder.down_blocks."))
+    return tuple(size("vae", vae, f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 0) for level in levels)
+
+
+def check_clip(texts: Mapping[str, TextSizes]) -> None:
+    """Raise ErasecError for a text encoder, by its component, that has another vocabulary or other prompts than
+    CLIP's."""
+    for component, text in texts.items():
         for own, clips, what in (
             (text.vocabulary, VOCABULARY, "tokens"),
             (text.positions, POSITIONS, "positions of a prompt"),
@@ -228,26 +235,26 @@ def check_known(family: str) -> None:
         raise ErasecError(f"there is no layout for the family {family!r}", why=suggestion(family, LAYOUTS))
 
 
-def _text_sizes(family: str, component: str, shapes: Mapping[str, Shape]) -> TextSizes:
+def text_sizes(component: str, shapes: Mapping[str, Shape], projected: bool) -> TextSizes:
+    """The sizes of a CLIP text encoder, ``projected`` if it has a projection layer, from the shapes of its tensors."""
     tensors = {canonical(component, key): shape for key, shape in shapes.items()}
     vocabulary, width = (
-        _size(component, tensors, "text_model.embeddings.token_embedding.weight", axis) for axis in (0, 1)
+        size(component, tensors, "text_model.embeddings.token_embedding.weight", axis) for axis in (0, 1)
     )
-    positions = _size(component, tensors, "text_model.embeddings.position_embedding.weight", 0)
-    layers = _count(tensors, "text_model.encoder.layers.")
-    mlp = _size(component, tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 0)
-    projection = 0
-    if component in LAYOUTS[family].projected:
-        projection = _size(component, tensors, "text_projection.weight", 0)
+    positions = size(component, tensors, "text_model.embeddings.position_embedding.weight", 0)
+    layers = count(tensors, "text_model.encoder.layers.")
+    mlp = size(component, tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 0)
+    projection = size(component, tensors, "text_projection.weight", 0) if projected else 0
     return TextSizes(width, layers, mlp, projection, vocabulary, positions)
 
 
-def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+def count(shapes: Mapping[str, Shape], prefix: str) -> int:
     """How many different numbers follow ``prefix`` in the tensor names."""
     return len({key.removeprefix(prefix).split(".")[0] for key in shapes if key.startswith(prefix)})
 
 
-def _size(component: str, shapes: Mapping[str, Shape], key: str, axis: int) -> int:
+def size(component: str, shapes: Mapping[str, Shape], key: str, axis: int) -> int:
+    """One size of a tensor. Raises ErasecError where there is no such tensor, or not of as many dimensions."""
     if key not in shapes or len(shapes[key]) <= axis:
         raise ErasecError(
             f"{component} has no {key} to read its size from", why="its tensor names are not those of diffusers"

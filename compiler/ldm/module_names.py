@@ -1,4 +1,4 @@
-"""Names of the modules of UNets, VAEs and text encoders, in diffusers folders and in original single files (LDM).
+"""Names of the modules of denoisers, VAEs and text encoders, in diffusers folders and in original single files (LDM).
 
 Both layouts contain the same modules. Their number is read from the tensor names of the given side, so that models with
 other numbers of blocks are supported as well.
@@ -59,15 +59,34 @@ TRANSFORMER_BLOCK = (
     "attn2.to_out.0",
 )
 CLIP_LAYER = (*OPENCLIP_LAYER, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# OpenCLIP stores these projections of a layer as one tensor, in this order.
+# OpenCLIP and transformers store these projections of a layer as one tensor, in this order.
 THIRDS = ("q", "k", "v")
+# The forms of tensors that are rows of a joint tensor: their first row and their rows, of how many in all, in shares.
+# A single block of FLUX has an MLP four times as wide as its queries.
+SHARES = {
+    **{third: (number, 1, 3) for number, third in enumerate(THIRDS)},
+    "q of 7": (0, 1, 7),
+    "k of 7": (1, 1, 7),
+    "v of 7": (2, 1, 7),
+    "mlp of 7": (3, 4, 7),
+}
+FORMS = (*SHARES, "linear", "transposed", "swapped", "")
+
+# T5's tensors, which have the same names in both layouts; {} stands for the number of a block.
+T5_TENSORS = ("shared.weight", "encoder.final_layer_norm.weight")
+T5_BLOCK = (
+    *(f"layer.0.SelfAttention.{name}.weight" for name in ("q", "k", "v", "o", "relative_attention_bias")),
+    *(f"layer.1.DenseReluDense.{name}.weight" for name in ("wi", "wi_0", "wi_1", "wo")),
+    *(f"layer.{number}.layer_norm.weight" for number in (0, 1)),
+)
 
 
 class Pair(NamedTuple):
     """The names of one tensor in a diffusers folder and in a single file, both without prefixes.
 
-    ``form`` says how the file stores it: "q", "k" or "v", as that third of a tensor; "linear", as a 1x1 convolution;
-    "transposed"; or "", as it is.
+    ``form`` says how the file stores it, one of FORMS: as a share of the rows of a joint tensor ("q", "k", "v", and
+    those of SHARES); as a 1x1 convolution ("linear"); "transposed"; with its first and second half of rows "swapped";
+    or "", as it is.
     """
 
     folder: str
@@ -93,6 +112,10 @@ def tensor_pairs(family: str, component: str, names: Iterable[str], single: bool
     """
     names = set(names)
     layout, projected = _layouts(family)
+    if layout.modules and component == FAMILIES[family].denoiser:
+        return _transformer(layout, names, single)
+    if component in layout.t5:
+        return _t5(count(names, "encoder.block."))
     if component == "unet":
         modules = _unet(*(_levels_of_file(names) if single else _levels_of_folder(names)), _middle_depth(names, single))
         if layout.size_embedding:
@@ -114,15 +137,40 @@ def tensor_pairs(family: str, component: str, names: Iterable[str], single: bool
                 fix=f"give a folder whose text encoder has {VIT_H_LAYERS - 1} layers, as the published ones have",
             )
         return _openclip(layers, projection=component in projected)
-    layers = count(names, "text_model.encoder.layers.")
-    return _leaves(_clip(layers))
+    projection = (Pair("text_projection.weight", "text_projection.weight"),) if component in projected else ()
+    return chain(_leaves(_clip(count(names, "text_model.encoder.layers."))), projection)
 
 
 def _layouts(family: str) -> tuple[SingleFileLayout, tuple[str, ...]]:
-    """A family's single-file layout, and its text encoders with a projection."""
-    single_file, configs = FAMILIES[family].single_file, FAMILIES[family].configs
+    """A family's single-file layout, and the text encoders whose projection a single file holds."""
+    single_file, configs = FAMILIES[family].single_file, FAMILIES[family].configs or FAMILIES[family].joint_configs
     assert single_file is not None and configs is not None  # the callers have checked this
-    return single_file, configs.projected
+    return single_file, tuple(name for name in configs.projected if name not in single_file.unprojected)
+
+
+def _transformer(layout: SingleFileLayout, names: set[str], single: bool) -> Iterator[Pair]:
+    """The tensors of a transformer, as the family file names them."""
+    modules = {name: (file, "") if isinstance(file, str) else file for name, file in layout.modules.items()}
+    pairs = [Pair(folder, file, form) for folder, (file, form) in modules.items()]
+    # A pair of the last block comes after those of all blocks, and takes the place of one of them.
+    numbered = {pair.folder: pair for pair in _numbered(pairs, names, single)}
+    yield from _leaves(numbered.values())
+    yield from _numbered([Pair(folder, file) for folder, file in layout.tensors.items()], names, single)
+
+
+def _numbered(pairs: Iterable[Pair], names: set[str], single: bool) -> Iterator[Pair]:
+    """The pairs with the numbers of all blocks in place of "{}", and with that of the last one in place of "{last}"."""
+    for pair in pairs:
+        mark = next((mark for mark in ("{}", "{last}") if mark in pair.folder), "")
+        blocks = count(names, (pair.file if single else pair.folder).split(mark)[0]) if mark else 1
+        for number in range(blocks - 1 if mark == "{last}" else 0, blocks):
+            folder, file = (name.replace(mark, str(number)) if mark else name for name in (pair.folder, pair.file))
+            yield Pair(folder, file, pair.form)
+
+
+def _t5(blocks: int) -> Iterator[Pair]:
+    parts = (f"encoder.block.{block}.{part}" for block in range(blocks) for part in T5_BLOCK)
+    yield from (Pair(name, name) for name in (*T5_TENSORS, *parts))
 
 
 def count(names: Iterable[str], stem: str) -> int:

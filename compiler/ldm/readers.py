@@ -7,7 +7,8 @@ tokenizer of the published model of the family; erasec takes the same values and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from erasec.errors import ErasecError
@@ -138,12 +139,45 @@ def check_readers(folder: Folder, family: str, shapes: Shapes, prediction: str, 
     sizes = sizes_from_shapes(family, shapes)
     title = FAMILIES[family].title
     if needs_configs(folder, family, sizes):
-        return (
-            f"ldm: the model has neither the sizes of {title} nor CLIP's vocabulary, so only a reader that is given "
-            f"its configs takes the file, as in from_single_file(FILE, config=FOLDER); ComfyUI, A1111 and erasec "
-            "refuse it.",
-        )
+        return (only_with_configs(title),)
     differing = list(differences(folder, family, sizes, prediction, rescaled))
+    refuse_differences(differing, title, folder.root)
+    notes = []
+    if not is_published(family, sizes):
+        notes.append(without_published_sizes(title))
+    elif prediction != default_prediction(family, sizes):
+        notes.append(
+            f"ldm: the file states that the UNet predicts {prediction}. diffusers does not read this: give "
+            "from_single_file the folder hf as its config=."
+        )
+    if differing:
+        notes.append(lost_metadata(differing))
+    return tuple(notes)
+
+
+def only_with_configs(title: str) -> str:
+    """The note about a file of a small model, for whose sizes no reader brings configs."""
+    return (
+        f"ldm: the model has neither the sizes of {title} nor CLIP's vocabulary, so only a reader that is given its "
+        "configs takes the file, as in from_single_file(FILE, config=FOLDER); ComfyUI, A1111 and erasec refuse it."
+    )
+
+
+def without_published_sizes(title: str) -> str:
+    """The note about a file of a model of other sizes than the published ones, with CLIP's vocabulary."""
+    return (
+        f"ldm: the model has not the sizes of {title}: readers that know only these refuse the file; "
+        "from_single_file takes it with config=FOLDER."
+    )
+
+
+def lost_metadata(differing: Sequence[Difference]) -> str:
+    """The note about settings that a file does not hold and that change no picture."""
+    return f"ldm: the file does not hold all settings: {'; '.join(map(str, differing))}."
+
+
+def refuse_differences(differing: Sequence[Difference], title: str, root: Path) -> None:
+    """Raise ErasecError if the readers of a single file would make other pictures than the folder ``root``."""
     if wrong := [difference for difference in differing if difference.pictures]:
         more = f"; {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ErasecError(
@@ -151,22 +185,8 @@ def check_readers(folder: Folder, family: str, shapes: Shapes, prediction: str, 
             why="a single file holds no configs and no tokenizer: its readers take those of the published "
             f"{title}" + "".join(f"; {difference}" for difference in wrong[1:3]) + more,
             fix="use the target hf, which keeps the configs",
-            where=str(folder.root),
+            where=str(root),
         )
-    notes = []
-    if not is_published(family, sizes):
-        notes.append(
-            f"ldm: the model has not the sizes of {title}: readers that know only these refuse the file; "
-            "from_single_file takes it with config=FOLDER."
-        )
-    elif prediction != default_prediction(family, sizes):
-        notes.append(
-            f"ldm: the file states that the UNet predicts {prediction}. diffusers does not read this: give "
-            "from_single_file the folder hf as its config=."
-        )
-    if differing:
-        notes.append(f"ldm: the file does not hold all settings: {'; '.join(map(str, differing))}.")
-    return tuple(notes)
 
 
 def is_published(family: str, sizes: Sizes) -> bool:
@@ -183,8 +203,13 @@ def needs_configs(folder: Folder, family: str, sizes: Sizes) -> bool:
     """
     if is_published(family, sizes):
         return False
+    return not extends_clip(folder)
+
+
+def extends_clip(folder: Folder) -> bool:
+    """Whether the first tokenizer of a ``folder`` knows all tokens of CLIP's vocabulary, by their ids."""
     own = _tokenizer(folder, "tokenizer").vocabulary
-    return any(own.get(token) != number for token, number in clip_vocabulary()[0].items())
+    return all(own.get(token) == number for token, number in clip_vocabulary()[0].items())
 
 
 def differences(folder: Folder, family: str, sizes: Sizes, prediction: str, rescaled: bool) -> Iterator[Difference]:
@@ -206,7 +231,12 @@ def differences(folder: Folder, family: str, sizes: Sizes, prediction: str, resc
     yield from compare_schedulers(
         folder.config("scheduler", "scheduler_config.json"), files["scheduler/scheduler_config.json"]
     )
-    for number, pad in enumerate(LAYOUTS[family].pad_tokens):
+    yield from clip_differences(folder, LAYOUTS[family].pad_tokens)
+
+
+def clip_differences(folder: Folder, pads: Sequence[str]) -> Iterator[Difference]:
+    """What the CLIP tokenizers of a folder have otherwise than CLIP's own, padded with the tokens ``pads``."""
+    for number, pad in enumerate(pads):
         name = f"tokenizer_{number + 1}" if number else "tokenizer"
         yield from _compare_tokenizers(name, _tokenizer(folder, name), pad)
 
@@ -214,8 +244,19 @@ def differences(folder: Folder, family: str, sizes: Sizes, prediction: str, resc
 def compare_configs(component: str, own: Mapping[str, Any], read: Mapping[str, Any]) -> Iterator[Difference]:
     """The fields in which two configs of a UNet, a VAE or a text encoder differ."""
     fields = TEXT if component.startswith("text_encoder") else UNET if component == "unet" else VAE
+    yield from compare_fields(component, own, read, fields, METADATA.get(component, ()))
+
+
+def compare_fields(
+    component: str,
+    own: Mapping[str, Any],
+    read: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    metadata: Sequence[str] = (),
+) -> Iterator[Difference]:
+    """The ``fields``, by their default values, in which two configs differ. Those in ``metadata`` change no picture."""
     for field, default in fields.items():
-        pictures = field not in METADATA.get(component, ())
+        pictures = field not in metadata
         yield from _differing(component, field, own.get(field, default), read.get(field, default), pictures)
 
 
@@ -277,8 +318,8 @@ def _differing(component: str, field: str, own: Any, read: Any, pictures: bool =
 def _comparable(field: str, value: Any) -> Any:
     """A value of a config in a form in which equal settings are equal: one number for a list of the same numbers."""
     if isinstance(value, list | tuple):
-        first, *rest = (_comparable(field, item) for item in value)
-        return [first, *rest] if any(item != first for item in rest) else first
+        items = [_comparable(field, item) for item in value]
+        return items[0] if items and all(item == items[0] for item in items) else items
     if field == "eos_token_id" and value == 2:
         return VOCABULARY - 1  # in transformers both mean the first end token of a prompt (see ``_text_encoder``)
     return False if field == "mid_block_only_cross_attention" and value is None else value

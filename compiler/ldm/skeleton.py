@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from erasec.errors import ErasecError, suggestion
 from erasec.family import FAMILIES, Shape
+from erasec.ldm import joint_configs
 from erasec.ldm.configs import (
     END,
     LAYOUTS,
@@ -37,12 +38,23 @@ def write_skeleton(out: Path, family: str, shapes: Shapes, prediction: str = "",
     if prediction not in ("", "epsilon", "v_prediction"):
         raise ErasecError(f"no UNet predicts {prediction!r}", why=suggestion(prediction, ("epsilon", "v_prediction")))
     sizes = sizes_from_shapes(family, shapes)
-    check_clip(family, sizes)
+    check_clip(dict(zip(FAMILIES[family].text_encoders, sizes.texts, strict=True)))
     files = config_files(family, sizes, prediction, rescaled)
+    _write(out, family, shapes, files, LAYOUTS[family].pad_tokens)
+
+
+def write_joint_skeleton(out: Path, family: str, shapes: Shapes) -> None:
+    """As ``write_skeleton``, for a family of transformers. Raises ErasecError for a model with T5's text encoder, whose
+    tokenizer erasec does not have."""
+    check_clip(joint_configs.clip_sizes(family, shapes))
+    _write(out, family, shapes, joint_configs.config_files(family, shapes), joint_configs.layout(family).pad_tokens)
+
+
+def _write(out: Path, family: str, shapes: Shapes, files: Mapping[str, Mapping[str, Any]], pads: Sequence[str]) -> None:
     _compare(shapes, shapes_of_classes(family, files))
     for name, content in files.items():
         write_json(out / name, content)
-    for folder, pad in zip(("tokenizer", "tokenizer_2"), LAYOUTS[family].pad_tokens, strict=False):
+    for folder, pad in zip(("tokenizer", "tokenizer_2"), pads, strict=False):
         write_tokenizer(out / folder, pad)
 
 
@@ -77,7 +89,7 @@ def _compare(shapes: Shapes, expected: Shapes) -> None:
         actual = {canonical(component, key): shape for key, shape in shapes[component].items()}
         wanted = {canonical(component, key): shape for key, shape in tensors.items()}
         # A text encoder may contain unused tensors: position_ids, logit_scale or a projection.
-        for key in sorted({*wanted, *actual} if component in ("unet", "vae") else wanted):
+        for key in sorted(wanted if component.startswith("text_encoder") else {*wanted, *actual}):
             if wanted.get(key) != actual.get(key):
                 raise ErasecError(
                     f"{component} fits no config that erasec writes",
@@ -97,6 +109,8 @@ def shapes_of_classes(family: str, files: Mapping[str, Mapping[str, Any]]) -> di
 
     shapes = {}
     for component in FAMILIES[family].components:
+        if f"{component}/config.json" not in files:
+            continue
         library, name = files["model_index.json"][component]
         options = {key: value for key, value in files[f"{component}/config.json"].items() if key[0] != "_"}
         try:

@@ -14,10 +14,11 @@ from erasec.checkpoint import pickles
 from erasec.checkpoint.disk import named_errors
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder, check_links
 from erasec.checkpoint.owned import process_scratch
+from erasec.checkpoint.quantised import GGUF, quantised, refuse_gguf
 from erasec.checkpoint.staging import settle
 from erasec.checkpoint.tokenizer_files import SAVED, SENTENCEPIECE, VOCABULARY, read_tokenizer
 from erasec.errors import ErasecError, reason, suggestion
-from erasec.family import HUB, detect
+from erasec.family import FAMILIES, HUB, detect
 from erasec.model import hub
 from erasec.model.view import Model
 from erasec.recipe.presets import FILE as PRESETS_FILE
@@ -25,7 +26,6 @@ from erasec.recipe.presets import FILE as PRESETS_FILE
 # Suffixes of files with pickled weights.
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # The models that are part of the package, each with the reference world that it belongs to.
-GGUF = b"GGUF"  # the first bytes of such a file
 BUNDLED = {"glyphs": "glyphs", "glyphs-never-star": "glyphs", "emoji": "emoji", "emoji-never-owl-noto": "emoji"}
 # What copies of a bundled model must say of the pictures that it was trained on.
 NOTICE = "NOTICE.md"
@@ -116,21 +116,11 @@ def load(name: str, revision: str | None = None, variant: str = "", allow_pickle
     return _load_from_hub(name, HUB.get(name, name), revision, variant, allow_pickle)
 
 
-def _quantised(what: str, where: Path) -> ErasecError:
-    return ErasecError(
-        f"{what} holds quantised weights",
-        why="they are rounded to few bits for inference, and an edit is smaller than the rounding",
-        fix="give the model that it was made from, in float16, bfloat16 or float32, and quantise the result",
-        where=str(where),
-    )
-
-
 def _load_single_file(path: Path, name: str, allow_pickle: bool) -> Model:
     from erasec.ldm.single_file import SingleFile
 
     with path.open("rb") as file:
-        if file.read(len(GGUF)) == GGUF:
-            raise _quantised(f"the GGUF file {name}", path)
+        refuse_gguf(path, file.read(len(GGUF)))
     if path.suffix in PICKLES:
         if not allow_pickle:
             raise ErasecError(
@@ -143,7 +133,9 @@ def _load_single_file(path: Path, name: str, allow_pickle: bool) -> Model:
         raise ErasecError(f"{name} is no checkpoint", why=f"its suffix is {path.suffix or 'missing'}, not .safetensors")
     source = SingleFile(path)
     source.watch()
-    return Model(detect({key: entry.shape for key, entry in source.entries("unet").items()}), source, name)
+    denoiser = source.entries(FAMILIES[source.family].denoiser)
+    family = detect({key: entry.shape for key, entry in denoiser.items()})
+    return Model(family.only([part for part in family.components if part in source.components]), source, name)
 
 
 def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_pickle: bool = False) -> Model:
@@ -162,7 +154,7 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
     denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
     for file in sorted(root.glob("*/config.json")):
         if folder.config(file.parent.name).get("quantization_config"):
-            raise _quantised(f"{file.parent.name} of {name}", file)
+            raise quantised(f"{file.parent.name} of {name}", file)
     family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
     for component in family.optional:
         if not folder.index.get(component, [None])[0]:

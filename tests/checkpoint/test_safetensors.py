@@ -127,8 +127,8 @@ def test_a_damaged_file_is_an_error(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_dtype_that_is_not_read_is_no_damage(tmp_path: Path) -> None:
-    save_file({"x": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
-    with pytest.raises(ErasecError, match="holds tensors of the dtype F8_E4M3") as caught:
+    save_file({"x": torch.ones(4, dtype=torch.complex64)}, tmp_path / "x.safetensors")
+    with pytest.raises(ErasecError, match="holds tensors of the dtype C64") as caught:
         checkpoint.read_header(tmp_path / "x.safetensors")
     assert "BF16" in caught.value.why and "float16 or float32 file" in caught.value.fix
     save_file({"x": torch.ones(4).half()}, tmp_path / "x.safetensors")

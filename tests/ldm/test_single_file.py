@@ -79,12 +79,18 @@ def test_small_files_are_not_written_before_they_are_needed(pair: tuple[Path, Pa
     assert (source.root / "tokenizer" / "vocab.json").is_file()
 
 
-def test_a_tensor_that_the_file_stores_in_another_form_cannot_be_replaced(pair: tuple[Path, Path]) -> None:
+def test_a_tensor_that_the_file_stores_in_another_form_takes_its_place_there(pair: tuple[Path, Path]) -> None:
+    """A matrix that is a convolution in the file; test_joint_single_file has others. Other shapes are refused."""
     source = SingleFile(pair[1])
     attention = "decoder.mid_block.attentions.0.to_q.weight"
-    with pytest.raises(ErasecError, match="cannot be replaced") as caught:
-        source.by_file({"vae": {attention: lambda: torch.zeros(1)}})
-    assert "first_stage_model" in caught.value.why
+    new = torch.arange(64 * 64).reshape(64, 64).half()
+    ((key, make),) = source.by_file({"vae": {attention: lambda: new}})[pair[1]].items()
+    assert key == "first_stage_model.decoder.mid.attn_1.q.weight"
+    assert torch.equal(make(), new[:, :, None, None])
+    for wrong in (new[:1], new.float()):
+        ((_, make),) = source.by_file({"vae": {attention: lambda wrong=wrong: wrong}})[pair[1]].items()
+        with pytest.raises(ErasecError, match="a new part of first_stage_model"):
+            make()
 
 
 def test_a_file_without_a_component_is_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -25,16 +25,18 @@ from erasec.ldm.tensor_names import LAYOUTS
 from erasec.model.loading import bundled_folder, load
 from erasec.targets.ldm import FILE, Ldm, metadata, read_back, same_tensors
 
+UNETS = ("sd1", "sd2", "sdxl")  # test_ldm_joint has the transformers
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Artifact]]:
     """A random folder of every family, in half precision, and glyphs; and what the target makes of each."""
     root = tmp_path_factory.mktemp("families")
-    for number, family in enumerate(LAYOUTS):
+    for number, family in enumerate(UNETS):
         write_random(root / family, family, seed=number, dtype="float16")
     shutil.copytree(bundled_folder("glyphs"), root / "glyphs")
     artifacts = {
-        name: Ldm().export(Folder(root / name), root / f"{name}-ldm", Context()) for name in (*LAYOUTS, "glyphs")
+        name: Ldm().export(Folder(root / name), root / f"{name}-ldm", Context()) for name in (*UNETS, "glyphs")
     }
     return {path.name: path for path in root.iterdir()}, artifacts
 
@@ -172,7 +174,7 @@ def test_metadata_say_what_it_is(
 
 
 def test_metadata_are_in_the_file(folders: dict[str, Path]) -> None:
-    for name in LAYOUTS:
+    for name in UNETS:
         assert read_header(folders[f"{name}-ldm"] / FILE)[1] == metadata(Folder(folders[name]), name)[0]
 
 
@@ -209,7 +211,7 @@ def test_one_changed_number_fails_the_check(folders: dict[str, Path], tmp_path: 
     tensor = read_tensor(read_header(file)[0][key])
     tensor.view(-1)[tensor.numel() // 2] += 1
     patch_file(file, tmp_path / FILE, {key: lambda: tensor})
-    check = same_tensors(entries(folders["sd2"], "sd2"), tmp_path / FILE)
+    check = same_tensors("sd2", entries(folders["sd2"], "sd2"), tmp_path / FILE)
     assert failed(check) == 1
     assert check.limit == 0
 
@@ -226,10 +228,10 @@ def test_another_dtype_shape_or_set_of_tensors_fails_the_check(folders: dict[str
     }
     for name, content in damaged.items():
         save_file(content, tmp_path / name)
-        assert failed(same_tensors(own, tmp_path / name)) == 1, name
+        assert failed(same_tensors("sdxl", own, tmp_path / name)) == 1, name
     save_file({**tensors, conv.replace("bias", "bais"): tensors[conv].clone()}, tmp_path / "renamed")
     with pytest.raises(ErasecError, match=r"out\.2\.bais is no tensor"):
-        same_tensors(own, tmp_path / "renamed")
+        same_tensors("sdxl", own, tmp_path / "renamed")
 
 
 @pytest.mark.parametrize(
@@ -284,9 +286,9 @@ def test_parts_of_one_tensor_in_two_dtypes_are_refused(folders: dict[str, Path],
         Ldm().export(Folder(folder), tmp_path / "out", Context())
 
 
-def test_a_model_without_a_unet_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "SD3Transformer2DModel"]}')
-    with pytest.raises(ErasecError, match="this model has no UNet"):
+def test_a_model_without_a_denoiser_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"prior": ["diffusers", "StableCascadeUNet"]}')
+    with pytest.raises(ErasecError, match="this model has no denoiser"):
         Ldm().export(Folder(tmp_path), tmp_path / "out", Context())
 
 
@@ -299,10 +301,10 @@ def with_tensors(folder: Path, out: Path, file: str, more: dict[str, torch.Tenso
 
 def test_what_no_single_file_can_hold_is_refused_by_the_size(folders: dict[str, Path], tmp_path: Path) -> None:
     """A plan asks for the size, so nothing is solved and written first."""
-    for family in LAYOUTS:
+    for family in UNETS:
         assert Ldm().size(load(str(folders[family]))) > 0
-    with pytest.raises(ErasecError, match="this model has no UNet"):
-        Ldm().size(replace(load(str(folders["sd1"])), family=FAMILIES["flux"]))
+    with pytest.raises(ErasecError, match="this model has no denoiser"):
+        Ldm().size(replace(load(str(folders["sd1"])), family=replace(FAMILIES["flux"], name="other")))
     unet, text = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
     extra = with_tensors(folders["sd1"], tmp_path / "extra", unet, {"adapter.weight": torch.zeros(1)})
     with pytest.raises(ErasecError, match=r"adapter\.weight has no place"):
@@ -344,7 +346,7 @@ def test_one_tensor_at_a_time(folders: dict[str, Path], tmp_path: Path, monkeypa
 
     monkeypatch.setattr(ldm, "read_tensor", counted)
     monkeypatch.setattr(ldm, "finite_check", lambda name, entries: Check.count(name, [], ""))
-    monkeypatch.setattr(ldm, "same_tensors", lambda own, file: Check.count("", [], ""))
+    monkeypatch.setattr(ldm, "same_tensors", lambda family, own, file: Check.count("", [], ""))
     monkeypatch.setattr(ldm, "read_back", lambda *_: ())
     gc.collect()
     Ldm().export(Folder(folders["sd2"]), tmp_path, Context())
