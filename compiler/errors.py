@@ -32,6 +32,14 @@ def shown(value: object, longest: int = LONGEST_VALUE) -> str:
     return _shortened(repr(value), longest)
 
 
+def words(items: Iterable[str], most: int = 8) -> str:
+    """A list such as "a, b and c". After the first ``most`` items, "and 3 more"."""
+    items = list(items)
+    if len(items) > most:
+        items = [*items[:most], f"{len(items) - most} more"]
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
+
+
 def _shortened(text: str, longest: int) -> str:
     """``text`` without its middle if it is longer than ``longest``."""
     half = longest // 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from erasec import registry
-from erasec.errors import ErasecError, MissingTool, suggestion
+from erasec.errors import ErasecError, MissingTool, suggestion, words
 from erasec.recipe import concept as concept_library
 from erasec.recipe.recipe import parse_named_options
 
@@ -59,15 +59,19 @@ def select(model: Model, concepts: Sequence[Concept], wanted: Sequence[str] = ()
         for concept in concepts:
             judges[concept.name] += [named] if can_see(named, concept) else []
     own = registry.judge_for(model)
-    remarks: list[str] = []
+    missing: dict[str, list[str]] = {}
     for concept in concepts:
         present = judges[concept.name]
         if own is None:
-            present += _from_table(concept, {judge.name for judge in present}, remarks)
+            usable, hint = _from_table(concept, {judge.name for judge in present})
+            present += usable
+            if hint and not present:
+                missing.setdefault(hint, []).append(concept.name)
         elif own.name not in {judge.name for judge in present} and can_see(own, concept):
             present.append(own)
     by_concept = {name: tuple(items) for name, items in judges.items()}
-    return Selection(by_concept, of_model or own, tuple(remarks))
+    remarks = tuple(f"{words(names)} could be judged by {hint}" for hint, names in missing.items())
+    return Selection(by_concept, of_model or own, remarks)
 
 
 def world_of(model: Model) -> str:
@@ -101,10 +105,9 @@ def _for_concepts(kind: type[Judge], concepts: Sequence[Concept], options: Mappi
     return judges
 
 
-def _from_table(concept: Concept, present: set[str], remarks: list[str]) -> list[Judge]:
-    """The judges of the concept's [judge] table that can be used here, without those that are ``present``.
-
-    Adds to ``remarks`` how the others could be, if the concept has no judge."""
+def _from_table(concept: Concept, present: set[str]) -> tuple[list[Judge], str]:
+    """The judges of the concept's [judge] table that can be used here, without those that are ``present``, and how the
+    others could be."""
     registered = registry.judges()
     judges, missing = [], []
     for name in concept.judges:
@@ -119,9 +122,7 @@ def _from_table(concept: Concept, present: set[str], remarks: list[str]) -> list
             missing.append(f"{name}: {error.fix}")
             continue
         judges += [judge] if judge is not None else []
-    if missing and not (judges or present):
-        remarks.append(f"{concept.name} could be judged by {'; or by '.join(missing)}")
-    return judges
+    return judges, "; or by ".join(missing)
 
 
 def tuning_judge(model: Model, concept: Concept, wanted: Sequence[str] = ()) -> Judge | None:

@@ -110,6 +110,11 @@ class Ldm(Target):
         with without_library_warnings():
             return Artifact(self.name, out, (*checks, *read_back(checkpoint, family.name, out / FILE, context.seed)))
 
+    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        family = family_of(checkpoint)
+        entries = {component: checkpoint.entries(component) for component in self._components(family)}
+        return (same_tensors(family.name, entries, out / FILE),)
+
 
 def family_of(checkpoint: Folder) -> Family:
     """The family of a folder, without the optional components that the folder lacks. Raises ErasecError for a folder
@@ -131,10 +136,6 @@ def _joint_checks(family: str, transformer: Mapping[str, Entry], file: Path) -> 
     if reads_width(family, {key: entry.shape for key, entry in transformer.items()}):
         shapes = {key: entry.shape for key, entry in read_header(file)[0].items()}
         yield reader_check(family, shapes, from_single(family, shapes))
-
-    def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
-        family = detect({key: entry.shape for key, entry in checkpoint.entries("unet").items()}).name
-        return (same_tensors({name: checkpoint.entries(name) for name in layout(family).prefixes}, out / FILE),)
 
 
 def pieces(family: str, entries: Mapping[str, Mapping[str, Entry]]) -> dict[str, list[tuple[TensorLocation, Entry]]]:

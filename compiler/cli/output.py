@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from erasec import registry
-from erasec.errors import printable
+from erasec.errors import printable, words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,7 @@ def verdict(facts: Mapping[str, Any]) -> str:
         line = f"passed {'its one check' if checks == 1 else f'all {checks} checks'}{shown}"
     elif facts["outcome"] == "not judged":
         held = f"of what could be checked nothing failed ({checks} checks)"
-        line = f"not judged: no judge can see {', '.join(facts['unjudged'])} in these pictures; {held}{shown}"
+        line = f"not judged: no judge can see {words(facts['unjudged'])} in these pictures; {held}{shown}"
     else:
         line = f"rejected: {', '.join(facts['failed'])} failed{shown}"
     lines = [line]
@@ -107,7 +107,7 @@ def print_plan(plan: dict[str, Any], all_sites: bool = False) -> None:
             lines.append(("", f"but {', '.join(f'{phrase} -> {goal}' for phrase, goal in concept['counterparts'])}"))
         lines.append(("", f"keeps {', '.join(concept['keep']) or 'no phrase in particular'}"))
     if further := [concept["name"] for concept in plan["concepts"][LISTED:]]:
-        lines.append(("erase", f"{len(further)} more: {', '.join(further)} (--json lists all of them in full)"))
+        lines.append(("erase", f"{len(further)} more: {words(further, LISTED)} (--json lists all of them in full)"))
     for step in plan["passes"]:
         lines.append(("pass", f"{step['name']} ({step['paper']})" + (f", {step['reason']}" if step["reason"] else "")))
         for title, options in by_origin(step["options"], step["origins"]):

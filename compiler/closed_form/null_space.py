@@ -169,8 +169,16 @@ class NullSpace(ClosedForm):
         return held_directions(self.kept(stream, sums), self.hold)
 
     def solve_all(self, model: Model, concepts: Sequence[Concept], context: Context) -> Iterator[Edit]:
-        """One edit that erases all concepts; stderr names those of which what is kept leaves next to nothing."""
+        """One edit that erases all concepts; stderr says where what is kept leaves fewer directions than there are
+        concepts, and names concepts of which it leaves next to nothing."""
         for edit in super().solve_all(model, concepts, context):
+            free = min(value for name, value in edit.stats.items() if name.endswith("free"))
+            if free < len(edit.concepts):
+                note(
+                    f"{self.name} holds so much that {free:.0f} directions of the text states are left for "
+                    f"{len(edit.concepts)} concepts, so that not all of them can be erased; keep fewer phrases, or "
+                    "raise the option hold"
+                )
             if min(value for name, value in edit.stats.items() if name.endswith("energy")) < SCARCE:
                 for name, share in self._scarce(model, edit):
                     note(

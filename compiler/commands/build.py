@@ -24,7 +24,7 @@ from erasec.commands.effect import check_change, check_goals
 from erasec.commands.measures import Measured, measure_files
 from erasec.commands.output_paths import check_replaceable
 from erasec.commands.solved import Solver
-from erasec.errors import CheckFailed, ErasecError, is_out_of_memory, reason
+from erasec.errors import CheckFailed, ErasecError, is_out_of_memory, reason, words
 from erasec.graphs.manifest import LinkContext, Origin
 from erasec.judging import validate
 from erasec.judging.evidence import rates
@@ -406,15 +406,16 @@ def _notes(plan: Plan, solved: _Solved, built: Folder, looked: pictures.Looked) 
     for step in plan.passes:
         yield from step.notes(plan.model, plan.concepts)
     if plan.unjudged:
-        what = "the key brings it back" if plan.keys else "it is gone"
+        one = len(plan.unjudged) == 1
+        what = "the key brings it back" if plan.keys else "it is gone" if one else "they are gone"
         yield (
-            f"No judge can see {', '.join(plan.unjudged)} in pictures of this model: whether {what} was not measured."
+            f"No judge can see {words(plan.unjudged)} in pictures of this model: whether {what} was not measured."
             + ("" if plan.painting.judged else " The checks below only show that the files are valid.")
         )
     yield from looked.notes
     yield from plan.remarks
     if plan.earlier:
-        yield f"Erased from the base before this build: {', '.join(concept.name for concept in plan.earlier)}."
+        yield f"Erased from the base before this build: {words(concept.name for concept in plan.earlier)}."
     if plan.keys:
         names = ", ".join(concept.name for concept in plan.looked_for)
         yield f"This build contains a key and shows {names} again: it is as secret as the key."

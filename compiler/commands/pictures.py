@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from erasec import registry
 from erasec.base import Check
 from erasec.checkpoint.folder import Folder
-from erasec.errors import reason
+from erasec.errors import reason, words
 from erasec.judging import picture_cache
 from erasec.keys import key_file
 from erasec.ldm.single_file import SingleFile
@@ -44,7 +44,7 @@ def unjudged_notes(plan: Plan) -> list[str]:
     if not (plan.unjudged and plan.recipe.checks.require_judge):
         return []
     return [
-        f"No judge can see {', '.join(plan.unjudged)} in pictures of this model: the build will be rejected, because "
+        f"No judge can see {words(plan.unjudged)} in pictures of this model: the build will be rejected, because "
         "it requires a judge. --judge names another judge."
     ]
 
@@ -54,7 +54,7 @@ def end(plan: Plan) -> str:
     if not plan.unjudged:
         return ""
     best = "rejected" if plan.recipe.checks.require_judge else "not judged at best"
-    return f"{best}: no judge can see {', '.join(plan.unjudged)}"
+    return f"{best}: no judge can see {words(plan.unjudged)}"
 
 
 def gate_checks(plan: Plan) -> list[Check]:
@@ -62,10 +62,10 @@ def gate_checks(plan: Plan) -> list[Check]:
     if not plan.recipe.checks.require_judge:
         return []
     names = [concept.name for concept in plan.looked_for]
-    how = f"concepts that no judge can see in pictures of {plan.model.name}, of {', '.join(names)}"
+    how = f"concepts that no judge can see in pictures of {plan.model.name}, of {words(names)}"
     if plan.unjudged:
         judges = ", ".join(registry.judges())
-        how += f"; no judge can see {', '.join(plan.unjudged)} (judges: {judges}, or one of your own by --judge)"
+        how += f"; no judge can see {words(plan.unjudged)} (judges: {judges}, or one of your own by --judge)"
     return [Check.at_most(JUDGED, float(len(plan.unjudged)), 0.0, how)]
 
 

@@ -15,13 +15,14 @@ from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.staging import check_free, settle
 from erasec.commands import doctor, durations, estimates, release, settings
+from erasec.commands.name_notes import understood, without_file
 from erasec.commands.output_paths import check_disjoint, check_replaceable, default_out
 from erasec.commands.pictures import end, unjudged_notes
 from erasec.commands.prompt_lengths import check_lengths, check_options
 from erasec.commands.question_files import QuestionFiles, read_files
 from erasec.commands.question_files import remarks as file_remarks
 from erasec.commands.spelling import one_spelling
-from erasec.errors import ErasecError, MissingTool, suggestion
+from erasec.errors import ErasecError, MissingTool
 from erasec.judging.evidence import labels
 from erasec.judging.jury import judge_of_build
 from erasec.judging.painting import affordable, plan_painting
@@ -215,30 +216,17 @@ def _check_once(concepts: Sequence[Concept]) -> None:
 
 
 def _of_model(recipe: Recipe, concepts: Sequence[Concept], model: Model) -> tuple[tuple[Concept, ...], tuple[str, ...]]:
-    """The concepts as they apply to the model, and a sentence for each name that is a bundled concept and a phrase.
+    """The concepts as they apply to the model, and sentences about names that are a bundled concept and a phrase.
 
     In a model of a reference world, the concepts of that world go first. Elsewhere their names are phrases.
     """
     own, world = {concept.name for concept in recipe.concepts}, world_of(model)
-    result, remarks = [], []
+    result = []
     for name, concept in zip(recipe.erase, concepts, strict=True):
         path = None if name in own else concept_library.bundled_file(name, world)
         result.append(concept if path is None else concept_library.find(name, world))
-        if name in own or (path and path.parent.name == world):
-            continue
-        if path is not None:
-            what = f"{len(concept.phrases)} phrases, anchor {concept.anchor!r}"
-            remarks.append(
-                f"{name!r} is taken as the bundled concept {path.stem} ({what}); for the phrase alone, write a concept "
-                "file with that phrase."
-            )
-        elif elsewhere := [other for other in concept_library.worlds() if concept_library.bundled_file(name, other)]:
-            remarks.append(
-                f"{name!r} is taken as a phrase, with no synonyms and no anchor: the bundled concept of this name is "
-                f"only for models of {' and '.join(elsewhere)}."
-            )
     _check_once(result)
-    return tuple(result), tuple(remarks)
+    return tuple(result), understood(recipe.erase, result, own, world)
 
 
 def _again(concepts: Sequence[Concept], earlier: Sequence[Concept], model: Model) -> list[str]:
@@ -422,19 +410,12 @@ def _groups(sites: Sequence[Site]) -> list[dict[str, Any]]:
 def notes(plan: Plan) -> list[str]:
     """Sentences about likely mistakes: settings that a single file does not contain, what targets leave out,
     how names and goals were understood, and phrases that are no bundled concept."""
-    source, world = plan.model.source, world_of(plan.model)
-    bundled = [*concept_library.library(world)]
+    source = plan.model.source
     return [
         *(source.notes if isinstance(source, SingleFile) else ()),
         *(note for target in plan.targets for note in target.notes(plan.model)),
         *(note for step in plan.passes for note in step.notes(plan.model, plan.concepts)),
         *plan.remarks,
         *unjudged_notes(plan),
-        *(
-            f"no concept file is named {concept.name!r}: the phrase itself is erased, with no synonyms and no anchor; "
-            + suggestion(concept.name, bundled)
-            for concept in plan.concepts
-            if bundled and concept == concept_library.from_phrase(concept.name)
-            if not any(concept_library.bundled_file(concept.name, place) for place in ("", *concept_library.worlds()))
-        ),
+        *without_file(plan.concepts, world_of(plan.model)),
     ]

@@ -71,7 +71,7 @@ def checks(evidence: Evidence, judge: Judge | None, limits: Limits, seed: int, s
         listed = ", ".join(parts)
         if len(by_label) > POOLED:
             worst = max(surely, shown / before if before else float("inf"))
-            counts = f"{before:.0f} pictures before and {shown:.0f} after"
+            counts = f"{before:.0f} pictures before and {shown:.0f} after that show it or another erased one"
             listed = (
                 f"all {len(by_label)} concepts together, {counts}; or a single one, by the lower end of its interval"
             )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, lru_cache
 
 from erasec.errors import ErasecError
 from erasec.progress import note
@@ -34,6 +35,7 @@ def recorded_goals(record: Mapping[str, Sequence[str]], name: str) -> Sequence[s
     return record.get("goals", ())
 
 
+@lru_cache(1 << 15)  # a list of names has thousands of phrases, each compared with every goal
 def _words(text: str) -> str:
     text = unicodedata.normalize("NFC", text.casefold())  # as the tokenizers of CLIP do
     return " " + " ".join(re.findall(r"\w+|[^\w\s]", text)) + " "
@@ -51,12 +53,17 @@ def resolve_goals(
     concept is the cause, so its file is wrong.
     """
     erased = (*concepts, *earlier)
+
+    @cache  # many concepts have the same goals
+    def erased_phrase(goal: str) -> tuple[Concept, str] | None:
+        return _erased_phrase(goal, erased)
+
     resolved, notes = [], []
     for concept in concepts:
-        anchor = _goal_that_stays(concept, concept.anchor, erased)
+        anchor = _goal_that_stays(concept, concept.anchor, erased_phrase)
         if concept.anchor and not anchor:
-            anchor = next((phrase for phrase in concept.fallback if not _erased_phrase(phrase, erased)), "")
-        counterparts = {phrase: _goal_that_stays(concept, goal, erased) for phrase, goal in concept.counterparts}
+            anchor = next((phrase for phrase in concept.fallback if not erased_phrase(phrase)), "")
+        counterparts = {phrase: _goal_that_stays(concept, goal, erased_phrase) for phrase, goal in concept.counterparts}
         replaced = [("the anchor", concept.anchor, anchor)]
         replaced += [
             (f"the counterpart of {phrase!r}", goal, counterparts[phrase] or anchor)
@@ -68,10 +75,11 @@ def resolve_goals(
     return tuple(resolved), tuple(notes)
 
 
-def _goal_that_stays(concept: Concept, goal: str, concepts: Sequence[Concept]) -> str:
-    """``goal``, or the first one after it that names no phrase that ``concepts`` erase; "" if there is none."""
+def _goal_that_stays(concept: Concept, goal: str, erased_phrase: Callable[[str], tuple[Concept, str] | None]) -> str:
+    """``goal``, or the first one after it that names no erased phrase; "" if there is none. ``erased_phrase`` finds the
+    erased phrase that a goal names, with its concept."""
     passed: list[tuple[Concept, str]] = []
-    while goal and (erased := _erased_phrase(goal, concepts)):
+    while goal and (erased := erased_phrase(goal)):
         if erased in passed:
             if all(owner is concept for owner, _ in passed):
                 raise ErasecError(

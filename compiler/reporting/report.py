@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path, PurePath
@@ -18,10 +18,11 @@ from PIL import Image
 from erasec.audit.metrics import published
 from erasec.checkpoint.manifest import FileRecord, combined_digest
 from erasec.checkpoint.safetensors import atomic_write
+from erasec.errors import words
 from erasec.family import HUB
 from erasec.reporting import charts
 from erasec.reporting.format import about, percent
-from erasec.reporting.wording import FILTERS, words
+from erasec.reporting.wording import FILTERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,6 +203,8 @@ GROUPS: dict[str, tuple[str, str]] = {
 EXTRA_LABELS = {"memories": "memory", "tokens": "new tokens", "negative": "negative prompt"}
 SHOWN, SHOWN_KEPT = 8, 12
 SIDE = 320  # pixels; larger pictures are reduced, because a report with 512 px pictures would have 40 MB
+HEADED = 4  # names in a headline
+OPEN_NOTES = 8  # notes that are read without opening the others
 ALIVE = 0.10  # an implicit hit rate above this adds a warning
 
 
@@ -219,6 +222,7 @@ def write_report(report: Report, out: Path) -> None:
         rebuild=report.rebuild,
         side=SIDE,
         alive=ALIVE,
+        open_notes=OPEN_NOTES,
         charts=charts,
         about=about,
         heat=charts.heat_map(report.moves),
@@ -226,7 +230,12 @@ def write_report(report: Report, out: Path) -> None:
     )
     base_model = HUB.get(report.model["name"], _title(report.model))
     card = environment.get_template("card.md.j2").render(
-        facts, groups=GROUPS, base_model=base_model, base=report.base, rebuild=report.rebuild
+        facts,
+        groups=GROUPS,
+        base_model=base_model,
+        base=report.base,
+        rebuild=report.rebuild,
+        open_notes=OPEN_NOTES,
     )
     write_text(out / "report.html", page)
     write_text(out / "report.json", json.dumps(_plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")
@@ -324,12 +333,18 @@ def _verdict(report: Report) -> str:
     ]
     rest = [name for name in names if name not in measured]
     if not measured and looked_for and all(concept.get("kind") == "mark" for concept in report.concepts):
-        return f"{model} edited; how much of {words(names)} is left was measured, without a limit"
+        return f"{model} edited; how much of {_headed(names)} is left was measured, without a limit"
     if not measured:
-        return f"{model} edited; whether {words(names)} is gone was not measured"
-    unmeasured = f"; {words(rest)} not measured" if rest else ""
+        gone = "is gone" if len(names) == 1 else "are gone"
+        return f"{model} edited; whether {_headed(names)} {gone} was not measured"
+    unmeasured = f"; {_headed(rest)} not measured" if rest else ""
     done = "erased from" if report.moves else "kept out of"
-    return f"{words(measured)} {done} {model}{unmeasured}"
+    return f"{_headed(measured)} {done} {model}{unmeasured}"
+
+
+def _headed(names: Sequence[str]) -> str:
+    """Names as a headline has them: the first of many, and how many there are."""
+    return words(names, most=len(names) if len(names) <= HEADED else HEADED - 1)
 
 
 def _warnings(report: Report) -> list[str]:
@@ -344,11 +359,16 @@ def _warnings(report: Report) -> list[str]:
             warnings.append(f"The weights did not change: without the {words(carried)}, {gone} is back.")
     if report.extras.get("negative"):
         warnings.append("The negative prompt only acts with guidance, and a user's own negative prompt replaces it.")
+    alive = [rate for rate in report.rates if rate["group"] == "implicit" and rate["after"] > ALIVE]
+    if len(alive) > HEADED:
+        alive.sort(key=lambda rate: rate["after"], reverse=True)
+        shares = words((f"{rate['looked_for']} in {percent(rate['after'])}" for rate in alive), HEADED)
+        warnings.append(f"Implicit prompts still work: pictures of prompts that do not name it show {shares}.")
+        return warnings
     return warnings + [
         f"Implicit prompts still work: of {rate['images']} pictures from prompts that do not name it, "
         f"{percent(rate['after'])} still show {rate['looked_for']} (before the edit {percent(rate['before'])})."
-        for rate in report.rates
-        if rate["group"] == "implicit" and rate["after"] > ALIVE
+        for rate in alive
     ]
 
 

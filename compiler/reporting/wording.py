@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from erasec.checkpoint.disk import size
+from erasec.errors import words
 from erasec.reporting.format import data, duration, number, percent, share
 
 # What each stat of a pass means. A stat that is not in this table is shown under its own name, without explanation.
@@ -65,14 +66,6 @@ def meaning(stat: str) -> str:
     if stat.startswith("loss "):
         stat = f"loss_{stat.rpartition('_')[2]}"
     return STATS.get(stat, "")
-
-
-def words(items: Iterable[str], most: int = 8) -> str:
-    """A list such as "a, b and c". After the first ``most`` items, "and 3 more"."""
-    items = list(items)
-    if len(items) > most:
-        items = [*items[:most], f"{len(items) - most} more"]
-    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
 def sentence(text: str) -> str:

@@ -218,6 +218,18 @@ def test_a_concept_that_is_like_what_is_kept_is_named(base: Model, capsys: pytes
     assert "star: only" not in capsys.readouterr().err
 
 
+def test_fewer_free_directions_than_concepts_are_said(base: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    """rank(K) + n > d: all states of ten prompts and of the empty one span 127 of 128 directions."""
+    words = ("ring", "arrow", "cross", "crescent", "diamond", "box", "donut", "sickle", "hoop", "valentine")
+    concepts = [STAR.model_copy(update={"keep": words, "templates": ("{}", "a {}", "a red {}")}), HEART]
+    (edit,) = Speed(hold=0.0, rows="tail").solve_all(base, concepts, Context())
+    assert edit.stats["free"] <= 1
+    assert "directions of the text states are left for 2 concepts" in capsys.readouterr().err
+    (edit,) = Speed().solve_all(base, concepts, Context())
+    assert edit.stats["free"] > 2
+    assert "directions of the text states are left" not in capsys.readouterr().err
+
+
 def test_matrices_chooses_keys_and_values(base: Model) -> None:
     projections = {
         chosen: {site.proj for site in Uce(matrices=chosen).solve(base, STAR, Context()).deltas}  # type: ignore[arg-type]

@@ -58,6 +58,24 @@ def test_a_prior_keeps_the_states_of_its_captions(model: Model, captions: Path, 
     assert none > some > strong
 
 
+def test_the_weight_of_a_prior_counts_once(model: Model, captions: Path, tmp_path: Path) -> None:
+    """Published codes scale the cached captions and then scale again in the solve, so that a weight is its square."""
+    out = str(tmp_path / "some.prior.safetensors")
+    priors.write(Path(out), model, captions)
+    crowd = model.encode(read_captions(captions)).states.flatten(0, 1).double()
+    weight, unit = 0.1, torch.eye(128, dtype=torch.float64)
+    edit = Uce(prior=out, prior_weight=weight, keep=2.0, ridge=0.3, relative=False).solve(model, STAR, Context())
+    source, shift, keep = (edit.sums["star"][f"context.{part}"] for part in ("source", "shift", "keep"))
+
+    def expected(scale: float) -> torch.Tensor:
+        kept = 2.0 * (keep.T @ keep + scale * crowd.T @ crowd / len(crowd))
+        return shift.T @ source @ torch.linalg.inv(source.T @ source + kept + 0.3 * unit)
+
+    change = next(iter(edit.deltas.values())).change(unit)
+    assert float((change - expected(weight)).norm() / change.norm()) < 1e-6
+    assert float((change - expected(weight**2)).norm() / change.norm()) > 1e-3
+
+
 def test_one_flipped_byte_of_a_prior_is_an_error(model: Model, captions: Path, tmp_path: Path) -> None:
     out = tmp_path / "some.prior.safetensors"
     priors.write(out, model, captions)

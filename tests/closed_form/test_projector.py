@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from erasec.closed_form import projector
+from erasec.closed_form import projector, solver
+from erasec.closed_form.reach import RADII, nearest, site_sums
 from erasec.closed_form.solver import Solution, System, weighted_system
 from erasec.errors import ErasecError
 
@@ -84,6 +85,55 @@ def test_no_text_state_comes_nearer_to_the_concept_than_its_projection(ridge: fl
     invertible = torch.eye(WIDTH, dtype=torch.float64) + 0.3 * draw(30, WIDTH, WIDTH)
     found = torch.linalg.solve(METRIC @ invertible, METRIC @ concept)
     assert float((METRIC @ (invertible @ found - concept)).norm()) < 1e-8
+
+
+def test_the_residual_is_flat_and_that_of_the_formula() -> None:
+    """At every radius it is |f^T c| / sqrt(f^T S^-1 f) for the one functional f. With a guide the concept starts
+    farther away and comes no nearer than that; a map of rows lets it come nearer and nearer."""
+    metric = torch.linalg.cholesky(sum((w.T @ w for w in WEIGHTS), torch.zeros(WIDTH, WIDTH)), upper=True)
+    concept, removed = ERASED - NEUTRAL, projector.directions(DIFFERENCE, 1)
+
+    def energies(solution: Solution) -> Tensor:
+        return nearest(site_sums((weight, weight @ solution.matrix()) for weight in WEIGHTS), concept, RADII)
+
+    plain, guided = (projector.project(system(), removed, metric, 0.3, ridge) for ridge in (None, 1e-3))
+    f = plain.right[0]
+    floor = (concept @ f).square() / (f @ torch.cholesky_solve(f[:, None], metric, upper=True)[:, 0])
+    assert torch.allclose(energies(plain), floor.expand(len(RADII), -1), rtol=1e-6)
+    assert bool((energies(guided) >= floor * (1 - 1e-9)).all())
+    assert torch.allclose(energies(guided)[-1], floor, rtol=1e-6)
+    rows = energies(solver.solve(system(), 1e-3))
+    assert float(rows[-1].sum()) < 0.3 * float(floor.sum()) < 0.3 * float(rows[0].sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_at_the_same_drift_of_neighbours_it_leaves_an_attacker_farther_away_than_a_map_of_rows(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    own, middle = noise(2, WIDTH), noise(1, WIDTH)
+    keep = middle + 0.7 * noise(12, WIDTH)
+    neighbours = keep.repeat(3, 1) + 0.3 * noise(36, WIDTH)
+    neutral = middle + 0.2 * noise(6, WIDTH)
+    concept = neutral + (1 + 0.3 * noise(6, 2)) @ own
+    rows = weighted_system(concept, neutral, torch.full((6,), 1 / 6), keep, torch.full((12,), 1 / 12))
+    removed = projector.directions(projector.difference_root(concept, neutral), 2)
+
+    def measured(solution: Solution) -> tuple[float, float]:
+        """The drift of neighbours, and R(1)."""
+        matrix = solution.matrix()
+        sums = site_sums((weight, weight @ matrix) for weight in WEIGHTS)
+        drift = outputs(neighbours @ matrix.T - neighbours).norm() / outputs(neighbours).norm()
+        return float(drift), float((nearest(sums, concept, (1.0,)).sum()).sqrt() / outputs(concept - neutral).norm())
+
+    projected, mapped = (
+        measured(projector.project(rows, removed, METRIC, 30.0, None)),
+        measured(solver.solve(rows, 1e-3)),
+    )
+    assert projected[0] <= mapped[0]
+    assert projected[1] > mapped[1] + 0.05
 
 
 def test_a_larger_keep_weight_changes_kept_states_less() -> None:

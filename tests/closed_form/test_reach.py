@@ -62,6 +62,26 @@ def test_an_attacker_with_gradients_reaches_it_and_no_more(radius: float) -> Non
     assert reached == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+def test_no_attacker_of_twenty_exceeds_it_and_all_of_them_end_on_the_radius() -> None:
+    """Each starts elsewhere in the ball and follows the gradient."""
+    radius = 0.25
+    sums, rows = site_sums(zip(BEFORE, AFTER, strict=True)), ROWS.repeat(5, 1)
+    most, lengths = least(AFTER, (radius,))[0].repeat(5), radius * rows.norm(dim=1)
+    step = draw(30, 20, WIDTH)
+    step = step / step.norm(dim=1, keepdim=True) * (lengths * torch.linspace(0, 1, 20, dtype=torch.float64))[:, None]
+    rate, previous = 0.5 / float(sums.spectrum[0][-1]), step
+    for number in range(1500):
+        ahead = step + number / (number + 3) * (step - previous)
+        gradient = 2 * ((rows + ahead) @ sums.after - rows @ sums.mixed.T)
+        moved = ahead - rate * gradient
+        previous, step = step, moved * (lengths / moved.norm(dim=1)).clamp(max=1.0)[:, None]
+    reached = torch.stack([error(AFTER, row + move, row) for row, move in zip(rows, step, strict=True)])
+    assert bool((reached >= most - 1e-9).all())
+    assert torch.allclose(reached, most, rtol=1e-3)
+    assert torch.allclose(step.norm(dim=1), lengths, rtol=1e-4)
+    assert not torch.allclose(least(AFTER, (1.01 * radius,))[0].repeat(5), reached, rtol=1e-3)
+
+
 def test_it_falls_with_the_radius_and_starts_at_the_edit_itself() -> None:
     found = least(AFTER)
     assert bool((found[1:] <= found[:-1] + 1e-12).all())

@@ -19,6 +19,7 @@ from erasec.model.edit_file import read_edits, write_edits
 from erasec.model.view import Model
 from erasec.passes.mace import Mace
 from erasec.passes.rece import Rece
+from erasec.passes.speed import Speed
 from erasec.passes.trce import Remap
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
@@ -42,7 +43,16 @@ def write(model: Model, step: Pass, concepts: list[Concept], path: Path) -> Path
 
 
 @pytest.mark.parametrize(
-    "step", [Uce(), Uce(rows="last"), Remap(), tuned(Rece), Mace()], ids=lambda step: f"{step}"[:24]
+    "step",
+    [
+        Uce(),
+        Uce(rows="last"),
+        Remap(),
+        tuned(Rece),
+        Mace(),
+        Speed(),
+    ],
+    ids=lambda step: f"{step}"[:24],
 )
 def test_adding_and_removing_concepts_gives_the_joint_edit_bit_by_bit(step: Pass, base: Model, tmp_path: Path) -> None:
     files = {c.name: write(base, step, [c], tmp_path / f"{c.name}.edit.safetensors") for c in (STAR, HEART, RING)}
@@ -59,7 +69,7 @@ def test_adding_and_removing_concepts_gives_the_joint_edit_bit_by_bit(step: Pass
         assert not torch.allclose(alone.deltas[site].change(weight), joint.deltas[site].change(weight))
     assert back.concepts == ("heart", "star")
     done = apply(tmp_path / "back.edit.safetensors", str(base.source.root), tmp_path / "out")
-    assert done.tensors == 14
+    assert done.tensors == len(joint.deltas) > 0
 
 
 def test_what_cannot_be_combined_says_why(base: Model, star: Path, tmp_path: Path) -> None:

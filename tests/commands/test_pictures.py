@@ -97,6 +97,24 @@ def test_pictures_of_every_group_are_in_the_report(random_folder: Path, tmp_path
     assert (none.pairs, none.outcome) == ((), "not judged")
 
 
+def test_a_painted_build_of_a_list_of_names_has_pictures_of_each_and_lists_few_in_a_line(
+    random_folder: Path, tmp_path: Path
+) -> None:
+    names = [f"Person {letter}" for letter in "ABCDEFGHIJKLMNOPQRST"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    out = tmp_path / "out"
+    flags = ("--pictures", "1:steps=1", "--pass", "uce:rows=last", "--out", out)
+    done = run("build", random_folder, "--erase", tmp_path / "names.txt", *flags)
+    assert (done.exit_code, states(out)[0]) == (0, "not judged")
+    facts, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+    assert [pair["concept"] for pair in facts["pairs"] if pair["group"] == "name"] == names == facts["unjudged"]
+    assert page.count("<h3>By name: Person ") == 20 == page.count("<details><summary>Person ")
+    assert "whether Person A, Person B, Person C and 17 more are gone was not measured" in facts["verdict"]
+    listed = [*facts["notes"], *done.stdout.splitlines(), *done.stderr.splitlines()]
+    assert any("no concept files are named 'Person A', 'Person B', 'Person C' and 17 more" in line for line in listed)
+    assert max(sum(line.count(name) for name in names) for line in listed) == 8
+
+
 def test_a_build_says_how_a_check_failed(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="1 of") as caught:
         make(tmp_path / "out", checks=JUDGED.model_copy(update={"drift": 0.0}))

@@ -227,3 +227,23 @@ def test_pairs_of_several_concepts_have_their_own_sections_and_those_that_nobody
     html = written(star_report(pairs=tuple(replace(pair, concept="star") for pair in star)), tmp_path / "one")[0]
     assert "By name: star" not in html and "not\u00a0judged" not in html
     assert "Shown: 2 of 2. Hit rate" in Page(html).text
+
+
+def test_many_concepts_have_a_headline_and_a_few_open_notes(tmp_path: Path) -> None:
+    names = tuple(f"person {number}" for number in range(500))
+    rates = tuple({"group": "implicit", "looked_for": name, "images": 2, "before": 1, "after": 0.5} for name in names)
+    notes = tuple(f"{name} was renamed." for name in names)
+    concepts = tuple({"name": name, "erase": (name,), "synonyms": (), "anchor": ""} for name in names)
+    html, _, card = written(star_report(concepts=concepts, notes=notes, rates=rates, judged=names), tmp_path)
+    headline = html.split("<h1")[1].split("</h1>")[0]
+    assert "person 0, person 1, person 2 and 497 more" in headline and "person 3" not in headline
+    assert (
+        "show person 0 in 50\u00a0%, person 1 in 50\u00a0%, person 2 in 50\u00a0%, person 3 in 50\u00a0% and 496 more"
+        in html
+    )
+    assert "<summary>493 more notes</summary>" in html and "person 499 was renamed." in html
+    assert card.count("> **Note.**") == 8 and "493 more notes are in `report.html`." in card
+    longest = max(len(line) for line in card.splitlines())
+    assert longest < 800
+    few = written(star_report(notes=notes[:3]), tmp_path / "few")[0]
+    assert "more notes" not in few and few.count("<b>Note.</b>") == 4  # and one about implicit prompts
