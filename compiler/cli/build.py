@@ -119,7 +119,7 @@ def build(
             say(note)
         facts = None if fresh else current(planned)
         if facts is None:
-            from erasec.reporting.report import facts_of
+            from erasec.reporting.facts import facts_of
 
             try:
                 facts = facts_of(run_plan(planned, fresh))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erasec.reporting.report import GROUPS, mean_rates
+from erasec.reporting.facts import GROUPS, mean_rates
 
 if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom

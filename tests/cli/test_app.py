@@ -32,7 +32,7 @@ from erasec.keys.key_file import write_key
 from erasec.model import loading
 from erasec.model.memory import Secret
 from erasec.recipe import concept
-from erasec.reporting.report import facts_of
+from erasec.reporting.facts import facts_of
 from erasec.runtime import bundle
 
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}

@@ -12,7 +12,7 @@ from erasec import registry
 from erasec.cli import output
 from erasec.commands import plan
 from erasec.recipe.recipe import from_flags
-from erasec.reporting.report import facts_of
+from erasec.reporting.facts import facts_of
 
 
 @dataclass(frozen=True)
