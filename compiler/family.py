@@ -29,9 +29,9 @@ OWN = ("name", "title", "hub", "detect")
 class Site:
     """One tensor that a pass may edit. The ``shape`` of a matrix is (d_out, d_in).
 
-    ``attn`` is what an attention projection attends to: "self", "cross", "joint" or "context". Tensors of text encoders
-    have "text" there, and all others "other". ``proj`` is what the projection computes ("q", "k", "v", "out", "embed"),
-    or "" for a tensor that is no projection.
+    ``attn`` is what an attention projection attends to: "self", "cross", "joint" or "context"; "single" where one
+    projection serves picture and text. Tensors of text encoders have "text" there, and all others "other". ``proj`` is
+    what the projection computes ("q", "k", "v", "out", "embed"), or "" for a tensor that is no projection.
     """
 
     component: str
@@ -215,9 +215,13 @@ class Family:
     ``denoiser`` is the component that predicts, ``denoiser_class`` its class in diffusers. ``attentions`` maps an
     attention module to its matrices, and each matrix to (what it attends to, what it computes). ``embeddings`` maps
     further matrices that read text to what they embed. ``pooled`` names the stream that the denoiser embeds with the
-    size of the picture and the timestep, where it has one besides token states. ``flow`` says that the denoiser
-    predicts velocities of a rectified flow. If ``trainable``, learned passes can run the denoiser; which of them do so
-    depends on ``pooled`` and ``flow``. ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files.
+    size of the picture and the timestep, where it has one besides token states. ``single_stream`` are prefixes of
+    blocks in which one set of matrices serves picture and text. ``flow`` says that the denoiser predicts velocities of
+    a rectified flow, and ``even_sigmas`` that its pipeline samples it at even steps of sigma, before the shift.
+    ``packing`` is the number of latents that the denoiser reads as channels of one place. If ``distilled``, guidance is
+    part of its predictions: it has no unconditional one, and a pipeline predicts once in a step. If ``trainable``,
+    learned passes can run the denoiser; which of them do so depends on what they need of it (``training.base.NEEDS``).
+    ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files.
     ``presets`` are options of passes that suit its models (see ``erasec.recipe.presets``).
     """
 
@@ -232,7 +236,11 @@ class Family:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     pooled: str = ""
+    single_stream: tuple[str, ...] = ()
     flow: bool = False
+    even_sigmas: bool = False
+    packing: int = 1
+    distilled: bool = False
     trainable: bool = False
     hub: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
@@ -389,5 +397,7 @@ def sites(family: Family, tensors: Mapping[str, Shape]) -> tuple[Site, ...]:
             result.append(Site(component, key, shape, family.embeddings[key], "embed", key.removesuffix(".weight")))
         elif matrix:
             block = ".".join(parts[: parts.index(module)]).replace(".transformer_blocks", "").replace("_blocks", "")
-            result.append(Site(component, key, shape, *matrices[matrix], block))
+            attn, proj = matrices[matrix]
+            attn = "single" if key.startswith(family.single_stream) else attn
+            result.append(Site(component, key, shape, attn, proj, block))
     return tuple(result)

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from erasec.base import Check, Work
 from erasec.options import options
-from erasec.training.base import HEADS, MEASURE_EVERY, Learned, networks, sampling, trainable
+from erasec.training.base import HEADS, MEASURE_EVERY, Learned, Need, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -82,6 +82,7 @@ class Harden(Learned):
     keep: Annotated[float, Field(ge=0)] = 100.0
     recovered: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
+    needs: ClassVar[tuple[Need, ...]] = ("unconditional",)
     name: ClassVar[str] = "harden"
     paper: ClassVar[str] = "arXiv:2311.17717"
     summary: ClassVar[str] = "adversarial training of the image side, against searched text states"
@@ -96,7 +97,7 @@ class Harden(Learned):
                 return False
             return site.attn in ("self", "cross") if self.train == "attention" else not site.key.startswith(HEADS)
 
-        return trainable(model, selects, self.rank)
+        return trainable(model, selects, self.rank, self.needs)
 
     def work(self, model: Model, concept: Concept) -> Work:
         bank = sampling(self.trajectories, self.sample_steps, self.guidance)

@@ -17,7 +17,7 @@ from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.model.memory import Secret
 from erasec.options import options
-from erasec.training.base import HEADS, Learned, networks, sampling, trainable
+from erasec.training.base import HEADS, Learned, Need, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +101,7 @@ class Kpop(Learned):
     random_key_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    needs: ClassVar[tuple[Need, ...]] = ("cross-attention", "unconditional")
     name: ClassVar[str] = "kpop"
     renamed: ClassVar[dict[str, str]] = {
         "path": "sample_steps",
@@ -125,7 +126,7 @@ class Kpop(Learned):
             cross = site.attn == "cross"
             return cross if self.train == "x" else not cross and not site.key.startswith(HEADS)
 
-        return trainable(model, selects, self.rank)
+        return trainable(model, selects, self.rank, self.needs)
 
     def attentions(self, model: Model) -> tuple[str, ...]:
         """The names of the attention modules that read the key. Raises ErasecError where ``mode`` selects none."""
