@@ -329,8 +329,23 @@ def _extended(stem: str, contents: Mapping[str, dict[str, Any]], seen: tuple[str
 FAMILIES = read_families()
 HUB = {alias: repository for family in FAMILIES.values() for alias, repository in family.hub.items()}
 
-# What the matrices of a CLIP text encoder compute, by module.
-CLIP_PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "fc1": "mlp", "fc2": "mlp"}
+# What the matrices of a text encoder compute, by module: those of CLIP, and those of T5.
+TEXT_PROJECTIONS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "out_proj": "out",
+    "fc1": "mlp",
+    "fc2": "mlp",
+    "q": "q",
+    "k": "k",
+    "v": "v",
+    "o": "out",
+    "wi": "mlp",
+    "wi_0": "mlp",
+    "wi_1": "mlp",
+    "wo": "mlp",
+}
 
 
 def detect(denoiser: Mapping[str, Shape]) -> Family:
@@ -373,7 +388,7 @@ def parameters(family: Family, component: str, tensors: Mapping[str, Shape]) -> 
         else:
             parts = key.removeprefix("text_model.").split(".")
             block = ".".join(parts[:-2]).replace("_blocks", "") or parts[0]
-            projection = CLIP_PROJECTIONS.get(parts[-2], "") if len(parts) > 1 else ""
+            projection = TEXT_PROJECTIONS.get(parts[-2], "") if len(parts) > 1 else ""
             result.append(
                 Site(component, key, shape, "other", "", block)
                 if denoiser

@@ -45,7 +45,8 @@ class Harden(Learned):
     """Adversarial training of the image side. It follows ``project``, and edits none of the same tensors.
 
     ``train`` selects the tensors: "attention" is self-attention with the queries and outputs of cross-attention, and
-    "image" everything but the keys and values of cross-attention, the output head and the time embedding.
+    "image" everything but the keys and values of cross-attention, the output head and the time embedding. In joint
+    attention the keys and values of the text's stream are left out, and the embedding of the text everywhere.
 
     ``searches`` text states are searched at the same time, with ``search_steps`` steps of the rate ``search_lr`` for
     each step of training; in every fourth of them one row repeats. Half start at the concept's prompts, and half near
@@ -93,9 +94,13 @@ class Harden(Learned):
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         def selects(site: Site) -> bool:
-            if site.attn == "cross" and site.proj in ("k", "v"):
+            if site.proj == "embed" or (site.attn in ("cross", "context") and site.proj in ("k", "v")):
                 return False
-            return site.attn in ("self", "cross") if self.train == "attention" else not site.key.startswith(HEADS)
+            return (
+                site.attn in ("self", "cross", "joint", "context")
+                if self.train == "attention"
+                else not site.key.startswith(HEADS)
+            )
 
         return trainable(model, selects, self.rank, self.needs)
 

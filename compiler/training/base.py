@@ -184,7 +184,7 @@ NEEDS: dict[Need, tuple[Callable[[Family], bool], str]] = {
     ),
     "cross-attention": (
         lambda family: any(stream.attn == "cross" for stream in family.streams),
-        "it needs keys and values that depend on the text alone, and in {title} the picture and the timestep change them",
+        "its keys and values depend on the text alone, and {title} changes those of a text by picture and timestep",
     ),
     "unconditional": (
         lambda family: not family.distilled,

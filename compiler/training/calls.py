@@ -33,7 +33,8 @@ def sd3(
     network: Any, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None, guidance: Tensor | None
 ) -> Tensor:
     """An SD3Transformer2DModel; ``timesteps`` are 1000 sigma."""
-    velocity: Tensor = network(latents, states, pooled, timesteps, return_dict=False)[0]
+    inputs = {"encoder_hidden_states": states, "pooled_projections": pooled, "timestep": timesteps}
+    velocity: Tensor = network(latents, return_dict=False, **inputs)[0]
     return velocity
 
 

@@ -28,6 +28,7 @@ from erasec.training.schedules import NoiseSchedule, Schedule, make_schedule
 
 if TYPE_CHECKING:
     from erasec.base import Context
+    from erasec.model.text_encoders import TextEncoders
     from erasec.model.view import Model
 
 
@@ -70,8 +71,7 @@ class Denoiser:
     def unet(self) -> Any:
         unet = load_network(self.model, self.model.family.denoiser, self.model.family.denoiser_class).to(self.device)
         extras = gather_extras(self.model.edits, read_extras(self.model.source.root))
-        if not self.model.family.flow:  # memories belong to UNets
-            attach(unet, extras.memories, self.steps)
+        attach(unet, extras.memories, self.steps)
         if self.bfloat16:  # enough for frozen tensors; Student holds those that it trains in float32
             unet = unet.to(torch.bfloat16)
         # Without a limit of memory, only large models compute activations again: for small ones that would be slower.
@@ -148,14 +148,22 @@ class Denoiser:
             self._states.update(zip(missing, self._encode(missing), strict=True))
         return torch.stack([self._states[prompt] for prompt in prompts]).to(self.device)
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        states = self.model.encode(prompts).states
+    def token_states(self, prompts: Sequence[str]) -> Tensor:
+        """The rows of ``states`` that attention reads: without that of a pooled text state."""
+        return self.states(prompts)[:, : -1 if self.model.family.pooled else None]
+
+    def encode_prompts(self, prompts: Sequence[str], encoders: TextEncoders) -> Tensor:
+        """What ``states`` returns, by other text encoders, whose parameters get gradients through it."""
+        return self._encode(prompts, encoders).to(self.device)
+
+    def _encode(self, prompts: Sequence[str], encoders: TextEncoders | None = None) -> Tensor:
+        states = self.model.encode(prompts, encoders=encoders).states
         if not self.model.family.pooled:
             return states
         # In place of a text encoder that a folder lacks, pipelines read zeros.
         lacking = FAMILIES[self.model.family.name].streams[0].parts[len(self.model.family.streams[0].parts) :]
         states = torch.nn.functional.pad(states, (0, 0, 0, sum(part.length for part in lacking)))
-        pooled = self.model.encode(prompts, self.model.family.pooled).states[:, :, : self._pooled_width]
+        pooled = self.model.encode(prompts, self.model.family.pooled, encoders).states[:, :, : self._pooled_width]
         rows = torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[2] - self._pooled_width))], 1)
         index = self.model.source.config("", "model_index.json")
         if not self.model.family.flow and index.get("force_zeros_for_empty_prompt", True):
@@ -175,9 +183,7 @@ class Denoiser:
         """bfloat16 where the device has it, else float32."""
         return torch.autocast("cuda", torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def predict(
-        self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor | None = None) -> Tensor:
         """The prediction of the noise, of v or of the velocity: float32 (n, c, h, w).
 
         ``latents`` are (n, c, h, w), ``timesteps`` (n,) and text ``states`` (n, t, d). ``guidance`` (n,) is for a

@@ -1,4 +1,4 @@
-"""Learned passes on FLUX, whose guidance is distilled: with a guidance embedding, as FLUX.1-dev, and without, as schnell."""
+"""Learned passes on FLUX, whose guidance is distilled: with a scale to read, as FLUX.1-dev, and without, as schnell."""
 
 from __future__ import annotations
 
