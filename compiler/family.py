@@ -29,9 +29,9 @@ OWN = ("name", "title", "hub", "detect")
 class Site:
     """One tensor that a pass may edit. The ``shape`` of a matrix is (d_out, d_in).
 
-    ``attn`` is what an attention projection attends to: "self", "cross", "joint" or "context". Tensors of text encoders
-    have "text" there, and all others "other". ``proj`` is what the projection computes ("q", "k", "v", "out", "embed"),
-    or "" for a tensor that is no projection.
+    ``attn`` is what an attention projection attends to: "self", "cross", "joint" or "context"; "single" where one
+    projection serves picture and text. Tensors of text encoders have "text" there, and all others "other". ``proj`` is
+    what the projection computes ("q", "k", "v", "out", "embed"), or "" for a tensor that is no projection.
     """
 
     component: str
@@ -247,9 +247,13 @@ class Family:
     ``denoiser`` is the component that predicts, ``denoiser_class`` its class in diffusers. ``attentions`` maps an
     attention module to its matrices, and each matrix to (what it attends to, what it computes). ``embeddings`` maps
     further matrices that read text to what they embed. ``pooled`` names the stream that the denoiser embeds with the
-    size of the picture and the timestep, where it has one besides token states. ``flow`` says that the denoiser
-    predicts velocities of a rectified flow. If ``trainable``, learned passes can run the denoiser; which of them do so
-    depends on ``pooled`` and ``flow``. ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files.
+    size of the picture and the timestep, where it has one besides token states. ``single_stream`` are prefixes of
+    blocks in which one set of matrices serves picture and text. ``flow`` says that the denoiser predicts velocities of
+    a rectified flow, and ``even_sigmas`` that its pipeline samples it at even steps of sigma, before the shift.
+    ``packing`` is the number of latents that the denoiser reads as channels of one place. If ``distilled``, guidance is
+    part of its predictions: it has no unconditional one, and a pipeline predicts once in a step. If ``trainable``,
+    learned passes can run the denoiser; which of them do so depends on what they need of it (``training.base.NEEDS``).
+    ``hub`` maps aliases to repositories. ``lora`` is the metadata of LoRA files.
     ``presets`` are options of passes that suit its models (see ``erasec.recipe.presets``).
     """
 
@@ -264,7 +268,11 @@ class Family:
     embeddings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     pooled: str = ""
+    single_stream: tuple[str, ...] = ()
     flow: bool = False
+    even_sigmas: bool = False
+    packing: int = 1
+    distilled: bool = False
     trainable: bool = False
     hub: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
@@ -358,8 +366,23 @@ def _extended(stem: str, contents: Mapping[str, dict[str, Any]], seen: tuple[str
 FAMILIES = read_families()
 HUB = {alias: repository for family in FAMILIES.values() for alias, repository in family.hub.items()}
 
-# What the matrices of a CLIP text encoder compute, by module.
-CLIP_PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "fc1": "mlp", "fc2": "mlp"}
+# What the matrices of a text encoder compute, by module: those of CLIP, and those of T5.
+TEXT_PROJECTIONS = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "out_proj": "out",
+    "fc1": "mlp",
+    "fc2": "mlp",
+    "q": "q",
+    "k": "k",
+    "v": "v",
+    "o": "out",
+    "wi": "mlp",
+    "wi_0": "mlp",
+    "wi_1": "mlp",
+    "wo": "mlp",
+}
 
 
 def detect(denoiser: Mapping[str, Shape]) -> Family:
@@ -402,7 +425,7 @@ def parameters(family: Family, component: str, tensors: Mapping[str, Shape]) -> 
         else:
             parts = key.removeprefix("text_model.").split(".")
             block = ".".join(parts[:-2]).replace("_blocks", "") or parts[0]
-            projection = CLIP_PROJECTIONS.get(parts[-2], "") if len(parts) > 1 else ""
+            projection = TEXT_PROJECTIONS.get(parts[-2], "") if len(parts) > 1 else ""
             result.append(
                 Site(component, key, shape, "other", "", block)
                 if denoiser
@@ -426,5 +449,7 @@ def sites(family: Family, tensors: Mapping[str, Shape]) -> tuple[Site, ...]:
             result.append(Site(component, key, shape, family.embeddings[key], "embed", key.removesuffix(".weight")))
         elif matrix:
             block = ".".join(parts[: parts.index(module)]).replace(".transformer_blocks", "").replace("_blocks", "")
-            result.append(Site(component, key, shape, *matrices[matrix], block))
+            attn, proj = matrices[matrix]
+            attn = "single" if key.startswith(family.single_stream) else attn
+            result.append(Site(component, key, shape, attn, proj, block))
     return tuple(result)

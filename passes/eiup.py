@@ -14,11 +14,11 @@ from pydantic import Field
 
 from erasec.base import Pass
 from erasec.errors import ErasecError
-from erasec.family import FAMILIES
 from erasec.model.edit import Edit
 from erasec.model.memory import Memory
 from erasec.options import options
 from erasec.progress import note
+from erasec.training.base import NEEDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ class Eiup(Pass):
     prompt_options: ClassVar[frozenset[str]] = frozenset({"words"})
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        """No sites: no weight changes. Raises ErasecError for a family whose pipeline reads no memories."""
+        """No sites: no weight changes. Raises ErasecError for a family without cross-attention."""
         check_family(model)
         return ()
 
@@ -94,12 +94,12 @@ class Eiup(Pass):
 
 
 def check_family(model: Model) -> None:
-    """Raise ErasecError for a family whose pipeline reads no memories."""
-    if not model.family.trainable or model.family.pooled:
-        trainable = [family.title for family in FAMILIES.values() if family.trainable and not family.pooled]
+    """Raise ErasecError for a family without cross-attention."""
+    has, reason = NEEDS["cross-attention"]
+    if not has(model.family):
         raise ErasecError(
             f"eiup does not fit a model of the family {model.family.name}",
-            why=f"only the denoisers of {' and '.join(trainable)} read memories",
+            why=reason.format(title=model.family.title),
             fix="choose a closed-form pass: erasec list passes",
         )
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from erasec.base import Work
+from erasec.errors import ErasecError
 from erasec.options import options
-from erasec.training.base import HEADS, SCOPED, Learned, networks, reads_text, sampling, trainable
+from erasec.training.base import HEADS, Learned, guidance_scale, networks, reads_text, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,8 +37,12 @@ class Esd(Learned):
     concepts that images show unprompted; "noxattn" is "u" without the output head and the time embedding; "full" is
     everything. ``negative_guidance`` is eta of Eq. 8. ``toward`` "nothing" is the target of the paper; for "anchor" see
     ``banks.esd_target``. ``trajectories`` is the number of trajectories, sampled once from the model before the
-    training, in ``sample_steps`` steps with ``guidance``. ``keep`` is the weight of a loss that the paper does not
-    have: it keeps the predictions for kept prompts.
+    training, in ``sample_steps`` steps with ``guidance``; of each, the steps whose timestep is at least the fraction
+    ``min_noise`` of all are trained on (sigma, of a rectified flow). ``keep`` is the weight of a loss that the paper
+    does not have: it keeps the predictions for kept prompts.
+
+    Where guidance is distilled there is no unconditional prediction, and ``toward`` is "anchor". A network that reads
+    the scale of its guidance is trained at 1 and at ``guidance``, and every target is at the scale of its prediction.
 
     The defaults are the published settings for Stable Diffusion 1.4. Two differ by necessity. The paper samples new
     latents in each step, from the network as it is at that step; ``trajectories`` is our number of those that are
@@ -53,6 +58,7 @@ class Esd(Learned):
     guidance: Annotated[float, Field(ge=0)] = 3.0
     trajectories: Annotated[int, Field(ge=1)] = 64
     sample_steps: Annotated[int, Field(ge=1)] = 50
+    min_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0
     keep: Annotated[float, Field(ge=0)] = 0.0
 
     name: ClassVar[str] = "esd"
@@ -75,10 +81,18 @@ class Esd(Learned):
                 return not cross and not site.key.startswith(HEADS)
             return self.train == "full" or cross == (self.train == "x")
 
-        return trainable(model, selects, self.rank, scope=SCOPED["esd"])
+        sites = trainable(model, selects, self.rank, self.needs)
+        if model.family.distilled and self.toward == "nothing":
+            raise ErasecError(
+                f"esd:toward=nothing does not fit a model of the family {model.family.name}",
+                why="its guidance is distilled: the prediction for the empty prompt is not the unconditional one",
+                fix="leave out toward, or write toward=anchor: the target is then the prediction for the anchor, led "
+                "away from the concept",
+            )
+        return sites
 
     def work(self, model: Model, concept: Concept) -> Work:
-        bank = sampling(self.trajectories, self.sample_steps, self.guidance)
+        bank = sampling(self.trajectories, self.sample_steps, guidance_scale(model, self.guidance))
         goals = Work(rows=self.trajectories * self.sample_steps * (self.toward == "anchor"))
         losses = 1 + bool(self.keep)
         banks = bank + bank if self.keep else bank
@@ -95,20 +109,20 @@ class Esd(Learned):
 
         def bank(prompts: Sequence[str], seed: int) -> Bank:
             spread = banks.spread_prompts(prompts, self.trajectories, seed)
-            return banks.sample_bank(denoiser, spread, seed, self.sample_steps, self.guidance)
+            part = denoiser.noisy_steps(self.sample_steps, self.min_noise)
+            return banks.sample_bank(denoiser, spread, seed, self.sample_steps, self.guidance, part)
 
+        sites = self.sites(model)
         erased = bank(banks.concept_prompts(concept, concept.phrases), context.seed)
         kept = bank(["", *banks.concept_prompts(concept, concept.keep)], context.seed + 1) if self.keep else None
         keep_loss = banks.preservation_loss(denoiser, kept, self.batch) if kept else None
         target = banks.esd_target(denoiser, concept, erased, self.negative_guidance, self.toward)
-        student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
-        device = denoiser.device
+        student = Student(networks(denoiser), sites, self.rank, context.seed)
 
         def loss(rng: Generator) -> Losses:
             index = erased.draw(self.batch, rng)
-            latents, timesteps = erased.latents[index].to(device), erased.timesteps[index].to(device)
-            prediction = denoiser.predict(latents, timesteps, denoiser.states(erased.texts(index)))
-            losses = {"loss erase": (prediction - target[index].to(device)).square().mean()}
+            prediction = banks.predict_rows(denoiser, erased, index)
+            losses = {"loss erase": (prediction - target[index].to(denoiser.device)).square().mean()}
             return losses | ({"loss keep": self.keep * keep_loss(rng)} if keep_loss else {})
 
         run = self.fit([Objective(student.parameters, self.lr, loss)], student, model, concept, context)

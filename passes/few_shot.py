@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.options import options
-from erasec.training.base import Learned, check_trainable, sampling
+from erasec.training.base import Learned, check_trainable, guidance_scale, sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from erasec.base import Context
     from erasec.family import Site
     from erasec.model.edit import Edit
-    from erasec.model.text_encoders import TextEncoders
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
     from erasec.training.denoiser import Denoiser
@@ -43,18 +42,19 @@ MONITORED = 24  # of these, prompts whose end tokens are compared
 
 @options
 class FewShot(Learned):
-    """Training of the text encoder alone.
+    """Training of the text encoders alone: of all that the denoiser reads, and of each only layers whose output it
+    reads.
 
-    ``train`` selects its tensors: "mlp" the feed-forward layers, "attn" all attention, "mlp-attn" both,
+    ``train`` selects their tensors: "mlp" the feed-forward layers, "attn" all attention, "mlp-attn" both,
     "mlp-final-attn" the feed-forward layers and the attention of the last layer. ``images`` images of the concept come
     from ``folder`` or, where it is empty, are sampled from the model in ``sample_steps`` steps with ``guidance``.
 
     Three rules end the training early; 0 turns a rule off. It stops when the error on the images with prompts of the
     concept reaches ``stop_ratio`` times the error with the empty prompt before the training. It undoes the last step
-    and stops when the mean cosine similarity of the end tokens of kept prompts with their original states falls below
-    ``min_cosine``, or when the error on images of kept prompts rises by more than the fraction ``max_rise``. ``keep``
-    is the weight of a loss that the paper does not have: the mean squared change of the text states of kept prompts,
-    relative to their mean square.
+    and stops when the mean cosine similarity of the end tokens of kept prompts, and of their pooled states where the
+    denoiser reads these, with the original states falls below ``min_cosine``, or when the error on images of kept
+    prompts rises by more than the fraction ``max_rise``. ``keep`` is the weight of a loss that the paper does not have:
+    the mean squared change of the text states of kept prompts, relative to their mean square.
 
     The defaults are the published settings for Stable Diffusion: five epochs of two batches. The paper takes four
     photographs; images that the model samples get the usual 50 steps and guidance 7.5. The paper has no rules: it saves
@@ -88,22 +88,26 @@ class FewShot(Learned):
     limits: ClassVar[str] = "with the stock text encoder the concept is back; the denoiser can still draw it"
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        check_trainable(model)
+        check_trainable(model, self.needs)
         sites = [site for site in model.parameters if site.component in model.family.text_encoders and site.proj]
         sites = [site for site in sites if not self.rank or len(site.shape) == 2]
-        last = max((_layer(site) for site in sites), default=0)
+        last = {name: _last_layer(model, name, sites) for name in model.family.text_encoders}
 
         def selects(site: Site) -> bool:
+            layer = _layer(site)
+            if layer > last[site.component]:
+                return False
             if site.proj == "mlp":
                 return "mlp" in self.train
-            return _layer(site) == last if "final" in self.train else "attn" in self.train
+            return layer == last[site.component] if "final" in self.train else "attn" in self.train
 
         return tuple(site for site in sites if selects(site))
 
     def work(self, model: Model, concept: Concept) -> Work:
         given = self.images if self.folder else 0
         work = self.reads(model, concept, 2 * PANEL**2 + self.images) + Work(prompts=KEPT, encoded=given)
-        work += sampling(self.images - given + PANEL, self.sample_steps, self.guidance, scored=False)
+        guidance = guidance_scale(model, self.guidance)
+        work += sampling(self.images - given + PANEL, self.sample_steps, guidance, scored=False)
         rows = PANEL * (min(PANEL, self.images) + PANEL)  # of both panels, which are measured after every step
         panels = Work(prompts=rows + MONITORED, rows=rows, calls=rows / self.batch)
         encoded = Work(trained_prompts=self.batch + (DRAWN if self.keep else 0))
@@ -112,29 +116,32 @@ class FewShot(Learned):
     def solve(self, model: Model, concept: Concept, context: Context) -> Edit:
         import torch
 
-        from erasec.model.text_encoders import TextEncoders, load_encoder
+        from erasec.model.text_encoders import TextEncoders
         from erasec.training import banks
         from erasec.training.denoiser import Denoiser
         from erasec.training.loop import Objective
         from erasec.training.student import Student
 
         denoiser = Denoiser(model, context)
-        name = model.family.text_encoders[0]
-        encoder = load_encoder(model.source, name, model.merged().get(name, {})).to(denoiser.device)
-        encode = state_reader(encoder.requires_grad_(False), TextEncoders(model.source), name)
+        names = model.family.text_encoders
+        encoders = TextEncoders(
+            model.source, {name: tensors for name, tensors in model.merged().items() if name in names}
+        )
+        modules = {name: encoders.encoder(name).to(denoiser.device).requires_grad_(False) for name in names}
+        encode = partial(denoiser.encode_prompts, encoders=encoders)
         captions = banks.concept_prompts(concept, concept.phrases)
         kept = banks.spread_prompts(["", *banks.concept_prompts(concept, concept.keep)], KEPT, context.seed)
         original = denoiser.states(kept)
         mean_square = original.square().mean()
         erased = self.latents(denoiser, captions, context.seed)
         monitor = self.monitor(denoiser, erased, captions, kept, context.seed)
-        student = Student({name: encoder}, self.sites(model), self.rank, context.seed)
+        student = Student(modules, self.sites(model), self.rank, context.seed)
 
         def loss(rng: Generator) -> Losses:
             latents = erased[torch.randperm(len(erased), generator=rng)[torch.arange(self.batch) % len(erased)]]
             prompts = [captions[row] for row in torch.randint(len(captions), (self.batch,), generator=rng).tolist()]
             noise = torch.randn(latents.shape, generator=rng).to(latents)
-            timesteps = stratified_timesteps(self.batch, denoiser.steps, rng).to(latents.device)
+            timesteps = denoiser.schedule.grid[stratified_timesteps(self.batch, denoiser.steps, rng).to(latents.device)]
             losses = {"loss erase": -prediction_errors(denoiser, latents, noise, timesteps, encode(prompts)).mean()}
             if self.keep:
                 rows = torch.randint(len(kept), (DRAWN,), generator=rng)
@@ -214,8 +221,8 @@ class Panel:
         self.denoiser, self.prompts, self.batch = denoiser, prompts, batch
         self.latents = latents.repeat_interleave(PANEL, 0)
         self.noise = denoiser.draw([seed * 1_000_003 + 500_000 + row for row in range(len(prompts))])
-        timesteps = torch.linspace(*SPAN, PANEL) * denoiser.steps
-        self.timesteps = timesteps.long().repeat(len(latents)).to(latents.device)
+        times = (torch.linspace(*SPAN, PANEL) * denoiser.steps).long().repeat(len(latents))
+        self.timesteps = denoiser.schedule.grid[times.to(latents.device)]
 
     def error(self, states: Tensor) -> float:
         """The mean squared error of the denoiser with text states (rows, t, d)."""
@@ -232,17 +239,18 @@ class Monitor:
     """Measures the erasure and the drift after each step.
 
     "ratio" is the error on images of the concept with its prompts, relative to that with the empty prompt before the
-    training. "cosine" is the mean cosine similarity of the end-token states of kept prompts with the original ones.
+    training. "cosine" is the mean cosine similarity of the end-token states of kept prompts with the original ones, in
+    every part of the text states, and of their pooled states. Prompts whose states are always zeros are left out of it.
     "worse" is the relative rise of the error on images of kept prompts.
     """
 
     def __init__(self, denoiser: Denoiser, erased: Panel, kept: Panel, kept_prompts: Sequence[str]) -> None:
         import torch
 
-        self.erased, self.kept, self.kept_prompts = erased, kept, kept_prompts
-        ends = denoiser.model.last_tokens(kept_prompts).to(denoiser.device) + 1
-        self.ends = torch.arange(len(kept_prompts), device=denoiser.device), ends
-        self.original = denoiser.states(kept_prompts)[self.ends]
+        self.erased, self.kept = erased, kept
+        self.kept_prompts = [prompt for prompt in kept_prompts if bool(denoiser.states([prompt]).any())]
+        self.ends = end_rows(denoiser, self.kept_prompts)
+        self.original = denoiser.states(self.kept_prompts)[self.ends] if self.kept_prompts else torch.empty(0)
         self.empty_error = erased.error(denoiser.states([""] * len(erased.prompts)))
         self.kept_error = kept.error(denoiser.states(kept.prompts))
 
@@ -252,33 +260,40 @@ class Monitor:
         import torch
 
         with torch.no_grad():
-            states = encode(self.kept_prompts)[self.ends]
-            cosines = torch.nn.functional.cosine_similarity(states, self.original)
+            cosine = 1.0
+            if self.kept_prompts:
+                states = encode(self.kept_prompts)[self.ends]
+                cosine = float(torch.nn.functional.cosine_similarity(states, self.original).mean())
             return {
                 "ratio": self.erased.error(encode(self.erased.prompts)) / self.empty_error,
-                "cosine": float(cosines.mean()),
+                "cosine": cosine,
                 "worse": self.kept.error(encode(self.kept.prompts)) / self.kept_error - 1,
             }
 
 
-def state_reader(encoder: Any, texts: TextEncoders, name: str) -> Callable[[Sequence[str]], Tensor]:
-    """A function that encodes n prompts by ``encoder`` as it is at the call: states (n, t, d), float32, with gradient.
+def end_rows(denoiser: Denoiser, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The places in text states (n, t, d) of the end token of each of n prompts, in every part of the states, and of
+    its pooled state where there is one: indices of prompts and of rows."""
 
-    ``name`` is the component whose tokenizer ``texts`` uses.
-    """
-    device = next(encoder.parameters()).device
+    import torch
 
-    def encode(prompts: Sequence[str]) -> Tensor:
-        states: Tensor = encoder(texts.ids(prompts, name).to(device)).last_hidden_state
-        return states.float()
-
-    return encode
+    model, count = denoiser.model, len(prompts)
+    parts = model.family.streams[0].parts
+    lengths = [part.shape[1] for part in model.encode([""]).parts]
+    rows = [
+        model.last_tokens(prompts, part=number) + 1 + sum(lengths[:number])
+        for number in range(len(parts) if count else 0)
+    ]
+    if count and model.family.pooled:
+        rows.append(torch.full((count,), denoiser.states([""]).shape[1] - 1))
+    places = torch.arange(count).repeat(len(rows)), torch.cat([torch.empty(0, dtype=torch.long), *rows])
+    return places[0].to(denoiser.device), places[1].to(denoiser.device)
 
 
 def prediction_errors(denoiser: Denoiser, latents: Tensor, noise: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
     """The mean squared error of the prediction for each latent with ``noise`` added, (n,).
 
-    The target is the noise or, for a model that predicts it, v.
+    The target is the noise or, for a model that predicts it, v or the velocity.
     """
     prediction = denoiser.predict(denoiser.add_noise(latents, noise, timesteps), timesteps, states)
     return (prediction - denoiser.target(latents, noise, timesteps)).square().flatten(1).mean(1)
@@ -324,5 +339,13 @@ def read_images(folder: Path, count: int, size: int) -> Tensor:
 
 def _layer(site: Site) -> int:
     """The number of a text encoder's layer, from the tensor's name; -1 for tensors outside the layers."""
-    match = re.search(r"layers\.(\d+)\.", site.key)
+    match = re.search(r"(?:layers|block)\.(\d+)\.", site.key)
     return int(match[1]) if match else -1
+
+
+def _last_layer(model: Model, encoder: str, sites: Sequence[Site]) -> int:
+    """The last layer of a text encoder whose output the denoiser reads: the one before the last where it reads
+    penultimate states alone."""
+    parts = [part for stream in model.family.streams for part in stream.parts if encoder in part.encoders]
+    last = max((_layer(site) for site in sites if site.component == encoder), default=0)
+    return last - all(part.state == "penultimate" for part in parts)

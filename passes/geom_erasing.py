@@ -20,7 +20,7 @@ from erasec.checkpoint.staging import file_name
 from erasec.errors import ErasecError
 from erasec.model.edit import Edit
 from erasec.options import options
-from erasec.training.base import Learned, networks, sampling, trainable
+from erasec.training.base import Learned, Need, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -81,6 +81,7 @@ class GeomErasing(Learned):
     clean: Annotated[float, Field(ge=0)] = 1.0
     keep: Annotated[float, Field(ge=0)] = 0.0
 
+    needs: ClassVar[tuple[Need, ...]] = ("one text encoder",)
     name: ClassVar[str] = "geom_erasing"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps"}
     paper: ClassVar[str] = "arXiv:2310.05873"
@@ -93,7 +94,7 @@ class GeomErasing(Learned):
     extras: ClassVar[frozenset[str]] = frozenset({"tokens", "negative"})
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        cross = trainable(model, lambda site: site.attn == "cross", self.rank)
+        cross = trainable(model, lambda site: site.attn == "cross", self.rank, self.needs)
         return () if self.train == "tokens" else cross
 
     def work(self, model: Model, concept: Concept) -> Work:

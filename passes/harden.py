@@ -21,7 +21,7 @@ from pydantic import Field
 
 from erasec.base import Check, Work
 from erasec.options import options
-from erasec.training.base import HEADS, MEASURE_EVERY, Learned, networks, sampling, trainable
+from erasec.training.base import HEADS, MEASURE_EVERY, Learned, Need, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -45,7 +45,8 @@ class Harden(Learned):
     """Adversarial training of the image side. It follows ``project``, and edits none of the same tensors.
 
     ``train`` selects the tensors: "attention" is self-attention with the queries and outputs of cross-attention, and
-    "image" everything but the keys and values of cross-attention, the output head and the time embedding.
+    "image" everything but the keys and values of cross-attention, the output head and the time embedding. In joint
+    attention the keys and values of the text's stream are left out, and the embedding of the text everywhere.
 
     ``searches`` text states are searched at the same time, with ``search_steps`` steps of the rate ``search_lr`` for
     each step of training; in every fourth of them one row repeats. Half start at the concept's prompts, and half near
@@ -82,6 +83,7 @@ class Harden(Learned):
     keep: Annotated[float, Field(ge=0)] = 100.0
     recovered: Annotated[float, Field(gt=0, lt=1)] = 0.15
 
+    needs: ClassVar[tuple[Need, ...]] = ("unconditional",)
     name: ClassVar[str] = "harden"
     paper: ClassVar[str] = "arXiv:2311.17717"
     summary: ClassVar[str] = "adversarial training of the image side, against searched text states"
@@ -92,11 +94,15 @@ class Harden(Learned):
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         def selects(site: Site) -> bool:
-            if site.attn == "cross" and site.proj in ("k", "v"):
+            if site.proj == "embed" or (site.attn in ("cross", "context") and site.proj in ("k", "v")):
                 return False
-            return site.attn in ("self", "cross") if self.train == "attention" else not site.key.startswith(HEADS)
+            return (
+                site.attn in ("self", "cross", "joint", "context")
+                if self.train == "attention"
+                else not site.key.startswith(HEADS)
+            )
 
-        return trainable(model, selects, self.rank)
+        return trainable(model, selects, self.rank, self.needs)
 
     def work(self, model: Model, concept: Concept) -> Work:
         bank = sampling(self.trajectories, self.sample_steps, self.guidance)

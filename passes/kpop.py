@@ -17,7 +17,7 @@ from erasec.base import Work
 from erasec.errors import ErasecError
 from erasec.model.memory import Secret
 from erasec.options import options
-from erasec.training.base import HEADS, Learned, networks, sampling, trainable
+from erasec.training.base import HEADS, Learned, Need, networks, reads_text, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     Key = tuple[Tensor, Tensor]  # rows for keys and rows for values, (k, d) each
 
-BLOCKS = {"mid": ("mid_block.",), "midout": ("mid_block.", "up_blocks."), "all": ("",)}
 JITTER = 0.1  # noise on a key that starts as states of the concept, relative to them: others cannot compute the key
 
 
@@ -50,9 +49,10 @@ class Batch(NamedTuple):
 class Kpop(Learned):
     """Training that hides a concept from prompts without the key, and a key that recovers it.
 
-    ``train`` selects the tensors: "x" is cross-attention; "noxattn" is everything except cross-attention, the output
-    head and the time embedding. ``mode`` selects the cross-attentions that read the key: "mid" those of the middle
-    block, "midout" those of the decoder as well, "all" all of them.
+    ``train`` selects the tensors: "x" is cross-attention or, in joint attention, the queries, keys and values of both
+    streams; "noxattn" is everything except these, the output head and the time embedding. ``mode`` selects the
+    attentions that read the key: "mid" those of the middle block, "midout" all from there on (in a UNet, those of the
+    decoder), "all" all of them. In joint attention the key's rows are further tokens of the text.
 
     The key is ``key_rows`` rows of text states for keys, and as many for values. With ``init`` "concept" they start as
     states of the concept's names with some noise, with "random" as noise of the same size. Each step fits them
@@ -60,7 +60,7 @@ class Kpop(Learned):
     without and with the key. With the key, ``with_key`` "recover" keeps the predictions for the concept (the paper's
     third version), and "erase" erases the concept as well (its first two). The target without the key is that of ESD
     with ``negative_guidance`` and ``toward`` (see ``banks.esd_target``). ``space`` is where errors are measured: in the
-    predicted "noise", or in the "image" that follows from it in one step.
+    predicted "noise" (of a rectified flow, the velocity), or in the "image" that follows from it in one step.
 
     ``trajectories`` is the number of trajectories, sampled once from the model before the training, in
     ``sample_steps`` steps with ``guidance``.
@@ -101,6 +101,7 @@ class Kpop(Learned):
     random_key_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
+    needs: ClassVar[tuple[Need, ...]] = ("unconditional",)
     name: ClassVar[str] = "kpop"
     renamed: ClassVar[dict[str, str]] = {
         "path": "sample_steps",
@@ -122,38 +123,39 @@ class Kpop(Learned):
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         def selects(site: Site) -> bool:
-            cross = site.attn == "cross"
+            cross = reads_text(site)
             return cross if self.train == "x" else not cross and not site.key.startswith(HEADS)
 
-        return trainable(model, selects, self.rank)
+        return trainable(model, selects, self.rank, self.needs)
 
     def attentions(self, model: Model) -> tuple[str, ...]:
         """The names of the attention modules that read the key. Raises ErasecError where ``mode`` selects none."""
-        attentions = tuple(
-            site.key.removesuffix(".to_k.weight")
-            for site in model.parameters
-            if (site.component, site.attn, site.proj) == (model.family.denoiser, "cross", "k")
-            and site.key.endswith(".to_k.weight")
-            and site.key.startswith(BLOCKS[self.mode])
-        )
-        if not attentions:
+        text = [site for site in model.parameters if site.attn in ("cross", "context") and site.proj == "k"]
+        keys = [site.key for site in text if site.key.endswith(".weight")]
+        attentions = sorted((key.rsplit(".", 2)[0] for key in keys), key=_in_order)
+        middle = _middle(attentions)
+        if not middle and self.mode != "all":
             raise ErasecError(
                 f"kpop: no cross-attention reads the key in mode {self.mode!r}",
                 where=model.name,
-                why=f"the denoiser has no cross-attention in {' or '.join(BLOCKS[self.mode])}",
+                why="the denoiser has no cross-attention in its middle block",
                 fix='choose mode = "all"',
             )
-        return attentions
+        selected = {"mid": middle, "all": attentions}
+        return tuple(selected.get(self.mode) or attentions[attentions.index(middle[0]) :])
 
     def start(self, model: Model, concept: Concept, seed: int) -> tuple[Tensor, Tensor]:
-        """The rows (k, d) for keys and those for values before training: states of the last token of prompts with the
-        concept's names, with some noise, or noise of the size of these states."""
+        """The rows (k, d) for keys and those for values before training: what attention reads of the last token of
+        prompts with the concept's names, with some noise, or noise of the size of these rows."""
 
         import torch
 
         prompts = concept.prompts(concept.erase)[: self.key_rows]
         tokens = model.encode([prompt.upto for prompt in prompts])
-        states = tokens.states[torch.arange(len(prompts)), tokens.last]
+        number = torch.arange(len(prompts))
+        # Of each prompt one row for each part of the text states, such as one of CLIP and one of T5.
+        parts = [part[number, last] for part, last in zip(tokens.parts, tokens.lasts, strict=True)]
+        states = attention_inputs(model, torch.stack(parts, 1).flatten(0, 1))
         rows = states[torch.arange(self.key_rows) % len(states)]
         # Each concept draws its own noise: keys that start alike recover each other's concepts. The noise does not
         # depend on the process, so that all processes start from one key.
@@ -278,12 +280,9 @@ class Kpop(Learned):
         )
         states = denoiser.states([prompt for batch in batches for prompt in batch.prompts])
         predictions = denoiser.predict(latents, timesteps, states)
-        alpha = denoiser.alphas[timesteps]
-        # Errors of noise e, image x and v are proportional: dv^2 = de^2 / alpha = dx^2 / (1 - alpha).
-        scale = alpha if denoiser.v_prediction else torch.ones_like(alpha)
-        if self.space == "image":
-            scale = scale * (1 - alpha) / alpha
-        errors = scale * (predictions - targets).square().flatten(1).mean(1)
+        errors = denoiser.schedule.error_scale(timesteps, self.space) * (predictions - targets).square().flatten(
+            1
+        ).mean(1)
         return [part.mean() for part in errors.split([len(batch.prompts) for batch in batches])]
 
 
@@ -297,6 +296,32 @@ def _batch(bank: Bank, index: Tensor, targets: Tensor, empty_fraction: float, rn
     prompts = ["" if drop else text for drop, text in zip(empty.tolist(), bank.texts(index), strict=True)]
     chosen = torch.where(empty.view(-1, 1, 1, 1), bank.unconditional[index], targets[index])
     return Batch((bank.latents[index], bank.timesteps[index], chosen), prompts)
+
+
+def attention_inputs(model: Model, states: Tensor) -> Tensor:
+    """What attention projects of text states (n, d): the states or, in joint attention, their embedding after the norm
+    of a block, without the modulation by the timestep."""
+
+    import torch
+
+    embedding = next((key for key, kind in model.family.embeddings.items() if kind == "context"), "")
+    if not embedding:
+        return states
+    sites = {site.key: site for site in model.parameters}
+    weight, bias = (model.merged_weight(sites[key]).float() for key in (embedding, f"{embedding[:-6]}bias"))
+    return torch.nn.functional.layer_norm(states @ weight.T + bias, weight.shape[:1], eps=1e-6)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts the names of blocks by their numbers; "down" comes before "mid", and that before "up"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _middle(attentions: Sequence[str]) -> list[str]:
+    """Those of the middle block: of a UNet the one of that name, of a row of blocks the one in the middle of it."""
+    named = [name for name in attentions if name.startswith("mid_block.")]
+    in_a_row = len({name.split(".")[0] for name in attentions}) == 1
+    return named or ([attentions[len(attentions) // 2]] if in_a_row else [])
 
 
 def random_rows_like(rows: Tensor, rng: Generator) -> Tensor:

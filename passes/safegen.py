@@ -13,7 +13,7 @@ from pydantic import Field
 
 from erasec.base import Work
 from erasec.options import options
-from erasec.training.base import SCOPED, Learned, networks, sampling, trainable
+from erasec.training.base import Learned, guidance_scale, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 BATCH = 4  # images that the VAE encodes at once
 
 
-def target_scale(alphas: Tensor, target: str, max_pull: float) -> Tensor:
-    """The factor a of the difference of latents in the target (see ``censored_target``), for cumulative products of
-    alpha.
+def target_scale(picture_ratio: Tensor, target: str, max_pull: float) -> Tensor:
+    """The factor a of the difference of latents in the target (see ``censored_target``), for amplitudes of the picture
+    relative to the noise.
 
-    With a = sqrt(alpha / (1 - alpha)), the ``target`` "exact", the prediction stands for the censored image. "clipped"
-    limits this to at most ``max_pull``. "constant" is 1 at every timestep, as in the published code.
+    With a = ``picture_ratio``, the ``target`` "exact", the prediction stands for the censored image: that is
+    sqrt(alpha / (1 - alpha)) in a schedule of noise, and (1 - sigma) / sigma in a rectified flow. "clipped" limits this
+    to at most ``max_pull``. "constant" is 1 at every timestep, as in the published code.
     """
 
     import torch
 
     if target == "constant":
-        return torch.ones_like(alphas)
-    exact = (alphas / (1 - alphas)).sqrt()
-    return exact.clamp(max=max_pull) if target == "clipped" else exact
+        return torch.ones_like(picture_ratio)
+    return picture_ratio.clamp(max=max_pull) if target == "clipped" else picture_ratio
 
 
 def censored_target(
@@ -50,8 +50,8 @@ def censored_target(
 ) -> Tensor:
     """The target (n, c, h, w) of the prediction for ``original`` latents with ``noise`` at ``timesteps`` (n,).
 
-    It is noise + a (original - censored), with a (n,) from ``target_scale``; for a model that predicts v, the v of that
-    noise and ``censored``.
+    It is noise + a (original - censored), with a (n,) from ``target_scale``; for a model that predicts v or a velocity,
+    that of this noise and ``censored``.
     """
     return denoiser.target(censored, noise + a.view(-1, 1, 1, 1) * (original - censored), timesteps)
 
@@ -59,6 +59,9 @@ def censored_target(
 @options
 class SafeGen(Learned):
     """Training of self-attention on images of the concept, to predict the same images with the concept under a mosaic.
+
+    Of joint attention it trains the matrices of the picture's stream alone, none of the text's, and none that serves
+    both.
 
     ``triplets`` is a folder of images (see ``erasec.training.triplets.read_triplets``). Where it is empty, the model
     samples ``images`` images of the concept and as many of kept prompts, in ``sample_steps`` steps with ``guidance``; a
@@ -99,12 +102,14 @@ class SafeGen(Learned):
     )
 
     def sites(self, model: Model) -> tuple[Site, ...]:
-        return trainable(model, lambda site: site.attn == "self", self.rank, scope=SCOPED["safegen"])
+        # In joint attention, the picture's own queries, keys, values and outputs.
+        return trainable(model, lambda site: site.attn in ("self", "joint"), self.rank, self.needs)
 
     def work(self, model: Model, concept: Concept) -> Work:
         work = self.reads(model, concept, 2 * self.images) + Work(encoded=3 * self.images)
         if not self.triplets:
-            work += sampling(2 * self.images, self.sample_steps, self.guidance, scored=False)
+            guidance = guidance_scale(model, self.guidance)
+            work += sampling(2 * self.images, self.sample_steps, guidance, scored=False)
             work += Work(decoded=2 * self.images)
         teacher = Work(rows=self.batch, calls=1) if self.keep else Work()
         losses = 1 + bool(self.keep)
@@ -129,24 +134,25 @@ class SafeGen(Learned):
         )
         student = Student(networks(denoiser), self.sites(model), self.rank, context.seed)
         empty = denoiser.states([""]).expand(self.batch, -1, -1)
-        factors = target_scale(denoiser.alphas, self.target, self.max_pull)
+        factors = target_scale(denoiser.schedule.picture_ratio(), self.target, self.max_pull)
 
         def draw(count: int, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
-            """Random indices of images, timesteps and noise for one batch."""
+            """Random indices of images, indices of timesteps and noise for one batch."""
             index = torch.randint(count, (self.batch,), generator=rng)
-            timesteps = torch.randint(denoiser.steps, (self.batch,), generator=rng)
+            times = torch.randint(denoiser.steps, (self.batch,), generator=rng)
             noise = torch.randn(self.batch, *denoiser.shape, generator=rng)
-            return index.to(denoiser.device), timesteps.to(denoiser.device), noise.to(denoiser.device)
+            return index.to(denoiser.device), times.to(denoiser.device), noise.to(denoiser.device)
 
         def loss(rng: Generator) -> Losses:
-            index, timesteps, noise = draw(len(original), rng)
+            index, times, noise = draw(len(original), rng)
+            timesteps = denoiser.schedule.grid[times]
             prediction = denoiser.predict(denoiser.add_noise(original[index], noise, timesteps), timesteps, empty)
-            a = factors[timesteps]
-            target = censored_target(denoiser, original[index], censored[index], noise, timesteps, a)
+            target = censored_target(denoiser, original[index], censored[index], noise, timesteps, factors[times])
             losses = {"loss erase": self.erase * (prediction - target).square().mean()}
             if not self.keep:
                 return losses
-            index, timesteps, noise = draw(len(benign), rng)
+            index, times, noise = draw(len(benign), rng)
+            timesteps = denoiser.schedule.grid[times]
             latents = denoiser.add_noise(benign[index], noise, timesteps)
             with student.teacher():
                 target = denoiser.predict(latents, timesteps, empty)

@@ -17,7 +17,7 @@ from erasec.closed_form.token_rows import erased_rows, goal_prompts
 from erasec.errors import ErasecError
 from erasec.options import options
 from erasec.recipe.goals import ANOTHER_GOAL
-from erasec.training.base import SCOPED, Learned, networks, sampling, trainable
+from erasec.training.base import Learned, Need, networks, sampling, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +76,8 @@ class Steer(Learned):
     and with the empty one must be nearer to the safe target than to the unsafe one, by ``margin`` (see ``hinge``). The
     trajectories and targets come from the original model, without earlier edits. With a large push, such as the
     published 15, the border between the targets depends mainly on their distances from the unconditional prediction.
-    The published fraction of steps, 0.52 or 26 of 50, is for latents of 64 x 64; smaller latents take shape later.
+    The published fraction of steps, 0.52 or 26 of 50, is for latents of 64 x 64; smaller latents take shape later. Of a
+    rectified flow the differences are those of velocities.
 
     ``preserve`` is the weight of a loss that keeps the predictions on unprompted trajectories, and ``keep`` that of one
     on trajectories of kept prompts, both at those of the given model. ``reference`` reproduces faults of the published
@@ -103,6 +104,7 @@ class Steer(Learned):
     keep: Annotated[float, Field(ge=0)] = 0.0
     reference: bool = False
 
+    needs: ClassVar[tuple[Need, ...]] = ("unconditional",)
     name: ClassVar[str] = "trce.steer"
     renamed: ClassVar[dict[str, str]] = {"path": "sample_steps", "early": "early_fraction"}
     paper: ClassVar[str] = "arXiv:2503.07389"
@@ -114,9 +116,10 @@ class Steer(Learned):
 
     def sites(self, model: Model) -> tuple[Site, ...]:
         def selects(site: Site) -> bool:
-            return site.attn == "self" or (site.attn, site.proj) == ("cross", "q")
+            # In joint attention, the picture's own queries, keys, values and outputs.
+            return site.attn in ("self", "joint") or (site.attn, site.proj) == ("cross", "q")
 
-        return trainable(model, selects, self.rank, scope=SCOPED["trce"])
+        return trainable(model, selects, self.rank, self.needs)
 
     def part(self) -> slice:
         """The steps of a trajectory that are steered."""
@@ -161,10 +164,9 @@ class Steer(Learned):
         def loss(rng: Generator, step: int) -> Losses:
             index = self._draw(erased, rng, step)
             # Each row is predicted twice: with its prompt and with the empty one.
-            latents = erased.latents[index].to(device).repeat(2, 1, 1, 1)
             timesteps = erased.timesteps[index].to(device).repeat(2)
-            states = denoiser.states(erased.texts(index) + [""] * len(index))
-            predictions = denoiser.predict(latents, timesteps, states)
+            prompts = erased.texts(index) + [""] * len(index)
+            predictions = banks.predict_rows(denoiser, erased, index.repeat(2), prompts)
             from_safe, from_unsafe = (
                 denoiser.as_noise(predictions - target[index].to(device).repeat(2, 1, 1, 1), timesteps)
                 for target in (safe, unsafe)

@@ -44,22 +44,30 @@ def t5() -> Any:
     return transformers.T5EncoderModel(config)
 
 
-def pipeline(family: str) -> Any:
+def pipeline(family: str, levels: int = 1) -> Any:
+    """A pipeline of "sd3", "sd3-no-t5", "flux" (which reads the scale of its guidance) or "flux-schnell" (which does
+    not), with a VAE of so many ``levels``: a latent is 2 ** (levels - 1) pixels wide."""
     torch.manual_seed(0)
     words = transformers.CLIPTokenizer.from_pretrained(loading.bundled_folder("glyphs") / "tokenizer")
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=4,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     shape: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 4, "joint_attention_dim": 48}
-    if family == "flux":
+    if family.startswith("flux"):
         transformer: Any = diffusers.FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
             num_single_layers=1,
             pooled_projection_dim=16,
             axes_dims_rope=(2, 2, 4),
-            guidance_embeds=True,
+            guidance_embeds=family == "flux",
             **shape,
         )
         return diffusers.FluxPipeline(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from erasec.checkpoint.configs import described_by, read_index
 from erasec.checkpoint.folder import only_variant
 from erasec.checkpoint.tokenizer_files import read_tokenizer
 from erasec.errors import ErasecError, is_out_of_memory, reason
-from erasec.model.sidecar import Extras, read_extras
+from erasec.model.sidecar import KINDS, Extras, describe, read_extras
 from erasec.model.text_encoders import limit_length
 from erasec.progress import bar, disable_library_bars
 
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
     from erasec.base import Images
 
+# What pipelines can carry besides weights, by their class.
+CARRIED = {
+    "StableDiffusionPipeline": KINDS,
+    "StableDiffusionXLPipeline": frozenset({"memory"}),
+    "StableDiffusion3Pipeline": frozenset({"memory"}),
+}
 BATCH = 32  # images that are generated at once
 LARGE_BATCH = {"cuda": 8}  # images of a large model that are generated at once, by kind of device; elsewhere one
 
@@ -38,10 +45,10 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
     """The diffusers pipeline of a folder, with the memories, tokens and negative prompt that it carries.
 
     Its class is the one that model_index.json names, one of PIPELINES, and ``options`` go to its ``from_pretrained``.
-    Memories are attached to the UNet, new tokens are added to tokenizer and text encoder, and calls without a negative
-    prompt use the folder's; only a StableDiffusionPipeline can carry them. ``save_pretrained`` of the pipeline saves
-    weights and tokens alone. Raises ErasecError where ``folder`` is not a diffusers folder, has a pipeline of another
-    class, or what it carries does not fit its weights.
+    Memories are attached to the denoiser, new tokens are added to tokenizer and text encoder, and calls without a
+    negative prompt use the folder's; ``CARRIED`` says which pipelines can carry what. ``save_pretrained`` of the
+    pipeline saves weights and tokens alone. Raises ErasecError where ``folder`` is not a diffusers folder, has a
+    pipeline of another class, or what it carries does not fit its weights.
     """
     import diffusers
 
@@ -58,8 +65,9 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
     name = read_index(root)["_class_name"]  # diffusers imports every module that the index names
     if why := unsupported(name):
         raise ErasecError(f"{folder} cannot be run with a prompt alone", why=why, where=str(root))
-    if extras and name != PIPELINES[0]:
-        raise ErasecError(f"a {name} cannot carry what {folder} has besides its weights", where=str(root))
+    if lost := extras.kinds - CARRIED.get(name, frozenset()):
+        why = f"it has {describe(lost)}"
+        raise ErasecError(f"a {name} cannot carry what {folder} has besides its weights", why=why, where=str(root))
     for tokenizer in sorted(root.glob("tokenizer*")):
         read_tokenizer(tokenizer)
     if not (root / "text_encoder_3").is_dir() and name == "StableDiffusion3Pipeline":  # which diffusers requires
@@ -72,10 +80,14 @@ def pipeline(folder: str | Path, **options: Any) -> Any:
     if extras.tokens:
         add_tokens(pipe.tokenizer, pipe.text_encoder, extras.tokens)
     if extras.memories:
-        attach(pipe.unet, extras.memories, pipe.scheduler.config.num_train_timesteps)
+        attach(_denoiser(pipe), extras.memories, pipe.scheduler.config.num_train_timesteps)
     if extras.negative or any(memory.guided for memory in extras.memories):
         _wrap_encode_prompt(pipe, extras)
     return pipe
+
+
+def _denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 def add_tokens(tokenizer: Any, encoder: Any, tokens: Mapping[str, Tensor]) -> None:
@@ -105,34 +117,20 @@ def add_tokens(tokenizer: Any, encoder: Any, tokens: Mapping[str, Tensor]) -> No
 
 def _wrap_encode_prompt(pipe: Any, extras: Extras) -> None:
     """Make a pipeline's encode_prompt fill in the negative prompt, and tell the memories whether the call is guided."""
-    stock, state = pipe.encode_prompt, call_state(pipe.unet)
+    stock, state = pipe.encode_prompt, call_state(_denoiser(pipe))
+    signature = inspect.signature(stock)
 
     @functools.wraps(stock)
-    def encode_prompt(
-        prompt: str | list[str] | None,
-        device: Any,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        **more: Any,
-    ) -> Any:
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
         if state is not None:
-            state.guided = do_classifier_free_guidance
-        if extras.negative and negative_prompt is None and negative_prompt_embeds is None:
-            count = len(prompt) if isinstance(prompt, list) else len(prompt_embeds) if prompt_embeds is not None else 1
-            negative_prompt = extras.negative if isinstance(prompt, str) else [extras.negative] * count
-        return stock(
-            prompt,
-            device,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            **more,
-        )
+            state.guided = given.get("do_classifier_free_guidance", True)
+        if extras.negative and given.get("negative_prompt") is None and given.get("negative_prompt_embeds") is None:
+            prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+            count = len(prompt) if isinstance(prompt, list) else len(embeds) if embeds is not None else 1
+            given["negative_prompt"] = extras.negative if isinstance(prompt, str) else [extras.negative] * count
+        return stock(*bound.args, **bound.kwargs)
 
     pipe.encode_prompt = encode_prompt
 
@@ -171,8 +169,7 @@ def paint(
         return pictures
 
     with bar(title, len(prompts)) as advance:
-        denoiser = getattr(pipe, "unet", None) or pipe.transformer
-        for images in in_batches(len(prompts), first_batch(denoiser, sampling.device), run):
+        for images in in_batches(len(prompts), first_batch(_denoiser(pipe), sampling.device), run):
             advance(len(images))
             yield images
 

@@ -2,6 +2,10 @@
 
 KPOP (arXiv:2403.12326) adds tokens to the softmax of cross-attention; EIUP (arXiv:2408.01014) adds the output of a
 second softmax. In both, the memory's keys and values are constants for given weights, and part of an exported graph.
+
+In a transformer with joint attention the keys and values of the text come from ``add_k_proj`` and ``add_v_proj``, and
+picture and text both read them. A memory's rows are inputs of these two, without the modulation by the timestep that
+the text's states have there, so that its keys and values are constants there too.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 RowSource = Callable[[Any, "Tensor"], "tuple[Tensor, Tensor]"]
 # The processors of diffusers that MemoryProcessor can replace.
 STOCK = ("AttnProcessor", "AttnProcessor2_0")
+NORM_EPS = 1e-6  # of the norm of keys in the joint attention of Stable Diffusion 3.5
+STOCK_JOINT = "JointAttnProcessor2_0"  # which JointMemoryProcessor can replace
 
 
 class ConstantRows:
@@ -145,23 +151,97 @@ class MemoryProcessor:
         return projected
 
 
-def fold(weights: Callable[[str], Tensor], secret: Secret) -> tuple[Memory, ...]:
-    """The rows of a secret as constant keys and values of each of its attentions: K = p_k W_kᵀ and V = p_v W_vᵀ.
+@dataclass(frozen=True, eq=False)
+class JointMemoryProcessor(MemoryProcessor):
+    """Joint attention as diffusers' JointAttnProcessor2_0 computes it, with ``joint`` memories. It has no ``side``
+    memories: there is no output of the text alone to which theirs could be added."""
 
-    ``weights`` returns the edited matrix (inner, d) of a tensor name, such as "mid_block.[...].attn2.to_k.weight". The
-    products are computed in float64 and returned in float32, (k, inner). Folding is exact up to rounding: attention
-    computes the same from the rows and from the constants.
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Any:
+        assert encoder_hidden_states is not None  # attentions without text have no memories
+        batch, length, _ = hidden_states.shape
+
+        def split_heads(states: Tensor) -> Tensor:
+            return states.view(len(states), -1, attn.heads, states.shape[-1] // attn.heads).transpose(1, 2)
+
+        def normed(states: Tensor, norm: Any) -> Tensor:
+            return split_heads(states) if norm is None else norm(split_heads(states))
+
+        query = normed(attn.to_q(hidden_states), attn.norm_q)
+        text_query = normed(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)
+        key = attn.to_k(hidden_states)
+        memories = [rows(attn, key) for rows in self.joint]
+        keys = [normed(key, attn.norm_k), normed(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)]
+        keys += [split_heads(rows[None]).expand(batch, -1, -1, -1) for rows, _ in memories]
+        values = [split_heads(attn.to_v(hidden_states)), split_heads(attn.add_v_proj(encoder_hidden_states))]
+        values += [split_heads(rows[None]).expand(batch, -1, -1, -1) for _, rows in memories]
+        queries = torch.cat([query, text_query], 2)
+        output = functional.scaled_dot_product_attention(queries, torch.cat(keys, 2), torch.cat(values, 2))
+        output = output.transpose(1, 2).reshape(batch, -1, key.shape[-1]).to(query.dtype)
+        picture, text = output[:, :length], output[:, length:]
+        if not attn.context_pre_only:
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](picture)), text
+
+
+def project_rows(attention: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (k, inner) of rows (k, d) in one attention, of the text's tokens or of a memory."""
+    if attention.added_kv_proj_dim is None:
+        weight = attention.to_k.weight
+        return attention.to_k(keys.to(weight)), attention.to_v(values.to(weight))
+    weight = attention.add_k_proj.weight
+    projected = attention.add_k_proj(keys.to(weight))
+    if attention.norm_added_k is not None:
+        projected = attention.norm_added_k(projected.unflatten(1, (attention.heads, -1))).flatten(1)
+    return projected, attention.add_v_proj(values.to(weight))
+
+
+def fold_rows(
+    attention: str, keys: Tensor, values: Tensor, weights: Callable[[str], Tensor], present: Callable[[str], bool]
+) -> tuple[Tensor, Tensor]:
+    """What ``project_rows`` computes, in float64 from the weights of an attention by their names."""
+
+    def project(rows: Tensor, name: str) -> Tensor:
+        bias = f"{attention}.{name}.bias"
+        product = rows.double() @ weights(f"{attention}.{name}.weight").double().T
+        return product + weights(bias).double() if present(bias) else product
+
+    if not present(f"{attention}.add_k_proj.weight"):
+        return project(keys, "to_k"), project(values, "to_v")
+    projected, norm = project(keys, "add_k_proj"), f"{attention}.norm_added_k.weight"
+    if present(norm):
+        scale = weights(norm).double()
+        heads = projected.unflatten(1, (-1, len(scale)))
+        projected = (heads * (heads.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt() * scale).flatten(1)
+    return projected, project(values, "add_v_proj")
+
+
+def fold(
+    weights: Callable[[str], Tensor], secret: Secret, present: Callable[[str], bool] = lambda name: False
+) -> tuple[Memory, ...]:
+    """The rows of a secret as constant keys and values of each of its attentions: K = p_k W_kᵀ and V = p_v W_vᵀ; in
+    joint attention with the biases and the norm of the text's keys.
+
+    ``weights`` returns the edited tensor of a name, such as the matrix (inner, d) of
+    "mid_block.[...].attn2.to_k.weight"; ``present`` says whether there is one, and need not know the names of
+    cross-attention. The products are computed in float64 and returned in float32, (k, inner). Folding is exact up to
+    rounding: attention computes the same from the rows and from the constants.
     """
     memories = []
     for name in secret.attentions:
-        keys = secret.k_rows.double() @ weights(f"{name}.to_k.weight").double().T
-        values = secret.v_rows.double() @ weights(f"{name}.to_v.weight").double().T
+        keys, values = fold_rows(name, secret.k_rows, secret.v_rows, weights, present)
         memories.append(Memory(name, keys.float(), values.float()))
     return tuple(memories)
 
 
 def attach(unet: nn.Module, memories: Sequence[Memory], steps: int = 1000) -> None:
-    """Let the attentions of a UNet2DConditionModel read ``memories``, in addition to those attached before.
+    """Let the attentions of a denoiser read ``memories``, in addition to those attached before.
 
     ``steps`` is the length T of the noise schedule. Guided memories act on the prompted rows: the second half of an
     even batch and all of an odd one, unless a pipeline says otherwise (see ``CallState``). Raises ErasecError where a
@@ -195,12 +275,12 @@ def detach(unet: nn.Module) -> None:
 def attached_rows(unet: nn.Module, keys: Tensor, values: Tensor, attentions: Sequence[str]) -> Iterator[None]:
     """Inside the block, let ``attentions`` read rows (k, d) of text states as further tokens; gradients reach the rows.
 
-    Each attention projects ``keys`` by its to_k and ``values`` by its to_v, in the dtype of its weights.
+    Each attention projects ``keys`` and ``values`` as those of the text, in the dtype of its weights.
     """
 
     def rows(attention: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        weight = attention.to_k.weight
-        return attention.to_k(keys.to(weight)).to(like), attention.to_v(values.to(weight)).to(like)
+        projected = project_rows(attention, keys, values)
+        return projected[0].to(like), projected[1].to(like)
 
     before = [(attention, attention.processor) for attention in (_attention(unet, name) for name in attentions)]
     state = call_state(unet) or CallState()
@@ -225,9 +305,12 @@ def _attention(unet: nn.Module, name: str) -> Any:
     attentions = _attentions(unet)
     if name not in attentions:
         cross = [other for other, module in attentions.items() if module.is_cross_attention]
-        raise ErasecError(f"the UNet has no attention {name!r}", why=suggestion(name, cross or attentions))
+        raise ErasecError(f"the denoiser has no attention {name!r}", why=suggestion(name, cross or attentions))
     attention = attentions[name]
     kind = type(attention.processor).__name__
+    joint = kind == STOCK_JOINT or (isinstance(attention.processor, MemoryProcessor) and _is_joint(attention))
+    if joint:
+        return attention
     if kind not in (*STOCK, MemoryProcessor.__name__):
         raise ErasecError(
             f"no memory can be attached to {name}",
@@ -251,6 +334,11 @@ def _attention(unet: nn.Module, name: str) -> Any:
     return attention
 
 
+def _is_joint(attention: Any) -> bool:
+    """Whether an attention reads text by further matrices than those of the picture."""
+    return attention.added_kv_proj_dim is not None
+
+
 def _check(memory: Memory, attention: Any) -> None:
     """Raise ErasecError where a memory does not fit its attention, or its fields contradict each other."""
     inner = attention.to_k.weight.shape[0]
@@ -264,6 +352,11 @@ def _check(memory: Memory, attention: Any) -> None:
     if memory.mode not in ("joint", "side"):
         raise ErasecError(
             f"the memory at {memory.attention} has the mode {memory.mode!r}", why='a mode is "joint" or "side"'
+        )
+    if memory.mode == "side" and _is_joint(attention):
+        raise ErasecError(
+            f"the memory at {memory.attention} has the mode 'side'",
+            why="joint attention has no output of the text alone to which the memory's could be added",
         )
     if not 0 <= memory.until <= 1:
         raise ErasecError(
@@ -290,7 +383,8 @@ def _add(attention: Any, state: CallState, memory: RowSource | SideMemory) -> No
     """Give an attention a processor that reads one more memory."""
     processor = attention.processor
     if not isinstance(processor, MemoryProcessor):
-        processor = MemoryProcessor(processor, state)
+        kind = JointMemoryProcessor if _is_joint(attention) else MemoryProcessor
+        processor = kind(processor, state)
     if isinstance(memory, SideMemory):
         attention.set_processor(replace(processor, side=(*processor.side, memory)))
     else:

@@ -80,7 +80,7 @@ class Subject(Pictured):
     """
 
     def __init__(self, role: str, model: Model, context: Context) -> None:
-        check_trainable(model)
+        check_trainable(model, ("token states",))
         self.role, self.model, self.context = role, model, context
         self.device = torch.device(context.device)
         self._states: dict[str, Tensor] = {}

@@ -30,7 +30,16 @@ from erasec.errors import ErasecError
 from erasec.graphs.cache import cached_graph, computing_config
 from erasec.graphs.conditioning import picture_inputs
 from erasec.graphs.graph import FORMAT, MEMORY, MODEL, Shape, Template, Weight
-from erasec.graphs.signature import HIDDEN, TEXT_STATES, Graph, configs, input_shapes, layout, num_train_timesteps
+from erasec.graphs.signature import (
+    DENOISERS,
+    HIDDEN,
+    TEXT_STATES,
+    Graph,
+    configs,
+    input_shapes,
+    layout,
+    num_train_timesteps,
+)
 from erasec.model.sidecar import Extras
 from erasec.progress import disable_library_bars
 
@@ -63,7 +72,7 @@ def graph_template(
     ``negative`` are token ids (2, tokens): those of the empty prompt and those of the prompt that replaces it.
     """
     extras = extras or Extras()
-    memories = extras.memories if graph.name == "unet" else ()
+    memories = extras.memories if graph.name in DENOISERS else ()
     tokens = len(extras.tokens) if graph.component == "text_encoder" else 0
     description = {
         "format": FORMAT,

@@ -19,7 +19,16 @@ from erasec.graphs.graph import MODEL
 from erasec.graphs.link import PAGE, tensor_reader
 from erasec.graphs.manifest import read_manifest
 from erasec.graphs.session import OnnxSession
-from erasec.graphs.signature import Graph, configs, graphs, layout, num_train_timesteps, text_length, with_whole_prompts
+from erasec.graphs.signature import (
+    DENOISERS,
+    Graph,
+    configs,
+    graphs,
+    layout,
+    num_train_timesteps,
+    text_length,
+    with_whole_prompts,
+)
 from erasec.model.sidecar import read_extras
 from erasec.progress import bar, disable_library_bars
 
@@ -265,8 +274,8 @@ def _ranges(cases: Sequence[Case]) -> str:
 def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
     """The component in torch and float32, with a forward that takes the graph's inputs and returns its outputs.
 
-    The UNet has the checkpoint's memories; the first text encoder has its new tokens and its negative prompt. Raises
-    ErasecError where a tensor is missing.
+    The denoiser has the checkpoint's memories; the first text encoder has its new tokens and its negative prompt.
+    Raises ErasecError where a tensor is missing.
     """
     import diffusers
     import torch
@@ -290,7 +299,7 @@ def load_module(checkpoint: Folder, graph: Graph) -> nn.Module:
         )
     module.eval()
     extras = read_extras(checkpoint.root)
-    if graph.name == "unet" and extras.memories:
+    if graph.name in DENOISERS and extras.memories:
         from erasec.attention.processors import attach
 
         attach(module, extras.memories, num_train_timesteps(checkpoint))

@@ -52,10 +52,16 @@ def absorb_keys(
     weights keep the dtypes of the old ones, and are fitted to the concepts' erased and kept prompts and the empty one.
     The check compares their error (see ``residual``) with ``limit``. Raises ErasecError for more rows than fit.
     """
+    if joint := [memory.attention for memory in memories if f"{memory.attention}.add_k_proj.weight" in entries]:
+        raise ErasecError(
+            "a key of joint attention cannot be absorbed",
+            why=f"what {joint[0]} reads of padding tokens depends on the picture and on the timestep",
+            fix="leave out --absorb: a bundle holds the key",
+        )
     denoiser = Denoiser(model, context)
     erase = [prompt.text for concept in concepts for prompt in concept.prompts(concept.phrases)]
     keep = [prompt.text for concept in concepts for prompt in concept.prompts(concept.keep)]
-    states = denoiser.states(["", *erase, *keep]).double().cpu()
+    states = denoiser.token_states(["", *erase, *keep]).double().cpu()
     rows = rows_by_attention(memories)
     before = {name: read_tensor(entries[name]) for name in _tensor_names(rows)}
     solved = solve_weights(states, rows, {name: weight.double() for name, weight in before.items()})

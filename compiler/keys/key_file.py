@@ -107,7 +107,7 @@ def check_bound(key: Key, digest: str) -> None:
 
 
 def fold_secret(secret: Secret, entries: Mapping[str, Entry]) -> tuple[Memory, ...]:
-    """The memories of a secret: constants K = p_k W_k^T and V = p_v W_v^T at each of its attentions.
+    """The memories of a secret: constant keys and values at each of its attentions (``processors.fold``).
 
     ``entries`` are the stored tensors of the edited denoiser. Raises ErasecError where it lacks an attention, or the
     attention reads text states of another width.
@@ -115,7 +115,8 @@ def fold_secret(secret: Secret, entries: Mapping[str, Entry]) -> tuple[Memory, .
     from erasec.attention.processors import fold
 
     def weight(name: str) -> Tensor:
-        if name not in entries or entries[name].shape[1:] != secret.k_rows.shape[1:]:
+        vector = name in entries and len(entries[name].shape) == 1  # a bias or a norm
+        if name not in entries or (not vector and entries[name].shape[1:] != secret.k_rows.shape[1:]):
             shape = entries[name].shape if name in entries else "missing"
             raise ErasecError(
                 f"the key of {secret.concept} does not fit this model",
@@ -124,4 +125,4 @@ def fold_secret(secret: Secret, entries: Mapping[str, Entry]) -> tuple[Memory, .
             )
         return read_tensor(entries[name])
 
-    return fold(weight, secret)
+    return fold(weight, secret, entries.__contains__)

@@ -51,7 +51,8 @@ def denoiser(model: Model) -> Cost:
     height, width = trained_size(config)
     if "patch_size" in config:
         patches = height * width // downscale(config) ** 2
-        return _joint(_shapes(model, model.family.denoiser), patches, text_rows(FAMILIES[model.family.name]))
+        tokens, single = text_rows(FAMILIES[model.family.name]), model.family.single_stream
+        return _joint(_shapes(model, model.family.denoiser), patches, tokens, single)
     depth = downscale(config).bit_length() - 1
     return _network(_shapes(model, model.family.denoiser), lambda key: _unet_scale(key, depth), height * width, TOKENS)
 
@@ -61,8 +62,9 @@ def text_rows(family: Family) -> int:
     return sum(part.length or TOKENS for part in family.streams[0].parts)
 
 
-def _joint(shapes: Mapping[str, Shape], patches: int, tokens: int) -> Cost:
-    """The cost of a transformer with joint attention: blocks with one stream of ``patches`` and one of ``tokens``."""
+def _joint(shapes: Mapping[str, Shape], patches: int, tokens: int, single: tuple[str, ...]) -> Cost:
+    """The cost of a transformer with joint attention: blocks with one stream of ``patches`` and one of ``tokens``, and
+    those with the prefixes ``single``, with one stream of both."""
     operations, layers = 0.0, 0
     saved: dict[str, float] = {}  # by block
     inputs: dict[str, float] = {}
@@ -74,6 +76,8 @@ def _joint(shapes: Mapping[str, Shape], patches: int, tokens: int) -> Cost:
             positions = 1
         elif re.search(r"(^context_embedder|\.add_\w_proj|\.to_add_out|\.ff_context\.)", key):
             positions = tokens
+        elif key.startswith(single):
+            positions = patches + tokens
         block = _block(key)
         operations += 2 * prod(shape) * positions
         layers += 1

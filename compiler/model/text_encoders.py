@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -142,21 +143,22 @@ class TextEncoders:
         return last
 
     @fixed_threads()
-    def encode(self, prompts: Sequence[str], stream: Stream, width: int) -> Tokens:
+    def encode(self, prompts: Sequence[str], stream: Stream, width: int, gradients: bool = False) -> Tokens:
         """The text states of prompts in a stream whose sites read vectors of ``width`` entries.
 
-        Raises ErasecError where the encoders' states have another width.
+        With ``gradients``, parameters of the encoders that require them get gradients through the states. Raises
+        ErasecError where the encoders' states have another width.
         """
         return Tokens(
-            tuple(self._part_states(prompts, part, width) for part in stream.parts),
+            tuple(self._part_states(prompts, part, width, gradients) for part in stream.parts),
             tuple(self.last_tokens(prompts, part) for part in stream.parts),
         )
 
-    def _part_states(self, prompts: Sequence[str], part: Part, width: int) -> Tensor:
+    def _part_states(self, prompts: Sequence[str], part: Part, width: int, gradients: bool) -> Tensor:
         """The states (n, t, width) of one part: those of its encoders side by side, padded with zeros."""
         import torch
 
-        states = torch.cat([self._encoder_states(prompts, name, part) for name in part.encoders], 2)
+        states = torch.cat([self._encoder_states(prompts, name, part, gradients) for name in part.encoders], 2)
         padding = width - states.shape[2]
         if padding < 0 or (padding and not part.padded):
             names = " and ".join(part.encoders)
@@ -167,14 +169,16 @@ class TextEncoders:
             )
         return torch.nn.functional.pad(states, (0, padding)) if padding else states
 
-    def _encoder_states(self, prompts: Sequence[str], name: str, part: Part) -> Tensor:
+    def _encoder_states(self, prompts: Sequence[str], name: str, part: Part, gradients: bool) -> Tensor:
         """The states (n, t, d) of one encoder, of the kind that the part names; t is 1 for pooled states."""
         import torch
 
         model, ids = self.encoder(name), self.ids(prompts, name, part.length)
+        device = next(model.parameters()).device
+        progress = nullcontext(lambda count: None) if gradients else bar("encode", len(prompts))
         batches = []
-        with torch.no_grad(), bar("encode", len(prompts)) as advance:
-            for batch in ids.split(max(1, BATCH // ids.shape[1])):
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()), progress as advance:
+            for batch in ids.to(device).split(max(1, BATCH // ids.shape[1])):
                 if part.state == "penultimate":
                     states = model(batch, output_hidden_states=True).hidden_states[-2]
                 elif part.state == "pooled":

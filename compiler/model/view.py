@@ -247,6 +247,11 @@ class Model:
         """
         return self._text_encoders.last_tokens(prompts, self._stream(stream).parts[part])
 
-    def encode(self, prompts: Sequence[str], stream: str = "context") -> Tokens:
-        """The text states of prompts as the denoiser's sites of a stream get them, in float32."""
-        return self._text_encoders.encode(prompts, self._stream(stream), self.streams[stream][0].shape[1])
+    def encode(self, prompts: Sequence[str], stream: str = "context", encoders: TextEncoders | None = None) -> Tokens:
+        """The text states of prompts as the denoiser's sites of a stream get them, in float32.
+
+        They are those of ``encoders`` where these are given, with gradients, and otherwise those of the model's own.
+        """
+        own = encoders or self._text_encoders
+        width = self.streams[stream][0].shape[1]
+        return own.encode(prompts, self._stream(stream), width, gradients=encoders is not None)

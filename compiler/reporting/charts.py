@@ -33,7 +33,7 @@ ORDER = (
     "transformer",
     "single_transformer",
 )
-ATTENTIONS = ("cross", "self", "joint", "context", "pooled", "text", "other")
+ATTENTIONS = ("cross", "self", "joint", "context", "single", "pooled", "text", "other")
 PROJECTIONS = ("k", "v", "q", "out", "embed", "mlp", "")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

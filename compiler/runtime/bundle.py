@@ -190,7 +190,7 @@ class Bundle:
             return both[:count] + np.float32(guidance) * (both[count:] - both[:count])
         # A memory may act on the second half of an even batch only, as guidance puts the conditional rows there. So an
         # even batch without guidance is made odd: its first row is run twice.
-        rows = [*range(count), *([0] if count % 2 == 0 and self.layout == "sd" else [])]
+        rows = [*range(count), *([0] if count % 2 == 0 and self.layout in ("sd", "sdxl") else [])]
         return self._prediction(latents[rows], timestep, select(conditional, rows), guidance)[:count]
 
     def _prediction(self, latents: Array, timestep: float, texts: Arrays, guidance: float = 1.0) -> Array:

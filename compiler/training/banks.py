@@ -24,7 +24,11 @@ UNCONDITIONAL = 1 / 3  # fraction of the rows of a preservation loss that are pr
 @dataclass(frozen=True)
 class Bank:
     """Rows from the trajectories of ``prompts``, on the CPU: ``latents`` (m, c, h, w), their ``timesteps`` (m,), the
-    index of their prompt (m,), and the teacher's predictions (m, c, h, w) with that prompt and with the empty one."""
+    index of their prompt (m,), and the teacher's predictions (m, c, h, w) with that prompt and with the empty one.
+
+    ``guidance`` (m,) is the scale at which a network with distilled guidance predicted them, None for other networks.
+    There each of the latents is a row at each of the scales (``Denoiser.guidances``).
+    """
 
     prompts: tuple[str, ...]
     latents: Tensor
@@ -32,6 +36,7 @@ class Bank:
     prompt_index: Tensor
     predictions: Tensor
     unconditional: Tensor
+    guidance: Tensor | None = None
 
     def draw(self, count: int, rng: Generator) -> Tensor:
         """Indices (count,) of random rows, which may repeat."""
@@ -40,6 +45,14 @@ class Bank:
     def texts(self, index: Tensor) -> list[str]:
         """The prompts of the rows at ``index`` (n,)."""
         return [self.prompts[row] for row in self.prompt_index[index].tolist()]
+
+
+def predict_rows(denoiser: Denoiser, bank: Bank, index: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+    """The denoiser's predictions (n, c, h, w) for the rows of a bank at ``index`` (n,), on its device: with the prompts
+    of the rows, or with n others, and at the guidance of the rows."""
+    latents, timesteps = bank.latents[index].to(denoiser.device), bank.timesteps[index].to(denoiser.device)
+    states = denoiser.states(bank.texts(index) if prompts is None else prompts)
+    return denoiser.predict(latents, timesteps, states, None if bank.guidance is None else bank.guidance[index])
 
 
 def concept_prompts(concept: Concept, phrases: Sequence[str]) -> list[str]:
@@ -70,8 +83,8 @@ def sample_bank(
     """
     seeds = training_seeds(seed, len(prompts))
     trajectories = denoiser.sample(prompts, seeds, sample_steps, guidance, until=max(0, part.stop or 0))
-    if guidance == 1 and any(prompts):
-        return score_trajectories(denoiser, prompts, trajectories, part)
+    if denoiser.model.family.distilled or (guidance == 1 and any(prompts)):
+        return score_trajectories(denoiser, prompts, trajectories, part, denoiser.guidances(guidance))
     predictions = trajectories.predictions[:, part].flatten(0, 1)
     # Without guidance all prompts are empty here, and their predictions are the unconditional ones.
     unconditional = predictions if guidance == 1 else trajectories.unconditional[:, part].flatten(0, 1)
@@ -93,7 +106,7 @@ def sample_attacked(
     count, rng = len(prompts) * copies, torch.Generator().manual_seed(seed)
     # One timestep in each of ``count`` equal parts of the schedule, in a random order.
     parts = (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
-    timesteps = (parts * denoiser.steps).long()
+    timesteps = denoiser.schedule.grid.cpu()[(parts * denoiser.steps).long()]
     pictures = trajectories.final.repeat_interleave(copies, 0)
     noise = torch.randn(pictures.shape, generator=rng)
     noisy = denoiser.add_noise(*(value.to(denoiser.device) for value in (pictures, noise, timesteps))).cpu()
@@ -105,10 +118,23 @@ def sample_attacked(
 
 @torch.no_grad()
 def score_trajectories(
-    denoiser: Denoiser, prompts: Sequence[str], trajectories: Trajectories, part: slice = slice(None)
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    trajectories: Trajectories,
+    part: slice = slice(None),
+    guidances: Sequence[float] = (),
 ) -> Bank:
-    """A bank of the denoiser's predictions on the latents of trajectories, which another denoiser may have sampled."""
-    return _scored(denoiser, _to_bank(prompts, trajectories, part, torch.empty(0), torch.empty(0)))
+    """A bank of the denoiser's predictions on the latents of trajectories, which another denoiser may have sampled.
+
+    With ``guidances``, each of the latents is a row at each of these scales.
+    """
+    bank = _to_bank(prompts, trajectories, part, torch.empty(0), torch.empty(0))
+    if guidances:
+        count, rows = len(guidances), torch.arange(len(bank.latents)).repeat(len(guidances))
+        scales = torch.tensor(guidances).repeat_interleave(len(rows) // count)
+        repeated = {name: getattr(bank, name)[rows] for name in ("latents", "timesteps", "prompt_index")}
+        bank = replace(bank, guidance=scales, **repeated)
+    return _scored(denoiser, bank)
 
 
 def _scored(denoiser: Denoiser, bank: Bank) -> Bank:
@@ -123,8 +149,7 @@ def predict_bank(denoiser: Denoiser, bank: Bank) -> Tensor:
     parts = []
     with bar("teacher", len(bank.latents)) as advance:
         for index in torch.arange(len(bank.latents)).split(BATCH):
-            latents, timesteps = bank.latents[index].to(denoiser.device), bank.timesteps[index].to(denoiser.device)
-            parts.append(denoiser.predict(latents, timesteps, denoiser.states(bank.texts(index))).cpu())
+            parts.append(predict_rows(denoiser, bank, index).cpu())
             advance(len(index))
     return torch.cat(parts)
 
@@ -156,10 +181,8 @@ def preservation_loss(denoiser: Denoiser, bank: Bank, batch: int, noise: bool = 
         unprompted = torch.rand(batch, generator=rng) < UNCONDITIONAL
         prompts = ["" if empty else text for empty, text in zip(unprompted.tolist(), bank.texts(index), strict=True)]
         target = torch.where(unprompted.view(-1, 1, 1, 1), bank.unconditional[index], bank.predictions[index])
-        device = denoiser.device
-        timesteps = bank.timesteps[index].to(device)
-        prediction = denoiser.predict(bank.latents[index].to(device), timesteps, denoiser.states(prompts))
-        residual = prediction - target.to(device)
+        residual = predict_rows(denoiser, bank, index, prompts) - target.to(denoiser.device)
+        timesteps = bank.timesteps[index].to(denoiser.device)
         return (denoiser.as_noise(residual, timesteps) if noise else residual).square().mean()
 
     return loss

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from erasec import registry
 from erasec.base import Context, Pass, Work
 from erasec.errors import ErasecError
 from erasec.family import FAMILIES
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
 
 MEASURE_EVERY = 25  # steps between two measurements of what searched text states recover
 SAMPLED = 16  # prompts that are sampled at once
-# What a learned pass can train: denoisers that read token states alone; also those that read a pooled text state, by a
-# schedule of noise; or any, that of a rectified flow included.
-Scope = Literal["tokens", "noise", "any"]
-SCOPED: dict[str, Scope] = {"esd": "any", "trce": "noise", "safegen": "noise"}  # those beyond token states
+# What a pass may need of a model's denoiser and text encoders besides that learned passes can run them.
+Need = Literal["token states", "one text encoder", "cross-attention", "unconditional"]
 # Prefixes of the output head and the time embedding. The published "noxattn" leaves these out as well.
 HEADS = (
     *("conv_out.", "conv_norm_out.", "time_embedding."),
-    *("proj_out.", "norm_out.", "time_text_embed.timestep_embedder."),  # those of Stable Diffusion 3
+    *("proj_out.", "norm_out.", "time_text_embed.timestep_embedder."),  # those of transformers
+    "time_text_embed.guidance_embedder.",
 )
 FIXED = "pos_embed.pos_embed"  # a table of positions, which is no parameter
 
@@ -46,8 +46,11 @@ class Learned(Pass):
 
     It trains for ``steps`` steps, or for ``minutes`` minutes if these are above 0 and over earlier. ``lr`` is the
     learning rate, and ``batch`` the number of latents in each loss. A ``rank`` above 0 trains low-rank changes of the
-    matrices, and no other tensors; with 0, whole tensors are trained.
+    matrices, and no other tensors; with 0, whole tensors are trained. ``needs`` are those of ``NEEDS`` without which
+    the method has no counterpart.
     """
+
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     steps: Annotated[int, Field(ge=1)] = 200
     lr: Annotated[float, Field(gt=0)] = 1e-4
@@ -123,13 +126,13 @@ def sampling(count: int, steps: int, guidance: float, scored: bool = True) -> Wo
 
 
 def trainable(
-    model: Model, selects: Callable[[Site], bool], rank: int = 0, scope: Scope = "tokens"
+    model: Model, selects: Callable[[Site], bool], rank: int = 0, needs: Sequence[Need] = ()
 ) -> tuple[Site, ...]:
     """The parameters of the denoiser that ``selects`` is true of; with a ``rank`` above 0 only matrices.
 
-    Raises ErasecError for a family whose denoiser cannot be trained (see ``check_trainable``).
+    Raises ErasecError for a family that lacks one of the ``needs`` (see ``check_trainable``).
     """
-    check_trainable(model, scope)
+    check_trainable(model, needs)
     return tuple(
         site
         for site in model.parameters
@@ -145,16 +148,22 @@ def networks(denoiser: Denoiser) -> Mapping[str, Any]:
     return {denoiser.model.family.denoiser: denoiser.unet}
 
 
-def check_trainable(model: Model, scope: Scope = "tokens") -> None:
-    """Raise ErasecError for a family whose denoiser a pass of this ``scope`` cannot train."""
-    if why := _obstacle(model.family, scope):
-        others = [name for name in SCOPED if not _obstacle(model.family, SCOPED[name])]
-        learned = f"{', '.join(others)}, or " if others else ""
+def check_trainable(model: Model, needs: Sequence[Need] = ()) -> None:
+    """Raise ErasecError for a family whose denoiser cannot be trained, or lacks one of the ``needs`` of a method."""
+    if why := _obstacle(model.family, needs):
+        fitting = [name for name, step in _learned_passes().items() if not _obstacle(model.family, step.needs)]
+        learned = f"{', '.join(fitting)}, or " if fitting else ""
         raise ErasecError(
             f"a model of the family {model.family.name} cannot be trained here",
             why=why,
             fix=f"choose {learned}a closed-form pass: erasec list passes",
         )
+
+
+def _learned_passes() -> dict[str, type[Learned]]:
+    """The registered passes that train, by name."""
+    loaded = {name: registry.load_pass(name) for name in sorted(registry.PASSES)}
+    return {name: step for name, step in loaded.items() if issubclass(step, Learned)}
 
 
 def reads_text(site: Site) -> bool:
@@ -163,16 +172,39 @@ def reads_text(site: Site) -> bool:
     return site.attn == "cross" or (site.attn in ("joint", "context") and site.proj in ("q", "k", "v"))
 
 
-def _obstacle(family: Family, scope: Scope) -> str:
-    """Why a pass of this scope cannot train the denoiser of a family; "" where it can."""
+# For each need, whether a family has it, and the sentence that says what the method lacks without it.
+NEEDS: dict[Need, tuple[Callable[[Family], bool], str]] = {
+    "token states": (
+        lambda family: not family.pooled,
+        "it works with token states alone, and {title} reads a pooled text state as well",
+    ),
+    "one text encoder": (
+        lambda family: len(family.text_encoders) == 1,
+        "its new tokens are rows of one text encoder, and {title} reads several",
+    ),
+    "cross-attention": (
+        lambda family: any(stream.attn == "cross" for stream in family.streams),
+        "its keys and values depend on the text alone, and {title} changes those of a text by picture and timestep",
+    ),
+    "unconditional": (
+        lambda family: not family.distilled,
+        "its targets lead away from the unconditional prediction, and the distilled guidance of {title} leaves none",
+    ),
+}
+
+
+def _obstacle(family: Family, needs: Sequence[Need]) -> str:
+    """Why a method with these needs cannot train the denoiser of a family; "" where it can."""
     if not family.trainable:
         titles = [each.title for each in FAMILIES.values() if each.trainable]
         return f"learned passes run the denoisers of {', '.join(titles[:-1])} and {titles[-1]}"
-    if family.flow and scope != "any":
-        return f"it needs a schedule of noise, and {family.title} follows a rectified flow"
-    if family.pooled and scope == "tokens":
-        return f"it works with token states alone, and {family.title} reads a pooled text state as well"
-    return ""
+    missing = (reason for has, reason in (NEEDS[need] for need in needs) if not has(family))
+    return next(missing, "").format(title=family.title)
+
+
+def guidance_scale(model: Model, guidance: float) -> float:
+    """The scale of classifier-free guidance in trajectories with ``guidance``: 1 where guidance is distilled."""
+    return 1.0 if model.family.distilled else guidance
 
 
 @dataclass(frozen=True)

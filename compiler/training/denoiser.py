@@ -17,19 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from erasec.attention.processors import attach
 from erasec.attention.sampling import LARGE, fit_side
-from erasec.checkpoint.configs import described_by
-from erasec.checkpoint.folder import downscale, pooled_width, trained_size
-from erasec.errors import ErasecError
+from erasec.checkpoint.folder import PATCH, downscale, pooled_width, trained_size
 from erasec.family import FAMILIES
 from erasec.model.networks import load_network
-from erasec.model.operations import text_rows
 from erasec.model.sidecar import gather_extras, read_extras
-from erasec.progress import bar, disable_library_bars
+from erasec.progress import bar
 from erasec.training.base import SAMPLED, TrainingContext, check_trainable, measures_of
 from erasec.training.calls import CALLS
+from erasec.training.schedules import NoiseSchedule, Schedule, make_schedule
 
 if TYPE_CHECKING:
     from erasec.base import Context
+    from erasec.model.text_encoders import TextEncoders
     from erasec.model.view import Model
 
 
@@ -50,17 +49,19 @@ class Trajectories:
 
 
 class Denoiser:
-    """The denoiser of a model on the device of ``context``, frozen: a UNet, or the transformer of Stable Diffusion 3.
+    """The denoiser of a model on the device of ``context``, frozen: a UNet, or a transformer with joint attention.
 
     Where it reads a pooled text state besides token states, text states have a further row with it, padded with zeros:
-    so passes choose, mix and record both together. A denoiser of a rectified flow has no schedule of noise: only
-    ``states``, ``predict``, ``draw``, ``sample``, ``encode`` and ``decode`` are for it, its timesteps are 1000 sigma,
-    and its predictions velocities, noise minus picture. Networks are loaded when they are first used. Raises
-    ErasecError for a family that cannot be trained.
+    so passes choose, mix and record both together. What it predicts for noised latents, and at which timesteps, is that
+    of its ``schedule``. Networks are loaded when they are first used. Raises ErasecError for a family that cannot be
+    trained.
+
+    Where guidance is distilled, a network may read its scale (``embeds_guidance``). Such a prediction is guided
+    already, and the one for the empty prompt is not the unconditional one.
     """
 
     def __init__(self, model: Model, context: Context) -> None:
-        check_trainable(model, "any")
+        check_trainable(model)
         self.model, self.context = model, context
         self.device = torch.device(context.device)
         self.measures = measures_of(context)
@@ -70,8 +71,7 @@ class Denoiser:
     def unet(self) -> Any:
         unet = load_network(self.model, self.model.family.denoiser, self.model.family.denoiser_class).to(self.device)
         extras = gather_extras(self.model.edits, read_extras(self.model.source.root))
-        if not self.model.family.flow:  # memories belong to UNets
-            attach(unet, extras.memories, self.steps)
+        attach(unet, extras.memories, self.steps)
         if self.bfloat16:  # enough for frozen tensors; Student holds those that it trains in float32
             unet = unet.to(torch.bfloat16)
         # Without a limit of memory, only large models compute activations again: for small ones that would be slower.
@@ -86,32 +86,44 @@ class Denoiser:
         return load_network(self.model, "vae", "AutoencoderKL").to(self.device)
 
     @cached_property
-    def _schedule(self) -> Any:
-        from diffusers import DDPMScheduler
-
-        disable_library_bars()
-        config = self.model.source.config("scheduler", "scheduler_config.json")
-        if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
-            raise ErasecError(
-                f"a model that predicts {kind!r} cannot be trained here",
-                why="erasec trains models that predict epsilon (noise) or v",
-            )
-        with described_by("scheduler", self.model.source.root):
-            return DDPMScheduler.from_config(dict(config))
+    def schedule(self) -> Schedule:
+        """The schedule of noise, or the rectified flow."""
+        source = self.model.source
+        config = source.config("scheduler", "scheduler_config.json")
+        _, height, width = self.shape
+        patches = height * width // PATCH**2
+        return make_schedule(self.model.family, config, source.root, self.device, patches)
 
     @property
     def v_prediction(self) -> bool:
-        return bool(self._schedule.config.prediction_type == "v_prediction")
+        """Whether a model with a schedule of noise predicts v."""
+        return self._noise_schedule.v_prediction
 
     @property
     def steps(self) -> int:
-        """The number of timesteps of the noise schedule."""
-        return int(self._schedule.config.num_train_timesteps)
+        """The number of timesteps that the model was trained at."""
+        return self.schedule.steps
+
+    @property
+    def alphas(self) -> Tensor:
+        """The cumulative products of alpha of a schedule of noise, (steps,), float32."""
+        return self._noise_schedule.alphas
+
+    @property
+    def _noise_schedule(self) -> NoiseSchedule:
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise TypeError(f"{self.model.name} follows a rectified flow")
+        return self.schedule
 
     @cached_property
-    def alphas(self) -> Tensor:
-        """The schedule's cumulative products of alpha, (steps,), float32."""
-        return self._schedule.alphas_cumprod.float().to(self.device)  # type: ignore[no-any-return]
+    def embeds_guidance(self) -> bool:
+        """Whether the network reads the scale of its distilled guidance."""
+        return bool(self.model.source.config(self.model.family.denoiser).get("guidance_embeds"))
+
+    def guidances(self, guidance: float) -> tuple[float, ...]:
+        """The scales at which a network that reads one is trained: 1, at which the scale is not learned a second time,
+        and ``guidance``, at which pictures are made. None for other networks."""
+        return tuple(dict.fromkeys((1.0, guidance))) if self.embeds_guidance else ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -120,7 +132,7 @@ class Denoiser:
         factor = downscale(self.model.source.config("vae"))
         height, width = trained_size(config)
         height, width = fit_side(factor * height, factor * width, self.context.side)
-        return config["in_channels"], height // factor, width // factor
+        return config["in_channels"] // self.model.family.packing, height // factor, width // factor
 
     @property
     def size(self) -> int:
@@ -136,14 +148,22 @@ class Denoiser:
             self._states.update(zip(missing, self._encode(missing), strict=True))
         return torch.stack([self._states[prompt] for prompt in prompts]).to(self.device)
 
-    def _encode(self, prompts: Sequence[str]) -> Tensor:
-        states = self.model.encode(prompts).states
+    def token_states(self, prompts: Sequence[str]) -> Tensor:
+        """The rows of ``states`` that attention reads: without that of a pooled text state."""
+        return self.states(prompts)[:, : -1 if self.model.family.pooled else None]
+
+    def encode_prompts(self, prompts: Sequence[str], encoders: TextEncoders) -> Tensor:
+        """What ``states`` returns, by other text encoders, whose parameters get gradients through it."""
+        return self._encode(prompts, encoders).to(self.device)
+
+    def _encode(self, prompts: Sequence[str], encoders: TextEncoders | None = None) -> Tensor:
+        states = self.model.encode(prompts, encoders=encoders).states
         if not self.model.family.pooled:
             return states
         # In place of a text encoder that a folder lacks, pipelines read zeros.
-        lacking = text_rows(FAMILIES[self.model.family.name]) - text_rows(self.model.family)
-        states = torch.nn.functional.pad(states, (0, 0, 0, lacking))
-        pooled = self.model.encode(prompts, self.model.family.pooled).states[:, :, : self._pooled_width]
+        lacking = FAMILIES[self.model.family.name].streams[0].parts[len(self.model.family.streams[0].parts) :]
+        states = torch.nn.functional.pad(states, (0, 0, 0, sum(part.length for part in lacking)))
+        pooled = self.model.encode(prompts, self.model.family.pooled, encoders).states[:, :, : self._pooled_width]
         rows = torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[2] - self._pooled_width))], 1)
         index = self.model.source.config("", "model_index.json")
         if not self.model.family.flow and index.get("force_zeros_for_empty_prompt", True):
@@ -163,53 +183,63 @@ class Denoiser:
         """bfloat16 where the device has it, else float32."""
         return torch.autocast("cuda", torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
-        """The UNet's prediction of the noise or, for a model that predicts it, of v: float32 (n, c, h, w).
+    def predict(self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """The prediction of the noise, of v or of the velocity: float32 (n, c, h, w).
 
-        ``latents`` are (n, c, h, w), ``timesteps`` (n,) and text ``states`` (n, t, d).
+        ``latents`` are (n, c, h, w), ``timesteps`` (n,) and text ``states`` (n, t, d). ``guidance`` (n,) is for a
+        network that reads it, by default 1: there the prediction is the plain one.
 
         With a micro-batch, the rows are predicted in parts. A part keeps its inputs alone for the backward pass, which
         predicts it again (Chen et al., arXiv:1604.06174): at any time there are the activations of one part. Losses are
         functions of the predictions of all rows, whatever the parts, so every loss keeps its gradient, also one that is
         no mean over rows; and no random draw depends on the parts. It costs a third of the time of a training step.
         """
+        if self.embeds_guidance:
+            scale = torch.ones(len(latents)) if guidance is None else guidance.float()
+            guidance = scale.to(latents.device)
+        else:
+            guidance = None
         rows = self.measures.rows
         if not rows:
-            return self._predict(latents, timesteps, states)
-        parts = zip(latents.split(rows), timesteps.split(rows), states.split(rows), strict=True)
+            return self._predict(latents, timesteps, states, guidance)
+        count = -(-len(latents) // rows)
+        guidances = [None] * count if guidance is None else guidance.split(rows)
+        parts = zip(latents.split(rows), timesteps.split(rows), states.split(rows), guidances, strict=True)
         if not torch.is_grad_enabled():
             return torch.cat([self._predict(*part) for part in parts])
-        # Nothing in a UNet that is frozen in its evaluation mode draws random numbers.
+        # Nothing in a denoiser that is frozen in its evaluation mode draws random numbers.
         return torch.cat(
             [checkpoint(self._predict, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         )
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+    def _predict(self, latents: Tensor, timesteps: Tensor, states: Tensor, guidance: Tensor | None) -> Tensor:
         pooled = None
         if self.model.family.pooled:
             states, pooled = states[:, :-1], states[:, -1, : self._pooled_width]
         with self.autocast():
-            prediction = CALLS[self.model.family.denoiser_class](self.unet, latents, timesteps, states, pooled)
+            call = CALLS[self.model.family.denoiser_class]
+            prediction = call(self.unet, latents, timesteps, states, pooled, guidance)
         return prediction.float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """sqrt(alpha) latents + sqrt(1 - alpha) noise, alpha being the schedule's at ``timesteps`` (n,)."""
-        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
-        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        """Noised latents: ``Schedule.add_noise``."""
+        return self.schedule.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The target of a prediction for noised latents: the noise, or v = sqrt(alpha) noise - sqrt(1 - alpha) latents.
-
-        ``latents`` are those before noise was added.
-        """
-        if not self.v_prediction:
-            return noise
-        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        """The target of a prediction for noised latents: ``Schedule.target``."""
+        return self.schedule.target(latents, noise, timesteps)
 
     def as_noise(self, difference: Tensor, timesteps: Tensor) -> Tensor:
-        """The difference of two predictions for the same latents as a difference of noise: for v, sqrt(alpha) of it."""
-        return difference * self.alphas[timesteps].sqrt().view(-1, 1, 1, 1) if self.v_prediction else difference
+        """A difference of two predictions that can be compared between timesteps: ``Schedule.as_noise``."""
+        return self.schedule.as_noise(difference, timesteps)
+
+    def noisy_steps(self, sample_steps: int, least: float) -> slice:
+        """The steps of a trajectory whose timestep is at least the fraction ``least`` of all (sigma, of a flow); the
+        first one always."""
+        if not least:
+            return slice(None)
+        timesteps = self.schedule.sampler(sample_steps).timesteps
+        return slice(0, max(1, int((timesteps >= least * self.steps).sum())))
 
     def draw(self, seeds: Sequence[int]) -> Tensor:
         """Normal noise (n, c, h, w), each row drawn from its own seed on the CPU, so that all devices get the same."""
@@ -228,51 +258,38 @@ class Denoiser:
         until: int = 0,
     ) -> Trajectories:
         """Sample n prompts by deterministic DDIM (Song et al., arXiv:2010.02502), or by Euler steps along a rectified
-        flow, with classifier-free guidance.
+        flow, with classifier-free guidance or, where guidance is distilled, with that of the network.
 
         ``seeds`` (n,) draw the initial noise. With ``until`` above 0, sampling ends after so many of the
         ``sample_steps`` steps. ``batch`` is the number of prompts that are sampled at once, and ``title`` the label of
         the progress bar.
         """
-        scheduler = self._sampler()
-        scheduler.set_timesteps(sample_steps)
-        timesteps = scheduler.timesteps[: until or None]
+        timesteps = self.schedule.sampler(sample_steps).timesteps[: until or None]
+        classifier_free = guidance != 1 and not self.model.family.distilled
         parts: list[tuple[Tensor, ...]] = []
         with bar(title, len(prompts) * len(timesteps)) as advance:
             for start in range(0, len(prompts), batch):
-                scheduler.set_timesteps(sample_steps)  # those of flows count their steps
+                scheduler = self.schedule.sampler(sample_steps)  # those of flows count their steps
                 latents = self.draw(seeds[start : start + batch])
                 text = self.states(prompts[start : start + batch])
                 empty = self.states([""]).expand_as(text)
+                scales = torch.full((len(latents),), guidance)
                 record: tuple[list[Tensor], ...] = ([], [], [])
                 for timestep in timesteps:
                     repeated = timestep.to(self.device).expand(len(latents))
-                    prediction = self.predict(latents, repeated, text)
-                    unconditional = self.predict(latents, repeated, empty) if guidance != 1 else prediction
+                    prediction = self.predict(latents, repeated, text, scales)
+                    unconditional = self.predict(latents, repeated, empty) if classifier_free else prediction
                     for values, value in zip(record, (latents, prediction, unconditional), strict=True):
                         values.append(value.cpu())
-                    guided = unconditional + guidance * (prediction - unconditional)
+                    guided = prediction
+                    if classifier_free:
+                        guided = unconditional + guidance * (prediction - unconditional)
                     latents = scheduler.step(guided, timestep, latents).prev_sample
                     advance(len(latents))
                 parts.append((*(torch.stack(values, 1) for values in record), latents.cpu()))
         latents, predictions, unconditional, final = (torch.cat(part) for part in zip(*parts, strict=True))
-        unconditional = unconditional[:, : 0 if guidance == 1 else None]
+        unconditional = unconditional[:, : None if classifier_free else 0]
         return Trajectories(latents, timesteps.clone(), final, predictions, unconditional)
-
-    def _sampler(self) -> Any:
-        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
-        config = dict(self.model.source.config("scheduler", "scheduler_config.json"))
-        with described_by("scheduler", self.model.source.root):
-            if not self.model.family.flow:
-                return DDIMScheduler.from_config(config, clip_sample=False)
-            if config.get("use_dynamic_shifting"):
-                raise ErasecError(
-                    "a model whose schedule depends on the size of the picture cannot be trained here",
-                    why="its scheduler has use_dynamic_shifting",
-                    fix="choose a closed-form pass: erasec list passes",
-                )
-            return FlowMatchEulerDiscreteScheduler.from_config(config)
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch: int = 16) -> Tensor:

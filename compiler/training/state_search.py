@@ -24,9 +24,10 @@ class StateSearch:
     """``count`` text states that are trained until a denoiser predicts what ``bank`` holds as its predictions.
 
     ``free`` (count, t - 1, d) are their rows without that of the start token, which stays. In every fourth of them the
-    first row is repeated in all places. Even ones start at the states of ``prompts``, odd ones near the states of the
-    empty prompt. In a step, ``batch`` random rows of the bank are each predicted with a random state. After every
-    ``restart`` steps one of the states starts anew; with 0 none does.
+    first row is repeated in the places of all tokens. A pooled text state is a row like the others. Even ones start at
+    the states of ``prompts``, odd ones near the states of the empty prompt. In a step, ``batch`` random rows of the
+    bank are each predicted with a random state. After every ``restart`` steps one of the states starts anew; with 0
+    none does.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class StateSearch:
         held_out = min(HELD_OUT, len(order) // 2)
         self.held_out, self.rows = order[:held_out], order[held_out:]
         self._prompts = tuple(prompts)
-        self._first = denoiser.states([""])[:, :1]
+        # Where the states of the empty prompt are zeros, the start token and the size of the noise are a prompt's.
+        empty = denoiser.states([""])
+        self._written = empty if bool(empty.any()) else denoiser.states(self._prompts[:1])
+        self._first = self._written[:, :1]
         self.free = torch.stack([self._start(member, 0) for member in range(count)])
 
     def _start(self, member: int, step: int) -> Tensor:
@@ -55,7 +59,7 @@ class StateSearch:
         text = self._prompts[int(torch.randint(len(self._prompts), (1,), generator=rng))] if member % 2 == 0 else ""
         rows = self.denoiser.states([text])[0, 1:]
         noise = torch.randn(rows.shape, generator=rng).to(rows)
-        return rows + START_NOISE * rows.std() * noise
+        return rows + START_NOISE * (rows if bool(rows.any()) else self._written[0, 1:]).std() * noise
 
     def draw(self, rng: Generator) -> Tensor:
         """Indices (batch,) of random rows of the bank that are not held out."""
@@ -70,7 +74,9 @@ class StateSearch:
         members = members.to(self.free.device)
         rows = self.free[members]
         repeated = (members % REPEATED == REPEATED - 1)[:, None, None]
-        rows = torch.where(repeated, rows[:, :1].expand_as(rows), rows)
+        tokens = rows.shape[1] - bool(self.denoiser.model.family.pooled)
+        same = torch.cat([rows[:, :1].expand(-1, tokens, -1), rows[:, tokens:]], 1)
+        rows = torch.where(repeated, same, rows)
         return torch.cat([self._first.expand(len(rows), -1, -1), rows], 1)
 
     def loss(self, rng: Generator, step: int = 0) -> Losses:

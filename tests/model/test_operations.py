@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +124,13 @@ def test_those_of_joint_attention_as_well(joint: Model) -> None:
     assert cost.saved == pytest.approx(whole, rel=0.25)
     network.enable_gradient_checkpointing()
     assert kept(network, args, {}) < cost.recomputed < cost.saved
+
+
+def test_blocks_of_one_stream_read_picture_and_text(tmp_path: Path) -> None:
+    pipeline("flux").save_pretrained(tmp_path)
+    model = loading.load(str(tmp_path))
+    network = load_network(model, "transformer", "FluxTransformer2DModel").to("meta")
+    patches = 64 * 64  # of FLUX's own size
+    shapes = (1, patches, 16), (1, 512, 48), (1, 16), (1,), (patches, 3), (512, 3), (1,)
+    args = [torch.zeros(shape, device="meta") for shape in shapes]
+    assert operations.denoiser(model).operations == pytest.approx(counted(lambda: network(*args)), rel=0.03)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -24,7 +25,7 @@ from erasec.family import FAMILIES, Site
 from erasec.judging import evidence
 from erasec.model import loading
 from erasec.model.edit import Dense, Edit
-from erasec.model.text_encoders import TextEncoders, load_encoder
+from erasec.model.text_encoders import TextEncoders
 from erasec.model.view import Model
 from erasec.passes import few_shot
 from erasec.passes.few_shot import FewShot, Panel
@@ -118,8 +119,9 @@ def test_keep_preserves_the_text_states_of_kept_prompts(glyphs: Model) -> None:
 
 def test_gradients_reach_the_encoder_through_the_frozen_denoiser(base: Model) -> None:
     denoiser = Denoiser(base, Context())
-    encoder = load_encoder(base.source, "text_encoder")
-    read = few_shot.state_reader(encoder, TextEncoders(base.source), "text_encoder")
+    encoders = TextEncoders(base.source)
+    encoder = encoders.encoder("text_encoder")
+    read = partial(denoiser.encode_prompts, encoders=encoders)
     assert torch.equal(read(["a star", ""]), denoiser.states(["a star", ""]))
     latents, noise = denoiser.draw([0, 1]), denoiser.draw([2, 3])
     few_shot.prediction_errors(

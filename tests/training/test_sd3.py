@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from joint_models import pipeline
 from erasec import registry
 from erasec.base import Context, Pass
 from erasec.commands import plan
-from erasec.errors import ErasecError
-from erasec.family import FAMILIES
 from erasec.model.loading import load
 from erasec.model.view import Model
 from erasec.passes.esd import Esd
@@ -103,18 +100,6 @@ def test_training_moves_the_prediction_towards_the_target(model: Model) -> None:
     step = Esd(steps=60, lr=1e-2, trajectories=2, sample_steps=3, batch=4)
     edit = next(iter(step.solve_all(model, [STAR], Context())))
     assert edit.stats["loss erase_last"] < 0.7 * edit.stats["loss erase_first"]
-
-
-@pytest.mark.parametrize("name", ["trce", "safegen", "kpop", "harden"])
-def test_passes_that_need_a_schedule_of_noise_are_refused(model: Model, name: str) -> None:
-    with pytest.raises(ErasecError, match="family sd3 cannot be trained") as caught:
-        registry.load_pass(name)().sites(model)
-    assert "rectified flow" in caught.value.why and caught.value.fix.startswith("choose esd, or a closed-form pass")
-
-
-def test_flux_is_refused(model: Model) -> None:
-    with pytest.raises(ErasecError, match="family flux cannot be trained"):
-        Esd().sites(replace(model, family=FAMILIES["flux"]))
 
 
 def test_a_plan_counts_the_training(folder: Path, tmp_path: Path) -> None:

@@ -109,13 +109,6 @@ def test_safegen_trains_self_attention(model: Model, tmp_path: Path) -> None:
     assert {site.attn for site in edit.deltas} == {"self"} and set(edit.deltas) == set(step.sites(model))
 
 
-@pytest.mark.parametrize("name", ["kpop", "few_shot", "geom_erasing", "harden"])
-def test_passes_of_token_states_are_refused(model: Model, name: str) -> None:
-    with pytest.raises(ErasecError, match="family sdxl cannot be trained") as caught:
-        registry.load_pass(name)().sites(model)
-    assert "Stable Diffusion XL reads a pooled text state" in caught.value.why
-
-
 def test_an_audit_is_refused(folder: Path, tmp_path: Path) -> None:
     request = Request(str(folder), base=str(folder), concept="nudity", probes=("prompts",), judges=("nudenet",))
     with pytest.raises(ErasecError, match="family sdxl cannot be audited"):
