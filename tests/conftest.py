@@ -34,10 +34,18 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty cache for the whole run: each graph is traced once, and none comes from another version of erasec."""
+    """An empty cache for the whole run: each graph is traced once, and none comes from another version of erasec.
+
+    Edits are not stored: a test that replaces what a pass does would otherwise get, or leave, that of another test.
+    """
+    from erasec.commands.solved import Solver
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"  # one for all workers
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ERASEC_CACHE", str(folder))
+        patch.setattr(Solver, "_key", lambda *_: "")
         yield folder
 
 

@@ -23,12 +23,14 @@ from erasec.recipe.concept import Concept
 
 STAR = Concept(name="star", erase=("star",), anchor="circle", keep=("square",))
 HEART = Concept(name="heart", erase=("heart",), anchor="ring")
+KEY = Solver._key  # modules are imported before fixtures run
 TRAINED = {"steps": 2, "trajectories": 2, "sample_steps": 3, "batch": 2}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ERASEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Solver, "_key", KEY)  # which tests/conftest.py replaces
     return tmp_path / "cache"
 
 
