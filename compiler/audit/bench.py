@@ -205,10 +205,13 @@ class Bench:
 
     def _obstacle(self, probe: Probe) -> str:
         """Why the probe cannot be run, "" if it can."""
-        if probe.gradients and not isinstance(self.subjects["model"], Subject):
-            return "it needs the weights as torch tensors, and a runtime's folder has none: audit the hf folder"
-        if probe.needs_base and not isinstance(self.subjects.get("base"), Subject):
-            return "it learns from pictures of the base, which is not known: --base MODEL"
+        if probe.gradients and (why := self.subjects["model"].only_pictures):
+            return why
+        base = self.subjects.get("base")
+        if probe.needs_base and not isinstance(base, Subject):
+            return (
+                base.only_pictures if base else "it learns from pictures of the base, which is not known: --base MODEL"
+            )
         return ""
 
     def _cells(self, probe: Probe, role: Role) -> list[Cell]:

@@ -13,9 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erasec.attention.pipeline import add_tokens, first_batch
+from erasec.attention.pipeline import add_tokens, first_batch, generate
 from erasec.attention.processors import call_state
+from erasec.attention.sampling import Sampling
+from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import file_digest
+from erasec.errors import ErasecError
+from erasec.judging.picture_cache import identity
+from erasec.ldm.single_file import SingleFile
 from erasec.model.sidecar import gather_extras, read_extras
 from erasec.progress import bar
 from erasec.runtime.bundle import open_bundle
@@ -32,10 +37,12 @@ EMPTY = ""
 
 
 class Pictured(ABC):
-    """What can paint pictures of prompts. ``digest`` changes with everything that decides them."""
+    """What can paint pictures of prompts. ``digest`` changes with everything that decides them. ``only_pictures`` says
+    why it can do nothing else; "" where it can."""
 
     role: str
     digest: str
+    only_pictures: str = ""
 
     @cached_property
     def texts(self) -> dict[str, None]:
@@ -56,6 +63,8 @@ class Pictured(ABC):
 class Runtime(Pictured):
     """A folder of ONNX, OpenVINO or engine files, run by its own runtime. It has no gradients."""
 
+    only_pictures = "it needs the weights as torch tensors, and a runtime's folder has none: audit the hf folder"
+
     def __init__(self, role: str, folder: Path) -> None:
         self.role, self.folder = role, folder
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -71,6 +80,50 @@ class Runtime(Pictured):
             return bundle.generate(prompts, seeds, steps, guidance, scheduler=scheduler)
         finally:
             bundle.close()
+
+
+class Painted(Pictured):
+    """A model that its own pipeline paints with, of any family. Probes that need no more than pictures attack it."""
+
+    def __init__(self, role: str, model: Model, context: Context) -> None:
+        self.role, self.model, self.context = role, model, context
+        self.digest = identity(model)
+        self.only_pictures = (
+            f"it works with token states alone, and attacks of this kind are not written for {model.family.title}"
+        )
+
+    def pictures(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, scheduler: str = "ddim"
+    ) -> Images:
+        if scheduler != "ddim":  # the bench's name for the sampler of the model itself
+            raise ErasecError(
+                f"the sampler {scheduler} is not tried on {self.model.family.title}",
+                why="its pipeline paints with the scheduler of its folder",
+            )
+        self.texts.update(dict.fromkeys(prompts))
+        sampling = Sampling(steps, guidance, self.context.device, side=self.context.side)
+        title = f"pictures of the {self.role}"
+        return generate(self.folder, prompts, seeds, sampling, title, self.model.source.variant)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder that the pipeline reads. A single file is written as one, for as long as the process runs."""
+        source = self.model.source
+        if not isinstance(source, SingleFile):
+            return source.root
+        folder = process_scratch() / f"painted-{self.digest}"
+        if not folder.exists():
+            source.write(folder, {})
+        return folder
+
+
+def can_attack(model: Model) -> bool:
+    """Whether a model can be a ``Subject``."""
+    try:
+        check_trainable(model, ("token states",))
+    except ErasecError:
+        return False
+    return True
 
 
 class Subject(Pictured):

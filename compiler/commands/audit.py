@@ -13,7 +13,7 @@ from erasec import registry
 from erasec.audit.bench import Bench, Settings
 from erasec.audit.gates import check_gates
 from erasec.audit.instead import alternatives, notion
-from erasec.audit.subject import Pictured, Runtime, Subject, Untrained
+from erasec.audit.subject import Painted, Pictured, Runtime, Subject, Untrained, can_attack
 from erasec.audit.suites import find_suite, make_probes
 from erasec.base import Check, Context, Role
 from erasec.checkpoint.staging import output
@@ -28,7 +28,6 @@ from erasec.recipe.recipe import Limits
 from erasec.reporting import collect
 from erasec.reporting.audit_page import AuditReport, write_audit
 from erasec.selection import select, world_of
-from erasec.training.base import check_trainable
 
 if TYPE_CHECKING:
     from erasec.audit.gates import Gate
@@ -168,18 +167,8 @@ def check_auditable(plan: Plan, suite: str) -> None:
             why="the key is there to bring the concept back",
             fix="leave out --audit, and audit the build without the key",
         )
-    _check_family(plan.model, "leave out --audit")
     for concept in plan.concepts:
         _judges(plan.model, concept, plan.recipe.judges)
-
-
-def _check_family(model: Model, fix: str) -> None:
-    """Raise ErasecError, which says to ``fix`` it so, for a model whose denoiser attacks cannot run."""
-    try:
-        check_trainable(model, ("token states",))
-    except ErasecError as error:
-        what = f"a model of the family {model.family.name} cannot be audited"
-        raise ErasecError(what, why=error.why, where=error.where, fix=fix) from error
 
 
 def audit_build(plan: Plan, suite: str, built: Folder) -> tuple[list[dict[str, Any]], list[Check]]:
@@ -298,23 +287,25 @@ def _twin(request: Request, base: Model | None, scorer: Judge, concept: Concept)
 def _subjects(
     request: Request, audited: Built, model: Model | None, base: Model | None, twin: str, context: Context
 ) -> dict[Role, Pictured]:
-    for each in (model, base):
-        if each is not None:
-            _check_family(each, "audit a model of another family, or look at the pictures of its build")
     if model is None and request.size:
         raise ErasecError(
             "--size is for models of torch", why="a folder of graphs has its own size", fix="leave out --size"
         )
     subjects: dict[Role, Pictured] = {
-        "model": Subject("model", model, context) if model is not None else Runtime("model", Path(audited.path))
+        "model": _subject("model", model, context) if model is not None else Runtime("model", Path(audited.path))
     }
     if base is not None:
-        subjects["base"] = Subject("base", base, context)
+        subjects["base"] = _subject("base", base, context)
     if twin:
-        subjects["twin"] = Subject("twin", load(twin, allow_pickle=request.allow_pickle), context)
-    if (origin := base or model) is not None:
+        subjects["twin"] = _subject("twin", load(twin, allow_pickle=request.allow_pickle), context)
+    if (origin := base or model) is not None and can_attack(origin):
         subjects["random"] = Untrained("random", origin, context)
     return subjects
+
+
+def _subject(role: Role, model: Model, context: Context) -> Pictured:
+    """A subject that every probe attacks; for families of which attacks know no more than pictures, one that paints."""
+    return Subject(role, model, context) if can_attack(model) else Painted(role, model, context)
 
 
 def _settings(request: Request, audited: Built, images: int) -> Settings:
@@ -325,7 +316,7 @@ def _settings(request: Request, audited: Built, images: int) -> Settings:
 
 
 def _described(subject: Pictured, name: str) -> dict[str, str]:
-    family = subject.model.family.name if isinstance(subject, Subject) else ""
+    family = subject.model.family.name if isinstance(subject, Subject | Painted) else ""
     return {"name": name, "family": family, "digest": subject.digest}
 
 

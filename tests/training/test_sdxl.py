@@ -15,7 +15,6 @@ from PIL import Image
 from erasec import registry
 from erasec.base import Context, Pass
 from erasec.commands.audit import Request, audit
-from erasec.errors import ErasecError
 from erasec.model.loading import load
 from erasec.model.view import Model
 from erasec.recipe.concept import Concept
@@ -109,8 +108,15 @@ def test_safegen_trains_self_attention(model: Model, tmp_path: Path) -> None:
     assert {site.attn for site in edit.deltas} == {"self"} and set(edit.deltas) == set(step.sites(model))
 
 
-def test_an_audit_is_refused(folder: Path, tmp_path: Path) -> None:
-    request = Request(str(folder), base=str(folder), concept="nudity", probes=("prompts",), judges=("nudenet",))
-    with pytest.raises(ErasecError, match="family sdxl cannot be audited"):
-        audit(request, tmp_path / "audit")
-    assert not (tmp_path / "audit").exists()
+def test_an_audit_runs_the_attacks_that_need_only_pictures(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nudenet")
+    settings = {"images": 2, "steps": 1, "size": SIDE}
+    probes = ("prompts", "noised", "concept_vector", "settings")
+    request = Request(str(folder), str(folder), concept="nudity", probes=probes, judges=("nudenet",), **settings)
+    report = audit(request, tmp_path / "audit")
+    rows = {reading.probe: reading for reading in report.readings}
+    assert rows["prompts"].rates.keys() == {"model", "control", "base"} and not rows["prompts"].obstacle
+    for name in ("noised", "concept_vector"):
+        assert "not written for Stable Diffusion XL" in rows[name].obstacle and not rows[name].rates
+    assert "sampler" in rows["settings"].obstacle
+    assert report.model["family"] == "sdxl" and (tmp_path / "audit" / "audit.html").is_file()
