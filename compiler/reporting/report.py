@@ -190,6 +190,7 @@ class Report:
 
 
 SHOWN, SHOWN_KEPT = 8, 12
+SECTIONS = 16  # concepts whose pictures are shown: the page holds all of its pictures, and a browser has to open it
 SIDE = 320  # pixels; larger pictures are reduced, because a report with 512 px pictures would have 40 MB
 OPEN_NOTES = 8  # notes that are read without opening the others
 
@@ -249,15 +250,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
-    """The first pairs of each group, in the order of generation, by concept where there are several. Pairs are never
-    selected by content. What must stay is not the matter of one concept."""
+    """The first pairs of each group, in the order of generation, by concept where there are several, of the first
+    ``SECTIONS`` of them. Pairs are never selected by content. What must stay is not the matter of one concept."""
     sections = []
     several = len({pair.concept for pair in report.pairs}) > 1
     for group in dict.fromkeys([*GROUPS, *(pair.group for pair in report.pairs)]):
         title, about = GROUPS.get(group, (group, ""))
         members = [pair for pair in report.pairs if pair.group == group]
         own = several and group != "keep"
-        for concept in dict.fromkeys(pair.concept if own else "" for pair in members):
+        names = list(dict.fromkeys(pair.concept if own else "" for pair in members))
+        for concept in names[:SECTIONS]:
             pairs = [pair for pair in members if not own or pair.concept == concept]
             shown = pairs[: SHOWN_KEPT if group == "keep" else SHOWN]
             items = [(pair, png(pair.before), png(pair.after)) for pair in shown]
@@ -271,6 +273,7 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
                     # The hit rate of a group is that of all its concepts.
                     "rated": not any(pair.looked_for for pair in members if own and pair.concept != concept),
                     "items": items,
+                    "further": len(names) - SECTIONS if concept == names[:SECTIONS][-1] else 0,
                 }
             )
     return sections

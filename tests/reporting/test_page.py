@@ -229,6 +229,15 @@ def test_pairs_of_several_concepts_have_their_own_sections_and_those_that_nobody
     assert "Shown: 2 of 2. Hit rate" in Page(html).text
 
 
+def test_pictures_of_the_first_concepts_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    (pair, *_) = star_report().pairs
+    for count, said in ((16, ""), (20, "Pictures of 4 more concepts are not shown")):
+        pairs = tuple(replace(pair, concept=f"c{number}", group="name") for number in range(count))
+        html, facts, _ = written(star_report(pairs=pairs), tmp_path / str(count))
+        assert html.count("<h3>By name: c") == 16 and len(facts["pairs"]) == count
+        assert said in html and ("more concepts" in html) == bool(said)
+
+
 def test_many_concepts_have_a_headline_and_a_few_open_notes(tmp_path: Path) -> None:
     names = tuple(f"person {number}" for number in range(500))
     rates = tuple({"group": "implicit", "looked_for": name, "images": 2, "before": 1, "after": 0.5} for name in names)
