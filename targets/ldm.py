@@ -83,8 +83,8 @@ class Ldm(Target):
         return (family.denoiser,)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Write ``out/model.safetensors``, or ``out/transformer.safetensors`` of the transformer alone, with one tensor in
-        memory at a time, and compare it with the checkpoint."""
+        """Write ``out/model.safetensors``, or of the transformer alone ``out/transformer.safetensors``, with one tensor
+        in memory at a time, and compare it with the checkpoint."""
         import torch
 
         check_supported(read_extras(checkpoint.root), self.extras, self.name)
