@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,10 @@ def test_halves_that_have_changed_places_fail_the_check(
 
 
 def with_config(folder: Path, out: Path, file: str, **settings: object) -> Path:
-    shutil.copytree(folder, out)
-    (out / file).write_text(json.dumps({**json.loads((out / file).read_text()), **settings}))
+    """A copy of a folder with other values in one of its JSON files; all else are hard links."""
+    shutil.copytree(folder, out, copy_function=os.link)
+    (out / file).unlink()  # which is a link too
+    (out / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **settings}))
     return out
 
 
