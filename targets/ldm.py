@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.progress import Advance
 
-FILE = "model.safetensors"
+FILE, DENOISER_FILE = "model.safetensors", "transformer.safetensors"
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
@@ -83,11 +83,13 @@ class Ldm(Target):
         return (family.denoiser,)
 
     def export(self, checkpoint: Folder, out: Path, context: Context) -> Artifact:
-        """Write ``out/model.safetensors`` with one tensor in memory at a time, and compare it with the checkpoint."""
+        """Write ``out/model.safetensors``, or of the transformer alone ``out/transformer.safetensors``, with one tensor
+        in memory at a time, and compare it with the checkpoint."""
         import torch
 
         check_supported(read_extras(checkpoint.root), self.extras, self.name)
         family = family_of(checkpoint)
+        file = out / (FILE if self.parts == "all" else DENOISER_FILE)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
         parts = pieces(family.name, entries)
         lost_settings(checkpoint, family.name, entries)
@@ -99,16 +101,14 @@ class Ldm(Target):
                 key.removeprefix(prefix): (own[0][1].dtype, own[0][0].shape, partial(_concatenate, own, advance))
                 for key, own in parts.items()
             }
-            stream_tensors(out / FILE, {**tensors, **empty}, file_metadata)
-        checks = finite_check("ldm/finite", read_header(out / FILE)[0]), same_tensors(family.name, entries, out / FILE)
+            stream_tensors(file, {**tensors, **empty}, file_metadata)
+        checks = finite_check("ldm/finite", read_header(file)[0]), same_tensors(family.name, entries, file)
         if not all(check.passed for check in checks):
             return Artifact(self.name, out, checks)
         if layout(family.name).modules:
-            return Artifact(
-                self.name, out, (*checks, *_joint_checks(family.name, entries[family.denoiser], out / FILE))
-            )
+            return Artifact(self.name, out, (*checks, *_joint_checks(family.name, entries[family.denoiser], file)))
         with without_library_warnings():
-            return Artifact(self.name, out, (*checks, *read_back(checkpoint, family.name, out / FILE, context.seed)))
+            return Artifact(self.name, out, (*checks, *read_back(checkpoint, family.name, file, context.seed)))
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
         family = family_of(checkpoint)

@@ -119,13 +119,15 @@ def transformer_config(family: str, transformer: Mapping[str, Shape]) -> dict[st
 def _sd3(transformer: Mapping[str, Shape], dimension: Callable[..., int], own: Mapping[str, Any]) -> dict[str, Any]:
     layers = range(count(transformer, "transformer_blocks."))
     second = "transformer_blocks.{}.attn2.to_q.weight"
+    side = math.isqrt(dimension("pos_embed.pos_embed", 1))
     return {
         "caption_projection_dim": dimension("context_embedder.weight", 0),
         "dual_attention_layers": [layer for layer in layers if second.format(layer) in transformer],
         "in_channels": dimension("pos_embed.proj.weight", 1),
         "out_channels": dimension("proj_out.weight", 0) // own["patch_size"] ** 2,
-        "pos_embed_max_size": math.isqrt(dimension("pos_embed.pos_embed", 1)),
+        "pos_embed_max_size": side,
         "qk_norm": "rms_norm" if "transformer_blocks.0.attn.norm_q.weight" in transformer else None,
+        "sample_size": min(own["sample_size"], own["patch_size"] * side),  # a small model has no more positions
     }
 
 

@@ -163,7 +163,7 @@ def _numbered(pairs: Iterable[Pair], names: set[str], single: bool) -> Iterator[
     for pair in pairs:
         mark = next((mark for mark in ("{}", "{last}") if mark in pair.folder), "")
         blocks = count(names, (pair.file if single else pair.folder).split(mark)[0]) if mark else 1
-        for number in range(blocks - 1 if mark == "{last}" else 0, blocks):
+        for number in range(max(0, blocks - 1) if mark == "{last}" else 0, blocks):
             folder, file = (name.replace(mark, str(number)) if mark else name for name in (pair.folder, pair.file))
             yield Pair(folder, file, pair.form)
 

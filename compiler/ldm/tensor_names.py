@@ -207,9 +207,12 @@ def from_single(family: str, shapes: Mapping[str, Shape]) -> dict[tuple[str, str
         )
     places: dict[tuple[str, str], TensorLocation] = {}
     bare = _prefixed(family, shapes) is not shapes
-    for component, own_prefix in layout(family).prefixes.items():
-        prefix = "" if bare and component == FAMILIES[family].denoiser else own_prefix
-        names = {key: _file_name(family, component, key, prefix) for key in shapes if key.startswith(prefix)}
+    others = tuple(prefix for name, prefix in layout(family).prefixes.items() if name != FAMILIES[family].denoiser)
+    for component, prefix in layout(family).prefixes.items():
+        if bare and component == FAMILIES[family].denoiser:
+            names = {key: key for key in shapes if not key.startswith(others)}
+        else:
+            names = {key: _file_name(family, component, key, prefix) for key in shapes if key.startswith(prefix)}
         names = _one_embedding(names) if component in layout(family).t5 else names
         pairs: dict[str, list[Pair]] = {}
         for pair in tensor_pairs(family, component, names.values(), single=True):

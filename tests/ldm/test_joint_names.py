@@ -122,6 +122,8 @@ def test_the_prefix_may_be_missing(name: str) -> None:
     bare = {key.removeprefix(PREFIX): shape for key, shape in in_file(places).items()}
     assert detect_single(bare) == family
     read = from_single(family, bare)
+    vae = in_file(to_single(family, {"vae": others(family)["vae"]}))
+    assert from_single(family, bare | vae).keys() == read.keys() | {("vae", key) for key in others(family)["vae"]}
     assert {name: replace(place, key=PREFIX + place.key) for name, place in read.items()} == places
     assert reader_check(family, bare, read).passed
 

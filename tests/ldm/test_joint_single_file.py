@@ -20,7 +20,7 @@ from erasec.ldm.single_file import SingleFile
 from erasec.model import edit_file, loading
 from erasec.model.edit import Edit, LowRank
 from erasec.recipe.recipe import Recipe
-from erasec.targets.ldm import FILE, Ldm
+from erasec.targets.ldm import DENOISER_FILE, FILE, Ldm
 
 SITES = {
     "sd35": (
@@ -52,9 +52,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def path(root: Path, name: str) -> Path:
+    """The file of one of the folders of the target."""
+    return root / name / (FILE if name.endswith("-all") else DENOISER_FILE)
+
+
 @pytest.mark.parametrize("name", ["sd35-all", "sd35-denoiser", "flux-all", "flux-denoiser"])
 def test_every_tensor_is_the_folders(root: Path, name: str) -> None:
-    folder, single = loading.load(str(root / name.split("-")[0])), loading.load(str(root / name / FILE))
+    folder, single = loading.load(str(root / name.split("-")[0])), loading.load(str(path(root, name)))
     whole = name.endswith("-all")
     assert single.family.name == folder.family.name
     assert single.family.components == (folder.family.components if whole else ("transformer",))
@@ -63,19 +68,19 @@ def test_every_tensor_is_the_folders(root: Path, name: str) -> None:
         site: folder.site_digest(site) for site in folder.sites
     }
     if whole:
-        assert compare(root / name.split("-")[0], root / name / FILE) == []
+        assert compare(root / name.split("-")[0], path(root, name)) == []
         assert single.family == folder.family
 
 
 def test_the_folder_written_of_sd3_loads_and_reads_prompts_alike(root: Path, tmp_path: Path) -> None:
     """Configs and tokenizers are derived from the family and the shapes; they are those of the original folder."""
-    single, folder = loading.load(str(root / "sd35-all" / FILE)), loading.load(str(root / "sd35"))
+    single, folder = loading.load(str(path(root, "sd35-all"))), loading.load(str(root / "sd35"))
     single.source.write(tmp_path / "out", {})
     ours, wanted = (
         diffusers.StableDiffusion3Pipeline.from_pretrained(
-            path, torch_dtype=torch.float16, text_encoder_3=None, tokenizer_3=None
+            where, torch_dtype=torch.float16, text_encoder_3=None, tokenizer_3=None
         )
-        for path in (tmp_path / "out", root / "sd35")
+        for where in (tmp_path / "out", root / "sd35")
     )
     for part in single.family.components:
         states = (getattr(pipe, part).state_dict() for pipe in (ours, wanted))
@@ -92,7 +97,7 @@ def test_the_folder_written_of_sd3_loads_and_reads_prompts_alike(root: Path, tmp
 
 
 def test_a_build_of_sd3_is_planned_from_the_file(root: Path, tmp_path: Path) -> None:
-    recipe = Recipe(model=str(root / "sd35-all" / FILE), erase=("golf ball",), targets=("ldm", "lora"))
+    recipe = Recipe(model=str(path(root, "sd35-all")), erase=("golf ball",), targets=("ldm", "lora"))
     description = plan.describe(plan.make_plan(recipe, tmp_path / "out", pin=False))
     assert description["passes"][0]["sites"]
 
@@ -106,7 +111,7 @@ def test_a_build_of_sd3_is_planned_from_the_file(root: Path, tmp_path: Path) -> 
     ],
 )
 def test_a_file_that_is_no_whole_folder_says_what_to_give(root: Path, tmp_path: Path, name: str, words: str) -> None:
-    recipe = Recipe(model=str(root / name / FILE), erase=("golf ball",))
+    recipe = Recipe(model=str(path(root, name)), erase=("golf ball",))
     with pytest.raises(ErasecError) as caught:
         plan.make_plan(recipe, tmp_path / "out")
     assert words in caught.value.what
@@ -129,7 +134,7 @@ def test_an_edit_of_the_folder_is_merged_into_the_file(root: Path, tmp_path: Pat
         )
     edited = folder.with_edit(Edit(deltas, "hand", ("none",), ""))
     edit_file.write_edits(tmp_path / "x.edit.safetensors", edited.edits, edited.base_record())
-    base, out = root / name / FILE, tmp_path / "out.safetensors"
+    base, out = path(root, name), tmp_path / "out.safetensors"
     assert apply(tmp_path / "x.edit.safetensors", str(base), out).tensors == len(deltas)
     source, before = SingleFile(out), read_header(base)[0]
     for key, make in edited.merged()["transformer"].items():
@@ -144,7 +149,7 @@ def test_an_edit_of_the_folder_is_merged_into_the_file(root: Path, tmp_path: Pat
 
 
 def test_a_projection_in_the_file_is_not_read_because_readers_take_the_identity(root: Path, tmp_path: Path) -> None:
-    tensors = {key: read_tensor(entry) for key, entry in read_header(root / "sd35-all" / FILE)[0].items()}
+    tensors = {key: read_tensor(entry) for key, entry in read_header(path(root, "sd35-all"))[0].items()}
     key = "text_encoders.clip_l.transformer.text_projection.weight"
     save_tensors(tmp_path / FILE, tensors | {key: torch.full((32, 32), 2.0).half()})
     source = SingleFile(tmp_path / FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from erasec.checkpoint.safetensors import patch_file, read_header, read_tensor
 from erasec.errors import ErasecError
 from erasec.ldm.tensor_names import LAYOUTS, stored_names
 from erasec.model.loading import bundled_folder, load
-from erasec.targets.ldm import FILE, Ldm, same_tensors
+from erasec.targets.ldm import DENOISER_FILE, FILE, Ldm, same_tensors
 
 NAMES = {"sd3": "sd3", "sd35": "sd3", "flux": "flux"}
 PREFIX = "model.diffusion_model."
@@ -92,7 +93,7 @@ def test_what_diffusers_reads_of_flux_is_the_folder(root: Path, artifacts: dict[
 
 @pytest.mark.parametrize("name", ["sd3", "sd35"])
 def test_the_transformer_alone_has_the_original_names(root: Path, artifacts: dict[str, Artifact], name: str) -> None:
-    file = artifacts[f"{name}-denoiser"].path / FILE
+    file = artifacts[f"{name}-denoiser"].path / DENOISER_FILE
     whole = load_file(artifacts[f"{name}-all"].path / FILE)
     alone = load_file(file)
     assert alone.keys() == {key.removeprefix(PREFIX) for key in whole if key.startswith(PREFIX)}
@@ -114,10 +115,12 @@ def test_checks_read_every_tensor_back(root: Path, artifacts: dict[str, Artifact
     count = sum(map(len, kept.values()))
     assert f"{count} of the checkpoint, {count} of the file" in artifact.checks[1].how
     stored = [entry for part in kept for key, entry in own[part].items() if key in kept[part]]
-    written = read_header(artifact.path / FILE)[0].values()
+    file = artifact.path / (FILE if parts == "all" else DENOISER_FILE)
+    assert [path.name for path in artifact.path.iterdir()] == [file.name]
+    written = read_header(file)[0].values()
     assert sum(e.stop - e.start for e in stored) == sum(e.stop - e.start for e in written)
     assert Ldm(parts=parts).size(load(str(root / name))) == sum(e.stop - e.start for e in written)
-    assert read_header(artifact.path / FILE)[1] == {"format": "pt"}
+    assert read_header(file)[1] == {"format": "pt"}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +147,10 @@ def test_halves_that_have_changed_places_fail_the_check(
 
 
 def with_config(folder: Path, out: Path, file: str, **settings: object) -> Path:
-    shutil.copytree(folder, out)
-    (out / file).write_text(json.dumps({**json.loads((out / file).read_text()), **settings}))
+    """A copy of a folder with other values in one of its JSON files; all else are hard links."""
+    shutil.copytree(folder, out, copy_function=os.link)
+    (out / file).unlink()  # which is a link too
+    (out / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **settings}))
     return out
 
 
