@@ -243,6 +243,10 @@ def test_the_card_of_a_single_file_alone_needs_no_configs(tmp_path: Path) -> Non
     for number, (artifacts, more) in enumerate((((ldm,), ""), ((star_report().written[0], ldm), ', config="hf"'))):
         card = written(star_report(base=base, written=artifacts), tmp_path / str(number))[2]
         assert f'pipe = StableDiffusionXLPipeline.from_single_file("ldm/model.safetensors"{more})' in card
+    alone = replace(ldm, files={"transformer.safetensors": (9, "0" * 64)})
+    card = written(star_report(base=base, written=(star_report().written[0], alone)), tmp_path / "alone")[2]
+    assert 'kind.from_single_file("ldm/transformer.safetensors", config="hf", subfolder="transformer")' in card
+    assert "StableDiffusionXLPipeline.from_single_file" not in card
 
 
 def test_the_card_names_the_variant_and_the_sizes_that_graphs_take(tmp_path: Path) -> None:
