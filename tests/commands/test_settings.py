@@ -107,6 +107,12 @@ PUBLISHED: dict[tuple[str, str], tuple[dict[str, object], str]] = {
     ("cure", "*"): ({"strength": 2.0, "keep_strength": 2.0, "matrices": "kv"}, CURE),
     ("project", "*"): ({"directions": 2, "keep": 0.3, "guide": True, "heads": 2}, PROJECT),
 }
+# A plan of ours for joint attention: nothing is published for it.
+ESD_JOINT = {"steps": 300, "lr": 2e-4, "rank": 16, "min_noise": 0.6, "toward": "anchor", "negative_guidance": 0.5} | {
+    "guidance": 7.0,
+    "sample_steps": 28,
+    "keep": 1.0,
+}
 NONE = Defaults(Presets(), Presets())
 
 
@@ -160,7 +166,14 @@ def test_a_family_inherits_the_presets_of_the_one_that_it_extends() -> None:
     first, second, xl = (FAMILIES[name].presets for name in ("sd1", "sd2", "sdxl"))
     assert first == second != {}
     assert {**xl, "esd": first["esd"]} == first and xl["esd"] == first["esd"] | ESD_SDXL
-    assert FAMILIES["sd3"].presets == FAMILIES["flux"].presets == {}
+    assert FAMILIES["sd3"].presets == {"esd": ESD_JOINT}
+    assert FAMILIES["flux"].presets == {"esd": ESD_JOINT | {"lr": 1e-3, "guidance": 3.5}}
+
+
+def test_the_preset_of_esd_for_flux_is_one_that_its_distilled_guidance_allows() -> None:
+    defaults = Defaults(Presets(), settings.family_presets(FAMILIES["flux"]))
+    options = settings.options(settled("esd", "object", defaults).step)
+    assert (options["toward"], options["rank"], options["min_noise"]) == ("anchor", 16, 0.6)
 
 
 FAMILY = parse_presets({"esd": {"steps": 2, "lr": 2.0, "batch": 2, "rank": 2, "style": {"lr": 2.5, "rank": 25}}}, "f")

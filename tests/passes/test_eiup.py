@@ -152,10 +152,10 @@ def test_bad_options_are_errors(options: dict[str, Any], words: str) -> None:
 def test_an_erasure_prompt_without_a_token_and_other_families_are_errors(base: Model) -> None:
     with pytest.raises(ErasecError, match="has no token"):
         eiup.text_rows(base, " ", "all")
-    with pytest.raises(ErasecError, match="family sdxl"):
-        tuned(Eiup).sites(replace(base, family=FAMILIES["sdxl"]))
-    with pytest.raises(ErasecError, match="family sdxl"):
-        tuned(Eiup).solve(replace(base, family=FAMILIES["sdxl"]), STAR, Context())
+    with pytest.raises(ErasecError, match="family sd3"):
+        tuned(Eiup).sites(replace(base, family=FAMILIES["sd3"]))
+    with pytest.raises(ErasecError, match="family sd3"):
+        tuned(Eiup).solve(replace(base, family=FAMILIES["sd3"]), STAR, Context())
     assert tuned(Eiup).sites(base) == ()
 
 

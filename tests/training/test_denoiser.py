@@ -147,5 +147,6 @@ def test_a_model_that_predicts_the_picture_is_refused(base: Model, tmp_path: Pat
 
 
 def test_a_family_that_cannot_be_trained_is_refused(base: Model) -> None:
+    untrained = replace(FAMILIES["flux"], trainable=False)
     with pytest.raises(ErasecError, match="family flux cannot be trained"):
-        Denoiser(replace(base, family=FAMILIES["flux"]), Context())
+        Denoiser(replace(base, family=untrained), Context())

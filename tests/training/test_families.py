@@ -60,6 +60,7 @@ SMALL: dict[str, Any] = {
     "final_steps": 1,
     "min_cosine": 0.0,
     "max_rise": 0.0,
+    "margin": 100.0,
     "toward": "anchor",
 }
 
@@ -158,7 +159,17 @@ def vector(edit: Edit) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("descent")
-@pytest.mark.parametrize(("family", "name"), RUN)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("sdxl", "kpop"),
+        ("sdxl", "harden"),
+        ("sd3", "kpop"),
+        ("sd3", "trce"),
+        ("sd3", "few_shot"),
+        ("flux", "safegen"),
+    ],
+)
 def test_parts_of_a_batch_and_resuming_give_the_same_edit(
     models: Any, family: str, name: str, triplets: Path, tmp_path: Path
 ) -> None:
@@ -177,21 +188,19 @@ def test_parts_of_a_batch_and_resuming_give_the_same_edit(
     ("family", "name", "loss", "options"),
     [
         ("sd3", "kpop", "loss hide", {"lr": 1e-2, "toward": "nothing"}),
-        ("sd3", "trce.steer", "loss erase", {"lr": 1e-3, "push": 1.0, "margin": 0.0, "preserve": 0.0}),
+        ("sd3", "trce.steer", "loss erase", {"lr": 1e-2, "push": 1.0, "margin": 1.0, "preserve": 0.0}),
         ("sd3", "safegen", "loss erase", {"lr": 1e-2, "keep": 0.0, "ema": 0.0}),
-        ("flux", "safegen", "loss erase", {"lr": 1e-2, "keep": 0.0, "ema": 0.0}),
         ("sdxl", "kpop", "loss hide", {"lr": 1e-3, "toward": "nothing"}),
         ("sdxl", "harden", "loss erase", {"lr": 1e-3, "keep": 0.0}),
         ("sdxl", "few_shot", "loss erase", {"lr": 1e-3}),
-        ("sd3", "few_shot", "loss erase", {"lr": 1e-2}),
     ],
 )
 def test_its_loss_falls(
     models: Any, family: str, name: str, loss: str, options: dict[str, Any], triplets: Path
 ) -> None:
-    edit = solved(models(family), small(name, triplets, steps=24, batch=4, **options))
+    edit = solved(models(family), small(name, triplets, steps=12, batch=4, **options))
     curve = edit.curves[loss]
-    assert sum(curve[-6:]) < sum(curve[:6])
+    assert sum(curve[-4:]) < sum(curve[:4])
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED)

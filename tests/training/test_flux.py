@@ -143,8 +143,8 @@ def test_esd_trains_both_streams_of_the_dual_blocks_alone(short: Model) -> None:
 
 def test_training_lowers_the_loss_and_keeps_the_teacher(short: Model) -> None:
     weights = {key: tensor.clone() for key, tensor in Denoiser(short, Context(side=SIDE)).unet.state_dict().items()}
-    edit = solved(short, steps=40, lr=1e-2, rank=4, batch=4, keep=0.1)
-    assert edit.stats["loss erase_last"] < 0.7 * edit.stats["loss erase_first"]
+    edit = solved(short, steps=16, lr=2e-2, rank=4, batch=4)
+    assert edit.stats["loss erase_last"] < 0.8 * edit.stats["loss erase_first"]
     after = Denoiser(short, Context(side=SIDE)).unet.state_dict()
     assert all(torch.equal(tensor, after[key]) for key, tensor in weights.items())
 
