@@ -16,6 +16,7 @@ from erasec.checkpoint import manifest, signature
 from erasec.cli.app import app
 from erasec.commands import build, plan
 from erasec.commands.check import examine
+from erasec.commands.verify import verify
 from erasec.errors import TOOL_MISSING, CheckFailed, ErasecError
 from erasec.keys.key_file import read_key
 from erasec.recipe.recipe import Limits, NamedOptions, Publish, Recipe, from_flags, from_toml, to_toml
@@ -80,6 +81,10 @@ def test_the_recipe_lets_them_in(random_folder: Path, hide: Any, tmp_path: Path)
     assert {"hf", "edit", "church.key"} <= set(os.listdir(tmp_path / "out"))
     assert not (tmp_path / "out.private").exists()
     assert any(note.startswith("edit can undo the erasure") for note in report.notes)
+    (tmp_path / "out" / "church.key").unlink()  # the release is handed out without it
+    found = verify(tmp_path / "out")
+    assert found.wrong == "" and "church.key was taken away" in found.findings[0].how
+    assert not any("church.key" in note for note in found.notes)
 
 
 @needs_signing
