@@ -127,7 +127,7 @@ def compare(root: Path, content: Manifest, strict: bool = False) -> Differences:
     """Compare all that is below ``root`` with a manifest. Every listed file of the right size is read.
 
     Hidden files that are not listed are left out: systems and download tools write them, and nothing loads them. With
-    ``strict``, they are not, nor is a rejected build; a file must be no link, and none may have been taken away.
+    ``strict``, they are not, nor is a rejected build; and a file must be no link.
     """
     files, folders = _contents(root, strict)
     changed = []
@@ -146,7 +146,7 @@ def compare(root: Path, content: Manifest, strict: bool = False) -> Differences:
             advance(note=name)
     unlisted = sorted((present - content.files.keys()) | (set(folders) - set(content.folders)))
     added = (name for name in unlisted if strict or not any(part.startswith(".") for part in name.split("/")))
-    lost = content.files.keys() - present - (set() if strict else set(content.movable))
+    lost = content.files.keys() - present - set(content.movable)
     return Differences(tuple(sorted(lost)), tuple(changed), tuple(added))
 
 

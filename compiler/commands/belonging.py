@@ -28,6 +28,7 @@ from erasec.reporting.provenance import PROVENANCE, Statement, read_statement
 from erasec.reporting.read import REPORT
 from erasec.reporting.wording import markdown
 
+MERGED = ("hf", "bundle")  # the first target of every build is one of these
 CARD, PAGE = "README.md", "report.html"
 AGAIN = "build it again"
 OPEN = ConfigDict(extra="allow")
@@ -177,8 +178,8 @@ def recipe(bundle: Bundle) -> str:
     stated = bundle.report
     if bundle.recipe.digest != stated["model"]["digest"]:
         raise CheckFailed(f"{RECIPE} is for another base than {REPORT}")
-    if not bundle.recipe.targets:
-        raise CheckFailed(f"{RECIPE} is not the resolved recipe of a build: it names no target")
+    if not bundle.recipe.targets or bundle.recipe.targets[0].partition(":")[0] not in MERGED:
+        raise CheckFailed(f"{RECIPE} is not the resolved recipe of a build: its first target is no merged checkpoint")
     targets = {recipes.parse_named_options(text, "--target").name for text in bundle.recipe.targets}
     written = {item["target"] for item in stated["written"]}
     known = {name for name in targets if recipes.code_file(name) is None}

@@ -114,7 +114,7 @@ def verify(
             findings.append(Finding(what, "wrong", ": ".join(filter(None, (error.what, error.why)))))
             return Verification(tuple(findings))
     bundle = Bundle(root, manifest.read(root)[0])
-    inside = [item for item in bundle.report["undoing"] if item["inside"]]
+    inside = [item for item in bundle.report["undoing"] if item["inside"] and (root / item["path"]).exists()]
     notes = [f"{item['path']} can undo the erasure: {item['undoes']}." for item in inside]
     if bundle.report["outcome"] == "not judged":
         notes.append("No judge could see a concept of this build in its pictures: look at report.html.")
@@ -164,8 +164,9 @@ def _files(root: Path) -> str:
         raise CheckFailed(f"{manifest.FILE} or {manifest.SIGNATURE} is a link")
     if content.renewed:
         raise CheckFailed(f"{content.renewed[0]} was changed after the build, by a relink or an edit in place")
-    how = f"{len(content.files)} files are those of {manifest.FILE} (sha256 {digest[:12]}...)"
-    return f"{how}, and there is no other file"
+    away = [name for name in content.movable if not (root / name).exists()]  # a key, which may be kept elsewhere
+    how = f"{len(content.files) - len(away)} files are those of {manifest.FILE} (sha256 {digest[:12]}...)"
+    return f"{how}, and there is no other file" + (f"; {', '.join(away)} was taken away, as it may be" if away else "")
 
 
 def _signature(root: Path, key: Path | None) -> str:
