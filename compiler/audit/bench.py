@@ -205,8 +205,9 @@ class Bench:
 
     def _obstacle(self, probe: Probe) -> str:
         """Why the probe cannot be run, "" if it can."""
-        if probe.gradients and (why := self.subjects["model"].only_pictures):
-            return why
+        model = self.subjects["model"]
+        if probe.gradients and not isinstance(model, Subject):
+            return model.only_pictures or "it needs the weights as torch tensors"
         base = self.subjects.get("base")
         if probe.needs_base and not isinstance(base, Subject):
             return (

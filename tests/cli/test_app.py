@@ -223,7 +223,7 @@ class TestEndings:
     @pytest.fixture
     def ends(self, run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         def ends(how: Any, *more: str) -> Any:
-            monkeypatch.setattr(build, "run", how)
+            monkeypatch.setattr(build, "run", lambda plan, fresh: how(plan))
             return run("build", random_folder, "--erase", "star", "--device", "cpu", "--out", "out", *more)
 
         return ends
