@@ -99,6 +99,7 @@ class Painted(Pictured):
             raise ErasecError(
                 f"the sampler {scheduler} is not tried on {self.model.family.title}",
                 why="its pipeline paints with the scheduler of its folder",
+                fix="leave out this probe for models of this family",
             )
         self.texts.update(dict.fromkeys(prompts))
         sampling = Sampling(steps, guidance, self.context.device, side=self.context.side)

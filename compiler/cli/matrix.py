@@ -12,7 +12,7 @@ from erasec.cli.options import CODE, JSON, VERBOSE, report_errors
 
 
 def matrix(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML with models, concepts, [build] and [[variant]]")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="TOML with models and concepts: docs/matrix.md")],
     out: Annotated[Path, typer.Option("--out", help="folder of all builds")] = Path("builds"),
     plan: Annotated[bool, typer.Option("--plan", help="only say what would be built, and how long it takes")] = False,
     jobs: Annotated[

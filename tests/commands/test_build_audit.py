@@ -106,7 +106,7 @@ def test_the_command_line_prints_the_headline_of_the_audit(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
 
-    def run(made: Any) -> Report:
+    def run(made: Any, fresh: bool) -> Report:
         from sample_report import star_report
 
         asked.append(made.recipe.audit)

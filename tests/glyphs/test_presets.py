@@ -76,6 +76,7 @@ TODAY: dict[str, dict[str, object]] = {
         "guidance": 3.0,
         "trajectories": 32,
         "sample_steps": 20,
+        "min_noise": 0.0,
         "keep": 3.0,
     },
     "few_shot": {

@@ -113,17 +113,18 @@ def test_the_exact_target_means_the_censored_image_at_every_timestep(kind: str, 
     denoiser = Denoiser(request.getfixturevalue(kind), Context())
     assert denoiser.v_prediction == (kind == "v_base")
     times = torch.arange(0, 1000, 7)
-    denoiser.__dict__["alphas"] = denoiser.alphas.double()  # the identity is to 1e-5, and 1 / sqrt(alpha) reaches 15
+    schedule = denoiser.schedule
+    schedule.alphas = schedule.alphas.double()  # type: ignore[union-attr]  # the identity is to 1e-5, and 1 / sqrt(alpha) reaches 15
     rng = torch.Generator().manual_seed(0)
     shown, hidden, noise = torch.randn(3, len(times), 4, 8, 8, generator=rng, dtype=torch.float64)
     latents = denoiser.add_noise(shown, noise, times)
     off = {}
     for target in TARGETS:
-        a = target_scale(denoiser.alphas[times], target, 1.0)
+        a = target_scale(schedule.picture_ratio()[times], target, 1.0)
         prediction = censored_target(denoiser, shown, hidden, noise, times, a)
         off[target] = (estimate(denoiser, latents, prediction, times) - hidden).abs().amax((1, 2, 3))
     assert off["exact"].max() < 1e-5
-    ratio = target_scale(denoiser.alphas[times], "exact", 1.0)
+    ratio = target_scale(schedule.picture_ratio()[times], "exact", 1.0)
     near = (ratio - 1).abs() < 0.02
     assert bool(near.any())
     assert off["constant"][near].max() < 0.2
@@ -134,12 +135,12 @@ def test_the_exact_target_means_the_censored_image_at_every_timestep(kind: str, 
 
 
 def test_the_pull_of_every_target_on_the_schedule_of_stable_diffusion(base: Model) -> None:
-    alphas = Denoiser(base, Context()).alphas
+    ratios = Denoiser(base, Context()).schedule.picture_ratio()
     at = torch.tensor([0, 100, 354, 999])
-    exact = target_scale(alphas, "exact", 2.0)[at]
+    exact = target_scale(ratios, "exact", 2.0)[at]
     torch.testing.assert_close(exact, torch.tensor([34.3, 2.91, 1.00, 0.068]), rtol=0.01, atol=0.0)
-    torch.testing.assert_close(target_scale(alphas, "clipped", 2.0)[at], exact.clamp(max=2.0))
-    assert target_scale(alphas, "constant", 2.0).unique().tolist() == [1.0]
+    torch.testing.assert_close(target_scale(ratios, "clipped", 2.0)[at], exact.clamp(max=2.0))
+    assert target_scale(ratios, "constant", 2.0).unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("kind", ["base", "v_base"])

@@ -25,6 +25,8 @@ SMALL: dict[str, int | str | float] = {
     "images": 3,
     "min_cosine": 0.0,
     "max_rise": 0.0,
+    "searches": 2,
+    "final_steps": 2,
 }
 # The watermark is in images of glyphs; safegen and geom_erasing need images that show what they erase.
 CONCEPTS = {"geom_erasing": "watermark"}
