@@ -105,20 +105,22 @@ def build(
             audit=audit,
             publish=publish or sign is not None or None,
         )
-        from erasec.commands.build import is_main, train_in_worker
-        from erasec.commands.build import run as run_plan
         from erasec.commands.current import current
         from erasec.commands.plan import make_plan, notes
+        from erasec.commands.processes import is_main
 
         main = is_main()  # before the plan, because it assigns a device to each process
         planned = make_plan(recipe, out, by_flag=bool(passes), sign=sign)
         if not main:
+            from erasec.commands.build import train_in_worker
+
             train_in_worker(planned)
             return
         for note in (printed := notes(planned)):
             say(note)
         facts = None if fresh else current(planned)
         if facts is None:
+            from erasec.commands.build import run as run_plan
             from erasec.reporting.facts import facts_of
 
             try:

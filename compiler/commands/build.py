@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -61,15 +60,6 @@ class _Solved:
     applied: tuple[EditRecord, ...]
     secrets: tuple[tuple[Pass, Concept, Secret], ...]
     checks: tuple[Check, ...]
-
-
-def is_main() -> bool:
-    """Whether this process writes and prints. The other processes of ``accelerate launch`` only train with it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return True
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
 
 
 @fixed_threads()

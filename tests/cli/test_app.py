@@ -26,7 +26,7 @@ from erasec.checkpoint import journal
 from erasec.checkpoint.safetensors import BLANK, save_tensors
 from erasec.cli import output
 from erasec.cli.app import QUIET, app
-from erasec.commands import apply, build
+from erasec.commands import apply, build, processes
 from erasec.errors import CheckFailed, MissingTool
 from erasec.keys.key_file import write_key
 from erasec.model import loading
@@ -475,7 +475,7 @@ def test_a_process_other_than_the_main_one_solves_but_writes_and_prints_nothing(
     run: Any, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved = []
-    monkeypatch.setattr(build, "is_main", lambda: False)
+    monkeypatch.setattr(processes, "is_main", lambda: False)
     monkeypatch.setattr(build, "train_in_worker", solved.append)
     result = run("build", random_folder, "--erase", "zebra", "--out", "out", "--device", "cpu")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")

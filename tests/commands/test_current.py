@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,14 @@ def test_the_same_build_does_nothing_and_says_the_same(
     assert snapshot(tmp_path / "out") == before
     build(random_folder, tmp_path / "out", "--fresh")
     assert snapshot(tmp_path / "out") != before and "is up to date" not in capsys.readouterr().err
+
+
+def test_a_build_that_does_nothing_loads_no_torch(random_folder: Path, out: Path) -> None:
+    words = ["build", str(random_folder), "--erase", "star", *NO_PICTURES, "--out", str(out)]
+    code = "import sys; from erasec.cli.app import app\n"
+    code += "try: app(sys.argv[1:], standalone_mode=False)\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert "is up to date" in done.stderr and done.stderr.splitlines()[-1] == "False"
 
 
 def test_the_folder_is_current_for_its_own_plan_alone(random_folder: Path, out: Path) -> None:
