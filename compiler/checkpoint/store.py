@@ -225,9 +225,9 @@ def prune(bound: int, older: float = 0.0, kinds: Iterable[str] = tuple(KINDS)) -
         return _prune(entries(kinds), bound, older)
 
 
-def remove_damaged(found: Sequence[Entry]) -> None:
+def remove_damaged(damaged: Sequence[Entry]) -> None:
     """Remove entries whose content is not what was stored. Nothing uses them, so that no lock is needed."""
-    for entry in found:
+    for entry in damaged:
         remove(entry.path)
 
 

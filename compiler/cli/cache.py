@@ -45,10 +45,10 @@ def cache(
 
 
 def _list(kinds: tuple[str, ...], as_json: bool) -> None:
-    found = store.entries(kinds)
+    entries = store.entries(kinds)
     rows: list[dict[str, Any]] = []
     for name in kinds:
-        own = [entry for entry in found if entry.kind == name]
+        own = [entry for entry in entries if entry.kind == name]
         used = max((entry.used for entry in own), default=0.0)
         rows.append({"kind": name, "entries": len(own), "bytes": sum(entry.bytes for entry in own), "used": used})
     if as_json:
@@ -59,7 +59,7 @@ def _list(kinds: tuple[str, ...], as_json: bool) -> None:
         for row in rows
     ]
     output.table(["kind", "entries", "size", "last used", "what"], cells)
-    total = size(sum(entry.bytes for entry in found))
+    total = size(sum(entry.bytes for entry in entries))
     print(f"{store.cache_folder()}: {total} of at most {size(store.limit())} ({store.LIMIT})")
 
 
@@ -80,14 +80,14 @@ def _prune(kinds: tuple[str, ...], limit: str | None, days: float, as_json: bool
 
 
 def _verify(kinds: tuple[str, ...], as_json: bool) -> None:
-    found, damaged = store.entries(kinds), []
-    with bar("verify", len(found)) as advance:
-        for entry in found:
+    entries, damaged = store.entries(kinds), []
+    with bar("verify", len(entries)) as advance:
+        for entry in entries:
             if not entry.is_whole():
                 damaged.append(entry)
             advance(note=entry.kind)
     store.remove_damaged(damaged)
-    _print_removed(damaged, as_json, f"{len(found) - len(damaged)} of {len(found)} entries are whole")
+    _print_removed(damaged, as_json, f"{len(entries) - len(damaged)} of {len(entries)} entries are whole")
     if damaged:
         raise typer.Exit(CHECK_FAILED)
 

@@ -32,8 +32,8 @@ def cached_graph(key: str, make: Callable[[], tuple[ModelProto, Sequence[Weight]
     Where the store can be neither read nor written, a note says so once, and the graph is kept until the process ends.
     """
     with store.unusable_is_noted():
-        if found := store.read_folder("graphs", key):
-            return found
+        if stored := store.read_folder("graphs", key):
+            return stored
     own = process_scratch() / "graphs" / key
     if store.is_whole(own):
         return own

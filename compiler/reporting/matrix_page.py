@@ -83,17 +83,17 @@ def _cell(row: Row, out: Path) -> dict[str, Any]:
 class _Pictures(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[str, str]] = []
+        self.pictures: list[tuple[str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = dict(attrs)
         source, about = named.get("src") or "", named.get("alt") or ""
-        if tag == "img" and len(self.found) < 2 and source.startswith("data:image/png;base64,"):
-            self.found.append((source, about))
+        if tag == "img" and len(self.pictures) < 2 and source.startswith("data:image/png;base64,"):
+            self.pictures.append((source, about))
 
 
 def first_pictures(page: str) -> list[tuple[str, str]]:
     """The first pair of pictures in the report of a build, before and after, as data URIs with their descriptions."""
     parser = _Pictures()
     parser.feed(page)
-    return parser.found if len(parser.found) == 2 else []
+    return parser.pictures if len(parser.pictures) == 2 else []
