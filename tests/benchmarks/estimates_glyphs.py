@@ -30,7 +30,7 @@ def compare(name: str, out: Path) -> dict[str, Any]:
     plan = make_plan(from_flags("glyphs", ["star"], passes=[name], targets=["onnx"], device="cpu"), out, pin=False)
     estimated = durations.estimate(plan)
     try:
-        seconds = build.run(plan).seconds
+        seconds = build.run(plan, fresh=True).seconds
     except CheckFailed as error:
         seconds = json.loads((Path(error.where) / "report.json").read_text())["seconds"]
     steps = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -112,7 +113,8 @@ def rehearse(scratch: Path, family: str, size: str, **chosen: Any) -> dict[str, 
     random_models.random_folder(model, family, size, dtype="float32" if family == "sd1" else "float16")
     (scratch / "recipe.toml").write_text(recipe(model, **chosen))
     files = [str(scratch / name) for name in ("recipe.toml", "out", "facts.json")]
-    subprocess.run([sys.executable, "-c", CODE, *files], check=True)
+    own = {**os.environ, "ERASEC_CACHE": str(scratch / "cache")}  # nothing is taken from earlier builds
+    subprocess.run([sys.executable, "-c", CODE, *files], check=True, env=own)
     facts: dict[str, Any] = json.loads((scratch / "facts.json").read_text().replace(f"{scratch}/", ""))
     return facts
 
