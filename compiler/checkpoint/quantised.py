@@ -35,7 +35,7 @@ def refuse_gguf(file: Path, first: bytes) -> None:
 
 
 def refuse_dtypes(file: Path, dtypes: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ErasecError for a dtype of a header that is not ``known``: in words if it is one of 8-bit floats."""
+    """Raise ErasecError for a dtype that is not in ``known``; for 8-bit floats, the error says what to give instead."""
     unknown = sorted(set(dtypes) - set(known))
     if not unknown:
         return
