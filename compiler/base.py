@@ -188,14 +188,14 @@ class Output(ABC):
     extras: ClassVar[frozenset[str]] = frozenset()
     renamed: ClassVar[Mapping[str, str]] = {}
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         """How somebody can undo an erasure with what the target writes, as a clause; "" if nobody can. By default "".
 
         A release leaves out the folders of such targets (see ``recipe.Publish``).
         """
         return ""
 
-    def unread(self) -> str:
+    def unread_reason(self) -> str:
         """What of the format cannot be read back, so that ``compare`` does not see it. By default "": nothing."""
         return ""
 
@@ -231,7 +231,8 @@ class Target(Output):
         """Checks that the weights in ``out``, which ``export`` wrote, are exactly those of ``checkpoint``.
 
         ``erasec verify`` runs them on a bundle that somebody handed over, so nothing in ``out`` may be trusted or run.
-        By default None: it cannot be told.
+        A check without a limit says what was not compared; ``verify`` then states that the artifact is not verified.
+        By default None: the target cannot compare its weights.
         """
         return None
 
@@ -239,7 +240,7 @@ class Target(Output):
 class EditTarget(Output):
     """Writes only the edits, not the rest of the model."""
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         return "anyone who has it and the erased checkpoint can subtract the edit"
 
     @abstractmethod

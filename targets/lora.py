@@ -56,7 +56,7 @@ class Lora(EditTarget):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "the change as a LoRA, for diffusers, ComfyUI and A1111"
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         return "loaded on the erased checkpoint with the weight -1, it gives the base back"
 
     def accept(self, sites: Sequence[Site]) -> None:

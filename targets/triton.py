@@ -96,7 +96,7 @@ class Triton(Target):
                 "triton: plans of TensorRT do not run on a CPU", fix="choose instances=auto, or engines=onnx"
             )
 
-    def unread(self) -> str:
+    def unread_reason(self) -> str:
         return UNREAD if self.engines == "trt" else ""
 
     def check(self) -> None:

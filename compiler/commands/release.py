@@ -86,7 +86,7 @@ def set_apart(plan: Plan, stage: Path, private: Path | None) -> Undoing:
     publish = plan.recipe.publish
     undoing: list[dict[str, Any]] = []
     for target in plan.targets:
-        if how := target.undoes():
+        if how := target.how_to_undo():
             allowed = publish and (publish.edits if isinstance(target, EditTarget) else publish.refittable)
             undoing.append({"path": target.name, "inside": bool(private is None or allowed), "undoes": how})
     for key in sorted(stage.glob(f"*{key_file.SUFFIX}")):

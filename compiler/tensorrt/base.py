@@ -65,7 +65,7 @@ class EngineTarget(Target):
             if text := getattr(self, option):
                 parse_range(f"{self.name}: option {option}", text)
 
-    def unread(self) -> str:
+    def unread_reason(self) -> str:
         return UNREAD
 
     @abstractmethod
@@ -186,7 +186,7 @@ def engine_checks(folder: Path, name: str, graph: Path) -> tuple[Check, ...]:
     """Checks of one engine in a folder against the ONNX file that it should have been built from."""
     record = engines.read_record(folder)
     entry, builder = record["components"][name], record["builder"]
-    file, sources = folder / entry["file"], dict(zip(("graph", "weights"), digests(graph), strict=True))
+    file, sources = engines.engine_file(folder, entry), dict(zip(("graph", "weights"), digests(graph), strict=True))
     differing = [kind for kind, digest in sources.items() if digest != entry[kind]]
     if not file.is_file() or file_digest(file) != entry["engine"]:
         differing.append("engine")

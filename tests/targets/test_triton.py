@@ -90,7 +90,7 @@ def test_a_repository_is_compared_with_its_checkpoint_and_with_another(
         file.write(bytes([last[0] ^ 1]))
     failed = [check.name for check in target.compare(Folder(random_folder), out) if not check.passed]
     assert failed == ["weights/unet"]
-    assert (target.unread(), bool(Triton(engines="trt").unread())) == ("", True)
+    assert (target.unread_reason(), bool(Triton(engines="trt").unread_reason())) == ("", True)
 
 
 def test_files_lie_where_the_server_and_the_client_look(exported: Artifact, random_folder: Path) -> None:

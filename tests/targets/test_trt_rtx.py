@@ -133,7 +133,7 @@ def test_engines_are_compared_with_the_graphs_that_they_were_built_from(
     target = TrtRtx(workspace=64)
     checks = target.compare(Folder(random_folder), copied)
     assert {check.passed for check in checks} == {True} and all(check.limit is not None for check in checks)
-    assert "engine" in target.unread() and not target.undoes()
+    assert "engine" in target.unread_reason() and not target.how_to_undo()
     engine = copied / "text_encoder" / "model.engine"
     engine.write_bytes(engine.read_bytes() + b"\0")
     failed = [check.name for check in target.compare(Folder(random_folder), copied) if not check.passed]
