@@ -79,6 +79,17 @@ class Check:
         first = f"; the first is {next(iter(faults))}" if faults else ""
         return cls(name, float(len(faults)), 0.0, not faults, how + first)
 
+    @classmethod
+    def files(cls, name: str, out: Path, expected: Collection[str], may: Collection[str] = ()) -> Check:
+        """A check that passes if ``out`` holds all files ``expected``, and besides them only such as are in ``may``, or
+        in folders that are there, which end with "/"."""
+        paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+        present = {path.relative_to(out).as_posix() for path in paths}
+        folders = tuple(entry for entry in may if entry.endswith("/"))
+        more = (file for file in present - {*expected, *may} if not file.startswith(folders))
+        faults = sorted(({*expected} - present).union(more))
+        return cls.count(name, faults, "files that are missing or that the target does not write")
+
     @property
     def outcome(self) -> str:
         """One of "failed", "passed" and "reported"; "reported" is a check without a limit."""

@@ -89,13 +89,13 @@ class Ldm(Target):
 
         check_supported(read_extras(checkpoint.root), self.extras, self.name)
         family = family_of(checkpoint)
-        file = out / (FILE if self.parts == "all" else DENOISER_FILE)
+        file = self._file(out)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
         parts = pieces(family.name, entries)
         lost_settings(checkpoint, family.name, entries)
         file_metadata, marks = metadata(checkpoint, family.name)
         empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
-        prefix = layout(family.name).prefixes[family.denoiser] if self.parts == "denoiser" else ""
+        prefix = self._prefix(family)
         with bar("write", len(parts)) as advance:
             tensors = {
                 key.removeprefix(prefix): (own[0][1].dtype, own[0][0].shape, partial(_concatenate, own, advance))
@@ -113,7 +113,22 @@ class Ldm(Target):
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
         family = family_of(checkpoint)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
-        return (same_tensors(family.name, entries, out / FILE),)
+        file, prefix = self._file(out), self._prefix(family)
+        present = Check.files("ldm/files", out, [file.name])
+        if not present.passed:
+            return (present,)
+        keys = {key.removeprefix(prefix) for key in pieces(family.name, entries)} | {*metadata(checkpoint, family.name)[1]}
+        how = f"tensors that only one of {file.name} and the merged checkpoint has"
+        names = Check.count("ldm/names", sorted(keys ^ read_header(file)[0].keys()), how)
+        return present, names, same_tensors(family.name, entries, file)
+
+    def _prefix(self, family: Family) -> str:
+        """What the names of single files begin with, and those in the file of the target do not."""
+        return layout(family.name).prefixes[family.denoiser] if self.parts == "denoiser" else ""
+
+    def _file(self, out: Path) -> Path:
+        """The file that the target writes into ``out``."""
+        return out / (FILE if self.parts == "all" else DENOISER_FILE)
 
 
 def family_of(checkpoint: Folder) -> Family:

@@ -39,6 +39,7 @@ STATES = {
     "changed": "is not the file that was built, by size and sha256 in",
     "added": "is there, and is not listed in",
 }
+CODE = "its weights: its target is a Python file, which may be anybody's and is not run"
 MEASURED = (
     "What the report says of pictures and attacks was measured by who built this, and not again: erasec check runs it, "
     "erasec audit attacks it."
@@ -133,23 +134,21 @@ def _steps(
     yield "recipe", lambda: belonging.recipe(bundle)
     yield "provenance", lambda: belonging.provenance(bundle)
     yield "bill of materials", lambda: belonging.bill(bundle)
-    first, *others = bundle.recipe.targets
-    plain = parse_named_options(first, "--target").name
-    merged = Folder(root / plain, bundle.recipe.variant or only_variant(root / plain))
+    texts = {parse_named_options(text, "--target").name: text for text in bundle.recipe.targets}
+    merged_name = next(iter(texts))
+    merged = Folder(root / merged_name, bundle.recipe.variant or only_variant(root / merged_name))
     model = _load_base(base, bundle, *options) if base else None
-    yield f"{plain} and the base", lambda: _same_as_base(bundle, merged, model)
-    written = {item["target"] for item in bundle.report["written"]}
-    for text in others:
-        name = parse_named_options(text, "--target").name
-        if code_file(name) is not None or name in written:
-            yield name, partial(_artifact, root, text, merged, model)
-    for text in bundle.recipe.targets:
-        name = parse_named_options(text, "--target").name
-        if name in written and (unread := _unread(text)):
-            yield f"inside {name}", partial(_raise, unread)
+    yield f"{merged_name} and the base", lambda: _same_as_base(bundle, merged, model)
+    written = [item["target"] for item in bundle.report["written"]]  # each is a folder: belonging.report
+    for name in written:
+        if name != merged_name:
+            yield name, partial(_artifact, root / name, texts.get(name), merged, model)
+    for name in written:
+        if name in texts and (why := _unread_reason(texts[name])):
+            yield f"inside {name}", partial(_raise_unverified, why)
 
 
-def _raise(why: str) -> str:
+def _raise_unverified(why: str) -> str:
     raise _Unverified(why)
 
 
@@ -238,26 +237,29 @@ def _same_files(base: Model, merged: Folder, changed: set[str]) -> int:
 
 
 def _target(text: str) -> Target | EditTarget:
-    """The target with its options. Raises _Unverified where it is not installed here."""
+    """The target with its options. Raises _Unverified where it is not installed here, and for a class in a Python file,
+    which is not run."""
+    if code_file(parse_named_options(text, "--target").name) is not None:
+        raise _Unverified(CODE)
     try:
         return make_target(text)
     except ErasecError as error:
         raise _Unverified(f"its weights: {error.what}") from error
 
 
-def _unread(text: str) -> str:
+def _unread_reason(text: str) -> str:
     try:
-        return _target(text).unread()
+        return _target(text).unread_reason()
     except _Unverified:
         return ""
 
 
-def _artifact(root: Path, text: str, merged: Folder, base: Model | None) -> str:
-    """The artifact of one target holds exactly the weights of ``merged``."""
-    if code_file(parse_named_options(text, "--target").name) is not None:
-        raise _Unverified("its weights: its target is a Python file, which may be anybody's and is not run")
+def _artifact(out: Path, text: str | None, merged: Folder, base: Model | None) -> str:
+    """The artifact in ``out`` holds exactly the weights of ``merged``. ``text`` is its target in the recipe; None where
+    that is a class in a Python file, whose name the file has."""
+    if text is None:
+        raise _Unverified(CODE)
     target = _target(text)
-    out = root / target.name
     if not isinstance(target, Target) and base is None:
         raise _Unverified("whether the base with this edit is the merged checkpoint: give the base, --base MODEL")
     try:
@@ -272,7 +274,7 @@ def _artifact(root: Path, text: str, merged: Folder, base: Model | None) -> str:
         if not check.passed:
             raise CheckFailed(f"{target.name} does not hold the merged weights: {check.how}")
     if loose := [check for check in checks if check.limit is None]:
-        raise _Unverified(f"its weights, which are not exactly the merged ones: {loose[0].value:.2g} {loose[0].how}")
+        raise _Unverified(f"whether all of it is what was merged: {loose[0].value:.2g} {loose[0].how}")
     return f"holds exactly the weights of {merged.root.name} ({len(checks)} comparisons)"
 
 
