@@ -120,6 +120,8 @@ class Ldm(Target):
         keys = {key.removeprefix(prefix) for key in pieces(family.name, entries)} | {*metadata(checkpoint, family.name)[1]}
         how = f"tensors that only one of {file.name} and the merged checkpoint has"
         names = Check.count("ldm/names", sorted(keys ^ read_header(file)[0].keys()), how)
+        if not names.passed:
+            return present, names
         return present, names, same_tensors(family.name, entries, file)
 
     def _prefix(self, family: Family) -> str:

@@ -67,7 +67,7 @@ class _Concept(TypedDict):
 
 
 class _Undoing(TypedDict):
-    path: str
+    path: Annotated[str, StringConstraints(pattern=r"^[^/\x00]+$")]
     inside: bool
     undoes: str
 

@@ -125,6 +125,9 @@ class EngineTarget(Target):
             link.write_onnx(checkpoint, linked, self.precision, names, vae=self.vae)
             others = {RECORD, *(f"{name}/{ENGINE}" for name in names)}
             checks = files_checks(self.name, checkpoint.root, linked, out, others, ("onnx/",) if self.onnx else ())
+            if unlike := engines.read_record(out)["components"].keys() ^ names:
+                how = f"engines that only one of {RECORD} and the target has"
+                checks = *checks, Check.count(f"{self.name}/engines", sorted(unlike), how)
             if not all(check.passed for check in checks):
                 return checks
             for name in names:
