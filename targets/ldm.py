@@ -11,7 +11,7 @@ from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import downscale
 from erasec.checkpoint.safetensors import Entry, finite_check, read_header, read_tensor, stream_tensors, tensor_bytes
 from erasec.errors import ErasecError
-from erasec.family import FAMILIES, Family, detect
+from erasec.family import FAMILIES, Family
 from erasec.graphs.parity import TOLERANCES, relative_error
 from erasec.ldm.configs import POSITIONS, config_files, sizes_from_shapes
 from erasec.ldm.joint_readers import check_joint_readers, reader_check, reads_width
@@ -25,6 +25,7 @@ from erasec.ldm.tensor_names import (
     stored_names,
     to_single,
 )
+from erasec.model.loading import family_of
 from erasec.model.networks import fill
 from erasec.model.sidecar import check_supported, read_extras
 from erasec.options import options
@@ -88,7 +89,7 @@ class Ldm(Target):
         import torch
 
         check_supported(read_extras(checkpoint.root), self.extras, self.name)
-        family = family_of(checkpoint)
+        family = _family(checkpoint)
         file = self._file(out)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
         parts = pieces(family.name, entries)
@@ -111,7 +112,7 @@ class Ldm(Target):
             return Artifact(self.name, out, (*checks, *read_back(checkpoint, family.name, file, context.seed)))
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
-        family = family_of(checkpoint)
+        family = _family(checkpoint)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
         file, prefix = self._file(out), self._prefix(family)
         present = Check.files("ldm/files", out, [file.name])
@@ -133,18 +134,13 @@ class Ldm(Target):
         return out / (FILE if self.parts == "all" else DENOISER_FILE)
 
 
-def family_of(checkpoint: Folder) -> Family:
-    """The family of a folder, without the optional components that the folder lacks. Raises ErasecError for a folder
-    whose denoiser has no single-file layout."""
-    denoiser = next((name for name in ("unet", "transformer") if name in checkpoint.index), "")
-    if not denoiser:
+def _family(checkpoint: Folder) -> Family:
+    """The family of a folder. Raises ErasecError for a folder whose denoiser has no single-file layout."""
+    if not checkpoint.index.keys() & {"unet", "transformer"}:
         raise _no_layout(str(checkpoint.root))
-    family = detect({key: entry.shape for key, entry in checkpoint.entries(denoiser).items()})
+    family = family_of(checkpoint)
     if family.name not in LAYOUTS:
         raise _no_layout(str(checkpoint.root))
-    for component in family.optional:
-        if not checkpoint.index.get(component, [None])[0]:
-            family = family.without(component)
     return family
 
 

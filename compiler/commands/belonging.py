@@ -26,11 +26,10 @@ from erasec.recipe import recipe as recipes
 from erasec.recipe.recipe import Recipe
 from erasec.reporting.bom import BOM
 from erasec.reporting.provenance import PROVENANCE, Statement, read_statement
-from erasec.reporting.read import REPORT
+from erasec.reporting.read import CARD, PAGE, REPORT
 from erasec.reporting.wording import markdown
 
 MERGED = ("hf", "bundle")  # the first target of every build is one of these
-CARD, PAGE = "README.md", "report.html"
 AGAIN = "build it again"
 OPEN = ConfigDict(extra="allow")
 

@@ -39,6 +39,7 @@ STATES = {
     "changed": "is not the file that was built, by size and sha256 in",
     "added": "is there, and is not listed in",
 }
+GIT_FILE = ".gitattributes"
 CODE = "its weights: its target is a Python file, which may be anybody's and is not run"
 MEASURED = (
     "What the report says of pictures and attacks was measured by who built this, and not again: erasec check runs it, "
@@ -129,6 +130,8 @@ def _steps(
     yield "files", lambda: _files(root)
     yield "signature", lambda: _signature(root, key)
     bundle = Bundle(root, manifest.read(root)[0])
+    if (root / GIT_FILE).is_file() and GIT_FILE not in bundle.content.files:
+        yield GIT_FILE, partial(_raise_unverified, "its content: hubs add it, and only git reads it")
     yield "report", lambda: belonging.report(bundle)
     yield "card", lambda: belonging.card(bundle)
     yield "recipe", lambda: belonging.recipe(bundle)
@@ -158,21 +161,30 @@ def _files(root: Path) -> str:
     differences = manifest.compare(root, content, strict=True)
     for state, what in STATES.items():
         for name in getattr(differences, state):
-            raise CheckFailed(f"{name} {what} {manifest.FILE}")
+            if state != "added" or not _is_git_file(root, name):
+                raise CheckFailed(f"{name} {what} {manifest.FILE}")
     if (root / manifest.FILE).is_symlink() or (root / manifest.SIGNATURE).is_symlink():
         raise CheckFailed(f"{manifest.FILE} or {manifest.SIGNATURE} is a link")
     if content.renewed:
         raise CheckFailed(f"{content.renewed[0]} was changed after the build, by a relink or an edit in place")
     away = [name for name in content.movable if not (root / name).exists()]  # a key, which may be kept elsewhere
     how = f"{len(content.files) - len(away)} files are those of {manifest.FILE} (sha256 {digest[:12]}...)"
-    return f"{how}, and there is no other file" + (f"; {', '.join(away)} was taken away, as it may be" if away else "")
+    how += f", and there is no other file{f' but {GIT_FILE}' if GIT_FILE in differences.added else ''}"
+    return how + (f"; {', '.join(away)} was taken away, as it may be" if away else "")
+
+
+def _is_git_file(root: Path, name: str) -> bool:
+    """Whether a file is the one that hubs add to a repository. Only git reads it, and no digest covers it."""
+    return name == GIT_FILE and (root / name).is_file() and not (root / name).is_symlink()
 
 
 def _signature(root: Path, key: Path | None) -> str:
     signed = (root / manifest.SIGNATURE).is_file()
     if key is None:
-        why = f"{manifest.SIGNATURE} itself: give the public key of who signed it, --key" if signed else "it has none"
-        raise _Unverified(f"who made the build, {why}")
+        if not signed:
+            raise _Unverified(f"who made the build: it has no {manifest.SIGNATURE}")
+        why = "give the public key of who signed it, --key"
+        raise _Unverified(f"{manifest.SIGNATURE}, neither who made it nor which files it covers: {why}")
     if not signed:
         raise CheckFailed(f"there is no {manifest.SIGNATURE}: nobody signed this build")
     if fault := signature.find_fault(root, key):

@@ -262,6 +262,30 @@ def test_the_command_prints_what_it_found_and_exits_with_3(copied: Path) -> None
 
 
 @needs_signing
+def test_the_file_that_hubs_add_is_not_covered_and_any_other_is_wrong(release: Path, tmp_path: Path) -> None:
+    out, key = Path(shutil.copytree(release, tmp_path / "out")), release.parent / "key.pub"
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs")
+    found = verify(out, key=key)
+    assert found.wrong == "" and found.outcome == "verified in part"
+    assert states(found)[".gitattributes"] == "not verified" and states(found)["signature"] == "verified"
+    (out / ".gitattributes").unlink()
+    (out / ".gitattributes").symlink_to(key)
+    assert ".gitattributes is there, and is not listed" in verify(out, key=key).wrong
+    (out / ".gitattributes").unlink()
+    (out / ".gitignore").touch()
+    assert ".gitignore is there, and is not listed" in verify(out, key=key).wrong
+    (out / ".gitignore").unlink()
+    (out / "hf" / ".gitattributes").touch()
+    assert "hf/.gitattributes is there, and is not listed" in verify(out, key=key).wrong
+
+
+@needs_signing
+def test_a_signature_without_a_key_is_not_verified_and_that_is_stated(release: Path) -> None:
+    finding = next(finding for finding in verify(release).findings if finding.what == "signature")
+    assert finding.state == "not verified" and "neither who made it nor which files it covers" in finding.how
+
+
+@needs_signing
 def test_a_build_without_a_signature_fails_where_a_key_is_given(whole: Path, tmp_path: Path) -> None:
     _, public = key_pair(tmp_path)
     assert verify(whole, key=public).wrong.startswith("there is no model.sig")
