@@ -118,7 +118,9 @@ class Ldm(Target):
         present = Check.files("ldm/files", out, [file.name])
         if not present.passed:
             return (present,)
-        keys = {key.removeprefix(prefix) for key in pieces(family.name, entries)} | {*metadata(checkpoint, family.name)[1]}
+        keys = {key.removeprefix(prefix) for key in pieces(family.name, entries)} | {
+            *metadata(checkpoint, family.name)[1]
+        }
         how = f"tensors that only one of {file.name} and the merged checkpoint has"
         names = Check.count("ldm/names", sorted(keys ^ read_header(file)[0].keys()), how)
         if not names.passed:

@@ -253,7 +253,7 @@ def _schema_fault(text: str) -> str | None:
         error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     except MissingOptionalDependencyException:
         return None
-    return "" if error is None else str(getattr(error, "data", error)).splitlines()[0]
+    return "" if error is None else next(iter(str(getattr(error, "data", error)).splitlines()), "it is no bill")
 
 
 def _first_difference(pairs: Iterable[tuple[str, str]], files: dict[str, str]) -> str | None:

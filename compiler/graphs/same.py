@@ -75,7 +75,9 @@ def nodes_check(name: str, linked: ModelProto, stored: ModelProto, must_be_equal
     if large := large_constants([*_constants(linked)], [*_constants(stored)]):
         return Check.count(check, large, f"constants in nodes of {name} that are as large as a weight")
     if must_be_equal:
-        how = "graph with other nodes than erasec exports, though with the versions of libraries that are installed here"
+        how = (
+            "graph with other nodes than erasec exports, though the libraries have the versions of this machine"
+        )
         return Check.count(check, [name], how)
     how = f"graph, {name}, has other nodes than the libraries that are installed here export, so they were not compared"
     return Check.at_most(check, 1.0, None, how)

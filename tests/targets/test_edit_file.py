@@ -118,9 +118,11 @@ def test_what_an_edit_carries_is_compared_with_the_checkpoint(base: Model, tmp_p
 
     assert failed(own) == []
     assert failed(replace(own, memories=())) == failed(replace(own, tokens={})) == ["edit/extras"]
-    assert failed(replace(own, negative="")) == failed(replace(own, memories=(replace(memory, weight=9.0),))) == [
-        "edit/extras"
-    ]
+    assert (
+        failed(replace(own, negative=""))
+        == failed(replace(own, memories=(replace(memory, weight=9.0),)))
+        == ["edit/extras"]
+    )
     site = next(iter(model.edited_sites))
     assert failed(own, {f"{site.component}/{site.key}": base.stored_weight(site)}) == ["edit/tensors"]
     assert failed(own, {"unet/more": torch.ones(1)}) == ["edit/tensors"]
