@@ -38,8 +38,9 @@ def compare_graph(name: str, linked: Path, stored: Path, must_be_equal: bool = F
     import onnx
 
     models = [onnx.load(file, load_external_data=False) for file in (linked, stored)]
-    weights = _weights_check(name, linked, stored, *models)
-    return weights, nodes_check(name, *map(_without_data, models), must_be_equal)
+    weights = _weights_check(name, linked, stored, models[0], models[1])
+    bare = [_without_data(model) for model in models]
+    return weights, nodes_check(name, bare[0], bare[1], must_be_equal)
 
 
 def _weights_check(name: str, linked: Path, stored: Path, linked_model: ModelProto, stored_model: ModelProto) -> Check:
@@ -75,9 +76,7 @@ def nodes_check(name: str, linked: ModelProto, stored: ModelProto, must_be_equal
     if large := large_constants([*_constants(linked)], [*_constants(stored)]):
         return Check.count(check, large, f"constants in nodes of {name} that are as large as a weight")
     if must_be_equal:
-        how = (
-            "graph with other nodes than erasec exports, though the libraries have the versions of this machine"
-        )
+        how = "graph with other nodes than erasec exports, though the libraries have the versions of this machine"
         return Check.count(check, [name], how)
     how = f"graph, {name}, has other nodes than the libraries that are installed here export, so they were not compared"
     return Check.at_most(check, 1.0, None, how)
