@@ -230,7 +230,7 @@ def _solve(plan: Plan, work: Path, fresh: bool = False) -> _Solved:
 @fixed_threads()
 def _build(plan: Plan, stage: Path, work: Path, private: Path | None, fresh: bool) -> Report:
     seconds: dict[str, float] = {}
-    started = time.time()
+    started, before = time.time(), inputs(plan)
     try:
         solved = _solve(plan, work, fresh)
     except (ErasecError, RuntimeError) as error:  # torch raises RuntimeError where a matrix has a NaN
@@ -333,7 +333,7 @@ def _build(plan: Plan, stage: Path, work: Path, private: Path | None, fresh: boo
         audits=tuple(audits),
         undoing=undoing,
         reach=reaches,
-        inputs=inputs(plan),
+        inputs=before,
     )
     release.finish(plan, report, stage, apart, release.edited_tensors(model, absorbed), started)
     return report
