@@ -23,7 +23,7 @@ from erasec.audit.metrics import attack_success
 from erasec.audit.sampler import sample
 from erasec.audit.subject import Pictured, Subject
 from erasec.base import Attempt, Probe, Role
-from erasec.checkpoint.inputs import LIBRARIES, code_digest, versions
+from erasec.checkpoint.inputs import LIBRARIES, code_digest, source_digest, versions
 from erasec.errors import ErasecError, is_out_of_memory
 from erasec.judging.evidence import labels
 from erasec.judging.panel import questions
@@ -242,7 +242,7 @@ class Bench:
             code_digest(),
             versions(LIBRARIES),
             registry.distributions(),
-            [probe.name, probe.version, asdict(cast("Any", probe)), role == "control"],
+            [probe.name, probe.version, source_digest(type(probe)), asdict(cast("Any", probe)), role == "control"],
             subject.digest,
             base.digest if base else "",
             self.concept.model_dump(mode="json"),
