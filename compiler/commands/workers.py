@@ -178,7 +178,10 @@ def demand(task: Task, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]
             fix="add a larger node to the cluster, or state what a node has when it starts: ray start --memory, "
             "--num-gpus; or build smaller: memory in [build]",
         )
-    needs = {"num_cpus": min(task.threads, max(int(node.get("CPU", 0)) for node in fitting)), "num_gpus": task.gpus}
+    needs: dict[str, float] = {
+        "num_cpus": min(task.threads, max(int(node.get("CPU", 0)) for node in fitting)),
+        "num_gpus": task.gpus,
+    }
     return needs | ({"memory": task.memory} if task.memory else {})
 
 
