@@ -155,6 +155,13 @@ def runtimes() -> dict[str, str]:
     return _registered(RUNTIME)
 
 
+def distributions() -> dict[str, str]:
+    """The version of each package that registers a class, by the name of its distribution."""
+    kinds = (PASS, TARGET, JUDGE, PROBE, RUNTIME)
+    providers = [point.dist for kind in kinds for point in entry_points(group=kind.group)]
+    return {each.name: each.version for each in providers if each is not None}
+
+
 def load_pass(name: str) -> type[Pass]:
     """The class of a pass by its registered name, or from a file by "file.py:Class". Raises ErasecError."""
     return _load(PASS, name, base.Pass)  # type: ignore[type-abstract]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, get_args
@@ -45,6 +46,13 @@ def register_entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str,
         return EntryPoints([EntryPoint(name, value, group)] if group == kind else [])
 
     monkeypatch.setattr(registry, "entry_points", points)
+
+
+def test_packages_that_register_classes_have_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = metadata.distribution("pydantic")  # any distribution stands for that of another package
+    point = EntryPoint("mine", "their_package:Mine", "erasec.judges")._for(theirs)  # type: ignore[attr-defined]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == "erasec.judges" else [])
+    assert registry.distributions() == {"pydantic": theirs.version}
 
 
 TABLES = {

@@ -222,16 +222,14 @@ def fold_rows(
     return projected, project(values, "add_v_proj")
 
 
-def fold(
-    weights: Callable[[str], Tensor], secret: Secret, present: Callable[[str], bool] = lambda name: False
-) -> tuple[Memory, ...]:
+def fold(weights: Callable[[str], Tensor], secret: Secret, present: Callable[[str], bool]) -> tuple[Memory, ...]:
     """The rows of a secret as constant keys and values of each of its attentions: K = p_k W_kᵀ and V = p_v W_vᵀ; in
     joint attention with the biases and the norm of the text's keys.
 
     ``weights`` returns the edited tensor of a name, such as the matrix (inner, d) of
-    "mid_block.[...].attn2.to_k.weight"; ``present`` says whether there is one, and need not know the names of
-    cross-attention. The products are computed in float64 and returned in float32, (k, inner). Folding is exact up to
-    rounding: attention computes the same from the rows and from the constants.
+    "mid_block.[...].attn2.to_k.weight"; ``present`` says whether there is one. The products are computed in float64 and
+    returned in float32, (k, inner). Folding is exact up to rounding: attention computes the same from the rows and from
+    the constants.
     """
     memories = []
     for name in secret.attentions:

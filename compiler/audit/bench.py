@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import time
 import zlib
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from erasec import registry
 from erasec.attention.sampling import LARGE
 from erasec.audit import store
 from erasec.audit.base import ROLES, Cell, Rate, Reading, by_role, digest_of
@@ -23,6 +23,7 @@ from erasec.audit.metrics import attack_success
 from erasec.audit.sampler import sample
 from erasec.audit.subject import Pictured, Subject
 from erasec.base import Attempt, Probe, Role
+from erasec.checkpoint.inputs import LIBRARIES, code_digest, source_digest, versions
 from erasec.errors import ErasecError, is_out_of_memory
 from erasec.judging.evidence import labels
 from erasec.judging.panel import questions
@@ -238,8 +239,10 @@ class Bench:
         """A digest of all that decides the cells of a probe on one subject."""
         base = self.subjects.get("base") if probe.needs_base else None
         facts = [
-            importlib.metadata.version("erasec"),
-            [probe.name, probe.version, asdict(cast("Any", probe)), role == "control"],
+            code_digest(),
+            versions(LIBRARIES),
+            registry.distributions(),
+            [probe.name, probe.version, source_digest(type(probe)), asdict(cast("Any", probe)), role == "control"],
             subject.digest,
             base.digest if base else "",
             self.concept.model_dump(mode="json"),

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 # ``filelock`` takes longer to import than a short command runs, so it is imported where a lock is needed.
 
+
+class Unavailable(ErasecError):
+    """A folder for work in progress that this process cannot have: another one holds it, or it is not erasec's."""
+
+
 LOCK = "lock"
 OWNER = "owner.json"
 NEW_OWNER = "owner.json.new"
@@ -130,7 +135,7 @@ def check_not_held(folder: Path) -> None:
 def held_error(folder: Path) -> ErasecError:
     owner = _owner(folder)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
-    return ErasecError(
+    return Unavailable(
         "another command is writing there",
         where=str(folder.parent / folder.name.removeprefix(".").removesuffix(".erasec")),
         why=f"{who}: {owner.get('command', '?')}" if owner else "it has just begun",
@@ -139,7 +144,7 @@ def held_error(folder: Path) -> ErasecError:
 
 
 def _foreign_error(folder: Path) -> ErasecError:
-    return ErasecError(
+    return Unavailable(
         f"{folder.name} is in the way",
         where=str(folder),
         why="erasec writes its unfinished output there, and something else has that name, or belongs to another user",

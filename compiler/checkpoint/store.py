@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from erasec.checkpoint.disk import FOLDER, PRIVATE_FOLDER, bytes_in, exchange, parse_size, remove
-from erasec.checkpoint.owned import SCRATCH, scratch_folder
+from erasec.checkpoint.disk import FOLDER, PRIVATE_FOLDER, DiskFull, bytes_in, exchange, parse_size, remove
+from erasec.checkpoint.owned import SCRATCH, Unavailable, scratch_folder
 from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError
 from erasec.progress import note
@@ -37,7 +37,8 @@ KINDS = {
 PRIVATE = ("edits",)
 DIGEST = 32  # bytes of the sha256 at the start of an entry that is a file
 DIGESTS = "digests.json"  # the sha256 of each file of an entry that is a folder
-LOCK = "lock"
+LOCK = "lock"  # every user holds it shared
+PRUNING = "pruning.lock"  # held by the one process that may take LOCK for itself alone
 LIMIT = "ERASEC_CACHE_LIMIT"
 DEFAULT_LIMIT = "20GB"
 STARTED = time.time()  # entries used since then may be in use by this process
@@ -70,10 +71,13 @@ def caches() -> list[Path]:
 
 @contextmanager
 def unusable_is_noted() -> Iterator[None]:
-    """Turn an error of the disk in the block into a note on stderr: the store is a convenience."""
+    """Turn an error of the disk in the block into a note on stderr: the store is a convenience.
+
+    Other errors, such as a limit that is no size, are raised.
+    """
     try:
         yield
-    except (OSError, ErasecError) as error:
+    except (OSError, DiskFull, Unavailable) as error:
         where = f": {error.filename}" if isinstance(error, OSError) and error.filename is not None else ""
         _note(f"{error.what if isinstance(error, ErasecError) else error.strerror or error}{where}")
 
@@ -162,7 +166,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def _place(kind: str, key: str) -> Path:
-    """Where an entry is to be written; its folder is made."""
+    """Where an entry is to be written; its folder is made. Raises ErasecError where the limit of the store is no size,
+    as the store would then grow without one."""
+    limit()
     folder = _shared(cache_folder()) / kind
     folder.mkdir(PRIVATE_FOLDER if kind in PRIVATE else FOLDER, parents=True, exist_ok=True)
     return folder / key
@@ -225,18 +231,33 @@ def prune(bound: int, older: float = 0.0, kinds: Iterable[str] = tuple(KINDS)) -
         return _prune(entries(kinds), bound, older)
 
 
-def remove_damaged(damaged: Sequence[Entry]) -> None:
-    """Remove entries whose content is not what was stored. Nothing uses them, so that no lock is needed."""
-    for entry in damaged:
-        remove(entry.path)
+def remove_damaged(damaged: Sequence[Entry]) -> list[Entry]:
+    """Remove those of the entries whose content still is not what was stored, and return them.
+
+    A build may have exchanged an entry since it was read. So nothing is removed while another command uses the store,
+    and nothing from a store that this user may not write to.
+    """
+    if damaged:
+        with suppress(OSError), _alone() as alone:
+            return _remove(entry for entry in damaged if not entry.is_whole()) if alone else []
+    return []
 
 
 def _prune(candidates: Sequence[Entry], bound: int, older: float) -> list[Entry]:
-    total, now, removed = sum(entry.bytes for entry in candidates), time.time(), []
+    total, now, chosen = sum(entry.bytes for entry in candidates), time.time(), []
     for entry in candidates:
         if total > bound or (older and now - entry.used > older):
-            remove(entry.path)
             total -= entry.bytes
+            chosen.append(entry)
+    return _remove(chosen)
+
+
+def _remove(chosen: Iterable[Entry]) -> list[Entry]:
+    """Remove entries, and return those that were removed: another user's may not be."""
+    removed = []
+    for entry in chosen:
+        remove(entry.path)
+        if not os.path.lexists(entry.path):
             removed.append(entry)
     return removed
 
@@ -248,7 +269,10 @@ _handles: dict[Path, int] = {}  # by store: the open lock file, on which this pr
 
 
 def _grown(path: Path) -> None:
-    """Remove old entries where the store has outgrown its limit. It is measured once, and then now and then."""
+    """Remove old entries where the store has outgrown its limit.
+
+    Its size is measured after the first entry that this process writes, and again after each twentieth of the limit.
+    """
     root = path.parent.parent
     left = _unchecked.get(root, 0.0) - bytes_in(path)
     if left < 0:
@@ -268,32 +292,62 @@ def _grown(path: Path) -> None:
 def _shared(root: Path) -> Path:
     """``root``, on which this process from now on holds a shared lock, so that no other one removes its entries.
 
-    The kernel gives the lock back when the process ends. A store that cannot be written to needs none.
+    The kernel gives the lock back when the process ends. A store that cannot be written to is locked as well, because
+    its owner may remove entries; one without a lock file has no entries.
     """
     if root not in _handles:
         with suppress(OSError):
             root.mkdir(FOLDER, parents=True, exist_ok=True)
-            handle = os.open(root / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):
+            handle = _open(root / LOCK)
             _handles[root] = handle
             fcntl.flock(handle, fcntl.LOCK_SH)
     return root
 
 
+def _open(path: Path) -> int:
+    """The opened lock file ``path``: to write where this user may, else to read, which is enough for a lock."""
+    try:
+        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise error from None
+
+
 @contextmanager
 def _alone() -> Iterator[bool]:
-    """Whether no other process uses the store; for the block, none begins to."""
+    """Whether no other process uses the store; for the block, none begins to.
+
+    An attempt to make a shared lock an exclusive one gives the shared one up, also where it fails. PRUNING keeps every
+    other process from removing entries until this one has its shared lock again. Raises OSError where this user may not
+    write to the store.
+    """
     root = _shared(cache_folder())
     handle = _handles.get(root)
     if handle is None:
         yield True  # there is no store
         return
+    pruning = _open(root / PRUNING)
+    try:
+        try:
+            fcntl.flock(pruning, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield _exclusive(handle)
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+    finally:
+        os.close(pruning)  # which unlocks it
+
+
+def _exclusive(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        return False
+    return True

@@ -107,7 +107,7 @@ def build(
         )
         from erasec.commands.current import current
         from erasec.commands.plan import make_plan, notes
-        from erasec.commands.processes import is_main
+        from erasec.training.processes import is_main
 
         main = is_main()  # before the plan, because it assigns a device to each process
         planned = make_plan(recipe, out, by_flag=bool(passes), sign=sign)

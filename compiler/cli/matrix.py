@@ -29,12 +29,12 @@ def matrix(
         from erasec.commands.matrix import at_once, make_groups, run
         from erasec.commands.matrix_file import from_file
         from erasec.commands.workers import Local, Ray
-        from erasec.tensorrt.devices import query
+        from erasec.tensorrt.devices import visible
 
         groups = make_groups(from_file(file, allow_code), out)
         on_gpus = any(group.device.startswith("cuda") for group in groups)
-        gpus = len(query("name")) if on_gpus else 0
-        count = jobs or at_once(groups, gpus)
+        gpus = tuple(visible()) if on_gpus else ()
+        count = jobs or at_once(groups, len(gpus))
         output.print_groups(groups, count, as_json and plan)
         if plan:
             return

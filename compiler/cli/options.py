@@ -182,6 +182,9 @@ def report_errors(verbose: bool, *paths: str | Path | None) -> Iterator[None]:
     caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, _interrupt) for number in caught}
     try:
+        from erasec.checkpoint.store import limit
+
+        limit()  # raises where it is no size, before hours of work
         _clean_up(paths)
         with warnings.catch_warnings():
             if not verbose:

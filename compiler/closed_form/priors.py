@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasec.checkpoint import store
 from erasec.checkpoint.folder import Folder
+from erasec.checkpoint.inputs import LIBRARIES, code_digest, versions
 from erasec.checkpoint.safetensors import file_digest, read_finite
 from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.checkpoint.staging import check_free, check_place, output
@@ -155,7 +155,8 @@ def _everyday_key(model: Model, stream: str) -> str:
         [model.component_digest(name) for name in model.family.text_encoders],
         {name.as_posix(): file_digest(folder.root / name) for name in files},
         everyday.captions(),
-        [version(name) for name in ("torch", "transformers", "erasec")],
+        code_digest(),
+        versions(LIBRARIES),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

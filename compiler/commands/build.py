@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.base import Check, EditTarget
-from erasec.checkpoint import manifest
 from erasec.checkpoint.disk import PRIVATE_FOLDER
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import FLOATS, content_digest, read_tensor
@@ -71,10 +70,10 @@ def train_in_worker(plan: Plan) -> None:
 def run(plan: Plan, fresh: bool = False) -> Report:
     """Build ``plan.out`` and return its report. With ``fresh``, no edit is taken from the store.
 
-    Raises CheckFailed if a check fails; the output is then in ``plan.out/.rejected``. Raises ErasecError if another
-    command writes ``plan.out``, or if the model or the content of ``plan.out`` has changed meanwhile. Long training
-    keeps its state in a hidden folder next to ``plan.out`` until the build succeeds, and resumes from it when the build
-    is run again.
+    Raises CheckFailed if a check fails; the output is then in ``release.rejected_folder``. Raises ErasecError if
+    another command writes ``plan.out``, or if the model or the content of ``plan.out`` has changed meanwhile. Long
+    training keeps its state in a hidden folder next to ``plan.out`` until the build succeeds, and resumes from it when
+    the build is run again.
     """
     if plan.recipe.audit:
         check_auditable(plan, plan.recipe.audit)
@@ -94,10 +93,7 @@ def run(plan: Plan, fresh: bool = False) -> Report:
         plan.model.check_unchanged()
         check_replaceable(plan.out)
         if report.outcome == "rejected":
-            rejected = plan.out / manifest.REJECTED
-            plan.out.mkdir(exist_ok=True)
-            own.publish(own.path / manifest.REJECTED)
-            raise _rejection(plan, report, rejected, work)
+            raise _rejection(plan, report, release.publish_rejected(plan, own), work)
         release.publish(plan, own, private)
         return report
 
@@ -230,7 +226,7 @@ def _solve(plan: Plan, work: Path, fresh: bool = False) -> _Solved:
 @fixed_threads()
 def _build(plan: Plan, stage: Path, work: Path, private: Path | None, fresh: bool) -> Report:
     seconds: dict[str, float] = {}
-    started = time.time()
+    started, before = time.time(), inputs(plan)
     try:
         solved = _solve(plan, work, fresh)
     except (ErasecError, RuntimeError) as error:  # torch raises RuntimeError where a matrix has a NaN
@@ -333,7 +329,7 @@ def _build(plan: Plan, stage: Path, work: Path, private: Path | None, fresh: boo
         audits=tuple(audits),
         undoing=undoing,
         reach=reaches,
-        inputs=inputs(plan),
+        inputs=before,
     )
     release.finish(plan, report, stage, apart, release.edited_tensors(model, absorbed), started)
     return report

@@ -5,7 +5,6 @@ It imports none of the libraries that it looks for.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erasec.checkpoint.disk import size
+from erasec.checkpoint.inputs import versions
 from erasec.model.available import available_memory
 from erasec.tensorrt.devices import query
 
@@ -44,10 +44,7 @@ class Finding:
 
 def version(package: str) -> str | None:
     """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return versions((package,))[package] or None
 
 
 def examine(folder: Path) -> list[Finding]:

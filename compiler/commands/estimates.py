@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from erasec.checkpoint.store import cache_folder
 from erasec.errors import ErasecError
 from erasec.training.base import Learned
 from erasec.training.measures import describe, parse_memory, peak, unlimited
+from erasec.training.processes import process_count
 
 if TYPE_CHECKING:
     from erasec.base import Output
@@ -28,7 +28,7 @@ MATRICES = 5
 def free_memory(device: str) -> int:
     """The bytes that a GPU has free; 0 for a CPU, whose memory trainings use without a limit, and for processes that
     train together, which must all take the same measures."""
-    if not device.startswith("cuda") or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not device.startswith("cuda") or process_count() > 1:
         return 0
     import torch
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from erasec import registry
 from erasec.checkpoint.disk import FOLDER
-from erasec.checkpoint.manifest import REJECTED
-from erasec.checkpoint.safetensors import atomic_write
+from erasec.checkpoint.inputs import code_digest, file_digests, requirements, versions
+from erasec.checkpoint.safetensors import atomic_write, file_digest
 from erasec.commands import durations, estimates
+from erasec.commands.current import recipe_files
 from erasec.commands.matrix_file import Job
 from erasec.commands.plan import Plan, make_plan
-from erasec.commands.solved import code_digest
+from erasec.commands.release import rejected_folder
 from erasec.commands.workers import End, Task, Workers
 from erasec.documents import read_json
 from erasec.errors import CheckFailed, ErasecError
@@ -28,7 +32,6 @@ from erasec.reporting.matrix_page import Row, write_page
 from erasec.reporting.read import REPORT, outcome, read_report
 
 WORK = ".matrix"  # recipes and records of builds, in the folder of a matrix
-FINAL = ("passed", "not judged", "rejected")  # states that another run would only repeat
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,19 @@ def at_once(groups: Sequence[Group], gpus: int) -> int:
 def run(groups: Sequence[Group], out: Path, workers: Workers, fresh: bool = False, shown: bool = True) -> list[Row]:
     """Build everything that is not built yet, and write ``matrix.html`` and ``matrix.json`` into ``out``.
 
-    A build that ended before as passed, not judged or rejected, of the same recipe and version of erasec, is not
-    repeated without ``fresh``. Raises CheckFailed, after the page is written, where a build was rejected or failed.
+    A build that ended well is started again, and does nothing where its inputs and its files are the same. A build that
+    was rejected before, with the same inputs, is not repeated without ``fresh``. Raises CheckFailed, after the page is
+    written, where a build was rejected or failed.
     """
     (out / WORK).mkdir(FOLDER, parents=True, exist_ok=True)
     jobs = {job.name: (job, group) for group in groups for job in group.jobs}
-    rows = {name: _known(out, job) if not fresh else None for name, (job, _) in jobs.items()}
+    inputs = {name: _inputs(job) for name, (job, _) in jobs.items()}  # before a build begins: they may change meanwhile
+    rows = {name: _rejected(out, job, inputs[name]) if not fresh else None for name, (job, _) in jobs.items()}
     tasks = [_task(out, job, group, fresh) for name, (job, group) in jobs.items() if rows[name] is None]
     try:
         with _live([*jobs], rows, shown) as (started, ended):
             for end in workers.run(tasks, started):
-                rows[end.name] = _record(out, jobs[end.name][0], end)
+                rows[end.name] = _record(out, jobs[end.name][0], end, inputs[end.name])
                 ended(end.name)
     finally:  # what is there is shown, also after an interrupt
         ordered = [rows[name] or _row(job, "not built") for name, (job, _) in jobs.items()]
@@ -115,6 +120,7 @@ def _task(out: Path, job: Job, group: Group, fresh: bool) -> Task:
         chosen_threads(),
         group.memory,
         int(group.device.startswith("cuda")),
+        Path.cwd(),
     )
 
 
@@ -122,18 +128,32 @@ def _row(job: Job, state: str, **facts: Any) -> Row:
     return Row(job.name, job.model, job.concepts, job.variant, state, **facts)
 
 
-def _record(out: Path, job: Job, end: End) -> Row:
+def _record(out: Path, job: Job, end: End, inputs: str) -> Row:
     """The row of a build that has ended, which is kept for a later run."""
     state = {0: "built", 3: "rejected", 130: "stopped"}.get(end.exit, "killed" if end.exit < 0 else "failed")
-    folder = out / job.name / REJECTED if state == "rejected" else out / job.name
+    folder = rejected_folder(job.recipe, out.resolve() / job.name) if state == "rejected" else out.resolve() / job.name
     why = "" if end.exit == 0 else _last_error(end.error)
+    report = ""
     if state in ("built", "rejected") and (folder / REPORT).is_file():
-        state = outcome(read_report(folder))
-    row = _row(job, state, seconds=end.seconds, why=why, attempts=end.attempts, where=end.where)
-    facts = {**asdict(row), "recipe": to_toml(job.recipe), "code": code_digest()}
+        state, report = outcome(read_report(folder)), file_digest(folder / REPORT)
+    run = {"seconds": end.seconds, "attempts": end.attempts, "where": end.where}
+    earlier = _earlier(out, job)
+    if report and earlier.get("report") == report:  # the build had nothing to do
+        run = {name: earlier[name] for name in run}
+    row = _row(job, state, why=why, folder=os.path.relpath(folder, out.resolve()), **run)
     with atomic_write(out / WORK / f"{job.name}.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        temporary.write_text(
+            json.dumps({**asdict(row), "inputs": inputs, "report": report}, indent=1), encoding="utf-8"
+        )
     return row
+
+
+def _earlier(out: Path, job: Job) -> dict[str, Any]:
+    """What ``_record`` wrote in an earlier run; {} where there is nothing that can be read."""
+    try:
+        return read_json(out / WORK / f"{job.name}.json", dict[str, Any])
+    except ErasecError:
+        return {}
 
 
 def _last_error(text: str) -> str:
@@ -143,16 +163,33 @@ def _last_error(text: str) -> str:
     return " ".join(line.strip() for line in lines[at:])
 
 
-def _known(out: Path, job: Job) -> Row | None:
-    """The row of a build that ended before and need not run again; None where it must."""
+def _rejected(out: Path, job: Job, inputs: str) -> Row | None:
+    """The row of a build that was rejected with the same inputs, and would be again; None for any other."""
+    facts = _earlier(out, job)
+    same = facts.pop("inputs", "") == inputs and facts.get("state") == "rejected"
+    report = facts.pop("report", "")
     try:
-        facts = read_json(out / WORK / f"{job.name}.json", dict[str, Any])
-        same = facts.pop("recipe") == to_toml(job.recipe) and facts.pop("code") == code_digest()
         row = Row(**{**facts, "concepts": tuple(facts["concepts"])})
-    except (ErasecError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
-    folder = out / job.name / REJECTED if row.state == "rejected" else out / job.name
-    return row if same and row.state in FINAL and (folder / REPORT).is_file() else None
+    file = out / row.folder / REPORT
+    return row if same and file.is_file() and file_digest(file) == report else None
+
+
+def _inputs(job: Job) -> str:
+    """A digest of what a build depends on, as far as it can be compared without planning the build: its recipe, the
+    concepts and files that this names, the sizes and times of the files of its model, erasec's code, and versions."""
+    model = Path(job.model).expanduser()
+    files = sorted(file for file in (model, *model.rglob("*")) if file.is_file()) if model.exists() else []
+    facts = [
+        to_toml(job.recipe),
+        recipe_files(job.recipe),
+        file_digests(re.sub(r"(\.toml):.*", r"\1", name) for name in job.recipe.erase if ".toml" in name),
+        [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        code_digest(),
+        [versions(requirements()), registry.distributions()],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

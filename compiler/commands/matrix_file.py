@@ -56,8 +56,8 @@ class Job:
 def from_file(path: Path, allow_code: bool = False) -> tuple[Job, ...]:
     """The builds of a matrix file, those of one model together.
 
-    Raises ErasecError that names the key at fault; where two builds would have one folder; and, without
-    ``allow_code``, where a recipe names a Python file.
+    Raises ErasecError that names the key at fault; where two builds would have one folder; where a recipe names one of
+    several GPUs; and, without ``allow_code``, where a recipe names a Python file.
     """
     content = read_toml(path, "the matrix")
     try:
@@ -73,6 +73,13 @@ def from_file(path: Path, allow_code: bool = False) -> tuple[Job, ...]:
             for variant in matrix.variants or (None,):
                 jobs.append(_job(matrix, model, erase, variant, path))
     for job in jobs:
+        if job.recipe.device.startswith("cuda:"):
+            raise ErasecError(
+                f"a build of a matrix cannot have the device {job.recipe.device!r}",
+                why="each build gets a GPU of its own, and sees no other",
+                where=str(path),
+                fix='write device = "cuda", and set CUDA_VISIBLE_DEVICES to the GPUs that the matrix may use',
+            )
         if not allow_code:
             refuse_code(job.recipe, str(path))
     names = [job.name for job in jobs]

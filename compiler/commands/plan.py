@@ -15,6 +15,7 @@ from erasec import registry
 from erasec.base import Context, EditTarget, Pass, Target
 from erasec.checkpoint.staging import check_free, settle
 from erasec.commands import doctor, durations, estimates, release, settings
+from erasec.commands.current import recipe_files
 from erasec.commands.name_notes import understood, without_file
 from erasec.commands.output_paths import check_disjoint, check_replaceable, default_out
 from erasec.commands.pictures import end, unjudged_notes
@@ -58,7 +59,8 @@ class Plan:
     which pictures are painted, and ``files`` are the prompt and caption files. ``remarks`` are sentences about how
     names, goals, files and long phrases were understood. For each pass, ``origins`` says where the value of each option
     comes from, ``reasons`` for which kinds of concepts it is the default, "" for none, and ``measures`` what it does to
-    fit the memory, None where the memory has no limit. ``sign`` is the private key that signs the build.
+    fit the memory, None where the memory has no limit. ``sign`` is the private key that signs the build. ``files_read``
+    are the digests of the files that the recipe names, taken before any of them was read.
     """
 
     recipe: Recipe
@@ -78,6 +80,7 @@ class Plan:
     reasons: tuple[str, ...] = field(default=(), compare=False)
     measures: tuple[Measures | None, ...] = ()
     sign: Path | None = None
+    files_read: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def looked_for(self) -> tuple[Concept, ...]:
@@ -107,6 +110,7 @@ def make_plan(
     if recipe.absorb and not recipe.keys:
         raise ErasecError("there is no key to absorb", why="--absorb puts a key into weights", fix="add --key FILE")
     given, recipe = recipe.model, one_spelling(recipe)
+    files_read = recipe_files(recipe) if pin else {}
     concepts = _concepts(recipe)
     keys = tuple(read_key(Path(name).expanduser()) for name in recipe.keys)
     classes = settings.load(recipe.passes)
@@ -200,6 +204,7 @@ def make_plan(
         reasons=reasons,
         measures=measures,
         sign=sign,
+        files_read=files_read,
     )
 
 

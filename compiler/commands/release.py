@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasec.base import EditTarget
 from erasec.checkpoint import manifest, signature
-from erasec.checkpoint.disk import PRIVATE_FOLDER
+from erasec.checkpoint.disk import FOLDER, PRIVATE_FOLDER, remove
 from erasec.checkpoint.safetensors import content_digest
 from erasec.checkpoint.staging import Output, check_free, output, settle
 from erasec.commands.output_paths import check_replaceable
@@ -38,8 +38,15 @@ Undoing = tuple[dict[str, Any], ...]  # the field Report.undoing
 
 
 def private_folder(out: Path) -> Path:
-    """The folder for what a release to ``out`` does not hold."""
+    """The folder for what a release to ``out`` does not hold: next to what ``out`` points to, where it is a link."""
+    out = out.resolve()
     return out.parent / f"{out.name}{PRIVATE}"
+
+
+def rejected_folder(recipe: Recipe, out: Path) -> Path:
+    """Where a rejected build of ``out`` lies. That of a release lies in the private folder, as it holds what can undo
+    the erasure, and ``out`` may be an earlier release that is published already."""
+    return (out if recipe.publish is None else private_folder(out)) / manifest.REJECTED
 
 
 def check(recipe: Recipe, out: Path, sign: Path | None) -> None:
@@ -143,3 +150,15 @@ def publish(plan: Plan, own: Output, private: Output | None) -> None:
         check_replaceable(private.path)
         private.publish()
     own.publish()
+    if private is not None:  # a rejected build, which OUT no longer needs; and the folder, where that was all
+        remove(private.path / manifest.REJECTED)
+        with suppress(OSError):
+            private.path.rmdir()
+
+
+def publish_rejected(plan: Plan, own: Output) -> Path:
+    """Put a rejected build in its place, and return that."""
+    folder = rejected_folder(plan.recipe, plan.out)
+    folder.parent.mkdir(FOLDER if plan.recipe.publish is None else PRIVATE_FOLDER, exist_ok=True)
+    own.publish(folder.resolve())
+    return folder

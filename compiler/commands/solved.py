@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import cache
-from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from erasec import registry
 from erasec.base import Pass
 from erasec.checkpoint import store
-from erasec.checkpoint.safetensors import file_digest
+from erasec.checkpoint.inputs import LIBRARIES, code_digest, file_digests, source_digest, versions
 from erasec.errors import ErasecError
 from erasec.judging import picture_cache
 from erasec.model import edit_file
 from erasec.training.base import TrainingContext
+from erasec.training.processes import process_count
 
 if TYPE_CHECKING:
     from erasec.base import Context
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 KIND = "edits"
 EDITS, REST = "edits.edit.safetensors", "rest.json"  # REST is what an edit file leaves out
-LIBRARIES = ("torch", "diffusers", "transformers", "nudenet")  # which decide what a pass computes
+OPTIONAL = ("bitsandbytes", "nudenet", "onnxruntime")  # which decide what a pass computes where it uses them
 
 
 class Solver:
@@ -41,7 +40,7 @@ class Solver:
 
     def __init__(self, model: Model, fresh: bool = False) -> None:
         # The processes of one training must agree on what is trained, and each may have a store of its own.
-        self.used = int(os.environ.get("WORLD_SIZE", "1")) < 2
+        self.used = process_count() < 2
         self.fresh = fresh
         self.history = picture_cache.identity(model) if self.used else ""
 
@@ -74,52 +73,15 @@ class Solver:
         measures = context.measures if isinstance(context, TrainingContext) else None
         facts = [
             self.history,
-            [step.name, step.version, options, _files(options), _source(type(step))],
+            [step.name, step.version, options, file_digests(options.values()), source_digest(type(step))],
             [concept.model_dump(mode="json") for concept in concepts],
             [context.device.partition(":")[0], context.seed, context.judges, context.side],
             asdict(measures) if measures else None,
             code_digest(),
-            _versions(),
+            versions((*LIBRARIES, *OPTIONAL)),
+            registry.distributions(),
         ]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _files(options: Mapping[str, Any]) -> dict[str, str]:
-    """The digests of the files, and of those in the folders, that options name."""
-    digests = {}
-    for name, value in options.items():
-        path = Path(value).expanduser() if isinstance(value, str) and value else None
-        if path is not None and path.exists():
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    digests[f"{name} {file.relative_to(path)}"] = file_digest(file)
-    return digests
-
-
-def _source(kind: type[Pass]) -> str:
-    """The digest of the file that a pass is defined in; "" where there is none."""
-    file = inspect.getsourcefile(kind)
-    return file_digest(Path(file)) if file else ""
-
-
-@cache
-def code_digest() -> str:
-    """The digest of erasec's own code and tables: a change of any may change an edit."""
-    root = Path(str(resources.files("erasec")))
-    files = sorted(path for suffix in ("py", "toml") for path in root.rglob(f"*.{suffix}"))
-    files += sorted((root / "passes").glob("*.py"))  # a link in a checkout, which rglob does not follow
-    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
-
-
-@cache
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = ""
-    return versions
 
 
 def _load(key: str) -> list[Edit] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from erasec.checkpoint.disk import DiskFull, size
+from erasec.checkpoint.inputs import versions
 from erasec.checkpoint.safetensors import atomic_write
 from erasec.checkpoint.store import cache_folder, unusable_is_noted
 from erasec.model.threads import chosen_threads, fixed_threads
@@ -50,10 +50,7 @@ SLOWER, FASTER = 0.5, 1.7
 def identity(device: str) -> str:
     """What a measurement holds for: the name of the device, its threads, and the version of torch. Loads no library."""
     name = _cpu() if not device.startswith("cuda") else _gpu(device)
-    try:
-        torch = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        torch = "none"
+    torch = versions(("torch",))["torch"] or "none"
     return f"{device.partition(':')[0]}, {name}, {os.cpu_count()} cores, {chosen_threads()} threads, torch {torch}"
 
 

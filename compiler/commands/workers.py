@@ -16,10 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from erasec.errors import MissingTool
+from erasec.checkpoint.disk import size
+from erasec.errors import BAD_INPUT, ErasecError, MissingTool
 
 ATTEMPTS = 3  # runs of a build that is killed each time
 # The child ends with its parent, also where the parent is killed: a build that goes on alone would hold its folder.
@@ -37,7 +39,8 @@ main()
 
 @dataclass(frozen=True)
 class Task:
-    """One build: its recipe file, its folder, and what it needs: threads, bytes of memory, GPUs."""
+    """One build: its recipe file, its folder, what it needs (threads, bytes of memory, GPUs), and the working directory
+    (``folder``), to which paths in its recipe are relative."""
 
     name: str
     model: str
@@ -47,6 +50,7 @@ class Task:
     threads: int = 1
     memory: int = 0
     gpus: int = 0
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,16 @@ class Workers(Protocol):
 def run_task(task: Task, environment: Mapping[str, str] | None = None) -> End:
     """Run one build to its end, again where it was killed."""
     start, code, error, attempts = time.monotonic(), 0, "", 0
+    if not task.folder.is_dir():
+        error = f"error: there is no folder {task.folder} on {socket.gethostname()}, to which paths are relative"
+        return End(task.name, BAD_INPUT, error, 0.0, 1, socket.gethostname())
     while attempts < ATTEMPTS and (code < 0 or not attempts):
         attempts += 1
         words = ["build", str(task.recipe), "--out", str(task.out), *task.flags]
         done = subprocess.run(
             [sys.executable, "-c", CHILD, str(os.getpid()), *words],
             env={**os.environ, **(environment or {})},
+            cwd=task.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -92,19 +100,20 @@ def run_task(task: Task, environment: Mapping[str, str] | None = None) -> End:
 
 @dataclass(frozen=True)
 class Local:
-    """``count`` builds at a time on this machine. With ``gpus``, each gets one of them for itself."""
+    """``count`` builds at a time on this machine. ``gpus`` are entries of CUDA_VISIBLE_DEVICES: each build that needs a
+    GPU sees one of them, and has it for itself where there are no more builds than GPUs."""
 
     count: int
-    gpus: int = 0
+    gpus: tuple[str, ...] = ()
 
     def run(self, tasks: Sequence[Task], started: Callable[[str], None]) -> Iterator[End]:
-        free = list(range(self.gpus))
+        free = deque(islice(cycle(self.gpus), self.count))
 
         def work(task: Task) -> End:
             started(task.name)
-            device = free.pop() if free else None
+            device = free.popleft() if free and task.gpus else None
             try:
-                return run_task(task, {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
+                return run_task(task, {} if device is None else {"CUDA_VISIBLE_DEVICES": device})
             finally:
                 if device is not None:
                     free.append(device)
@@ -136,16 +145,14 @@ class Ray:
         address = None if self.address == "local" else self.address
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
         try:
-            # One process for each build: what a library leaves in a worker is none of the next one's.
+            # Each build runs in a new worker process, which ends with it.
             remote = ray.remote(max_calls=1, max_retries=ATTEMPTS, retry_exceptions=False)(run_task)
-            most = max((int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]), default=1)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            demands = {task.name: demand(task, nodes) for task in tasks}
 
             def start(task: Task) -> Any:
-                needs = {"num_cpus": min(task.threads, most), "num_gpus": task.gpus}
-                if task.memory:
-                    needs["memory"] = task.memory
                 started(task.name)
-                return remote.options(name=task.name, **needs).remote(task)
+                return remote.options(name=task.name, **demands[task.name]).remote(task)
 
             for task, reference in schedule(tasks, start, lambda references: ray.wait(references)[0]):
                 try:
@@ -154,6 +161,28 @@ class Ray:
                     yield End(task.name, -9, f"its workers died {ATTEMPTS + 1} times: {error}", 0.0, ATTEMPTS + 1)
         finally:
             ray.shutdown()
+
+
+def demand(task: Task, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What ``task`` asks Ray for, of a cluster whose nodes have these resources. It runs with fewer cores than it has
+    threads, where no node has more. Raises ErasecError where no node has its memory and its GPU: Ray would wait for one
+    forever."""
+    fitting = [node for node in nodes if node.get("memory", 0) >= task.memory and node.get("GPU", 0) >= task.gpus]
+    if not fitting:
+        offered = [node.get("memory", 0) for node in nodes if node.get("GPU", 0) >= task.gpus]
+        gpu = " and a GPU" if task.gpus else ""
+        largest = f"the largest node{' with a GPU' if task.gpus else ''} offers {size(max(offered, default=0))}"
+        raise ErasecError(
+            f"no node of the Ray cluster can run the build {task.name}",
+            why=f"it needs {size(task.memory)} of memory{gpu}; {largest if offered else 'no node has a GPU'}",
+            fix="add a larger node to the cluster, or state what a node has when it starts: ray start --memory, "
+            "--num-gpus; or build smaller: memory in [build]",
+        )
+    needs: dict[str, float] = {
+        "num_cpus": min(task.threads, max(int(node.get("CPU", 0)) for node in fitting)),
+        "num_gpus": task.gpus,
+    }
+    return needs | ({"memory": task.memory} if task.memory else {})
 
 
 def schedule(

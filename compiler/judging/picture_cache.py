@@ -6,7 +6,6 @@ Each picture is one file in the folder "pictures" of the cache: the sha256 of a 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from erasec.checkpoint.folder import EXTRAS_FILE, Folder
+from erasec.checkpoint.inputs import LIBRARIES, code_digest, versions
 from erasec.checkpoint.safetensors import file_digest
 from erasec.checkpoint.store import read_entry, write_entry
 
@@ -31,13 +31,15 @@ SETTINGS = (".json", ".txt", ".model")  # suffixes of configs, tokenizers and th
 
 def identity(model: Model) -> str:
     """A digest of all that decides the pictures of an unedited model, other than prompt, seed and sampling: weights,
-    configs, tokenizers, scheduler, what the folder carries besides weights, and the versions of the libraries."""
+    configs, tokenizers, scheduler, what the folder carries besides weights, erasec's code, and the versions of the
+    libraries."""
     folder = Folder(model.source.root)
     files = [name for name in folder.files() if name.suffix in SETTINGS or name.name == EXTRAS_FILE]
     facts = {
         "weights": model.digest,
         "files": {name.as_posix(): file_digest(folder.root / name) for name in files},
-        "libraries": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        "code": code_digest(),
+        "libraries": versions(LIBRARIES),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

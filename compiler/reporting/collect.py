@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder, only_variant
+from erasec.checkpoint.inputs import LIBRARIES, versions
 from erasec.closed_form.reach import reach
 from erasec.family import HUB
 from erasec.graphs.signature import DENOISERS, pixel_unit
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from erasec.model.view import Model
     from erasec.recipe.concept import Concept
 
-PACKAGES = ("erasec", "torch", "diffusers", "transformers", "onnx", "onnxruntime")
+PACKAGES = ("erasec", *LIBRARIES, "onnx", "onnxruntime")
 
 
 def site_moves(model: Model) -> tuple[SiteMove, ...]:
@@ -120,9 +120,4 @@ def base_record(model: Model) -> BaseRecord:
 def environment() -> dict[str, str]:
     """The versions of Python and of the libraries, and the machine."""
     facts = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    for package in PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return facts
+    return facts | {name: version for name, version in versions(PACKAGES).items() if version}

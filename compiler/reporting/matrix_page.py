@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from erasec.checkpoint.manifest import REJECTED
 from erasec.documents import read_json
 from erasec.errors import ErasecError
 from erasec.reporting.read import PAGE, REPORT
@@ -20,8 +19,9 @@ ORDER = ("rejected", "failed", "killed", "stopped", "not built", "not judged", "
 
 @dataclass(frozen=True)
 class Row:
-    """One build: its folder, what it was to erase, its state, and why it is not there, "" if it is. ``seconds`` is the
-    wall time of its last run, ``attempts`` how often it was started in it, and ``where`` the host."""
+    """One build: its name, what it was to erase, its state, and why it is not there, "" if it is. ``seconds`` is the
+    wall time of the run that made what is there, ``attempts`` how often it was started in it, and ``where`` the host.
+    ``folder`` holds its report; it is relative to that of the matrix."""
 
     name: str
     model: str
@@ -32,6 +32,7 @@ class Row:
     why: str = ""
     attempts: int = 0
     where: str = ""
+    folder: str = ""
 
 
 def write_page(rows: list[Row], out: Path) -> None:
@@ -61,7 +62,7 @@ def write_page(rows: list[Row], out: Path) -> None:
 
 def _cell(row: Row, out: Path) -> dict[str, Any]:
     """What the page shows of a build: its row, the figures of its report, and the first two pictures of its page."""
-    folder = out / row.name / REJECTED if row.state == "rejected" else out / row.name
+    folder = out / row.folder
     cell: dict[str, Any] = {**asdict(row), "report": "", "summary": {}, "passes": [], "pictures": [], "verdict": ""}
     if row.state not in ("passed", "not judged", "rejected"):
         return cell
@@ -74,7 +75,7 @@ def _cell(row: Row, out: Path) -> dict[str, Any]:
     cell["verdict"] = str(report.get("verdict", ""))
     page = folder / PAGE
     if page.is_file():
-        cell["report"] = page.relative_to(out).as_posix()
+        cell["report"] = Path(row.folder, PAGE).as_posix()
         cell["pictures"] = first_pictures(page.read_text(encoding="utf-8"))
     return cell
 

@@ -15,13 +15,15 @@ import torch
 from torch import Generator, Tensor
 
 from erasec.base import Context
-from erasec.checkpoint.safetensors import file_digest, read_tensor, tensor_bytes
+from erasec.checkpoint.inputs import file_digests
+from erasec.checkpoint.safetensors import read_tensor, tensor_bytes
 from erasec.checkpoint.sealed import read_sealed, save_sealed
 from erasec.documents import Source, parse_json
 from erasec.errors import ErasecError, reason
 from erasec.progress import bar
 from erasec.training.base import measures_of
 from erasec.training.optimizers import optimizer_class
+from erasec.training.processes import process_count
 
 if TYPE_CHECKING:
     from erasec.model.view import Model
@@ -97,10 +99,7 @@ def fingerprint(learned: Any, model: Model, concept: Concept, context: Context) 
         measures_of(context).optimizer,  # its state has other tensors; the other measures leave the state as it is
     ]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
-    for value in options.values():
-        path = Path(value).expanduser() if isinstance(value, str) and value else None
-        for file in _files(path) if path is not None and path.exists() else ():
-            digest.update(f"{file.relative_to(path) if path else ''} {file_digest(file)}".encode())
+    digest.update(json.dumps(file_digests(options.values())).encode())
     for edit in model.edits:
         distinct: dict[int, Any] = {}  # by id: all sites of a closed-form edit share one delta, which is hashed once
         for site, delta in sorted(edit.deltas.items()):
@@ -114,16 +113,6 @@ def fingerprint(learned: Any, model: Model, concept: Concept, context: Context) 
         for name in sorted(edit.tokens):
             digest.update(name.encode() + tensor_bytes(edit.tokens[name]))
     return digest.hexdigest()
-
-
-def _files(path: Path) -> list[Path]:
-    """The file at ``path``, or all files below a folder, sorted."""
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def process_count() -> int:
-    """The number of processes that train together, as ``accelerate launch`` starts them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def step_rng(seed: int, step: int, objective: int = 0, repeat: int = 0) -> Generator:

@@ -95,15 +95,16 @@ def test_detached_memories_leave_nothing_behind(unet: Any, options: dict[str, An
 
 
 def test_folded_rows_do_what_the_rows_do(unet: Any, secret: Secret) -> None:
-    stock = run(unet)
+    stock, present = run(unet), unet.state_dict().__contains__
     with attached_rows(unet, secret.k_rows, secret.v_rows, secret.attentions):
         rows = run(unet)
     assert torch.equal(run(unet), stock)
-    attach(unet, fold(weights(unet), secret))
+    attach(unet, fold(weights(unet), secret, present))
     assert distance(run(unet), rows) <= 1e-5
     assert distance(stock, rows) > 1e-3
     detach(unet)
-    attach(unet, fold(weights(unet), Secret("star", secret.v_rows, secret.k_rows, secret.attentions)))
+    swapped = Secret("star", secret.v_rows, secret.k_rows, secret.attentions)
+    attach(unet, fold(weights(unet), swapped, present))
     assert distance(run(unet), rows) > 1e-3
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from erasec.audit import bench as bench_module
 from erasec.audit import store
 from erasec.audit.base import Cell, Rate, Reading, digest_of
 from erasec.audit.bench import Bench, Settings, stack_choices
@@ -210,6 +211,16 @@ def test_a_second_audit_takes_cells_from_the_cache() -> None:
     other = bench(model=10, base=200)  # another model: only it is painted
     other.measure(Plain())
     assert [subject.asked for subject in other.subjects.values()] == [20, 0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["code_digest", "versions", "source_digest"])
+def test_cells_of_other_code_are_measured_again(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tried = bench(model=0)
+    subject, probe = tried.subjects["model"], Plain()
+    key = tried._key(probe, "model", subject)
+    assert tried._key(probe, "model", subject) == key
+    monkeypatch.setattr(bench_module, name, lambda *_: "another")
+    assert tried._key(probe, "model", subject) != key
 
 
 def test_a_damaged_cell_is_measured_again(tmp_path: Path) -> None:

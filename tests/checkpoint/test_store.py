@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from erasec.checkpoint import store
+from erasec.checkpoint import owned, store
+from erasec.checkpoint.disk import DiskFull
 from erasec.errors import ErasecError
 
 OLD = store.STARTED - 1000  # before this process began
@@ -150,12 +151,25 @@ def test_reading_is_a_use_and_what_this_process_used_stays(monkeypatch: pytest.M
     assert {entry.path.name for entry in store.entries()} == {"read", "found", "new"}
 
 
-def test_a_limit_that_is_no_size_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv(store.LIMIT, "much")
+def test_with_a_limit_that_is_no_size_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_entry("pictures", "old", b"content")
+    monkeypatch.setenv(store.LIMIT, "20gb")
+    with pytest.raises(ErasecError, match="'20gb' is no size") as caught:
+        store.write_entry("pictures", "key", b"content")
+    assert store.LIMIT in caught.value.fix
+    with pytest.raises(ErasecError, match="no size"), store.unusable_is_noted():
+        store.write_folder("graphs", "key", fill())
+    assert [entry.path.name for entry in store.entries()] == ["old"]
+
+
+def test_what_the_disk_and_other_commands_prevent_is_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     store._note.cache_clear()
-    store.write_entry("pictures", "key", b"content")
-    assert "'much' is no size" in capsys.readouterr().err
-    assert store.read_entry("pictures", "key") == b"content"
+    errors = (OSError(13, "no access"), DiskFull(Path("/"), 5), owned.held_error(Path("/none")))
+    for error in errors:
+        with store.unusable_is_noted():
+            raise error
+    printed = capsys.readouterr().err
+    assert all(text in printed for text in ("no access", "no space left", "another command is writing there"))
 
 
 HOLD = """
@@ -184,6 +198,70 @@ def test_nothing_is_removed_while_another_command_uses_the_store(monkeypatch: py
     assert len(store.prune(1100)) == 3
 
 
+PRUNE = """
+from erasec.checkpoint import store
+from erasec.errors import ErasecError
+try:
+    print(len(store.prune(0)))
+except ErasecError as error:
+    print(error.what)
+"""
+
+
+def prune_elsewhere() -> str:
+    """What another process prints that removes all entries."""
+    return subprocess.run([sys.executable, "-c", PRUNE], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_an_attempt_to_be_alone_that_fails_gives_no_lock_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel drops a shared lock that cannot be made exclusive: meanwhile no other process may remove entries."""
+    store.write_folder("graphs", "key", fill())
+    flock, printed = store.fcntl.flock, []
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+
+        def interrupted(handle: int, how: int) -> None:
+            try:
+                flock(handle, how)
+            except OSError:
+                other.kill()
+                other.wait()
+                printed.append(prune_elsewhere())
+                raise
+
+        monkeypatch.setattr(store.fcntl, "flock", interrupted)
+        with pytest.raises(ErasecError, match="in use"):
+            store.prune(0)
+    monkeypatch.undo()
+    assert printed == ["the cache is in use"]
+
+
+def test_a_store_that_can_only_be_read_is_locked_as_well(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = 'from erasec.checkpoint import store; store.write_entry("pictures", "key", b"c")'
+    subprocess.run([sys.executable, "-c", write], check=True)
+    opened = os.open
+
+    def read_only(path: Path, flags: int, *mode: int) -> int:
+        if flags & (os.O_CREAT | os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, "open", read_only)
+        assert store.read_entry("pictures", "key") == b"c"
+        with pytest.raises(PermissionError):
+            store.prune(0)
+    assert prune_elsewhere() == "the cache is in use"
+    assert len(store.entries()) == 1
+
+
+def test_what_cannot_be_removed_is_not_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_entry("pictures", "key", b"content")
+    monkeypatch.setattr(store, "remove", lambda path: None)
+    assert store.prune(0) == []
+
+
 def test_pruning_by_age_and_by_kind() -> None:
     for kind in ("pictures", "audit"):
         store.write_entry(kind, "old", bytes(100))
@@ -204,3 +282,24 @@ def test_damaged_entries_are_named_and_removed(root: Path) -> None:
     assert {(entry.kind, entry.path.name) for entry in damaged} == {("pictures", "bad"), ("graphs", "bad")}
     store.remove_damaged(damaged)
     assert [entry.path.name for entry in store.entries()] == ["good"]
+
+
+def test_an_entry_that_was_exchanged_meanwhile_is_not_removed(root: Path) -> None:
+    for key in ("one", "two"):
+        store.write_folder("graphs", key, fill())
+        flip(root / "graphs" / key / "model", 0)
+    damaged = [entry for entry in store.entries() if not entry.is_whole()]
+    store.write_folder("graphs", "one", fill(), replace=True)
+    assert [entry.path.name for entry in store.remove_damaged(damaged)] == ["two"]
+    assert [entry.path.name for entry in store.entries()] == ["one"]
+
+
+def test_no_damaged_entry_is_removed_while_another_command_uses_the_store(root: Path) -> None:
+    store.write_entry("pictures", "bad", b"content")
+    flip(root / "pictures" / "bad", 35)
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert store.remove_damaged(store.entries()) == [] and len(store.entries()) == 1
+        other.kill()
+    assert len(store.remove_damaged(store.entries())) == 1

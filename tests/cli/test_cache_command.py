@@ -74,3 +74,19 @@ def test_damaged_entries_are_removed_and_the_exit_code_says_so() -> None:
     done = run("verify")
     assert done.exit_code == 3 and "2 of 3 entries are whole" in done.output and "pictures/1" in done.output
     assert left() == {"0", "2"} and run("verify").exit_code == 0
+
+
+def test_a_limit_that_is_no_size_ends_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(store.LIMIT, "20gb")
+    for words in (["cache", "list"], ["build", "glyphs", "--erase", "star"]):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2 and "'20gb' is no size" in done.stderr and f"{store.LIMIT}=8GB" in done.stderr
+
+
+def test_damaged_entries_of_a_cache_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = store.cache_folder() / "pictures" / "1"
+    file.write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(store, "_exclusive", lambda handle: False)
+    done = run("verify")
+    assert done.exit_code == 3 and "2 of 3 entries are whole; 0 entries removed" in done.output
+    assert "damaged entries that stay: 1" in done.stderr and left() == {"0", "1", "2"}

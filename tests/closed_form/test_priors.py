@@ -202,3 +202,12 @@ def test_the_everyday_prior_is_stored_for_the_same_text_encoders(
     assert key == priors._everyday_key(loading.load(str(random_folder)), "context")
     (copied / "tokenizer" / "special.json").write_text("{}")
     assert priors._everyday_key(loading.load(str(copied)), "context") != key
+
+
+@pytest.mark.parametrize("name", ["code_digest", "versions"])
+def test_the_stored_prior_is_that_of_this_code_and_these_libraries(
+    model: Model, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    key = priors._everyday_key(model, "context")
+    monkeypatch.setattr(priors, name, lambda *_: "another")
+    assert priors._everyday_key(model, "context") != key

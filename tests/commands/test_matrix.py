@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,8 @@ from erasec.commands import matrix, workers
 from erasec.commands.matrix_file import from_file
 from erasec.commands.workers import End, Local, Task
 from erasec.errors import CheckFailed, ErasecError
-from erasec.reporting.matrix_page import first_pictures
+from erasec.reporting.matrix_page import first_pictures, write_page
+from erasec.tensorrt import devices
 
 
 def write(folder: Path, text: str) -> Path:
@@ -76,6 +79,7 @@ def test_every_model_gets_every_concept_in_every_variant(tmp_path: Path, random_
         ('models = ["a"]\nconcepts = ["b"]\n[build]\ntarget = ["c"]', "target"),
         ('models = ["a"]\nconcepts = ["b"]\n[[variant]]\nname = "../c"', "name"),
         ('models = ["a"]\nconcepts = ["b"]\n[build]\ntargets = ["own.py:Own"]', "Python code"),
+        ('models = ["a"]\nconcepts = ["b"]\n[build]\ndevice = "cuda:1"', "cannot have the device 'cuda:1'"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, message: str) -> None:
@@ -120,7 +124,10 @@ def test_the_first_build_of_each_group_is_planned(groups: list[matrix.Group], tm
     assert matrix.at_once(groups, gpus=4) == 4
 
 
-def test_what_ended_well_is_not_repeated_and_what_failed_is(groups: list[matrix.Group], tmp_path: Path) -> None:
+def test_what_was_rejected_is_not_repeated_and_all_others_are_started(
+    groups: list[matrix.Group], tmp_path: Path
+) -> None:
+    """A build that ended well compares its inputs and its files itself."""
     first, second, third = (job.name for job in groups[0].jobs)
     out, scripted = tmp_path / "out", Scripted({second: 3, third: 2})
     with pytest.raises(CheckFailed, match="2 of 3 builds") as caught:
@@ -129,14 +136,61 @@ def test_what_ended_well_is_not_repeated_and_what_failed_is(groups: list[matrix.
     again = Scripted({second: 3})
     with pytest.raises(CheckFailed, match="1 of 3"):
         matrix.run(groups, out, again)
-    assert again.ran == [third]  # a rejected build would be rejected again
+    assert again.ran == [first, third]
     fresh = Scripted()
     assert [row.state for row in matrix.run(groups, out, fresh, fresh=True)] == ["passed"] * 3
     assert fresh.ran == [first, second, third]
-    (out / first / "report.json").unlink()
-    last = Scripted()
-    matrix.run(groups, out, last)
-    assert last.ran == [first]
+
+
+def test_a_build_with_nothing_to_do_keeps_the_time_of_the_one_that_made_it(
+    groups: list[matrix.Group], tmp_path: Path
+) -> None:
+    job = groups[0].jobs[0]
+    folder = tmp_path / job.name
+    (folder).mkdir()
+    (tmp_path / matrix.WORK).mkdir()
+    (folder / "report.json").write_text(json.dumps({"outcome": "passed"}))
+    for seconds, expected in ((600.0, 600.0), (2.0, 600.0)):
+        row = matrix._record(tmp_path, job, End(job.name, 0, "", seconds, 1, "host"), "")
+        assert (row.state, row.seconds, row.where, row.folder) == ("passed", expected, "host", job.name)
+    (folder / "report.json").write_text(json.dumps({"outcome": "passed", "notes": []}))
+    assert matrix._record(tmp_path, job, End(job.name, 0, "", 700.0, 1), "").seconds == 700
+
+
+def test_a_rejected_build_is_repeated_where_an_input_changed(tmp_path: Path, random_folder: Path) -> None:
+    model, concept, out = tmp_path / "model", tmp_path / "own.toml", tmp_path / "out"
+    shutil.copytree(random_folder, model)
+    concept.write_text('name = "own"\nerase = ["star"]\n')
+    file = write(tmp_path, f'models = ["{model}"]\nconcepts = ["{concept}"]\n[build.checks]\npictures = 0\n')
+
+    def ran() -> bool:
+        groups = matrix.make_groups(from_file(file), out)
+        scripted = Scripted({groups[0].jobs[0].name: 3})
+        with pytest.raises(CheckFailed, match="1 of 1"):
+            matrix.run(groups, out, scripted, shown=False)
+        return bool(scripted.ran)
+
+    assert [ran(), ran()] == [True, False]
+    concept.write_text('name = "own"\nerase = ["star", "stars"]\n')
+    assert [ran(), ran()] == [True, False]
+    (model / "unet" / "config.json").touch()
+    assert [ran(), ran()] == [True, False]
+    (out / "model-without-own" / ".rejected" / "report.json").write_text('{"outcome": "rejected"}')
+    assert ran()
+
+
+def test_a_release_that_was_rejected_is_on_the_page(tmp_path: Path, random_folder: Path) -> None:
+    text = f'models = ["{random_folder}"]\nconcepts = ["star"]\n[build.publish]\n[build.checks]\npictures = 0\n'
+    (job,) = from_file(write(tmp_path, text))
+    folder = tmp_path / f"{job.name}.private" / ".rejected"
+    folder.mkdir(parents=True)
+    (tmp_path / matrix.WORK).mkdir()
+    (folder / "report.json").write_text(json.dumps({"outcome": "rejected", "verdict": "no"}))
+    (folder / "report.html").write_text("<p>none</p>")
+    row = matrix._record(tmp_path, job, End(job.name, 3, "", 1.0, 1), "")
+    write_page([row], tmp_path)
+    (facts,) = json.loads((tmp_path / "matrix.json").read_text())["builds"]
+    assert facts["verdict"] == "no" and facts["report"] == f"{job.name}.private/.rejected/report.html"
 
 
 def test_the_page_shows_every_build(groups: list[matrix.Group], tmp_path: Path) -> None:
@@ -190,22 +244,66 @@ def test_the_first_build_of_a_model_ends_before_its_others_begin(monkeypatch: py
     assert most[0] <= count
 
 
-def test_each_build_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[str] = []
-    alive = set[str]()
+@pytest.mark.parametrize(("count", "sharing"), [(2, 1), (1, 1), (4, 2)])
+def test_each_build_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, count: int, sharing: int) -> None:
+    """Of those that the matrix may use; more builds than GPUs share them evenly."""
+    used: list[str | None] = []
+    alive: list[str | None] = []
 
     def run_task(task: Task, environment: dict[str, str]) -> End:
-        device = environment["CUDA_VISIBLE_DEVICES"]
-        assert device not in alive
-        alive.add(device)
+        device = environment.get("CUDA_VISIBLE_DEVICES")
+        alive.append(device)
+        assert device is None or alive.count(device) <= sharing
         time.sleep(0.02)
-        alive.discard(device)
+        alive.remove(device)
         used.append(device)
         return End(task.name, 0, "", 0.0, 1)
 
     monkeypatch.setattr(workers, "run_task", run_task)
-    list(Local(2, gpus=2).run([task(str(n), str(n)) for n in range(6)], lambda _: None))
-    assert len(used) == 6 and set(used) == {"0", "1"}
+    tasks = [replace(task(str(n), str(n)), gpus=1) for n in range(6)]
+    list(Local(count, gpus=("2", "GPU-3")).run(tasks, lambda _: None))
+    assert len(used) == 6 and set(used) <= {"2", "GPU-3"}
+    used.clear()
+    list(Local(count, gpus=("2",)).run([task("cpu")], lambda _: None))
+    assert used == [None]
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2,1", ["2", "1"]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,2", ["1"]),
+        ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_the_gpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]) -> None:
+    rows = [("NVIDIA L4", "8.9"), ("NVIDIA L4", "8.9"), ("NVIDIA H200", "9.0")]
+    monkeypatch.setattr(devices, "query", lambda field: rows)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert devices.visible() == expected
+    models = {None: 2, "2,1": 2, "": 0, "-1": 0, "1,-1,2": 1, "GPU-a, GPU-b": 2}
+    assert len(devices.visible_models()) == models[listed]
+
+
+def test_the_command_uses_the_gpus_that_it_may(
+    tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, tuple[str, ...]]] = []
+    (group,) = matrix.make_groups(
+        from_file(write(tmp_path, f'models = ["{random_folder}"]\nconcepts = ["star"]\n')), tmp_path / "out"
+    )
+    monkeypatch.setattr(matrix, "make_groups", lambda *_: [replace(group, device="cuda")])
+    monkeypatch.setattr(workers, "Local", lambda *given: made.append(given))
+    monkeypatch.setattr(matrix, "run", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    done = CliRunner().invoke(app, ["matrix", str(tmp_path / "matrix.toml"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert made == [(2, ("2", "3"))]
 
 
 def child(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
@@ -266,6 +364,70 @@ def test_the_command_plans_builds_and_does_nothing_the_second_time(tmp_path: Pat
     second = CliRunner().invoke(app, [*words, "--json"])
     assert second.exit_code == 0 and (out / name / "report.json").stat().st_mtime_ns == built
     assert json.loads((out / "matrix.json").read_text())["counts"] == {"not judged": 2}
+    lost = out / name / "hf" / "unet" / "config.json"
+    lost.unlink()
+    assert CliRunner().invoke(app, words).exit_code == 0 and lost.is_file()
+    other = out / f"{random_folder.name}-without-heart" / "report.json"
+    assert other.stat().st_mtime_ns < (out / name / "report.json").stat().st_mtime_ns
+
+
+def test_paths_are_relative_to_where_the_matrix_was_started(
+    groups: list[matrix.Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of Ray has another working directory."""
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    (tmp_path / "out" / matrix.WORK).mkdir(parents=True)
+    made = matrix._task(tmp_path / "out", groups[0].jobs[0], groups[0], fresh=False)
+    monkeypatch.chdir(tmp_path)
+    child(monkeypatch, "print(os.getcwd(), file=sys.stderr)")
+    assert workers.run_task(made).error.strip() == str(tmp_path / "start")
+    (tmp_path / "start").rmdir()
+    end = workers.run_task(made)
+    assert end.exit == 2 and f"there is no folder {tmp_path / 'start'}" in end.error
+
+
+GB = 10**9
+NODES = [{"CPU": 4.0, "memory": 64.0 * GB}, {"CPU": 2.0, "memory": 16.0 * GB, "GPU": 1.0}]
+
+
+def test_builds_ask_ray_for_what_a_node_has() -> None:
+    small = replace(task("a"), threads=4, memory=8 * GB)
+    assert workers.demand(small, NODES) == {"num_cpus": 4, "num_gpus": 0, "memory": 8 * GB}
+    # The node with the GPU has two cores: a build that asked for four would wait forever.
+    assert workers.demand(replace(small, gpus=1), NODES)["num_cpus"] == 2
+
+
+@pytest.mark.parametrize(
+    ("needs", "nodes", "why"),
+    [
+        ({"memory": 100 * GB}, NODES, "it needs 100 GB of memory; the largest node offers 64 GB"),
+        (
+            {"memory": 20 * GB, "gpus": 1},
+            NODES,
+            "it needs 20 GB of memory and a GPU; the largest node with a GPU offers 16 GB",
+        ),
+        ({"gpus": 1}, NODES[:1], "it needs 0 B of memory and a GPU; no node has a GPU"),
+    ],
+)
+def test_a_build_that_no_node_can_run_is_an_error(needs: dict[str, int], nodes: Any, why: str) -> None:
+    with pytest.raises(ErasecError, match="no node of the Ray cluster can run the build big") as caught:
+        workers.demand(replace(task("big"), **needs), nodes)
+    assert caught.value.why == why and caught.value.fix
+
+
+def test_nothing_starts_where_a_build_could_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    ray = SimpleNamespace(
+        init=lambda **_: None,
+        shutdown=lambda: started.append("shutdown"),
+        nodes=lambda: [{"Alive": True, "Resources": NODES[0]}, {"Alive": False, "Resources": NODES[1]}],
+        remote=lambda **_: lambda function: SimpleNamespace(options=lambda **given: started.append(given["name"])),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ErasecError, match="the build gpu"):
+        list(workers.Ray("auto").run([task("cpu"), replace(task("gpu"), gpus=1)], started.append))
+    assert started == ["shutdown"]
 
 
 @pytest.mark.network

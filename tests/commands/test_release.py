@@ -93,10 +93,48 @@ def test_a_rejected_release_is_kept_together_and_not_signed(random_folder: Path,
     gate = Limits(pictures=0, require_judge=True)
     with pytest.raises(CheckFailed):
         build.run(planned(random_folder, tmp_path / "out", private, targets=("edit",), checks=gate, publish=Publish()))
-    rejected = tmp_path / "out" / manifest.REJECTED
+    rejected = tmp_path / "out.private" / manifest.REJECTED
     assert (rejected / "edit").is_dir() and not (rejected / manifest.SIGNATURE).exists()
-    assert not (tmp_path / "out.private").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.pem", "key.pub", "out"]
+    assert os.listdir(rejected.parent) == [manifest.REJECTED] and rejected.parent.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.pem", "key.pub", "out.private"]
+
+
+def test_a_rejected_release_leaves_the_published_one_as_it_is(random_folder: Path, tmp_path: Path) -> None:
+    out, private = tmp_path / "out", tmp_path / "out.private"
+    rejected, gate = private / manifest.REJECTED, Limits(pictures=0, require_judge=True)
+
+    def files(folder: Path) -> set[str]:
+        return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+    build.run(planned(random_folder, out, targets=("edit",), publish=Publish()))
+    public, own = files(out), files(private)
+    for _ in range(2):  # the second one takes the place of the first
+        with pytest.raises(CheckFailed) as caught:
+            build.run(planned(random_folder, out, targets=("edit",), checks=gate, publish=Publish()))
+        assert caught.value.where == str(rejected) and (rejected / "edit").is_dir()
+        assert files(out) == public and {name for name in files(private) if not name.startswith(".rejected")} == own
+    assert verify(out).wrong == ""
+    assert not [check for check in examine(private).checks if not check.passed]
+    build.run(planned(random_folder, out, publish=Publish()))  # which keeps nothing apart
+    assert not rejected.exists()
+
+
+def test_a_rejected_build_alone_leaves_no_private_folder_after_a_release(random_folder: Path, tmp_path: Path) -> None:
+    out, gate = tmp_path / "out", Limits(pictures=0, require_judge=True)
+    with pytest.raises(CheckFailed):
+        build.run(planned(random_folder, out, checks=gate, publish=Publish()))
+    build.run(planned(random_folder, out, publish=Publish()))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_release_through_a_link_lies_beside_what_the_link_points_to(random_folder: Path, tmp_path: Path) -> None:
+    big, small = tmp_path / "big", tmp_path / "small"
+    (big / "release").mkdir(parents=True)
+    small.mkdir()
+    (small / "out").symlink_to(big / "release")
+    build.run(planned(random_folder, small / "out", targets=("edit",), publish=Publish()))
+    assert (small / "out").is_symlink() and (big / "release" / "hf").is_dir()
+    assert (big / "release.private" / "edit").is_dir() and os.listdir(small) == ["out"]
 
 
 def test_what_describes_a_build_fits_its_formats(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from erasec.commands import solved
 from erasec.commands.solved import Solver
 from erasec.model.edit import Edit
 from erasec.model.view import Model
+from erasec.passes.eiup import Eiup
 from erasec.passes.esd import Esd
 from erasec.passes.kpop import Kpop
 from erasec.passes.uce import Uce
@@ -86,6 +88,23 @@ def test_the_content_of_a_file_that_an_option_names_is_part_of_the_key(base: Mod
         file.write_bytes(content)
         keys.append(solver._key(Uce(prior=str(file)), [STAR], Context()))
     assert keys[0] != keys[1]
+
+
+def test_an_option_that_no_path_can_be_is_no_file(base: Model) -> None:
+    for words in ("x" * 300, "~uwu", "кот" * 50):
+        assert Solver(base)._key(Eiup(words=words), [STAR], Context())
+
+
+def test_another_version_of_what_an_edit_is_computed_with_is_another_key(
+    base: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, version = Solver(base)._key(Uce(), [STAR], Context()), metadata.version
+    for name in ("torch", "bitsandbytes", "nudenet", "onnxruntime"):
+        monkeypatch.setattr(metadata, "version", lambda other, name=name: "9" if other == name else version(other))
+        assert Solver(base)._key(Uce(), [STAR], Context()) != key, name
+    monkeypatch.undo()
+    monkeypatch.setattr(solved.registry, "distributions", lambda: {"their-package": "2.0"})
+    assert Solver(base)._key(Uce(), [STAR], Context()) != key
 
 
 def test_another_model_is_another_key(base: Model, tmp_path: Path) -> None:

@@ -94,6 +94,16 @@ def test_the_identity_of_a_model_covers_its_settings(
     assert picture_cache.identity(loading.load(str(folder))) != copied
 
 
+@pytest.mark.parametrize("name", ["code_digest", "versions"])
+def test_the_identity_of_a_model_covers_what_paints(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = loading.load(str(random_folder))
+    before = picture_cache.identity(model)
+    monkeypatch.setattr(picture_cache, name, lambda *_: "another")
+    assert picture_cache.identity(model) != before
+
+
 def test_a_cache_that_cannot_be_used_is_a_note(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own.parent.mkdir(exist_ok=True)
     own.touch()  # a file is in its place

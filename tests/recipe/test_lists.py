@@ -52,3 +52,12 @@ def test_a_list_without_names_or_with_one_twice_is_refused(tmp_path: Path, conte
 def test_a_missing_list_is_named(tmp_path: Path) -> None:
     with pytest.raises(ErasecError, match=r"gone\.txt"):
         recipe.from_flags("glyphs", [str(tmp_path / "gone.txt")])
+
+
+def test_the_recipe_of_many_names_can_be_read(tmp_path: Path) -> None:
+    """A build writes every concept in full: 1,724 artists in Lu et al. (2024) are the most that were published."""
+    people = [find(f"celebrity:Person {number} Example") for number in range(1724)]
+    made = recipe.Recipe(model="glyphs", erase=tuple(each.name for each in people), concept=tuple(people))
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(made), encoding="utf-8")
+    assert (tmp_path / "recipe.toml").stat().st_size > 2**21
+    assert recipe.from_file(tmp_path / "recipe.toml") == made

@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 
 
+def process_count() -> int:
+    """How many processes train together: those of ``accelerate launch``, or this one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this process writes and prints. The other processes of ``accelerate launch`` only train with it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if process_count() < 2:
         return True
     from accelerate import PartialState
 
