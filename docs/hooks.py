@@ -1,7 +1,7 @@
 """Hooks of the site (mkdocs.yml): pages that lie outside of docs/, and links that lead out of it.
 
-In the repository every link of a page is a path. On the site, CONTRIBUTING.md, CHANGELOG.md and README.md have pages;
-all other files outside of docs/ have none, so that their paths stand there as text.
+In the repository every link of a page is a path. On the site, README.md, CONTRIBUTING.md and CHANGELOG.md have pages;
+other files outside of docs/ have none, so that their paths stand there as text.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-# Pages of the site by the files at the top of the repository that they show; index.md takes the README's place.
-TOP = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
-LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
+# Pages of the site by the files at the top of the repository that they show.
+TOP = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside of docs/."""
     root = posixpath.dirname(config.config_file_path)
     for name, page in TOP.items():
-        if page not in files.src_uris:
-            files.append(File.generated(config, page, abs_src_path=posixpath.join(root, name)))
+        files.append(File.generated(config, page, abs_src_path=posixpath.join(root, name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make the links of a page those of the site."""
     uri = page.file.src_uri
-    source = next((name for name, of_top in TOP.items() if of_top == uri and name != "README.md"), f"docs/{uri}")
+    source = next((name for name, top in TOP.items() if top == uri), f"docs/{uri}")
     return rewrite(markdown, source, uri)
 
 
