@@ -138,12 +138,14 @@ def key_table(kind: type[BaseModel]) -> str:
     """The keys of one table of a recipe."""
     hints = get_type_hints(kind, include_extras=True)
     texts = meanings(kind, list(kind.model_fields))
+    keys = {name: field.alias or name for name, field in kind.model_fields.items()}
 
     def cells() -> Iterator[Sequence[str]]:
         for name, field in kind.model_fields.items():
             values = "a table" if (kind.__name__, name) in TABLES else takes(hints[name])
             default = "needed" if field.default is PydanticUndefined else shown(field.default)
-            yield f"`{field.alias or name}`", values, default, texts[name]
+            text = re.sub(r"`(\w+)`", lambda match: f"`{keys.get(match[1], match[1])}`", texts[name])
+            yield f"`{keys[name]}`", values, default, text
 
     return rows(["key", "values", "default", "meaning"], cells())
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Pages of the site by the files at the top of the repository that they show.
 TOP = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+SHORT = 16  # characters
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -37,6 +38,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return rewrite(markdown, source, uri)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark short cells of tables, which style.css keeps in one line."""
+
+    def mark(match: re.Match[str]) -> str:
+        short = len(re.sub(r"<[^>]*>", "", match[2])) <= SHORT
+        return f'<{match[1]} class="short">{match[2]}</{match[1]}>' if short else match[0]
+
+    return re.sub(r"<(t[dh])>(.*?)</t[dh]>", mark, html, flags=re.DOTALL)
+
+
 def rewrite(markdown: str, source: str, uri: str) -> str:
     """The text of the page ``uri`` of the site, from that of the file ``source`` of the repository."""
 
@@ -45,6 +56,8 @@ def rewrite(markdown: str, source: str, uri: str) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         if target.startswith("docs/") or target in TOP:
             page = TOP.get(target) or target.removeprefix("docs/")
+            if text.endswith(".md"):  # the name of a file says little on a site
+                text = posixpath.basename(page).removesuffix(".md").replace("_", " ")
             return f"[{text}]({posixpath.relpath(page, posixpath.dirname(uri) or '.')}{anchor})"
         return f"`{target}`" if target.endswith(text.strip("`")) else f"{text} (`{target}`)"
 

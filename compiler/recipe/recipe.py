@@ -94,7 +94,7 @@ class Publish(_Table):
 class Recipe(_Table):
     """All inputs of a build. The TOML tables [[pass]] and [[concept]] are the fields passes and concepts here.
 
-    ``format`` is the version of the format, the key erasec in TOML. ``model`` is a bundled name, an alias, a diffusers
+    ``format`` is the version of the format. ``model`` is a bundled name, an alias, a diffusers
     folder, a single file or a hub id. ``passes`` are run one after another; without any, the kind of the concepts
     decides. ``concepts`` are concepts that are written out in the recipe. ``checks`` are the limits of the checks.
     ``seed`` is that of all random draws. ``device`` is "auto", "cpu", "cuda", "cuda:1" and so on, or "mps".

@@ -65,7 +65,7 @@ def follow(root: Path, run: Run, quick: bool) -> dict[str, str]:
                 content["checks"] |= QUICK
             Path(file).write_text(tomli_w.dumps(content) if quick else text)
             continue
-        for line in text.splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             if quick and "audit" in line:
                 continue
             used = re.sub(r"^(erasec (?:build|plan)) glyphs", r"\1 quick.toml", line) if quick else line
