@@ -63,6 +63,7 @@ def follow(root: Path, run: Run, quick: bool) -> dict[str, str]:
             content: dict[str, Any] = tomllib.loads(text)
             if quick:
                 content["checks"] |= QUICK
+                content["targets"] = []  # the first build has written graphs
             Path(file).write_text(tomli_w.dumps(content) if quick else text)
             continue
         for line in text.replace("\\\n", " ").splitlines():
@@ -103,12 +104,12 @@ def test_the_whole_tutorial(root: Path, run: Run) -> None:
     rates = {group: mean["after"] for group, mean in built("glyphs-without-star")["summary"].items()}
     assert all(rates[group] <= 0.05 for group in ("name", "synonym", "implicit")) and rates["keep"] >= 0.9
     audit = json.loads(Path("star.audit/audit.json").read_text())
-    assert [(gate["name"], gate["passed"]) for gate in audit["gates"]] == [("inversion", False)]
+    assert [(gate["name"], gate["outcome"]) for gate in audit["gates"]] == [("inversion", "failed")]
     assert built("gated/.rejected")["outcome"] == "rejected"
 
 
 def test_the_page_has_the_steps_that_are_run(root: Path) -> None:
-    text = "\n".join(text for _, text in steps(root))
-    commands = {line.split()[1] for line in text.splitlines() if line.startswith("erasec ")}
+    lines = [line for file, text in steps(root) if not file for line in text.splitlines()]
+    commands = {line.split()[1] for line in lines if line.startswith("erasec ")}
     assert commands == {"plan", "build", "run", "explain", "check", "verify", "audit"}
     assert [file for file, _ in steps(root) if file] == ["star.toml"]
