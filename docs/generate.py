@@ -212,19 +212,19 @@ def pass_figures(name: str) -> str:
 
 def pass_list() -> str:
     """All passes, with the links to their pages."""
-    kinds = ((name, registry.load_pass(name)) for name in registry.PASSES)
+    kinds = ((name, registry.load_pass(name)) for name in sorted(registry.PASSES))
     return rows(["pass", "what it does", "when to use it"], ([f"[`{n}`]({n}.md)", k.summary, k.when] for n, k in kinds))
 
 
 def target_list() -> str:
     """All targets, with the links to their sections."""
-    kinds = ((name, registry.load_target(name)) for name in registry.TARGETS)
+    kinds = ((name, registry.load_target(name)) for name in sorted(registry.TARGETS))
     return rows(["target", "what it writes"], ([f"[`{name}`](#{name})", kind.summary] for name, kind in kinds))
 
 
 def probe_list() -> str:
     """All probes of an audit, with their options."""
-    kinds = ((name, registry.load_probe(name)) for name in registry.PROBES)
+    kinds = ((name, registry.load_probe(name)) for name in sorted(registry.PROBES))
     cells = ([f"`{name}`", kind.summary, output.options(kind).replace("|", ", ") or "–"] for name, kind in kinds)
     return rows(["probe", "what it does", "options with defaults and ranges"], cells)
 
