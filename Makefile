@@ -1,6 +1,7 @@
 # Two commands to start with; each works on a fresh clone with Python 3.11 or newer:
 #   make demo    install into .venv, build glyphs without stars, print where the report is
 #   make test    install into .venv, run the tests
+# And for the documents: make docs writes the parts that come from the code, and builds the site into build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test lint docs install install-dev clean
 
 demo: install
 	$(BIN)/erasec build glyphs --erase star --target onnx
@@ -24,6 +25,11 @@ lint: install-dev
 	$(BIN)/mypy
 	$(BIN)/mypy examples
 	$(BIN)/lint-imports
+
+docs: install-dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+	@echo "The site: $(CURDIR)/build/site/index.html"
 
 install: $(VENV)/installed
 install-dev: $(VENV)/installed-dev

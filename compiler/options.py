@@ -145,12 +145,12 @@ def ranges(kind: type) -> dict[str, str]:
     return texts
 
 
-def _type_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """The values that an option of this type takes, such as "a whole number, at least 1"."""
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(repr, get_args(hint)))}"
     inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return ", ".join((TYPE_NAMES.get(inner, str(inner)), *(f"{word} {bound:g}" for _, word, bound in _bounds(hint))))
+    return ", ".join((TYPE_NAMES.get(inner, str(inner)), *(f"{word} {bound:.12g}" for _, word, bound in _bounds(hint))))
 
 
 def _bounds(hint: Any) -> list[tuple[str, str, float]]:
@@ -172,7 +172,7 @@ def _unknown_option(label: str, name: str, known: Iterable[str]) -> ErasecError:
 
 def _value_error(label: str, name: str, value: object, hint: Any, default: object) -> ErasecError:
     """The error for a value that an option does not take."""
-    why = f"it takes {_type_text(hint)}; by default {default!r}"
+    why = f"it takes {type_text(hint)}; by default {default!r}"
     if get_origin(hint) is Literal:
         why = suggestion(str(value), map(str, get_args(hint)))
     return ErasecError(f"{label}: option {name} is {value!r}", why=why)

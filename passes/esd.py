@@ -35,11 +35,12 @@ class Esd(Learned):
 
     ``train`` selects the tensors: "x" is cross-attention, for concepts that prompts name; "u" is everything else, for
     concepts that images show unprompted; "noxattn" is "u" without the output head and the time embedding; "full" is
-    everything. ``negative_guidance`` is eta of Eq. 8. ``toward`` "nothing" is the target of the paper; for "anchor" see
-    ``banks.esd_target``. ``trajectories`` is the number of trajectories, sampled once from the model before the
-    training, in ``sample_steps`` steps with ``guidance``; of each, the steps whose timestep is at least the fraction
-    ``min_noise`` of all are trained on (sigma, of a rectified flow). ``keep`` is the weight of a loss that the paper
-    does not have: it keeps the predictions for kept prompts.
+    everything. ``negative_guidance`` is how far the target is led away from the concept, eta of Eq. 8. ``toward``
+    "nothing" leads from the unconditional prediction, as in the paper. "anchor" leads from the prediction for the
+    anchor, so that the rest of a prompt keeps its effect (see ``banks.esd_target``). ``trajectories`` is the number of
+    trajectories, sampled once from the model before the training, in ``sample_steps`` steps with ``guidance``; of each,
+    the steps whose timestep is at least the fraction ``min_noise`` of all are trained on (sigma, of a rectified flow).
+    ``keep`` is the weight of a loss that the paper does not have: it keeps the predictions for kept prompts.
 
     Where guidance is distilled there is no unconditional prediction, and ``toward`` is "anchor". A network that reads
     the scale of its guidance is trained at 1 and at ``guidance``, and every target is at the scale of its prediction.

@@ -58,9 +58,10 @@ class Kpop(Learned):
     states of the concept's names with some noise, with "random" as noise of the same size. Each step fits them
     ``key_steps`` times with the learning rate ``key_lr``. ``hide`` and ``recover`` are the weights of the losses
     without and with the key. With the key, ``with_key`` "recover" keeps the predictions for the concept (the paper's
-    third version), and "erase" erases the concept as well (its first two). The target without the key is that of ESD
-    with ``negative_guidance`` and ``toward`` (see ``banks.esd_target``). ``space`` is where errors are measured: in the
-    predicted "noise" (of a rectified flow, the velocity), or in the "image" that follows from it in one step.
+    third version), and "erase" erases the concept as well (its first two). The target without the key is that of
+    ``esd`` with ``negative_guidance`` and ``toward`` (see ``banks.esd_target``). ``space`` is where errors are
+    measured: in the predicted "noise" (of a rectified flow, the velocity), or in the "image" that follows from it in
+    one step.
 
     ``trajectories`` is the number of trajectories, sampled once from the model before the training, in
     ``sample_steps`` steps with ``guidance``.

@@ -67,7 +67,9 @@ class SafeGen(Learned):
     samples ``images`` images of the concept and as many of kept prompts, in ``sample_steps`` steps with ``guidance``; a
     judge locates the concept, and a mosaic of ``mosaic_cells`` by ``mosaic_cells`` cells covers it.
 
-    ``target`` and ``max_pull`` select the target (see ``target_scale``). ``erase`` is the weight of the loss on images
+    ``target`` says how far the target is pulled to the censored picture: "exact" as far as a prediction of that picture
+    asks, "clipped" as "exact" with a factor of at most ``max_pull``, "constant" with a factor of 1, as in the published
+    code (see ``target_scale``). ``erase`` is the weight of the loss on images
     of the concept, and ``keep`` that of the loss on benign images, which keeps the predictions for these. ``ema`` above
     0 is the decay of the moving average of the weights that results; with 0 it is their last values.
 

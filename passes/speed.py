@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @options
 class Speed(NullSpace):
-    """SPEED: the erased states become those of the anchor as far as ``ridge`` lets them, and what is kept stays.
+    """SPEED: the erased states become those of the anchor as far as the ridge lets them, and what is kept stays.
 
     ``ridge`` is the published rho times the weight of one concept: adding concepts does not weaken the others, which
     the published weights of 1/n do. In units of the mean diagonal of the Gram matrix of one concept's erased states if

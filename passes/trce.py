@@ -42,7 +42,7 @@ class Remap(ClosedForm):
     The published code finds the end token by counting words; here it is located by the tokenizer. It preserves the
     states of COCO captions, with a weight that it applies twice and no ridge, which leaves the system near singular.
     Here the kept prompts are preserved with the weight of the erased ones, and the ridge is that of ``ClosedForm``; to
-    preserve captions as well, give a ``prior``.
+    preserve captions as well, give a prior.
     """
 
     name: ClassVar[str] = "trce.remap"
@@ -85,9 +85,9 @@ class Steer(Learned):
     trajectories are used in the order of their prompts.
 
     The defaults are the published settings for explicit content, three epochs of 100 trajectories, with one correction.
-    The published ``lr`` of 1e-6 was chosen for gradients that add up over all steps. Here they are set to zero after
+    The published rate of 1e-6 was chosen for gradients that add up over all steps. Here they are set to zero after
     each step, so that the rate is ten times higher; ``reference`` with 1e-6 gives the published updates. The published
-    code preserves four unprompted trajectories in a step, here it is ``batch``. ``keep`` is 0, as in the paper.
+    code preserves four unprompted trajectories in a step, here it is a batch of them. ``keep`` is 0, as in the paper.
     """
 
     steps: Annotated[int, Field(ge=1)] = 300
@@ -240,8 +240,8 @@ class Steer(Learned):
 class Trce(Steer):
     """``trce.remap`` and then ``trce.steer`` on its result, as one edit.
 
-    The options are those of ``trce.steer``, and of ``trce.remap`` its ``scale``, ``keep`` and ``ridge``, here called
-    ``remap_scale``, ``remap_keep`` and ``remap_ridge``, ``prior``, ``prior_weight`` and ``routes``.
+    The options are those of ``trce.steer``. ``remap_scale``, ``remap_keep`` and ``remap_ridge`` are scale, keep and
+    ridge of ``trce.remap``. Its ``prior``, ``prior_weight`` and ``routes`` have the same names here.
     """
 
     remap_scale: Annotated[float, Field(gt=0)] = 1.0

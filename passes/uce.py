@@ -39,8 +39,8 @@ class Uce(ClosedForm):
     concepts are then solved one after the other.
 
     The defaults are those of the code of 2023, which the paper describes. Its weights of up to ten kept prompts, one
-    divided by their number, add up to the weight of one erased prompt, as ``scale`` and ``keep`` of 1 do. For ``ridge``
-    see ``ClosedForm``.
+    divided by their number, add up to the weight of one erased prompt, as a scale and a keep of 1 do. For the ridge see
+    ``ClosedForm``.
     """
 
     rows: Literal["tail", "last"] = "tail"

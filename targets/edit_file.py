@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 @options
 class EditFile(EditTarget):
-    """The edit file. With ``sums=false`` it has no sums: it is smaller, and cannot be combined with others. With
-    ``tensors=true`` it also has the edited tensors with all edits, for ``erasec relink`` without the base model.
+    """The edit file. ``sums`` are the sums of closed-form passes: without them it is smaller, and cannot be combined
+    with others. With ``tensors`` it also has the edited tensors with all edits, for ``erasec relink`` without the base
+    model.
 
     An edit file also undoes its edit: with it and the erased checkpoint, anyone can restore the base.
     """

@@ -52,7 +52,7 @@ class Lora(EditTarget):
     """A LoRA file. ``rank`` 0 writes the exact change of each site; another rank truncates it to its largest singular
     values. ``dtype`` is that of the factors, float32 or float16.
 
-    ``tolerance`` is the largest loss, as ``loss_check`` measures it, with which an exact export in float32 passes. The
+    ``tolerance`` is the largest loss (see ``loss_check``) with which an exact export in float32 passes. The
     loss of a truncated export, or of one in float16, is reported and not enforced.
     """
 

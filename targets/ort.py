@@ -40,10 +40,11 @@ class Onnx(Target):
     """Graphs with dynamic batch and size; inputs and outputs are float32. Heights and widths of latents are multiples
     of the denoiser's downscaling (8 for Stable Diffusion 1, 2 for transformers), as in every export of it.
 
-    ``precision`` "fp16" stores and computes text encoders and denoiser in float16, except modules whose names match
-    ``keep_in_fp32``, patterns joined by "+". ``vae`` is the precision of the VAE, which may overflow in float16.
-    ``tolerance`` is that of parity, 0 for the default of the precision. ``base`` is an ONNX folder of another edit of
-    the same base: data of unedited tensors are hard-linked from it instead of written.
+    ``opset`` is ONNX's version of the operators. ``precision`` "fp16" stores and computes text encoders and denoiser in
+    float16, except modules whose names match ``keep_in_fp32``, patterns joined by "+". ``vae`` is the precision of the
+    VAE, which may overflow in float16. ``tolerance`` is that of parity, 0 for the default of the precision. ``base`` is
+    an ONNX folder of another edit of the same base: data of unedited tensors are hard-linked from it instead of
+    written.
     """
 
     opset: Annotated[int, Field(ge=17, le=20)] = OPSET

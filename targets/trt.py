@@ -31,8 +31,8 @@ OLDEST = 10
 
 @options
 class Trt(EngineTarget):
-    """``refit`` builds engines that the function ``refit`` can give other weights; with the base's, they are no longer
-    erased. ``timing_cache`` is a file in which the times of kernels are stored for the next build."""
+    """``refit`` builds engines that the function of the same name can give other weights; with the base's, they are no
+    longer erased. ``timing_cache`` is a file in which the times of kernels are stored for the next build."""
 
     refit: bool = False
     timing_cache: str = ""

@@ -22,21 +22,9 @@ from erasec.glyphs import world
 
 LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
 GROUPS = ("name", "synonym", "implicit")
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/architecture.md",
-    "docs/glyphs.md",
-    "docs/concepts.md",
-    "docs/closed_form.md",
-    "docs/learned.md",
-    "docs/deploy.md",
-    "docs/emoji.md",
-    "docs/reliability.md",
-    "docs/cache.md",
-    "docs/matrix.md",
-    "docs/verify.md",
-]
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
 BASE, NEVER = "base", "never-star model"
 
 # The headers of the tables, by which they are found.

@@ -35,17 +35,18 @@ LIST = ".txt"  # how the file of a list of names ends
 
 
 class Concept(BaseModel):
-    """Phrases that describe a concept to erase. All fields except ``name`` and ``erase`` are optional.
+    """Phrases that describe a concept to erase. All fields but the name and the phrases are optional.
 
-    ``erase`` are the concept's names and ``synonyms`` its other names; all of them are erased. ``anchor`` is the phrase
-    that they become. ``counterparts`` (a table in TOML) maps some of them to another safe phrase that fits better than
-    the anchor. ``fallback`` are phrases that take the anchor's place, the first that stays, where the anchor is erased
-    as well. ``keep`` are phrases whose meaning must not change. ``implicit`` are prompts that show the concept without
-    its name; only judges use them. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the concept's
+    ``name`` is what builds and reports call the concept. ``erase`` are its names and ``synonyms`` its other names; all
+    of them are erased. ``anchor`` is the phrase that they become. ``counterparts`` (a table in TOML) maps some of them
+    to another safe phrase that fits better than the anchor. ``fallback`` are phrases that take the anchor's place, the
+    first that stays, where the anchor is erased as well. ``keep`` are phrases whose meaning must not change.
+    ``implicit`` are prompts that show the concept without its name; only judges use them. ``kind`` decides which pass a
+    build uses that names none. ``templates`` are prompts with one ``{}`` for a phrase. ``scale`` is the concept's
     weight, relative to other concepts that are erased with it and to what is kept. ``label`` is the judge's label for
     the concept. ``judge`` (a table in TOML) says which judges can see the concept in pictures of any model, the best
     first, with their options: ``nudenet = {classes = ["FACE_FEMALE"], at = 0.45}``. ``sources`` are the papers, data
-    sets and policies behind the file.
+    sets and policies behind the file, and ``notes`` say what it cannot do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -29,7 +29,11 @@ class _Table(BaseModel):
 
 
 class NamedOptions(_Table):
-    """A pass by name (or "file.py:Class") and its options. Options that are left out have the defaults of the pass."""
+    """One pass of a build.
+
+    ``name`` is a registered pass, or "file.py:Class". ``options`` are its options; what is left out has the default of
+    the pass.
+    """
 
     name: Phrase
     options: dict[str, Option] = {}
@@ -40,13 +44,13 @@ class Limits(_Table):
 
     ``erased`` and ``implicit``: hit rate after the edit, divided by that before it. ``prompts``: hit rate after the
     edit, for each category of a prompt file. ``kept``: mean loss of hit rate of all other labels; 0.05 is five
-    percentage points. ``agreement``: loss of cosine similarity between image and prompt; ``captions``: the same for
-    captions. ``drift``: mean absolute change of a pixel, with values in [0, 1]. ``lpips``, ``cmmd`` and ``kid``:
-    distances of the pictures before and after the edit, see ``judging.kept``. ``recovered``: least hit rate with a key,
-    divided by that of the base. A limit of None is reported, not enforced. ``images`` is their number for each group of
-    prompts. ``steps`` and ``guidance`` are those of sampling.
+    percentage points. ``agreement``: loss of cosine similarity between image and prompt; ``captions``: loss of cosine
+    similarity between image and caption. ``drift``: mean absolute change of a pixel, with values in [0, 1]. ``lpips``,
+    ``cmmd`` and ``kid``: distances of the pictures before and after the edit (see ``judging.kept``). ``recovered``:
+    least hit rate with a key, divided by that of the base. A limit of None is reported, not enforced. ``images`` is the
+    number of images for each group of prompts. ``steps`` and ``guidance`` are those of sampling.
 
-    The next four are about pictures that no judge looks at; None leaves each to the device. ``pictures`` is their
+    The next four are about pictures that no judge looks at; None leaves each to the device. ``pictures`` is the
     number for each group of prompts, ``picture_steps`` the steps of sampling, ``picture_size`` the longest side in
     pixels, and ``picture_minutes`` the time for all of them. With ``require_judge``, a build that has a concept that no
     judge can see is rejected.
@@ -88,7 +92,12 @@ class Publish(_Table):
 
 
 class Recipe(_Table):
-    """All inputs of a build. The TOML tables [[pass]] and [[concept]] are ``passes`` and ``concepts`` here.
+    """All inputs of a build. The TOML tables [[pass]] and [[concept]] are the fields passes and concepts here.
+
+    ``format`` is the version of the format. ``model`` is a bundled name, an alias, a diffusers
+    folder, a single file or a hub id. ``passes`` are run one after another; without any, the kind of the concepts
+    decides. ``concepts`` are concepts that are written out in the recipe. ``checks`` are the limits of the checks.
+    ``seed`` is that of all random draws. ``device`` is "auto", "cpu", "cuda", "cuda:1" and so on, or "mps".
 
     ``erase`` are names from ``concepts``, bundled names, concept files or phrases; they are looked up in this order.
     A name that ends in ".txt" is a file with one name per line, and "celebrity:FILE.txt" one with a value per line.

@@ -43,8 +43,8 @@ Range = tuple[int, int, int]  # the smallest, the usual and the largest size
 class EngineTarget(Target):
     """What both kinds of engines have in common.
 
-    ``batch`` counts images; ``height`` and ``width`` are in pixels. Each is "smallest:usual:largest", or one number for
-    a fixed size. By default sizes go from half of what the model was trained on to one and a half times that.
+    ``batch`` counts images, and ``height`` and ``width`` are in pixels: each is "smallest:usual:largest", or one number
+    for a fixed size. By default sizes go from half of what the model was trained on to one and a half times that.
     ``workspace`` is in MiB, 0 for the library's own limit. ``precision`` is that of text encoders and denoiser, ``vae``
     that of the VAE. ``vae_encoder`` builds an engine of the VAE's encoder as well. ``onnx`` keeps the graphs that the
     engines are built from, in onnx/.
