@@ -30,6 +30,7 @@ from erasec.cli.options import (
     VERSION,
     report_errors,
 )
+from erasec.cli.push import push
 from erasec.cli.verify import verify
 from erasec.errors import TOOL_MISSING, ErasecError, printable, suggestion
 from erasec.progress import note as say
@@ -265,6 +266,7 @@ def check(
 
 
 app.command()(verify)
+app.command()(push)
 app.command()(audit)
 app.command()(explain)
 
