@@ -29,7 +29,7 @@ def push(
         bool,
         typer.Option("--with-undoing", help="push also what can undo the erasure; the repository becomes gated first"),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="verify, and say what would be sent; send nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="verify, and say what would be sent")] = False,
     as_json: JSON = False,
     verbose: VERBOSE = False,
 ) -> None:

@@ -22,8 +22,8 @@ LICENSE = {
     "license_link": re.compile(r"(https://[!-~]{1,200}|LICENSE(\.md|\.txt)?)"),
 }
 PROMPT = (
-    "This repository holds files that can undo the erasure ({what}). Anyone who has them can bring {concepts} back. Its "
-    "owners grant each access by hand."
+    "This repository holds files that can undo the erasure ({what}). Anyone who has them can bring {concepts} back. "
+    "Its owners grant each access by hand."
 )
 PROMISE = "I will use these files for research on erasure, and not to bring back what was erased"
 
