@@ -12,25 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import bytes_of, make
 from fake_hub import TOKEN, Hub, running
 from huggingface_hub import snapshot_download
 from typer.testing import CliRunner
 
 from erasec.checkpoint import manifest
 from erasec.cli.app import app
-from erasec.commands import build, plan
 from erasec.commands.verify import verify
 from erasec.errors import CheckFailed
-from erasec.recipe.recipe import Limits, Publish, Recipe
+from erasec.recipe.recipe import Limits, Publish
 
 TO = "hub:team/model"
 FILES = r"PUT /large|POST .*/commit/"
-
-
-def make(model: Path, out: Path, **fields: Any) -> Path:
-    recipe = {"model": str(model), "erase": ("church",), "checks": Limits(pictures=0), "device": "cpu", **fields}
-    build.run(plan.make_plan(Recipe(**recipe), out))
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +54,6 @@ def run(*words: Any) -> Any:
     result = CliRunner().invoke(app, ["push", *map(str, words)])
     assert "Traceback" not in result.stderr and TOKEN not in result.output
     return result
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_pushed_bundle_is_the_bundle_in_one_commit(hub: Hub, release: Path, tmp_path: Path) -> None:
