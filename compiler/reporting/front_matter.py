@@ -52,12 +52,12 @@ def front_matter(report: Report) -> str:
     if inside := [item["path"] for item in report.undoing if item["inside"]]:
         concepts = words(concept["name"] for concept in report.concepts) or "what was erased"
         gate = {
-            "extra_gated_prompt": PROMPT.format(what=words(inside), concepts=concepts),
+            "extra_gated_prompt": _line(PROMPT.format(what=words(inside), concepts=concepts)),
             "extra_gated_fields": {PROMISE: "checkbox"},
         }
     base = {"base_model": HUB.get(report.model["name"], report.model["name"]), "base_model_relation": "finetune"}
     data = ModelCardData(
-        model_name=facts["verdict"] if results else None,
+        model_name=_line(facts["verdict"]) if results else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["erasec", "concept-erasure", report.outcome.replace(" ", "-"), *targets],
@@ -68,6 +68,11 @@ def front_matter(report: Report) -> str:
     )
     text: str = data.to_yaml()
     return text
+
+
+def _line(text: str) -> str:
+    """``text`` on one line: a line of its own could end the metadata."""
+    return " ".join(text.split())
 
 
 def read_license(folder: Path) -> dict[str, str]:
