@@ -30,7 +30,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """The words of every command of erasec in a text of shell, without what is redirected or follows a ||."""
     for line in text.splitlines():
         if match := re.search(r"(?:^|\s)erasec ((?:build|plan|verify|check|push|audit|doctor)\b.*)", line):
-            call = re.sub(r"\s+(>|\|\|).*|\s{3,}.*", "", match[1])
+            call = re.sub(r"\s+(>|\|\|).*", "", match[1])
             yield shlex.split(re.sub(r"\$\{\{[^}]*\}\}", "value", call))
 
 
@@ -70,7 +70,7 @@ def test_every_command_of_the_workflow_and_the_page_parses(root: Path, workflow:
 @pytest.mark.parametrize("line", ["erasec build glyphs --gated", "erasec push out", "erasec verify a b"])
 def test_a_command_that_does_not_exist_is_noticed(line: str) -> None:
     (call,) = commands(f"          {line} > file.json")
-    with pytest.raises(Exception, match=r"(?i)no such option|missing argument|unexpected extra argument"):
+    with pytest.raises(Exception, match=r"(?i)no such option|missing parameter|unexpected extra argument"):
         parse(call)
 
 
@@ -80,10 +80,7 @@ def test_the_workflow_needs_no_more_than_it_uses(workflow: Any, root: Path) -> N
     job = workflow["jobs"]["release"]
     secrets = {step.get("name", ""): str(step.get("env", {})) for step in job["steps"]}
     assert {name for name, env in secrets.items() if "secrets." in env} == {"Build", "Push"}
-    assert (
-        "secrets." not in str(job["env"])
-        and "secrets." not in str(job["steps"]).replace(str(secrets), "").split("'run'")[0]
-    )
+    assert str(workflow).count("secrets.") == 2
     assert not any("${{" in step.get("run", "") for step in job["steps"])  # an input cannot become shell
     recipe = from_file(root / workflow[True]["workflow_dispatch"]["inputs"]["recipe"]["default"])
     assert recipe.checks.require_judge and recipe.publish is not None
