@@ -84,7 +84,12 @@ def run(
     count: Annotated[int, typer.Option("--count", min=1, help="number of images")] = 1,
     height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
     width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
-    backend: Annotated[str, typer.Option("--backend", help=", ".join(("auto", *RUNTIMES, "file.py:Class")))] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", help=", ".join(("auto", *RUNTIMES, "file.py:Class")), autocompletion=completion.runtimes
+        ),
+    ] = "auto",
     scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, dpm, euler, pndm")] = "auto",
     verbose: VERBOSE = False,
 ) -> None:

@@ -44,6 +44,10 @@ def probes() -> list[str]:
     return _names(registry.probes, registry.PROBES)
 
 
+def runtimes() -> list[str]:
+    return ["auto", *_names(registry.runtimes, registry.RUNTIMES)]
+
+
 def suites() -> list[str]:
     from erasec.audit.suites import SUITES
 

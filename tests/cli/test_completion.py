@@ -57,6 +57,7 @@ LINES: dict[str, Iterable[str]] = {
     "erasec audit glyphs --suite ": SUITES,
     "erasec build glyphs --erase st": ["star"],
     "erasec build sd14 --erase nu": ["nudity"],
+    "erasec run out --backend ": ["auto", *registry.RUNTIMES],
     "erasec list ": LISTS,
     "erasec pu": ["push"],
     "erasec push out --with-u": ["--with-undoing"],

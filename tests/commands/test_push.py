@@ -43,6 +43,8 @@ def undoable(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running() as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -71,9 +73,10 @@ def test_a_pushed_bundle_is_the_bundle_in_one_commit(hub: Hub, release: Path, tm
     assert content["manifest"] == manifest.read(release)[1]
     assert content["files"].keys() == before.keys()
     # What is downloaded again is verified, as docs/release.md says.
-    folder = snapshot_download("team/model", local_dir=tmp_path / "got", ignore_patterns=[".gitattributes"])
-    shutil.rmtree(Path(folder) / ".cache")
-    assert verify(Path(folder)).wrong == ""
+    got = tmp_path / "got"
+    snapshot_download("team/model", local_dir=got, ignore_patterns=[".gitattributes"])
+    shutil.rmtree(got / ".cache")
+    assert bytes_of(got) == before and verify(got).wrong == ""
 
 
 def test_a_second_push_makes_no_commit(hub: Hub, release: Path) -> None:
