@@ -121,7 +121,8 @@ def prepare(
 
 def parse_destination(text: str) -> str:
     """The repository "ORG/NAME" of "hub:ORG/NAME". Raises ErasecError."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # it is one of its public names
 
     repository = text.removeprefix(SCHEME)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from erasec.documents import read_text
 from erasec.errors import words
@@ -48,23 +48,23 @@ def front_matter(report: Report) -> str:
         for group, rates in facts["summary"].items()
         for side in ("before", "after")
     ]
-    gate = {}
+    fields: dict[str, Any] = dict(report.base.license) if report.base else {}
+    if report.model["revision"]:
+        name = report.model["name"]
+        fields |= {"base_model": HUB.get(name, name), "base_model_relation": "finetune"}
     if inside := [item["path"] for item in report.undoing if item["inside"]]:
         concepts = words(concept["name"] for concept in report.concepts) or "what was erased"
-        gate = {
+        fields |= {
             "extra_gated_prompt": _line(PROMPT.format(what=words(inside), concepts=concepts)),
             "extra_gated_fields": {PROMISE: "checkbox"},
         }
-    base = {"base_model": HUB.get(report.model["name"], report.model["name"]), "base_model_relation": "finetune"}
     data = ModelCardData(
         model_name=_line(facts["verdict"]) if results else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["erasec", "concept-erasure", report.outcome.replace(" ", "-"), *targets],
         eval_results=results or None,
-        **(base if report.model["revision"] else {}),
-        **(report.base.license if report.base else {}),
-        **gate,
+        **fields,
     )
     text: str = data.to_yaml()
     return text
