@@ -62,7 +62,7 @@ def front_matter(report: Report) -> str:
         model_name=_line(facts["verdict"]) if results else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["erasec", "concept-erasure", report.outcome.replace(" ", "-"), *targets],
+        tags=["erasec", "concept-erasure", f"erasec-{report.outcome.replace(' ', '-')}", *targets],
         eval_results=results or None,
         **fields,
     )

@@ -224,7 +224,7 @@ def test_card_front_matter(tmp_path: Path) -> None:
         assert front.get("base_model") == base
         assert front.get("base_model_relation") == (base and "finetune")
         assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
-        assert {"erasec", "onnx", "passed"} <= set(front["tags"])
+        assert {"erasec", "onnx", "erasec-passed"} <= set(front["tags"])
 
 
 def test_the_rates_of_the_card_are_those_of_the_report(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_the_rates_of_the_card_are_those_of_the_report(tmp_path: Path) -> None:
     }
     assert len(values) == 8 and data.model_name == facts["verdict"]
     unseen = front_matter(written(star_report(rates=(), judged=()), tmp_path / "b")[2])
-    assert "model-index" not in unseen and "not-judged" in unseen["tags"]
+    assert "model-index" not in unseen and "erasec-not-judged" in unseen["tags"]
 
 
 def test_the_card_asks_for_a_gate_where_something_can_undo_the_erasure(tmp_path: Path) -> None:
