@@ -384,7 +384,7 @@ def test_the_command_table_of_the_readme_is_the_program_s(root: Path) -> None:
     assert {row.split()[1] for row in rows} == commands.keys()
     for row in rows:
         command = commands[row.split()[1]]
-        known = {option for parameter in command.params for option in parameter.opts}
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert set(re.findall(r"--[a-z-]+", row)) <= known, row
     (listed,) = (row.split()[2] for row in rows if row.startswith("erasec list"))
     assert listed == commands["list"].params[0].metavar

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from erasec.cli import output
+from erasec.cli import completion, output
 from erasec.cli.audit import audit
 from erasec.cli.build import build, plan
 from erasec.cli.cache import cache
@@ -30,6 +30,7 @@ from erasec.cli.options import (
     VERSION,
     report_errors,
 )
+from erasec.cli.push import push
 from erasec.cli.verify import verify
 from erasec.errors import TOOL_MISSING, ErasecError, printable, suggestion
 from erasec.progress import note as say
@@ -46,7 +47,6 @@ QUIET = {
 app = typer.Typer(
     name="erasec",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Erase a concept from a text-to-image checkpoint: compute the edit, merge it, export, check, report.",
 )
@@ -84,7 +84,12 @@ def run(
     count: Annotated[int, typer.Option("--count", min=1, help="number of images")] = 1,
     height: Annotated[int | None, typer.Option("--height", help="pixels, by default the model's")] = None,
     width: Annotated[int | None, typer.Option("--width", help="pixels, by default the model's")] = None,
-    backend: Annotated[str, typer.Option("--backend", help=", ".join(("auto", *RUNTIMES, "file.py:Class")))] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend", help=", ".join(("auto", *RUNTIMES, "file.py:Class")), autocompletion=completion.runtimes
+        ),
+    ] = "auto",
     scheduler: Annotated[str, typer.Option("--scheduler", help="auto, ddim, dpm, euler, pndm")] = "auto",
     verbose: VERBOSE = False,
 ) -> None:
@@ -112,7 +117,10 @@ def run(
 @app.command()
 def apply(
     edit: Annotated[Path, typer.Argument(metavar="EDIT", help="edit file, from --target edit or erasec combine")],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="the model to edit; see erasec build")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="the model to edit; see erasec build", autocompletion=completion.models),
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="PATH", help="output folder, or file")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="change the model's own files, with a journal")] = False,
     transfer: Annotated[bool, typer.Option("--transfer", help="edit a fine-tune of the edit's base model")] = False,
@@ -185,7 +193,12 @@ def combine(
 
 @app.command()
 def prior(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="model whose text encoders encode the captions")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="model whose text encoders encode the captions", autocompletion=completion.models
+        ),
+    ],
     captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="one per line; a .csv file; or everyday")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="such as coco.prior.safetensors")],
     revision: REVISION = None,
@@ -265,13 +278,19 @@ def check(
 
 
 app.command()(verify)
+app.command()(push)
 app.command()(audit)
 app.command()(explain)
 
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="passes|targets|judges|probes|runtimes|concepts|models")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="passes|targets|judges|probes|runtimes|concepts|models", autocompletion=lambda: [*output.LISTS]
+        ),
+    ],
     verbose: VERBOSE = False,
 ) -> None:
     """List the passes, targets, judges, probes, runtimes, concepts or models, with options and their ranges."""

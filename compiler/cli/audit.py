@@ -7,22 +7,51 @@ from typing import Annotated
 
 import typer
 
-from erasec.cli.options import DEVICE, JSON, JUDGE, PICKLE, REVISION, SEED, VARIANT, VERBOSE, report_errors
+from erasec.cli import completion
+from erasec.cli.options import BASE, DEVICE, JSON, JUDGE, PICKLE, REVISION, SEED, VARIANT, VERBOSE, report_errors
 from erasec.errors import printable
 from erasec.progress import note as say
 
 
 def audit(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|BUILD", help="a build, one of its folders, or any model; see erasec build")
+        str,
+        typer.Argument(
+            metavar="MODEL|BUILD",
+            help="a build, one of its folders, or any model; see erasec build",
+            autocompletion=completion.models,
+        ),
     ],
-    base: Annotated[str, typer.Option("--base", "-b", metavar="MODEL", help="by default that of the build")] = "",
-    twin: Annotated[str, typer.Option("--twin", metavar="MODEL", help="a model that never saw the concept")] = "",
-    concept: Annotated[str, typer.Option("--concept", "-c", help="by default the one that the build erased")] = "",
-    suite: Annotated[str, typer.Option("--suite", "-s", help="quick, standard or full")] = "quick",
+    base: BASE = "",
+    twin: Annotated[
+        str,
+        typer.Option(
+            "--twin",
+            metavar="MODEL",
+            help="a model that never saw the concept",
+            autocompletion=completion.models,
+        ),
+    ] = "",
+    concept: Annotated[
+        str,
+        typer.Option(
+            "--concept",
+            "-c",
+            help="by default the one that the build erased",
+            autocompletion=completion.concepts,
+        ),
+    ] = "",
+    suite: Annotated[
+        str, typer.Option("--suite", "-s", help="quick, standard or full", autocompletion=completion.suites)
+    ] = "quick",
     probe: Annotated[
         list[str] | None,
-        typer.Option("--probe", metavar="NAME[:key=value,...]", help="instead of a suite; may be repeated"),
+        typer.Option(
+            "--probe",
+            metavar="NAME[:key=value,...]",
+            help="instead of a suite; may be repeated",
+            autocompletion=completion.probes,
+        ),
     ] = None,
     judge: JUDGE = None,
     limit: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from erasec.cli.options import JSON, VERBOSE, report_errors
+from erasec.cli.options import BASE, JSON, VERBOSE, report_errors
 from erasec.cli.output import table
 from erasec.errors import printable
 
@@ -22,7 +22,7 @@ def explain(
         list[str] | None,
         typer.Option("--prompt", help="by default each phrase that is erased or kept; may be repeated"),
     ] = None,
-    base: Annotated[str, typer.Option("--base", "-b", metavar="MODEL", help="by default that of the build")] = "",
+    base: BASE = "",
     against: Annotated[
         list[str] | None,
         typer.Option("--against", metavar="PHRASE", help="further phrases to compare with; may be repeated"),

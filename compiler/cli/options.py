@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from erasec.cli import completion
 from erasec.cli.start import SIGNALS
 from erasec.errors import BAD_INPUT, INTERRUPTED, ErasecError, printable
 from erasec.registry import ROBUST_PASSES
@@ -23,6 +24,13 @@ MODEL = Annotated[
     typer.Argument(
         help="bundled name, alias, diffusers folder, single file or hub id; or a recipe.toml, which flags override",
         metavar="MODEL|RECIPE",
+        autocompletion=completion.models,
+    ),
+]
+BASE = Annotated[
+    str,
+    typer.Option(
+        "--base", "-b", metavar="MODEL", help="by default that of the build", autocompletion=completion.models
     ),
 ]
 ERASE = Annotated[
@@ -32,6 +40,7 @@ ERASE = Annotated[
         "-e",
         metavar="CONCEPT",
         help="bundled concept, concept.toml, any phrase, or names.txt with one of them per line; may be repeated",
+        autocompletion=completion.concepts,
     ),
 ]
 PASS = Annotated[
@@ -41,6 +50,7 @@ PASS = Annotated[
         "-p",
         metavar="NAME[:key=value,...]",
         help="pass, by default chosen by the kind of the concept; may be repeated; or file.py:Class",
+        autocompletion=completion.passes,
     ),
 ]
 ROBUST = Annotated[
@@ -57,6 +67,7 @@ TARGET = Annotated[
         "-t",
         metavar="NAME[:key=value,...]",
         help="format to write in addition to the plain checkpoint; may be repeated",
+        autocompletion=completion.targets,
     ),
 ]
 KEY = Annotated[
@@ -83,6 +94,7 @@ JUDGE = Annotated[
         metavar="NAME",
         help="judge of the pictures, by default one that knows the model or can see the concept; "
         "NAME[:key=value,...] or file.py:Class; may be repeated",
+        autocompletion=completion.judges,
     ),
 ]
 GATE = Annotated[
@@ -95,6 +107,7 @@ AUDIT = Annotated[
         metavar="SUITE",
         help="attack the built checkpoint with quick, standard or full, and reject it where a gate of the recipe is "
         "missed",
+        autocompletion=completion.suites,
     ),
 ]
 PICTURE = Annotated[

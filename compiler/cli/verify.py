@@ -9,14 +9,19 @@ from typing import Annotated
 
 import typer
 
-from erasec.cli import output
+from erasec.cli import completion, output
 from erasec.cli.options import JSON, PICKLE, REVISION, VARIANT, VERBOSE, report_errors
 from erasec.progress import note as say
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="output folder of a build")],
-    base: Annotated[str, typer.Option("--base", "-b", metavar="MODEL", help="the model that was edited")] = "",
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base", "-b", metavar="MODEL", help="the model that was edited", autocompletion=completion.models
+        ),
+    ] = "",
     key: Annotated[
         Path | None, typer.Option("--key", "-k", metavar="PUB.pem", help="public key of who signed the bundle")
     ] = None,

@@ -72,6 +72,11 @@ class _Undoing(TypedDict):
 
 
 @with_config(OPEN)
+class _Extras(TypedDict):
+    keys: list[str]
+
+
+@with_config(OPEN)
 class ProofReport(TypedDict):
     """What ``erasec verify`` reads of a report."""
 
@@ -83,6 +88,8 @@ class ProofReport(TypedDict):
     applied: list[_Edit]
     written: list[_Written]
     undoing: list[_Undoing]
+    extras: _Extras
+    unjudged: list[str]
 
 
 @with_config(OPEN)

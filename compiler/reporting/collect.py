@@ -18,6 +18,7 @@ from erasec.graphs.signature import DENOISERS, pixel_unit
 from erasec.ldm.single_file import SingleFile
 from erasec.model.loading import BUNDLED, NOTICE
 from erasec.model.sidecar import read_extras
+from erasec.reporting.front_matter import read_license
 from erasec.reporting.report import ArtifactRecord, BaseRecord, Pair, SiteMove
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def base_record(model: Model) -> BaseRecord:
         source.index["_class_name"],
         source.variant or only_variant(source.root),
         text,
+        {} if model.name in BUNDLED or kind == "file" else read_license(source.root),
     )
 
 

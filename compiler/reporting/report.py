@@ -15,10 +15,10 @@ from PIL import Image
 
 from erasec.checkpoint.manifest import FileRecord, combined_digest
 from erasec.checkpoint.safetensors import atomic_write
-from erasec.family import HUB
 from erasec.reporting import charts
-from erasec.reporting.facts import ALIVE, GROUPS, facts_of, plain, title
+from erasec.reporting.facts import ALIVE, GROUPS, facts_of, plain
 from erasec.reporting.format import about
+from erasec.reporting.front_matter import front_matter
 from erasec.reporting.read import CARD, PAGE, REPORT
 from erasec.reporting.wording import FILTERS
 
@@ -111,13 +111,15 @@ class ArtifactRecord:
 class BaseRecord:
     """How diffusers loads the base model. ``kind`` is "hub", "bundled", "folder" or "file", and ``name`` is its name
     without its path. ``pipeline`` is the class, and ``variant`` the one that a folder must be given, or "". ``notice``
-    is the Markdown text that copies of a bundled model must carry, "" if there is none."""
+    is the Markdown text that copies of a bundled model must carry, "" if there is none. ``license`` has the fields of
+    the base's own card: license, license_name, license_link."""
 
     kind: str
     name: str
     pipeline: str
     variant: str = ""
     notice: str = ""
+    license: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,10 @@ def write_report(report: Report, out: Path) -> None:
         heat=charts.heat_map(report.moves),
         reduced=any(max(pair.before.shape[:2]) > SIDE for pair in report.pairs),
     )
-    base_model = HUB.get(report.model["name"], title(report.model))
     card = environment.get_template("card.md.j2").render(
         facts,
         groups=GROUPS,
-        base_model=base_model,
+        front_matter=front_matter(report),
         base=report.base,
         rebuild=report.rebuild,
         open_notes=OPEN_NOTES,

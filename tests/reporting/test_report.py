@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from sample_report import Page, leaves, star_report, written
 
 from erasec.base import Check
 from erasec.model.loading import load
 from erasec.reporting import collect
+from erasec.reporting.front_matter import read_license
 from erasec.reporting.read import outcome as read_outcome
 from erasec.reporting.read import read_report
 from erasec.reporting.report import ArtifactRecord, BaseRecord, Report, write_report
@@ -203,20 +205,86 @@ def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     assert "not a number" in Page(html).text and "infinite" in Page(html).text and "not a number" in card
 
 
+def front_matter(card: str) -> Any:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
 def test_card_front_matter(tmp_path: Path) -> None:
+    """The base is named where it is a model of the hub: any other name would link to a stranger's model."""
     model = {**star_report().model, "name": "sd14", "revision": "133a221"}
     for at, (report, base) in enumerate(
         (
-            (star_report(), "glyphs"),
+            (star_report(), None),
             (star_report(model=model), "CompVis/stable-diffusion-v1-4"),
-            (star_report(model={**model, "name": "folder/of/mine", "revision": ""}), "mine"),
+            (star_report(model={**model, "name": "our-team/model"}), "our-team/model"),
+            (star_report(model={**model, "name": "folder/of/mine", "revision": ""}), None),
         )
     ):
-        card = written(report, tmp_path / str(at))[2]
-        front = yaml.safe_load(card.split("---\n")[1])
-        assert front["base_model"] == base
+        front = front_matter(written(report, tmp_path / str(at))[2])
+        assert front.get("base_model") == base
+        assert front.get("base_model_relation") == (base and "finetune")
         assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "text-to-image")
-        assert {"erasec", "onnx"} <= set(front["tags"])
+        assert {"erasec", "onnx", "erasec-passed"} <= set(front["tags"])
+
+
+def test_the_rates_of_the_card_are_those_of_the_report(tmp_path: Path) -> None:
+    _, facts, card = written(star_report(), tmp_path / "a")
+    data = ModelCard(card).data
+    values = {(item.dataset_config, item.metric_name.split(", ")[1]): item.metric_value for item in data.eval_results}
+    assert values == {
+        (group, f"{side} the edit"): round(rates[side], 4)
+        for group, rates in facts["summary"].items()
+        for side in ("before", "after")
+    }
+    assert len(values) == 8 and data.model_name == facts["verdict"]
+    unseen = front_matter(written(star_report(rates=(), judged=()), tmp_path / "b")[2])
+    assert "model-index" not in unseen and "erasec-not-judged" in unseen["tags"]
+
+
+def test_the_card_asks_for_a_gate_where_something_can_undo_the_erasure(tmp_path: Path) -> None:
+    undoing = ({"path": "edit", "inside": True, "undoes": "x"}, {"path": "a.key", "inside": False, "undoes": "y"})
+    front = front_matter(written(star_report(undoing=undoing), tmp_path / "a")[2])
+    assert "(edit)" in front["extra_gated_prompt"] and "bring star back" in front["extra_gated_prompt"]
+    assert [*front["extra_gated_fields"].values()] == ["checkbox"]
+    apart = front_matter(written(star_report(undoing=undoing[1:]), tmp_path / "b")[2])
+    assert not {name for name in apart if name.startswith("extra_gated")}
+
+
+def test_a_name_cannot_end_the_front_matter(tmp_path: Path) -> None:
+    evil = "star\n---\nlicense: mit\n# erased"
+    concept = {**star_report().concepts[0], "name": evil}
+    undoing = ({"path": "edit", "inside": True, "undoes": "x"},)
+    report = star_report(concepts=(concept,), judged=(evil,), undoing=undoing)
+    front = front_matter(written(report, tmp_path)[2])
+    assert "license" not in front and front["model-index"][0]["name"].startswith("star --- license: mit")
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: creativeml-openrail-m\ntags: [x]\n---\n# A model", {"license": "creativeml-openrail-m"}),
+        (
+            "---\nlicense: other\nlicense_name: our-terms\nlicense_link: LICENSE.md\n---\n",
+            {"license": "other", "license_name": "our-terms", "license_link": "LICENSE.md"},
+        ),
+        ("---\nlicense: [mit]\nlicense_name: x\n---\n", {}),
+        ("---\nlicense: 'no\n license'\n---\n", {}),
+        ("---\nlicense: mit\nlicense_link: 'javascript:x'\n---\n", {"license": "mit"}),
+        ("---\n: {\n---\n", {}),
+        ("---\n- a list\n---\n", {}),
+        ("# No metadata", {}),
+        (None, {}),
+    ],
+)
+def test_the_licence_of_the_base_is_that_of_its_card(
+    tmp_path: Path, card: str | None, expected: dict[str, str]
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read_license(tmp_path) == expected
+    base = BaseRecord("folder", "base", "StableDiffusionPipeline", license=read_license(tmp_path))
+    front = front_matter(written(star_report(base=base), tmp_path / "out")[2])
+    assert {name: text for name, text in front.items() if name.startswith("license")} == expected
 
 
 def test_the_card_shows_how_to_load_each_artifact(tmp_path: Path) -> None:
