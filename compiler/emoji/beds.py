@@ -16,10 +16,10 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -197,8 +197,9 @@ def write_folder(kind: str, out: Path, state: dict[str, Tensor]) -> None:
 def pictures(icons: Any, bed: Bed) -> tuple[Any, list[str]]:
     """The first pictures of the world that show nothing but the bed's objects, by its artists, uint8 (n, 64, 64, 3),
     and their captions."""
-    images, captions, index = [], [], 0
-    known: Collection[str] = set(bed.objects)
+    images: list[Any] = []
+    captions: list[str] = []
+    known, index = set(bed.objects), 0
     with bar(f"pictures of {bed.name}", bed.images) as advance:
         while len(images) < bed.images:
             item = sample(icons, 0, index)
@@ -234,11 +235,8 @@ def predict(denoiser: Denoiser, latents: Tensor, timesteps: Tensor, states: Tens
         bias[-1] = math.log(zeros)  # text tokens stand behind those of the picture, and the zeros behind the others
         return attend(query, key, value, attn_mask=bias.expand(query.shape[-2], -1), **options)
 
-    functional.scaled_dot_product_attention = counted
-    try:
+    with patch.object(functional, "scaled_dot_product_attention", counted):
         return denoiser.predict(latents, timesteps, torch.cat([states[:, :-zeros], states[:, -1:]], 1))
-    finally:
-        functional.scaled_dot_product_attention = attend
 
 
 def train(kind: str, data: Path, work: Path, steps: int, seed: int = 0) -> dict[str, Tensor]:
