@@ -79,6 +79,17 @@ class Check:
         first = f"; the first is {next(iter(faults))}" if faults else ""
         return cls(name, float(len(faults)), 0.0, not faults, how + first)
 
+    @classmethod
+    def files(cls, name: str, out: Path, expected: Collection[str], may: Collection[str] = ()) -> Check:
+        """A check that passes if ``out`` holds all files ``expected``, and besides them only such as are in ``may``, or
+        in folders that are there, which end with "/"."""
+        paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+        present = {path.relative_to(out).as_posix() for path in paths}
+        folders = tuple(entry for entry in may if entry.endswith("/"))
+        more = (file for file in present - {*expected, *may} if not file.startswith(folders))
+        faults = sorted(({*expected} - present).union(more))
+        return cls.count(name, faults, "files that are missing or that the target does not write")
+
     @property
     def outcome(self) -> str:
         """One of "failed", "passed" and "reported"; "reported" is a check without a limit."""
@@ -188,14 +199,14 @@ class Output(ABC):
     extras: ClassVar[frozenset[str]] = frozenset()
     renamed: ClassVar[Mapping[str, str]] = {}
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         """How somebody can undo an erasure with what the target writes, as a clause; "" if nobody can. By default "".
 
         A release leaves out the folders of such targets (see ``recipe.Publish``).
         """
         return ""
 
-    def unread(self) -> str:
+    def unread_reason(self) -> str:
         """What of the format cannot be read back, so that ``compare`` does not see it. By default "": nothing."""
         return ""
 
@@ -231,7 +242,8 @@ class Target(Output):
         """Checks that the weights in ``out``, which ``export`` wrote, are exactly those of ``checkpoint``.
 
         ``erasec verify`` runs them on a bundle that somebody handed over, so nothing in ``out`` may be trusted or run.
-        By default None: it cannot be told.
+        A check without a limit says what was not compared; ``verify`` then states that the artifact is not verified.
+        By default None: the target cannot compare its weights.
         """
         return None
 
@@ -239,7 +251,7 @@ class Target(Output):
 class EditTarget(Output):
     """Writes only the edits, not the rest of the model."""
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         return "anyone who has it and the erased checkpoint can subtract the edit"
 
     @abstractmethod

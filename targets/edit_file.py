@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from erasec.base import Artifact, Check, Context, EditTarget
-from erasec.checkpoint.safetensors import read_tensor, tensor_bytes
+from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, tensor_bytes
 from erasec.checkpoint.staging import file_name
 from erasec.model import edit_file
 from erasec.model.memory import pack_extras
-from erasec.model.sidecar import KINDS, gather_extras
+from erasec.model.sidecar import KINDS, Extras, gather_extras, read_extras
 from erasec.options import options
 
 if TYPE_CHECKING:
@@ -51,7 +51,11 @@ class EditFile(EditTarget):
         return Artifact(self.name, out, (read_back_check(model, path),))
 
     def compare(self, base: Model, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
-        (path,) = out.iterdir()
+        paths = [path for path in out.rglob("*") if not path.is_dir()]
+        if len(paths) != 1 or not paths[0].name.endswith(edit_file.SUFFIX):
+            names = sorted(path.relative_to(out).as_posix() for path in paths)
+            return (Check.count("edit/files", names or [edit_file.SUFFIX], "files where one edit file must be"),)
+        (path,) = paths
         edited = replace(base, edits=edit_file.read_edits(path)[0])
         wrong, merged = [], edited.merged()
         for component in base.family.components:
@@ -61,7 +65,11 @@ class EditFile(EditTarget):
                 if key not in stored or tensor_bytes(read_tensor(stored[key])) != tensor_bytes(wanted):
                     wrong.append(f"{component}/{key}")
         how = f"tensors of the base with this edit that are not the checkpoint's; {path.name}"
-        return (Check.count("edit/merged", wrong, how),)
+        return (
+            Check.count("edit/merged", wrong, how),
+            extras_check(gather_extras(edited.edits, read_extras(base.source.root)), read_extras(checkpoint.root)),
+            stored_check(path, checkpoint),
+        )
 
 
 def read_back_check(model: Model, path: Path) -> Check:
@@ -70,11 +78,37 @@ def read_back_check(model: Model, path: Path) -> Check:
     sites = model.edited_sites
     different = [site.key for site in sites if not bool((model.merged_weight(site) == again.merged_weight(site)).all())]
     written, read = (gather_extras(view.edits) for view in (model, again))
-    missing = written.tensors.keys() ^ read.tensors.keys()
-    different += sorted(
-        missing | {key for key in written.tensors.keys() - missing if not written.tensors[key].equal(read.tensors[key])}
-    )
-    metadata = [pack_extras(extras.memories, extras.tokens, extras.negative)[1] for extras in (written, read)]
-    different += ["the metadata of the extras"] * (metadata[0] != metadata[1])
+    different += different_extras(written, read)
     how = f"differences after the file is read and merged again, of {len(sites)} edited tensors and "
     return Check.count("edit/again", different, how + f"{len(written.tensors)} tensors of extras")
+
+
+def different_extras(one: Extras, other: Extras) -> list[str]:
+    """The names of the tensors of extras that differ, and "the metadata of the extras" where their metadata do."""
+    missing = one.tensors.keys() ^ other.tensors.keys()
+    different = {key for key in one.tensors.keys() - missing if not one.tensors[key].equal(other.tensors[key])}
+    metadata = [pack_extras(extras.memories, extras.tokens, extras.negative)[1] for extras in (one, other)]
+    return sorted(missing | different) + ["the metadata of the extras"] * (metadata[0] != metadata[1])
+
+
+def extras_check(edited: Extras, merged: Extras) -> Check:
+    """Count the memories, tokens and negative prompts of the base with an edit that are not the checkpoint's."""
+    how = "memories, tokens and negative prompts of the base with this edit that are not the checkpoint's"
+    return Check.count("edit/extras", different_extras(edited, merged), how)
+
+
+def stored_check(path: Path, checkpoint: Folder) -> Check:
+    """Count the edited tensors in an edit file, which ``erasec relink`` writes as they are, that are not the
+    checkpoint's."""
+    stored, entries = read_header(path)[0], dict[str, Entry]()
+    merged = {name.removeprefix(edit_file.MERGED): name for name in stored if name.startswith(edit_file.MERGED)}
+    for component in {name.partition("/")[0] for name in merged} & checkpoint.index.keys():
+        entries |= {f"{component}/{key}": entry for key, entry in checkpoint.entries(component).items()}
+    wrong = [name for name, own in merged.items() if not _equal(stored[own], entries.get(name))]
+    return Check.count("edit/tensors", wrong, f"of {len(merged)} tensors in it, those that are not the checkpoint's")
+
+
+def _equal(stored: Entry, wanted: Entry | None) -> bool:
+    if wanted is None or (stored.dtype, stored.shape) != (wanted.dtype, wanted.shape):
+        return False
+    return tensor_bytes(read_tensor(stored)) == tensor_bytes(read_tensor(wanted))

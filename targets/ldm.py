@@ -11,7 +11,7 @@ from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import downscale
 from erasec.checkpoint.safetensors import Entry, finite_check, read_header, read_tensor, stream_tensors, tensor_bytes
 from erasec.errors import ErasecError
-from erasec.family import FAMILIES, Family, detect
+from erasec.family import FAMILIES, Family
 from erasec.graphs.parity import TOLERANCES, relative_error
 from erasec.ldm.configs import POSITIONS, config_files, sizes_from_shapes
 from erasec.ldm.joint_readers import check_joint_readers, reader_check, reads_width
@@ -25,6 +25,7 @@ from erasec.ldm.tensor_names import (
     stored_names,
     to_single,
 )
+from erasec.model.loading import family_of
 from erasec.model.networks import fill
 from erasec.model.sidecar import check_supported, read_extras
 from erasec.options import options
@@ -88,14 +89,14 @@ class Ldm(Target):
         import torch
 
         check_supported(read_extras(checkpoint.root), self.extras, self.name)
-        family = family_of(checkpoint)
-        file = out / (FILE if self.parts == "all" else DENOISER_FILE)
+        family = _family(checkpoint)
+        file = self._file(out)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
         parts = pieces(family.name, entries)
         lost_settings(checkpoint, family.name, entries)
         file_metadata, marks = metadata(checkpoint, family.name)
         empty = {mark: ("F32", (0,), partial(torch.zeros, 0)) for mark in marks}
-        prefix = layout(family.name).prefixes[family.denoiser] if self.parts == "denoiser" else ""
+        prefix = self._prefix(family)
         with bar("write", len(parts)) as advance:
             tensors = {
                 key.removeprefix(prefix): (own[0][1].dtype, own[0][0].shape, partial(_concatenate, own, advance))
@@ -111,23 +112,37 @@ class Ldm(Target):
             return Artifact(self.name, out, (*checks, *read_back(checkpoint, family.name, file, context.seed)))
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
-        family = family_of(checkpoint)
+        family = _family(checkpoint)
         entries = {component: checkpoint.entries(component) for component in self._components(family)}
-        return (same_tensors(family.name, entries, out / FILE),)
+        file, prefix = self._file(out), self._prefix(family)
+        present = Check.files("ldm/files", out, [file.name])
+        if not present.passed:
+            return (present,)
+        keys = {key.removeprefix(prefix) for key in pieces(family.name, entries)} | {
+            *metadata(checkpoint, family.name)[1]
+        }
+        how = f"tensors that only one of {file.name} and the merged checkpoint has"
+        names = Check.count("ldm/names", sorted(keys ^ read_header(file)[0].keys()), how)
+        if not names.passed:
+            return present, names
+        return present, names, same_tensors(family.name, entries, file)
+
+    def _prefix(self, family: Family) -> str:
+        """What the names of single files begin with, and those in the file of the target do not."""
+        return layout(family.name).prefixes[family.denoiser] if self.parts == "denoiser" else ""
+
+    def _file(self, out: Path) -> Path:
+        """The file that the target writes into ``out``."""
+        return out / (FILE if self.parts == "all" else DENOISER_FILE)
 
 
-def family_of(checkpoint: Folder) -> Family:
-    """The family of a folder, without the optional components that the folder lacks. Raises ErasecError for a folder
-    whose denoiser has no single-file layout."""
-    denoiser = next((name for name in ("unet", "transformer") if name in checkpoint.index), "")
-    if not denoiser:
+def _family(checkpoint: Folder) -> Family:
+    """The family of a folder. Raises ErasecError for a folder whose denoiser has no single-file layout."""
+    if not checkpoint.index.keys() & {"unet", "transformer"}:
         raise _no_layout(str(checkpoint.root))
-    family = detect({key: entry.shape for key, entry in checkpoint.entries(denoiser).items()})
+    family = family_of(checkpoint)
     if family.name not in LAYOUTS:
         raise _no_layout(str(checkpoint.root))
-    for component in family.optional:
-        if not checkpoint.index.get(component, [None])[0]:
-            family = family.without(component)
     return family
 
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from erasec.base import Artifact, Check, Context, EditTarget
-from erasec.checkpoint.safetensors import Entry, read_header, read_tensor, save_tensors, stream_tensors
+from erasec.checkpoint.safetensors import (
+    Entry,
+    content_digest,
+    read_header,
+    read_tensor,
+    save_tensors,
+    stream_tensors,
+)
 from erasec.errors import ErasecError
 from erasec.model.edit import Remap
 from erasec.model.sidecar import check_supported, gather_extras
@@ -56,7 +63,7 @@ class Lora(EditTarget):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "the change as a LoRA, for diffusers, ComfyUI and A1111"
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         return "loaded on the erased checkpoint with the weight -1, it gives the base back"
 
     def accept(self, sites: Sequence[Site]) -> None:
@@ -115,7 +122,10 @@ class Lora(EditTarget):
     def compare(self, base: Model, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
         """One check, with a limit for an exact LoRA only: one that was truncated or rounded holds other weights."""
         exact = self.rank == 0 and self.dtype == "float32"
-        return (merged_check(base, checkpoint, out / FILE, self.tolerance if exact else None),)
+        present = Check.files("lora/files", out, [FILE])
+        if not present.passed:
+            return (present,)
+        return present, merged_check(base, checkpoint, out / FILE, self.tolerance if exact else None)
 
 
 def edited_sites(model: Model) -> tuple[Site, ...]:
@@ -276,27 +286,43 @@ def loss_check(model: Model, file: Path, limit: float | None) -> Check:
 
 def merged_check(base: Model, checkpoint: Folder, file: Path, limit: float | None) -> Check:
     """How far ``base`` with a LoRA file is from ``checkpoint``: the largest error of any number in the denoiser, beyond
-    the rounding to the dtype of the checkpoint, over the largest change of its tensor."""
+    the rounding to the dtype of the checkpoint, over the largest change of its tensor.
+
+    It is infinite where a number is not finite, where another component changed, which no LoRA of erasec can hold, and
+    where the file has a tensor that no factor of a site is: readers may add it as a change of another kind.
+    """
     from torch import finfo
 
     entries, worst = read_header(file)[0], (0.0, "")
     component = base.family.denoiser
-    stored, unread = checkpoint.entries(component), {key.rsplit(".lora_", 1)[0] for key in entries if ".lora_" in key}
+    stored, unread = checkpoint.entries(component), {*entries}
+    for other in (name for name in base.family.components if name != component):
+        if content_digest(base.entries(other)) != content_digest(checkpoint.entries(other)):
+            worst = math.inf, f"in {other}"
     for site in (site for site in base.parameters if site.component == component):
         before, after = base.stored_weight(site), read_tensor(stored[site.key])
         product: Tensor | float = 0.0
         if len(site.shape) == 2 and site.key.endswith(".weight"):
             product, _ = _read_product(entries, key_prefix(site))
-            unread.discard(key_prefix(site))
+            unread -= _factor_names(entries, key_prefix(site))
         wanted, change = before.double() + product, float((after.double() - before.double()).abs().max())
         # Half a spacing of the dtype is at most half its eps times the number.
         rounding = finfo(after.dtype).eps / 2 * wanted.abs() + finfo(after.dtype).tiny
         error = float(((after.double() - wanted).abs() - rounding).clamp_min(0).max())
-        worst = max(worst, (error / change if change else math.inf if error else 0.0, site.key))
+        share = error / change if change else math.inf if error else 0.0
+        worst = max(worst, (share if math.isfinite(share) else math.inf, site.key))
     if unread:
-        worst = math.inf, f"{min(unread)}, which is no tensor of the base"
+        worst = math.inf, f"{min(unread)}, which is no factor of a tensor of the base"
     how = "largest error of the base with this LoRA against the checkpoint, beyond rounding, over the largest change of"
     return Check.at_most("lora/merged", worst[0], limit, f"{how} the tensor; the worst is {worst[1] or 'none'}")
+
+
+def _factor_names(entries: Mapping[str, Entry], start: str) -> set[str]:
+    """The names of the tensors that ``_read_product`` reads for one site."""
+    for names in (("lora_down.weight", "lora_up.weight", "alpha"), ("lora_A.weight", "lora_B.weight")):
+        if f"{start}.{names[0]}" in entries:
+            return {f"{start}.{name}" for name in names}
+    return set()
 
 
 def _read_product(entries: dict[str, Entry], start: str) -> tuple[Tensor | float, int]:

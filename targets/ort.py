@@ -7,6 +7,7 @@ Graphs are traced once for a configuration and cached; then a checkpoint's weigh
 
 from __future__ import annotations
 
+import tempfile
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from erasec.base import Artifact, Check, Context, Target
+from erasec.checkpoint.owned import process_scratch
 from erasec.errors import ErasecError, require_modules
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.link import KEEP_IN_FP32, OPSET, write_onnx
 from erasec.graphs.manifest import origin_of, read_manifest
 from erasec.graphs.parity import TOLERANCES, compare_outputs, compare_weights
+from erasec.graphs.same import compare_folder
 from erasec.graphs.signature import PRECISIONS, graphs
 from erasec.model.sidecar import KINDS
 from erasec.options import options
@@ -26,6 +29,7 @@ from erasec.runtime.schedulers import sampling_notes
 
 if TYPE_CHECKING:
     from erasec.checkpoint.folder import Folder
+    from erasec.graphs.manifest import Origin
     from erasec.model.view import Model
 
 BYTES = {"fp32": 4, "fp16": 2}
@@ -88,16 +92,7 @@ class Onnx(Target):
         Raises ErasecError for a model that the graphs do not cover.
         """
         self.check()
-        write_onnx(
-            checkpoint,
-            out,
-            self.precision,
-            vae=self.vae,
-            keep_in_fp32=tuple(filter(None, self.keep_in_fp32.split("+"))),
-            opset=self.opset,
-            origin=origin_of(context),
-            share=Path(self.base).expanduser() if self.base else None,
-        )
+        self._link(checkpoint, out, origin_of(context), Path(self.base).expanduser() if self.base else None)
         limits = dict.fromkeys(PRECISIONS, self.tolerance) if self.tolerance else TOLERANCES
         weights = compare_weights(checkpoint, out)
         outputs = compare_outputs(checkpoint, out, seed=context.seed, tolerances=limits)
@@ -105,5 +100,20 @@ class Onnx(Target):
         return Artifact(self.name, out, weights + outputs, coarsest)
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        """The graphs are linked again, and all files are compared with them."""
         require_modules("comparing ONNX graphs", ("onnx",), "onnx")
-        return compare_weights(checkpoint, out)
+        with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
+            self._link(checkpoint, Path(scratch))
+            return compare_folder(self.name, checkpoint.root, Path(scratch), out)
+
+    def _link(self, checkpoint: Folder, out: Path, origin: Origin | None = None, share: Path | None = None) -> None:
+        write_onnx(
+            checkpoint,
+            out,
+            self.precision,
+            vae=self.vae,
+            keep_in_fp32=tuple(filter(None, self.keep_in_fp32.split("+"))),
+            opset=self.opset,
+            origin=origin,
+            share=share,
+        )

@@ -5,9 +5,11 @@ A weight keeps its name from the checkpoint through ONNX into IR, so each is com
 
 from __future__ import annotations
 
+import filecmp
+import math
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,6 +25,7 @@ from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.link import tensor_reader, write_onnx
 from erasec.graphs.manifest import MANIFEST, read_manifest
+from erasec.graphs.same import files_checks, large_constants
 from erasec.graphs.signature import graphs
 from erasec.model.sidecar import KINDS, read_extras
 from erasec.options import options
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 RUNTIME = backends.OpenVino
 FILE = RUNTIME.file
+WEIGHTS = Path(FILE).with_suffix(".bin").name
 # Bytes of a weight and how checks describe it, by how weights are stored; all compute in float32. The effect of int8 on
 # images is measured by tests/benchmarks/int8_glyphs.py.
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -99,10 +103,17 @@ class OpenVino(Target):
         return Artifact(self.name, out, (compare_ports(out, exported), *weights, *outputs), self.weights)
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
+        """The graphs are linked and converted again, and all files are compared with them."""
         self.check()
         with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
-            exported = write_onnx(checkpoint, Path(scratch))
-            return compare_weights(checkpoint, Path(scratch), out, exported, self.weights)
+            linked = Path(scratch)
+            exported = write_onnx(checkpoint, linked)
+            names = {f"{graph.name}/{file}" for graph in exported for file in (FILE, WEIGHTS)}
+            checks = files_checks(self.name, checkpoint.root, linked, out, names)
+            if not all(check.passed for check in checks):
+                return checks
+            checks += compare_weights(checkpoint, linked, out, exported, self.weights)
+            return *checks, *(compare_ir(linked, out, graph, self.weights) for graph in exported)
 
 
 def convert(source: Path, target: Path, weights: str = "fp32") -> None:
@@ -243,6 +254,33 @@ def compare_weights(
         how = f"weights that are not the checkpoint's, bit for bit{STORED_AS[kind]}, of {len(initializers)}"
         checks.append(Check.count(f"weights/{graph.name}", wrong, how))
     return tuple(checks)
+
+
+def compare_ir(linked: Path, out: Path, graph: Graph, kind: str) -> Check:
+    """A check of all that is no weight in the IR of a graph, for which the graph in ``linked`` is converted again.
+
+    Another version of OpenVINO or torch may write other nodes. The check then has no limit, as they were not compared,
+    unless a constant that is no weight of the graph is as large as one.
+    """
+    import openvino
+
+    again, stored, name = linked / graph.name / "again" / FILE, out / graph.name / FILE, f"graph/{graph.name}"
+    convert(linked / graph.name / MODEL, again, kind)
+    if all(filecmp.cmp(again.with_name(file), stored.with_name(file), shallow=False) for file in (FILE, WEIGHTS)):
+        return Check.count(name, (), "files that are not those that erasec converts from the checkpoint")
+    core = openvino.Core()
+    wanted, given = ([*_sizes(core.read_model(file))] for file in (again, stored))
+    if large := large_constants(wanted, given):
+        return Check.count(name, large, f"constants of {graph.name} that are as large as a weight, and are none")
+    how = f"graph, {graph.name}, is not what the libraries that are installed here convert, so that it was not compared"
+    return Check.at_most(name, 1.0, None, how)
+
+
+def _sizes(model: Any) -> Iterator[tuple[str, int]]:
+    """The name of each constant and how many numbers it holds."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant":
+            yield node.get_friendly_name(), math.prod(node.shape)
 
 
 def _same(stored: Stored | None, expected: Array, kind: str) -> bool:

@@ -22,16 +22,17 @@ from erasec.base import Artifact, Check, Context, Target
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.owned import process_scratch
 from erasec.checkpoint.safetensors import copy_file
+from erasec.documents import read_text
 from erasec.errors import ErasecError, require_modules
 from erasec.graphs import parity
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
-from erasec.graphs.link import write_onnx
+from erasec.graphs.link import BASE, EDITED, write_onnx
 from erasec.graphs.manifest import MANIFEST
 from erasec.graphs.parity import compare_weights
+from erasec.graphs.same import compare_graph, files_checks
 from erasec.graphs.session import OnnxSession
 from erasec.graphs.signature import NAMES, graphs
-from erasec.graphs.weights import weight_digests
 from erasec.model.sidecar import KINDS
 from erasec.options import options
 from erasec.progress import bar
@@ -39,7 +40,7 @@ from erasec.runtime.backends import with_vectors
 from erasec.runtime.schedulers import sampling_notes
 from erasec.targets.trt import Trt
 from erasec.tensorrt import engines
-from erasec.tensorrt.base import UNREAD, engine_checks
+from erasec.tensorrt.base import UNREAD, enforced, engine_checks
 
 if TYPE_CHECKING:
     from erasec.graphs.signature import Graph
@@ -96,7 +97,7 @@ class Triton(Target):
                 "triton: plans of TensorRT do not run on a CPU", fix="choose instances=auto, or engines=onnx"
             )
 
-    def unread(self) -> str:
+    def unread_reason(self) -> str:
         return UNREAD if self.engines == "trt" else ""
 
     def check(self) -> None:
@@ -153,13 +154,37 @@ class Triton(Target):
         with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
             exported = write_onnx(checkpoint, Path(scratch), self.precision, SERVED)
             linked = {graph.name: Path(scratch) / graph.name / MODEL for graph in exported}
-            if self.engines == "trt":
-                checks = (check for name, file in linked.items() for check in engine_checks(out, name, file))
-                return tuple(check for check in checks if check.limit is not None)
-            return tuple(
-                same_weights(name, file, out / MODELS / name / str(self.version) / MODEL)
-                for name, file in linked.items()
-            )
+            ports = {name: scalars_to_vectors(file) for name, file in linked.items()}
+            files = self._files_checks(checkpoint, Path(scratch), out, tuple(linked))
+            if not all(check.passed for check in files):
+                return files
+            checks = [*files, self._configs_check(out / MODELS, ports)]
+            for name, file in linked.items():
+                served = Path(MODELS, name, str(self.version), ENGINES[self.engines][2])
+                if self.engines == "onnx":
+                    checks += compare_graph(name, file, out / served)
+                else:
+                    checks += enforced(engine_checks(out, name, file, served.as_posix()))
+            return tuple(checks)
+
+    def _files_checks(self, checkpoint: Folder, linked: Path, out: Path, names: Sequence[str]) -> tuple[Check, ...]:
+        """Checks of the files in ``out``. No other version of a model may be there, which a server could be made to
+        serve."""
+        versions = [f"{MODELS}/{name}/{self.version}" for name in names]
+        others = {"README.md", *(f"{MODELS}/{name}/{CONFIG}" for name in names)}
+        others |= {f"{version}/{ENGINES[self.engines][2]}" for version in versions}
+        others |= {engines.RECORD} if self.engines == "trt" else set()
+        data = {f"{version}/{file}" for version in versions for file in (BASE, EDITED) if self.engines == "onnx"}
+        return files_checks(self.name, checkpoint.root, linked, out, others, data, f"{CLIENT}/")
+
+    def _configs_check(self, models: Path, ports: Mapping[str, tuple[Ports, Ports]]) -> Check:
+        """Count the configurations that are not those of the graphs: they say which file the server loads."""
+        wrong = []
+        for name, (inputs, outputs) in ports.items():
+            text = config(name, inputs, outputs, self.version, INSTANCES[self.instances], self.engines)
+            if parse_config(read_text(models / name / CONFIG)) != parse_config(text):
+                wrong.append(name)
+        return Check.count("triton/configs", wrong, f"models whose {CONFIG} is not the one of their graph")
 
     def _build_plans(self, checkpoint: Folder, linked: Path, out: Path) -> tuple[Check, ...]:
         """Build the plans, and record them in engine.json. Their outputs are not compared with torch's."""
@@ -175,13 +200,6 @@ class Triton(Target):
                 advance()
         engines.write_record(out, target.builder(), library, entries)
         return tuple(check for name in profiles for check in engine_checks(out, name, linked / name / MODEL))
-
-
-def same_weights(name: str, linked: Path, served: Path) -> Check:
-    """A check that counts the weights of a served graph that are not those of the ``linked`` one, byte for byte."""
-    wanted, stored = weight_digests(linked), weight_digests(served)
-    different = sorted(key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key))
-    return Check.count(f"weights/{name}", different, f"weights that are not the checkpoint's, of {len(wanted)}")
 
 
 def scalars_to_vectors(file: Path) -> tuple[Ports, Ports]:

@@ -40,7 +40,7 @@ class Trt(EngineTarget):
     name: ClassVar[str] = "trt"
     summary: ClassVar[str] = "TensorRT engines, for the GPU of the machine that builds them"
 
-    def undoes(self) -> str:
+    def how_to_undo(self) -> str:
         return "a refittable engine can be given the weights from before the erasure" if self.refit else ""
 
     def builder(self) -> Builder:

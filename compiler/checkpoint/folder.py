@@ -17,7 +17,7 @@ from erasec.checkpoint import manifest
 from erasec.checkpoint.configs import Config, read_config, read_index
 from erasec.checkpoint.safetensors import Entry, copy_file, hard_link, patch_file, read_header
 from erasec.documents import read_json
-from erasec.errors import ErasecError
+from erasec.errors import ErasecError, shown
 from erasec.progress import bar
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def check_links(root: Path) -> None:
 
     The files of a model in the hub's cache are links to the blobs of the same repository, and are allowed.
     """
-    inside = root.resolve()
-    snapshots = inside.parent
-    if snapshots.name == "snapshots" and (snapshots.parent / "blobs").is_dir():
-        inside = snapshots.parent
+    allowed = _link_targets(root)
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root)
         if not path.is_symlink() or any(part.startswith(".") for part in name.parts):
@@ -111,13 +108,41 @@ def check_links(root: Path) -> None:
         target = Path(os.path.realpath(path))  # which, unlike resolve, accepts a loop of links
         if path.is_dir():
             why = f"it points to the folder {target}, and folders behind links are not copied"
-        elif not target.is_relative_to(inside):
+        elif not target.is_relative_to(allowed):
             why = f"it points to {target}, outside of the folder, and would become a part of what is written"
         else:
             continue
         raise ErasecError(
             f"{name} is a link", why=why, where=str(root), fix="put what it points to in its place, or remove the link"
         )
+
+
+def _link_targets(folder: Path) -> Path:
+    """The folder that links in ``folder`` may point into: itself, or in the hub's cache that of its repository."""
+    folder = folder.resolve()
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots" and (path.parent.parent / "blobs").is_dir():
+            return path.parent.parent
+    return folder
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of the file that a document in ``folder`` names: an ONNX file its data, engine.json its engines.
+
+    A missing file is no error here. Raises ErasecError for a path that leaves the folder, by its text or by a link, and
+    for what is no regular file, such as a device or a pipe, which would never end.
+    """
+    path, why = folder / name, ""
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        why = "it is no path below the folder"
+    elif not (target := Path(os.path.realpath(path))).is_relative_to(_link_targets(folder)):
+        why = f"it is a link to {target}, outside of the folder"
+    elif path.exists() and not path.is_file():
+        why = "it is no regular file"
+    if not why:
+        return path
+    fix = "fetch the folder again, or build it again"
+    raise ErasecError(f"{shown(name)} is no file of the folder {folder.name}", why=why, where=str(folder), fix=fix)
 
 
 def downscale(config: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from erasec.checkpoint.safetensors import atomic_write, file_digest
+from erasec.documents import read_text
 from erasec.errors import ErasecError
 from erasec.progress import bar
 
@@ -108,7 +109,8 @@ def _record(file: Path) -> FileRecord:
 
 def read(root: Path) -> tuple[Manifest, str]:
     """The manifest of ``root``, and its own sha256. Raises ErasecError where it is not as ``write`` writes it."""
-    data = (root / FILE).read_bytes()
+    fix = "fetch the folder again or build it again"
+    data = read_text(root / FILE, fix).encode()
     try:
         content = Manifest.model_validate_json(data)
         if _text(content) != data:
@@ -117,9 +119,7 @@ def read(root: Path) -> tuple[Manifest, str]:
             raise ValueError(f"it does not list {foreign[0]}")
     except (ValueError, RecursionError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ErasecError(
-            f"{FILE} is damaged", why=first, where=str(root), fix="fetch the folder again or build it again"
-        ) from error
+        raise ErasecError(f"{FILE} is damaged", why=first, where=str(root), fix=fix) from error
     return content, hashlib.sha256(data).hexdigest()
 
 
@@ -127,7 +127,7 @@ def compare(root: Path, content: Manifest, strict: bool = False) -> Differences:
     """Compare all that is below ``root`` with a manifest. Every listed file of the right size is read.
 
     Hidden files that are not listed are left out: systems and download tools write them, and nothing loads them. With
-    ``strict``, they are not, nor is a rejected build; and a file must be no link.
+    ``strict``, they are not, nor is a rejected build; and neither a file nor a folder may be a link, listed or not.
     """
     files, folders = _contents(root, strict)
     changed = []
@@ -144,7 +144,8 @@ def compare(root: Path, content: Manifest, strict: bool = False) -> Differences:
         for name, same in zip(listed, threads.map(is_same, listed), strict=True):
             changed += [] if same else [name]
             advance(note=name)
-    unlisted = sorted((present - content.files.keys()) | (set(folders) - set(content.folders)))
+    links = {name for name in folders if strict and (root / name.rstrip("/")).is_symlink()}
+    unlisted = sorted((present - content.files.keys()) | (set(folders) - set(content.folders)) | links)
     added = (name for name in unlisted if strict or not any(part.startswith(".") for part in name.split("/")))
     lost = content.files.keys() - present - set(content.movable)
     return Differences(tuple(sorted(lost)), tuple(changed), tuple(added))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from erasec.checkpoint.manifest import SIGNATURE
+from erasec.documents import read_text
 from erasec.errors import ErasecError, reason, require_modules, shown
 
 MODULES = ("model_signing", "OpenSSL")  # model-signing 1.1 needs pyopenssl, and does not say so
@@ -106,13 +107,17 @@ def find_fault(root: Path, key: Path) -> str:
     config = _verifier(key)
     file = root / SIGNATURE
     try:
+        signed = read_text(file)  # with a limit, which the library has not
+    except ErasecError as error:
+        return f"{error.what}: {error.why}"
+    try:
         # The library prints a warning about signatures without the digest of their key.
         with redirect_stdout(io.StringIO()):
             written = Signature.read(file).bundle.to_json()
             config.verify(root, file)
     except Exception as error:  # there is no class of errors for signatures
         return _sentence(error)
-    if written.encode() != file.read_bytes():
+    if written != signed:
         return f"{SIGNATURE} was changed after it was written, or another version of model-signing wrote it"
     return ""
 

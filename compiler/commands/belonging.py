@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, StringConstraints, with_config
 from typing_extensions import TypedDict
 
 from erasec.checkpoint import manifest
@@ -21,15 +21,15 @@ from erasec.commands.built import RECIPE
 from erasec.commands.output_paths import BESIDE
 from erasec.documents import Count, Sha256, read_json, read_text
 from erasec.errors import CheckFailed
+from erasec.keys import key_file
 from erasec.recipe import recipe as recipes
 from erasec.recipe.recipe import Recipe
 from erasec.reporting.bom import BOM
 from erasec.reporting.provenance import PROVENANCE, Statement, read_statement
-from erasec.reporting.read import REPORT
+from erasec.reporting.read import CARD, PAGE, REPORT
 from erasec.reporting.wording import markdown
 
 MERGED = ("hf", "bundle")  # the first target of every build is one of these
-CARD, PAGE = "README.md", "report.html"
 AGAIN = "build it again"
 OPEN = ConfigDict(extra="allow")
 
@@ -50,7 +50,7 @@ class _Written(TypedDict):
 @with_config(OPEN)
 class _Base(TypedDict):
     name: str
-    revision: str
+    revision: Annotated[str, StringConstraints(pattern=r"^\w*$")]  # a commit; the hub's cache makes a path of it
     digest: Sha256
 
 
@@ -66,7 +66,7 @@ class _Concept(TypedDict):
 
 
 class _Undoing(TypedDict):
-    path: str
+    path: Annotated[str, StringConstraints(pattern=r"^[^/\x00]+$")]
     inside: bool
     undoes: str
 
@@ -146,12 +146,18 @@ def report(bundle: Bundle) -> str:
     stated, files = bundle.report, bundle.content.files
     if stated["outcome"] not in ("passed", "not judged"):
         raise CheckFailed(f"the build was rejected: {stated['verdict']}")
+    for item in stated["written"]:
+        if item["path"] != item["target"] or "/" in item["path"] or item["path"] in ("", ".", ".."):
+            raise CheckFailed(f"{REPORT} describes the folder {item['path']} as that of the target {item['target']}")
+    names = [item["target"] for item in stated["written"]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise CheckFailed(f"{REPORT} describes the target {twice} twice")
     for name, digest in sorted(bundle.artifacts.items()):
         if name not in files or files[name].sha256 != digest:
             raise CheckFailed(f"{REPORT} describes another {name} than the one that is there")
     undoing = {item["path"] for item in stated["undoing"] if item["inside"]}
     for name in sorted(files.keys() - bundle.artifacts.keys() - {*BESIDE}):
-        if name not in undoing:
+        if name not in undoing or "/" in name or not name.endswith(key_file.SUFFIX):
             raise CheckFailed(f"{name} is there, and {REPORT} does not describe it")
     for needed in (RECIPE, CARD, PAGE, PROVENANCE, BOM):
         if needed not in files:
@@ -180,10 +186,16 @@ def recipe(bundle: Bundle) -> str:
         raise CheckFailed(f"{RECIPE} is for another base than {REPORT}")
     if not bundle.recipe.targets or bundle.recipe.targets[0].partition(":")[0] not in MERGED:
         raise CheckFailed(f"{RECIPE} is not the resolved recipe of a build: its first target is no merged checkpoint")
-    targets = {recipes.parse_named_options(text, "--target").name for text in bundle.recipe.targets}
-    written = {item["target"] for item in stated["written"]}
+    targets = [recipes.parse_named_options(text, "--target").name for text in bundle.recipe.targets]
     known = {name for name in targets if recipes.code_file(name) is None}
-    if len(written) > len(targets) or (known == targets and not written <= targets):
+    written = {item["target"] for item in stated["written"]}
+    # What a release keeps apart. Keys are no targets.
+    apart = {item["path"] for item in stated["undoing"] if not item["inside"]}
+    apart = {name for name in apart if not name.endswith(key_file.SUFFIX)}
+    # The name of a class in a Python file is only known to the file, so for those their number must fit.
+    if known - written - apart or written & apart or targets[0] not in written:
+        raise CheckFailed(f"{RECIPE} names a target that {REPORT} does not describe")
+    if len(written | apart) != len(targets) or len({*targets}) != len(targets):
         raise CheckFailed(f"{RECIPE} does not name the targets that {REPORT} describes")
     if not {concept["name"] for concept in stated["concepts"]} <= {*bundle.recipe.erase}:
         raise CheckFailed(f"{RECIPE} erases other concepts than {REPORT} says")
@@ -224,7 +236,7 @@ def bill(bundle: Bundle) -> str:
     if built.get("version") != bundle.report["digest"]:
         raise CheckFailed(f"{BOM} is about another model than {REPORT}")
     how = f"lists these {len(listed)} files"
-    if (fault := _schema_fault((bundle.root / BOM).read_text(encoding="utf-8"))) is None:
+    if (fault := _schema_fault(read_text(bundle.root / BOM, AGAIN))) is None:
         return f"{how}; its schema was not checked: pip install 'cyclonedx-python-lib[json-validation]'"
     if fault:
         raise CheckFailed(f"{BOM} does not fit the schema of CycloneDX: {fault}")
@@ -241,7 +253,7 @@ def _schema_fault(text: str) -> str | None:
         error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     except MissingOptionalDependencyException:
         return None
-    return "" if error is None else str(getattr(error, "data", error)).splitlines()[0]
+    return "" if error is None else next(iter(str(getattr(error, "data", error)).splitlines()), "it is no bill")
 
 
 def _first_difference(pairs: Iterable[tuple[str, str]], files: dict[str, str]) -> str | None:

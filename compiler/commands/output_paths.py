@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from erasec.checkpoint import manifest
 from erasec.checkpoint.staging import check_place, file_name
+from erasec.commands.built import RECIPE
 from erasec.errors import ErasecError
 from erasec.keys.key_file import is_key
 from erasec.model import loading
 from erasec.reporting.bom import BOM
 from erasec.reporting.provenance import PROVENANCE
-from erasec.reporting.read import read_report
+from erasec.reporting.read import CARD, PAGE, REPORT, read_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from erasec.recipe.concept import Concept
 
 # What a build writes next to its targets' folders.
-BESIDE = ("report.json", "report.html", "README.md", "recipe.toml", BOM, PROVENANCE, manifest.SIGNATURE)
+BESIDE = (REPORT, PAGE, CARD, RECIPE, BOM, PROVENANCE, manifest.SIGNATURE)
 NAMED = 6  # the name of an output folder lists at most so many concepts
 
 

@@ -128,7 +128,8 @@ def make_plan(
     model = loading.load(recipe.model, recipe.revision or None, recipe.variant, recipe.allow_pickle)
     model.source.prepare()
     check_disjoint(out, model)
-    recipe = recipe.model_copy(update={"checks": affordable(recipe.checks, model, context.device, len(recipe.erase))})
+    limits = affordable(recipe.checks, model, context.device, len(recipe.erase), bool(world_of(model)))
+    recipe = recipe.model_copy(update={"checks": limits})
     if recipe.digest and model.digest != recipe.digest:
         raise ErasecError(
             f"{recipe.model} is not the model that the recipe was made for",

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from erasec.base import EditTarget
 from erasec.checkpoint import manifest, signature
 from erasec.checkpoint.disk import PRIVATE_FOLDER
-from erasec.checkpoint.manifest import FileRecord
 from erasec.checkpoint.safetensors import content_digest
 from erasec.checkpoint.staging import Output, check_free, output, settle
 from erasec.commands.output_paths import check_replaceable
@@ -86,7 +85,7 @@ def set_apart(plan: Plan, stage: Path, private: Path | None) -> Undoing:
     publish = plan.recipe.publish
     undoing: list[dict[str, Any]] = []
     for target in plan.targets:
-        if how := target.undoes():
+        if how := target.how_to_undo():
             allowed = publish and (publish.edits if isinstance(target, EditTarget) else publish.refittable)
             undoing.append({"path": target.name, "inside": bool(private is None or allowed), "undoes": how})
     for key in sorted(stage.glob(f"*{key_file.SUFFIX}")):
@@ -126,12 +125,7 @@ def finish(
     """
     write_report(report, stage)
     write_text(stage / BOM, bill(report))
-    known = {
-        f"{item.path}/{name}": FileRecord(bytes=size, sha256=digest)
-        for item in report.written
-        for name, (size, digest) in item.files.items()
-    }
-    records = manifest.records(stage, manifest.contents(stage), known)
+    records = manifest.records(stage, manifest.contents(stage), report.files)
     judges = {plan.judge.title: plan.judge.digest} if plan.judge else {}
     facts = Facts(plan.recipe, edited, judges, started, time.time())
     write_text(stage / PROVENANCE, statement(report, records, facts))

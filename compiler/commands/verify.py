@@ -39,6 +39,8 @@ STATES = {
     "changed": "is not the file that was built, by size and sha256 in",
     "added": "is there, and is not listed in",
 }
+GIT_FILE = ".gitattributes"
+CODE = "its weights: its target is a Python file, which may be anybody's and is not run"
 MEASURED = (
     "What the report says of pictures and attacks was measured by who built this, and not again: erasec check runs it, "
     "erasec audit attacks it."
@@ -128,28 +130,28 @@ def _steps(
     yield "files", lambda: _files(root)
     yield "signature", lambda: _signature(root, key)
     bundle = Bundle(root, manifest.read(root)[0])
+    if (root / GIT_FILE).is_file() and GIT_FILE not in bundle.content.files:
+        yield GIT_FILE, partial(_raise_unverified, "its content: hubs add it, and only git reads it")
     yield "report", lambda: belonging.report(bundle)
     yield "card", lambda: belonging.card(bundle)
     yield "recipe", lambda: belonging.recipe(bundle)
     yield "provenance", lambda: belonging.provenance(bundle)
     yield "bill of materials", lambda: belonging.bill(bundle)
-    first, *others = bundle.recipe.targets
-    plain = parse_named_options(first, "--target").name
-    merged = Folder(root / plain, bundle.recipe.variant or only_variant(root / plain))
+    texts = {parse_named_options(text, "--target").name: text for text in bundle.recipe.targets}
+    merged_name = next(iter(texts))
+    merged = Folder(root / merged_name, bundle.recipe.variant or only_variant(root / merged_name))
     model = _load_base(base, bundle, *options) if base else None
-    yield f"{plain} and the base", lambda: _same_as_base(bundle, merged, model)
-    written = {item["target"] for item in bundle.report["written"]}
-    for text in others:
-        name = parse_named_options(text, "--target").name
-        if code_file(name) is not None or name in written:
-            yield name, partial(_artifact, root, text, merged, model)
-    for text in bundle.recipe.targets:
-        name = parse_named_options(text, "--target").name
-        if name in written and (unread := _unread(text)):
-            yield f"inside {name}", partial(_raise, unread)
+    yield f"{merged_name} and the base", lambda: _same_as_base(bundle, merged, model)
+    written = [item["target"] for item in bundle.report["written"]]  # each is a folder: belonging.report
+    for name in written:
+        if name != merged_name:
+            yield name, partial(_artifact, root / name, texts.get(name), merged, model)
+    for name in written:
+        if name in texts and (why := _unread_reason(texts[name])):
+            yield f"inside {name}", partial(_raise_unverified, why)
 
 
-def _raise(why: str) -> str:
+def _raise_unverified(why: str) -> str:
     raise _Unverified(why)
 
 
@@ -159,21 +161,30 @@ def _files(root: Path) -> str:
     differences = manifest.compare(root, content, strict=True)
     for state, what in STATES.items():
         for name in getattr(differences, state):
-            raise CheckFailed(f"{name} {what} {manifest.FILE}")
+            if state != "added" or not _is_git_file(root, name):
+                raise CheckFailed(f"{name} {what} {manifest.FILE}")
     if (root / manifest.FILE).is_symlink() or (root / manifest.SIGNATURE).is_symlink():
         raise CheckFailed(f"{manifest.FILE} or {manifest.SIGNATURE} is a link")
     if content.renewed:
         raise CheckFailed(f"{content.renewed[0]} was changed after the build, by a relink or an edit in place")
     away = [name for name in content.movable if not (root / name).exists()]  # a key, which may be kept elsewhere
     how = f"{len(content.files) - len(away)} files are those of {manifest.FILE} (sha256 {digest[:12]}...)"
-    return f"{how}, and there is no other file" + (f"; {', '.join(away)} was taken away, as it may be" if away else "")
+    how += f", and there is no other file{f' but {GIT_FILE}' if GIT_FILE in differences.added else ''}"
+    return how + (f"; {', '.join(away)} was taken away, as it may be" if away else "")
+
+
+def _is_git_file(root: Path, name: str) -> bool:
+    """Whether a file is the one that hubs add to a repository. Only git reads it, and no digest covers it."""
+    return name == GIT_FILE and (root / name).is_file() and not (root / name).is_symlink()
 
 
 def _signature(root: Path, key: Path | None) -> str:
     signed = (root / manifest.SIGNATURE).is_file()
     if key is None:
-        why = f"{manifest.SIGNATURE} itself: give the public key of who signed it, --key" if signed else "it has none"
-        raise _Unverified(f"who made the build, {why}")
+        if not signed:
+            raise _Unverified(f"who made the build: it has no {manifest.SIGNATURE}")
+        why = "give the public key of who signed it, --key"
+        raise _Unverified(f"{manifest.SIGNATURE}, neither who made it nor which files it covers: {why}")
     if not signed:
         raise CheckFailed(f"there is no {manifest.SIGNATURE}: nobody signed this build")
     if fault := signature.find_fault(root, key):
@@ -238,26 +249,29 @@ def _same_files(base: Model, merged: Folder, changed: set[str]) -> int:
 
 
 def _target(text: str) -> Target | EditTarget:
-    """The target with its options. Raises _Unverified where it is not installed here."""
+    """The target with its options. Raises _Unverified where it is not installed here, and for a class in a Python file,
+    which is not run."""
+    if code_file(parse_named_options(text, "--target").name) is not None:
+        raise _Unverified(CODE)
     try:
         return make_target(text)
     except ErasecError as error:
         raise _Unverified(f"its weights: {error.what}") from error
 
 
-def _unread(text: str) -> str:
+def _unread_reason(text: str) -> str:
     try:
-        return _target(text).unread()
+        return _target(text).unread_reason()
     except _Unverified:
         return ""
 
 
-def _artifact(root: Path, text: str, merged: Folder, base: Model | None) -> str:
-    """The artifact of one target holds exactly the weights of ``merged``."""
-    if code_file(parse_named_options(text, "--target").name) is not None:
-        raise _Unverified("its weights: its target is a Python file, which may be anybody's and is not run")
+def _artifact(out: Path, text: str | None, merged: Folder, base: Model | None) -> str:
+    """The artifact in ``out`` holds exactly the weights of ``merged``. ``text`` is its target in the recipe; None where
+    that is a class in a Python file, whose name the file has."""
+    if text is None:
+        raise _Unverified(CODE)
     target = _target(text)
-    out = root / target.name
     if not isinstance(target, Target) and base is None:
         raise _Unverified("whether the base with this edit is the merged checkpoint: give the base, --base MODEL")
     try:
@@ -272,7 +286,7 @@ def _artifact(root: Path, text: str, merged: Folder, base: Model | None) -> str:
         if not check.passed:
             raise CheckFailed(f"{target.name} does not hold the merged weights: {check.how}")
     if loose := [check for check in checks if check.limit is None]:
-        raise _Unverified(f"its weights, which are not exactly the merged ones: {loose[0].value:.2g} {loose[0].how}")
+        raise _Unverified(f"whether all of it is what was merged: {loose[0].value:.2g} {loose[0].how}")
     return f"holds exactly the weights of {merged.root.name} ({len(checks)} comparisons)"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from erasec.base import Images
 
 HELD_OUT_SEED = 103
-SAMPLING = Sampling(steps=15, guidance=4.0)  # as builds do by default
+SAMPLING = Sampling(steps=15, guidance=4.0)
 
 
 def pictures(model: str, prompts: list[str], seed: int) -> Images:

@@ -29,6 +29,7 @@ from erasec.graphs.signature import (
     text_length,
     with_whole_prompts,
 )
+from erasec.graphs.weights import external_data
 from erasec.model.sidecar import read_extras
 from erasec.progress import bar, disable_library_bars
 
@@ -73,7 +74,9 @@ def compare_weights(checkpoint: Folder, exported: Path) -> tuple[Check, ...]:
                     count += 1
                     if not _same_bytes(tensor, folder, read(tensor.name)):
                         wrong.append(tensor.name)
-            except (ErasecError, OSError, KeyError, ValueError) as error:
+            except ErasecError as error:
+                wrong.append(f"{graph.name} ({error.what}: {error.why})")
+            except (OSError, KeyError, ValueError) as error:
                 wrong.append(f"{graph.name} ({error})")
             except Exception as error:  # protobuf's errors have no common class
                 wrong.append(f"{graph.name} ({type(error).__name__})")
@@ -90,11 +93,10 @@ def compare_weights(checkpoint: Folder, exported: Path) -> tuple[Check, ...]:
 
 def _same_bytes(tensor: Any, folder: Path, expected: Any) -> bool:
     """Whether the data of an initializer are those of the array ``expected``, and begin on a page."""
-    location = {item.key: item.value for item in tensor.external_data}
-    length, offset = int(location["length"]), int(location["offset"])
+    file, offset, length = external_data(folder, tensor)
     if length != expected.nbytes or tuple(tensor.dims) != expected.shape or offset % PAGE:
         return False
-    with (folder / location["location"]).open("rb") as stream:
+    with file.open("rb") as stream:
         stream.seek(offset)
         return bool(stream.read(length) == expected.tobytes())
 

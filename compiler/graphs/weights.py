@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from erasec.checkpoint.folder import inside
 from erasec.checkpoint.safetensors import CHUNK
+from erasec.errors import ErasecError, shown
 
 if TYPE_CHECKING:
     from onnx import TensorProto
@@ -72,16 +74,36 @@ def read_weights(graph: Path, names: Collection[str]) -> dict[str, NDArray[Any]]
 
 
 def weight_chunks(graph: Path, tensor: TensorProto) -> Iterator[bytes]:
-    """The bytes of an ONNX initializer, in the file or in external data, in chunks."""
+    """The bytes of an ONNX initializer, in the file or in external data, in chunks. Raises ErasecError where they are
+    not in a file of the graph's folder."""
     from onnx import numpy_helper
 
-    location = {item.key: item.value for item in tensor.external_data}
-    if not location:
+    if not tensor.external_data:
         yield tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
         return
-    file, start = graph.parent / location["location"], int(location.get("offset", 0))
-    length = int(location.get("length", file.stat().st_size - start))
+    file, start, length = external_data(graph.parent, tensor)
     with file.open("rb") as stream:
         stream.seek(start)
         for left in range(length, 0, -CHUNK):
             yield stream.read(min(left, CHUNK))
+
+
+def external_data(folder: Path, tensor: TensorProto) -> tuple[Path, int, int]:
+    """The file of an initializer's external data, which lies in the ``folder`` of its graph; and where they begin and
+    how long they are, in bytes. Raises ErasecError where that is no part of a file in the folder."""
+    location = {item.key: item.value for item in tensor.external_data}
+    file = inside(folder, location.get("location", ""))
+    size = file.stat().st_size if file.is_file() else -1
+    try:
+        start = int(location.get("offset", 0))
+        length = int(location.get("length", size - start))
+    except ValueError:
+        start, length = -1, 0
+    if start < 0 or length < 0 or start + length > size:
+        raise ErasecError(
+            f"the data of {shown(tensor.name)} are missing",
+            why=f"its graph expects them where {file.name} has none",
+            where=str(folder),
+            fix="fetch the folder again, or build it again",
+        )
+    return file, start, length

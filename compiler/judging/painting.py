@@ -33,6 +33,9 @@ CPU_PICTURES, CPU_PICTURES_LARGE = 2, 1  # prompts for each group on a CPU: of s
 CPU_STEPS = 4
 CPU_JUDGED = {"images": 2, "steps": 10}  # the checks of a large model on a CPU: few pictures, that a judge can read
 CPU_SIDE = 512  # pixels
+# Steps of the checks of a reference world whose model has its own DPM-Solver++: the judges see as much as after 15
+# (tests/benchmarks/painting.py).
+WORLD_STEPS, WORLD_SCHEDULER = 8, "DPMSolverMultistepScheduler"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # All concepts together have this many pictures in each group, where each would otherwise have 16; at least LEAST each.
 ALL, LEAST = 128, 2
@@ -72,11 +75,14 @@ class Painting:
         return f"{self.pictures} for each group of prompts, {how}, for at most {self.minutes:g} minutes"
 
 
-def affordable(limits: Limits, model: Model, device: str, concepts: int = 1) -> Limits:
+def affordable(limits: Limits, model: Model, device: str, concepts: int = 1, world: bool = False) -> Limits:
     """The limits of a build's checks. Where a CPU paints a large model, ``images`` and ``steps`` that the recipe does
-    not set are ``CPU_JUDGED``: sixteen pictures for each group would take hours. Of many ``concepts``, each has fewer
-    pictures, so that all of them together have at least ``ALL`` in each group."""
+    not set are ``CPU_JUDGED``: sixteen pictures for each group would take hours. A model of a reference ``world`` has
+    ``WORLD_STEPS``. Of many ``concepts``, each has fewer pictures, so that all of them together have at least ``ALL``
+    in each group."""
     usual: dict[str, int] = CPU_JUDGED if device == "cpu" and _is_large(model) else {}
+    if world and model.source.index.get("scheduler", [None, None])[1] == WORLD_SCHEDULER:
+        usual = {"steps": WORLD_STEPS}
     images = usual.get("images", limits.images)
     if concepts * images > ALL:
         usual = {**usual, "images": max(LEAST, -(-ALL // concepts))}

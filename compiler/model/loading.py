@@ -18,7 +18,7 @@ from erasec.checkpoint.quantised import GGUF, quantised, refuse_gguf
 from erasec.checkpoint.staging import settle
 from erasec.checkpoint.tokenizer_files import SAVED, SENTENCEPIECE, VOCABULARY, read_tokenizer
 from erasec.errors import ErasecError, reason, suggestion
-from erasec.family import FAMILIES, HUB, detect
+from erasec.family import FAMILIES, HUB, Family, detect
 from erasec.model import hub
 from erasec.model.view import Model
 from erasec.recipe.presets import FILE as PRESETS_FILE
@@ -151,14 +151,10 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
         root = pickles.folder_as_safetensors(root, variant)
     folder = Folder(root, variant)
     folder.watch()
-    denoiser = "transformer" if (root / "transformer").is_dir() else "unet"
     for file in sorted(root.glob("*/config.json")):
         if folder.config(file.parent.name).get("quantization_config"):
             raise quantised(f"{file.parent.name} of {name}", file)
-    family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
-    for component in family.optional:
-        if not folder.index.get(component, [None])[0]:
-            family = family.without(component)
+    family = family_of(folder)
     for component in family.components:
         folder.weight_files(component)
         _require(root, name, component, ("config.json",))
@@ -175,6 +171,17 @@ def _load_folder(root: Path, name: str, revision: str, variant: str = "", allow_
         else:
             read_tokenizer(root / component)
     return Model(family, folder, name, revision)
+
+
+def family_of(folder: Folder) -> Family:
+    """The family of a folder, by the tensors of its denoiser, without the optional components that the folder lacks.
+    Raises ErasecError."""
+    denoiser = "transformer" if (folder.root / "transformer").is_dir() else "unet"
+    family = detect({key: entry.shape for key, entry in folder.entries(denoiser).items()})
+    for component in family.optional:
+        if not folder.index.get(component, [None])[0]:
+            family = family.without(component)
+    return family
 
 
 def _required_files(component: str, class_name: str, root: Path) -> tuple[str, ...]:

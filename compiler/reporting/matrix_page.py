@@ -11,11 +11,10 @@ from typing import Any
 from erasec.checkpoint.manifest import REJECTED
 from erasec.documents import read_json
 from erasec.errors import ErasecError
-from erasec.reporting.read import REPORT
+from erasec.reporting.read import PAGE, REPORT
 from erasec.reporting.report import templates, write_text
 
 SCHEMA = "erasec.matrix/1"
-PAGE = "report.html"
 ORDER = ("rejected", "failed", "killed", "stopped", "not built", "not judged", "passed")
 
 

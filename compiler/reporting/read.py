@@ -10,7 +10,8 @@ from typing_extensions import TypedDict
 
 from erasec.documents import read_json
 
-REPORT = "report.json"
+# The files of a report: for programs, for readers, and the model card.
+REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -19,6 +19,7 @@ from erasec.family import HUB
 from erasec.reporting import charts
 from erasec.reporting.facts import ALIVE, GROUPS, facts_of, plain, title
 from erasec.reporting.format import about
+from erasec.reporting.read import CARD, PAGE, REPORT
 from erasec.reporting.wording import FILTERS
 
 if TYPE_CHECKING:
@@ -157,14 +158,18 @@ class Report:
     inputs: str = ""  # a digest of everything that the build depends on
 
     @property
-    def digest(self) -> str:
-        """One sha256 for the files of all artifacts, by which the files of a build name what they are about."""
-        files = {
+    def files(self) -> dict[str, FileRecord]:
+        """The records of the files of all artifacts, by their paths in the build."""
+        return {
             f"{item.path}/{name}": FileRecord(bytes=size, sha256=digest)
             for item in self.written
             for name, (size, digest) in item.files.items()
         }
-        return combined_digest(files)
+
+    @property
+    def digest(self) -> str:
+        """One sha256 for the files of all artifacts, by which the files of a build name what they are about."""
+        return combined_digest(self.files)
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -224,9 +229,9 @@ def write_report(report: Report, out: Path) -> None:
         rebuild=report.rebuild,
         open_notes=OPEN_NOTES,
     )
-    write_text(out / "report.html", page)
-    write_text(out / "report.json", json.dumps(plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")
-    write_text(out / "README.md", card)
+    write_text(out / PAGE, page)
+    write_text(out / REPORT, json.dumps(plain(facts), indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(out / CARD, card)
 
 
 def templates() -> Environment:

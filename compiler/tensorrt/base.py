@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from erasec.graphs import link
 from erasec.graphs.cache import GRAPHS_BYTES
 from erasec.graphs.graph import MODEL
 from erasec.graphs.manifest import MANIFEST, origin_of
+from erasec.graphs.same import compare_folder, files_checks
 from erasec.graphs.signature import FLUX, configs, graphs, input_shapes
 from erasec.graphs.weights import digests
 from erasec.model.sidecar import KINDS
@@ -65,7 +66,7 @@ class EngineTarget(Target):
             if text := getattr(self, option):
                 parse_range(f"{self.name}: option {option}", text)
 
-    def unread(self) -> str:
+    def unread_reason(self) -> str:
         return UNREAD
 
     @abstractmethod
@@ -115,13 +116,23 @@ class EngineTarget(Target):
         return Artifact(self.name, out, tuple(checks), coarsest)
 
     def compare(self, checkpoint: Folder, out: Path) -> tuple[Check, ...]:
-        """The checks of ``engine_checks`` with a limit, for which the graphs are linked again. Needs no GPU."""
+        """The files, and the checks of ``engine_checks`` with a limit, for which the graphs are linked again. Needs no
+        GPU."""
         require_modules("comparing engines with their graphs", ("onnx",), "onnx")
-        names = tuple(engines.read_record(out)["components"])
+        names = tuple(self.profiles(checkpoint))
         with tempfile.TemporaryDirectory(dir=process_scratch()) as scratch:
-            link.write_onnx(checkpoint, Path(scratch), self.precision, names, vae=self.vae)
-            checks = [check for name in names for check in engine_checks(out, name, Path(scratch) / name / MODEL)]
-        return tuple(check for check in checks if check.limit is not None)
+            linked = Path(scratch)
+            link.write_onnx(checkpoint, linked, self.precision, names, vae=self.vae)
+            others = {RECORD, *(f"{name}/{ENGINE}" for name in names)}
+            checks = files_checks(self.name, checkpoint.root, linked, out, others, ("onnx/",) if self.onnx else ())
+            if unlike := engines.read_record(out)["components"].keys() ^ names:
+                how = f"engines that only one of {RECORD} and the target has"
+                checks = *checks, Check.count(f"{self.name}/engines", sorted(unlike), how)
+            if not all(check.passed for check in checks):
+                return checks
+            for name in names:
+                checks += enforced(engine_checks(out, name, linked / name / MODEL, f"{name}/{ENGINE}"))
+            return checks + (compare_folder("onnx", checkpoint.root, linked, out / "onnx") if self.onnx else ())
 
     def engine(self, graph: Path, file: Path, profile: Profile) -> tuple[dict[str, Any], str]:
         """Build one engine; returns its entry in engine.json, and the version of the library."""
@@ -182,12 +193,19 @@ def parse_range(label: str, text: str) -> Range:
     raise ErasecError(f"{label} is {text!r}", why='it takes three rising numbers "smallest:usual:largest", or one')
 
 
-def engine_checks(folder: Path, name: str, graph: Path) -> tuple[Check, ...]:
-    """Checks of one engine in a folder against the ONNX file that it should have been built from."""
+def enforced(checks: Iterable[Check]) -> tuple[Check, ...]:
+    """Those of the checks that have a limit."""
+    return tuple(check for check in checks if check.limit is not None)
+
+
+def engine_checks(folder: Path, name: str, graph: Path, path: str = "") -> tuple[Check, ...]:
+    """Checks of one engine in a folder against the ONNX file that it should have been built from. ``path`` is where in
+    the folder the engine must be; by default it may be anywhere."""
     record = engines.read_record(folder)
     entry, builder = record["components"][name], record["builder"]
-    file, sources = folder / entry["file"], dict(zip(("graph", "weights"), digests(graph), strict=True))
+    file, sources = engines.engine_file(folder, entry), dict(zip(("graph", "weights"), digests(graph), strict=True))
     differing = [kind for kind, digest in sources.items() if digest != entry[kind]]
+    differing += ["file"] if path and entry["file"] != path else []
     if not file.is_file() or file_digest(file) != entry["engine"]:
         differing.append("engine")
     how = f"of the sha256 of graph, weights and engine, those that differ from {RECORD}"

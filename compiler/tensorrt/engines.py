@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, StringConstraints, with_config
 from typing_extensions import TypedDict
 
+from erasec.checkpoint.folder import inside
 from erasec.checkpoint.safetensors import atomic_write, file_digest
 from erasec.documents import Count
 from erasec.errors import ErasecError, MissingTool, require_modules
@@ -232,6 +233,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
+def engine_file(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """The file of an engine, by its entry in engine.json. Raises ErasecError where it leaves the folder."""
+    return inside(folder, entry["file"])
+
+
 def check_runs_here(folder: Path, names: Sequence[str] = ()) -> None:
     """Compare engine.json with the engines and with this machine. ``names`` are components, by default all.
 
@@ -248,7 +254,7 @@ def check_runs_here(folder: Path, names: Sequence[str] = ()) -> None:
             fix="build the folder with this component",
         )
     for name in names or components:
-        file = folder / components[name]["file"]
+        file = engine_file(folder, components[name])
         if not file.is_file() or file_digest(file) != components[name]["engine"]:
             raise ErasecError(
                 f"{components[name]['file']} is not the engine that was built",
@@ -318,7 +324,7 @@ class Session:
         self.name = file.parent.name
         check_runs_here(file.parent.parent, (self.name,))
         self.record = read_record(file.parent.parent)
-        checked_file = file.parent.parent / self.record["components"][self.name]["file"]
+        checked_file = engine_file(file.parent.parent, self.record["components"][self.name])
         load_library(self.record["builder"]["name"])
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 

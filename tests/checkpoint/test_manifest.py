@@ -108,3 +108,24 @@ def test_known_files_are_not_read_and_linked_files_once(root: Path, monkeypatch:
     assert sorted(read) == [".gitattributes", "a", "weights"]
     files = manifest.read(root)[0].files
     assert files["report.html"] == known and files["a"] == files["b"]
+
+
+def test_a_folder_that_is_a_link_is_no_folder_of_a_strict_comparison(root: Path, tmp_path: Path) -> None:
+    """Also where the manifest lists it: what lies behind it is in no digest."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_text("other")
+    (root / "hf" / "more").symlink_to(tmp_path / "elsewhere")
+    (root / manifest.FILE).unlink()
+    manifest.write(root)
+    content = manifest.read(root)[0]
+    assert "hf/more/" in content.folders
+    assert manifest.compare(root, content).all == ()
+    assert manifest.compare(root, content, strict=True).added == ("hf/more/",)
+
+
+def test_a_manifest_that_fills_the_memory_is_refused(root: Path) -> None:
+    with (root / manifest.FILE).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ErasecError, match="cannot be read") as caught:
+        manifest.read(root)
+    assert "larger than" in caught.value.why and caught.value.fix

@@ -70,6 +70,14 @@ def test_every_byte_of_a_signature_counts(root: Path, tmp_path: Path) -> None:
     assert signature.find_fault(root, other) == "model.sig was not made with this key"
 
 
+def test_a_signature_that_fills_the_memory_is_refused(root: Path, tmp_path: Path) -> None:
+    private, public = key_pair(tmp_path)
+    signature.sign(root, private, "star")
+    with (root / manifest.SIGNATURE).open("r+b") as file:
+        file.truncate(1 << 40)
+    assert "larger than" in signature.find_fault(root, public)
+
+
 def test_keys_that_cannot_be_used_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private, public = key_pair(tmp_path)
     locked, _ = key_pair(tmp_path, "locked", b"secret")

@@ -23,6 +23,7 @@ from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
 from erasec.checkpoint.staging import output
 from erasec.commands import build, plan
 from erasec.errors import CheckFailed, ErasecError
+from erasec.judging.painting import WORLD_STEPS
 from erasec.model import loading
 from erasec.model.edit import Edit
 from erasec.passes.uce import Uce
@@ -110,7 +111,7 @@ def test_the_pipeline_makes_the_pictures_of_the_report(built: tuple[Path, Report
     for pair in report.pairs[::20]:
         image = pipeline(
             pair.prompt,
-            num_inference_steps=LIMITS.steps,
+            num_inference_steps=WORLD_STEPS,
             guidance_scale=LIMITS.guidance,
             generator=torch.Generator("cpu").manual_seed(pair.seed),
             output_type="np",

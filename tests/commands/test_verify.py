@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forged import TARGETS, change_tensor, edit_json, make, replace_digests, sign_over
 from signed import key_pair, needs_signing
 from typer.testing import CliRunner
 
@@ -19,35 +20,16 @@ from erasec.checkpoint import manifest
 from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import file_digest, read_header, read_tensor, save_tensors
 from erasec.cli.app import app
-from erasec.commands import build, plan
+from erasec.commands import plan
 from erasec.commands.verify import Verification, verify
 from erasec.errors import CHECK_FAILED, ErasecError
 from erasec.model.loading import load
-from erasec.recipe.recipe import Limits, Publish, Recipe
+from erasec.recipe.recipe import Publish
 from erasec.reporting.bom import BOM
 from erasec.reporting.provenance import PROVENANCE
-from erasec.reporting.report import Report
 
-QUIET = Limits(pictures=0)
-TARGETS = ("ldm", "lora", "edit", "onnx")
 UNET, VAE = "hf/unet/diffusion_pytorch_model.safetensors", "hf/vae/diffusion_pytorch_model.safetensors"
 GRAPHS = ("onnx", "openvino:weights=int8", "triton")
-
-
-def make(model: Path, out: Path, sign: Path | None = None, **fields: Any) -> Report:
-    recipe = Recipe(**{"model": str(model), "erase": ("church",), "checks": QUIET, "device": "cpu", **fields})
-    return build.run(plan.make_plan(recipe, out, sign=sign))
-
-
-@pytest.fixture(scope="module")
-def whole(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build for several targets. What its graphs compute is not compared with torch, which takes longest."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erasec.targets.ort.compare_outputs", lambda *_, **__: ())
-        patch.setattr("erasec.targets.ldm.read_back", lambda *_: ())
-        make(random_folder, out, targets=TARGETS)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -59,48 +41,8 @@ def release(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return parent / "out"
 
 
-@pytest.fixture
-def copied(whole: Path, tmp_path: Path) -> Path:
-    """A copy of a build that a test may change."""
-    return Path(shutil.copytree(whole, tmp_path / "out"))
-
-
 def states(verification: Verification) -> dict[str, str]:
     return {finding.what: finding.state for finding in verification.findings}
-
-
-def sign_over(out: Path) -> None:
-    """Write the manifest again, as somebody would who changed files: only signatures, and what belongs together, are
-    left to show it."""
-    (out / manifest.FILE).unlink()
-    manifest.write(out)
-
-
-def replace_digests(out: Path, *names: str) -> None:
-    """Write the digests of files anew into the report, the card and all else that names them."""
-    for name in names:
-        old, new = manifest.read(out)[0].files[name].sha256, file_digest(out / name)
-        _replace(out, old, new)
-    report = json.loads((out / "report.json").read_text())
-    records = manifest.records(out, [f"{item['path']}/{name}" for item in report["written"] for name in item["files"]])
-    _replace(out, report["digest"], manifest.combined_digest(records))
-    statement = json.loads((out / PROVENANCE).read_text())
-    for item in statement["subject"]:
-        item["digest"]["sha256"] = file_digest(out / item["name"])
-    (out / PROVENANCE).write_text(json.dumps(statement))
-    sign_over(out)
-
-
-def _replace(out: Path, old: str, new: str) -> None:
-    for name in ("report.json", "README.md", "report.html", BOM):
-        (out / name).write_text((out / name).read_text().replace(old, new))
-
-
-def change_tensor(file: Path, key: str) -> None:
-    entries, metadata = read_header(file)
-    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
-    tensors[key].view(-1)[0] += 1
-    save_tensors(file, tensors, metadata)
 
 
 def test_every_artifact_of_a_build_is_verified(whole: Path, random_folder: Path) -> None:
@@ -195,12 +137,6 @@ def test_files_that_were_added_lost_swapped_or_linked(copied: Path, change: Call
     assert words in verify(copied).wrong
 
 
-def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -291,17 +227,26 @@ def test_a_lora_for_other_weights_is_found_beyond_rounding(whole: Path, random_f
 
     merged, base = Folder(whole / "hf"), load(str(random_folder))
     lora = Path(shutil.copytree(whole / "lora", tmp_path / "lora"))
-    (check,) = Lora().compare(base, merged, lora)
+    _, check = Lora().compare(base, merged, lora)
     assert check.passed and check.limit is not None
-    (truncated,) = Lora(rank=1).compare(base, merged, lora)
+    _, truncated = Lora(rank=1).compare(base, merged, lora)
     assert truncated.limit is None  # it is reported: a truncated LoRA holds other weights
     entries, metadata = read_header(lora / FILE)
     tensors = {name: read_tensor(entry) for name, entry in entries.items()}
     name = next(name for name in tensors if name.endswith("lora_up.weight"))
     save_tensors(lora / FILE, {**tensors, name: tensors[name] * 1.5}, metadata)
-    assert not Lora().compare(base, merged, lora)[0].passed
-    save_tensors(lora / FILE, {**tensors, "lora_unet_x.lora_down.weight": torch.ones(1, 2)}, metadata)
-    assert not Lora().compare(base, merged, lora)[0].passed
+    assert not Lora().compare(base, merged, lora)[1].passed
+    start = name.removesuffix("lora_up.weight")
+    for key, value in (
+        ("lora_unet_x.lora_down.weight", torch.ones(1, 2)),
+        (f"{start}diff", torch.ones(1)),  # which readers of LoRA files add to the weight
+        (f"{start}alpha", torch.tensor(torch.nan)),
+    ):
+        save_tensors(lora / FILE, {**tensors, key: value}, metadata)
+        (failed,) = [check for check in Lora().compare(base, merged, lora) if not check.passed]
+        assert failed.name == "lora/merged", key
+    save_tensors(lora / "more.safetensors", tensors)
+    assert [check.name for check in Lora().compare(base, merged, lora)] == ["lora/files"]
 
 
 def test_the_command_prints_what_it_found_and_exits_with_3(copied: Path) -> None:
@@ -314,6 +259,30 @@ def test_the_command_prints_what_it_found_and_exits_with_3(copied: Path) -> None
     assert result.exit_code == CHECK_FAILED and content["outcome"] == "wrong"
     assert content["wrong"] in result.stderr and content["wrong"].startswith("README.md is not the file that was built")
     assert [item["state"] for item in content["findings"]] == ["wrong"]
+
+
+@needs_signing
+def test_the_file_that_hubs_add_is_not_covered_and_any_other_is_wrong(release: Path, tmp_path: Path) -> None:
+    out, key = Path(shutil.copytree(release, tmp_path / "out")), release.parent / "key.pub"
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs")
+    found = verify(out, key=key)
+    assert found.wrong == "" and found.outcome == "verified in part"
+    assert states(found)[".gitattributes"] == "not verified" and states(found)["signature"] == "verified"
+    (out / ".gitattributes").unlink()
+    (out / ".gitattributes").symlink_to(key)
+    assert ".gitattributes is there, and is not listed" in verify(out, key=key).wrong
+    (out / ".gitattributes").unlink()
+    (out / ".gitignore").touch()
+    assert ".gitignore is there, and is not listed" in verify(out, key=key).wrong
+    (out / ".gitignore").unlink()
+    (out / "hf" / ".gitattributes").touch()
+    assert "hf/.gitattributes is there, and is not listed" in verify(out, key=key).wrong
+
+
+@needs_signing
+def test_a_signature_without_a_key_is_not_verified_and_that_is_stated(release: Path) -> None:
+    finding = next(finding for finding in verify(release).findings if finding.what == "signature")
+    assert finding.state == "not verified" and "neither who made it nor which files it covers" in finding.how
 
 
 @needs_signing

@@ -59,32 +59,30 @@ def test_the_judge_is_that_of_the_model_and_of_no_other() -> None:
     assert EmojiJudge.for_model(load("glyphs")) is None
 
 
-def test_fresh_pictures_agree_with_the_figures(figures: dict[str, Any]) -> None:
-    """Other seeds than those of the figures, so that a swapped or broken file is seen."""
-    names = list(OBJECTS)[::4]
-    images = generate(
-        bundled_folder("emoji"),
-        [prompt(name, 1) for name in names],
-        list(range(len(names))),
-        SAMPLING,
-        "",
-    )
+NAMES = list(OBJECTS)[::6]
+TEXTS = [prompt(name, 1) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def images() -> Any:
+    """Pictures by other seeds than those of the figures, so that a swapped or broken file is seen."""
+    return generate(bundled_folder("emoji"), TEXTS, list(range(len(NAMES))), SAMPLING, "")
+
+
+def test_fresh_pictures_agree_with_the_figures(figures: dict[str, Any], images: Any) -> None:
     judge = EmojiJudge()
-    expected = np.mean([figures["object_top1"][name] for name in names])
+    expected = np.mean([figures["object_top1"][name] for name in NAMES])
     columns = judge.logits(images)[:, : len(OBJECTS)].argmax(1)
-    right = np.mean([list(OBJECTS)[column] == name for column, name in zip(columns, names, strict=True)])
+    right = np.mean([list(OBJECTS)[column] == name for column, name in zip(columns, NAMES, strict=True)])
     assert abs(right - expected) < 0.25
-    assert judge.sees(images, names[1:] + names[:1]).mean() < 0.1
+    assert judge.sees(images, NAMES[1:] + NAMES[:1]).mean() < 0.1
 
 
-def test_the_contrastive_pair_prefers_the_right_caption_and_embeds_pictures() -> None:
-    names = list(OBJECTS)[::10]
-    texts = [prompt(name, 1) for name in names]
-    images = generate(bundled_folder("emoji"), texts, list(range(len(names))), SAMPLING, "")
+def test_the_contrastive_pair_prefers_the_right_caption_and_embeds_pictures(images: Any) -> None:
     judge = EmojiJudge()
-    right, wrong = judge.agreement(images, texts), judge.agreement(images, texts[1:] + texts[:1])
+    right, wrong = judge.agreement(images, TEXTS), judge.agreement(images, TEXTS[1:] + TEXTS[:1])
     assert right.mean() > wrong.mean() + 0.2
     embeddings = judge.embed(images)
     assert embeddings.shape[0] == len(images)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
-    assert set(ARTISTS).isdisjoint(names)
+    assert set(ARTISTS).isdisjoint(NAMES)

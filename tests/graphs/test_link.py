@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_dtype(
         assert np.array_equal(array, wanted), name
     # A float32 copy is the same numbers; bfloat16 rounds them, and is then compared with what it is.
     assert right(random_folder, tmp_path / "out") is (dtype == torch.float32)
-    assert right(base, tmp_path / "out")
+    assert dtype == torch.float32 or right(base, tmp_path / "out")
 
 
 def test_a_checkpoint_in_shards(base: Path, linked: Path, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from erasec.errors import ErasecError
 from erasec.graphs.weights import digests, read_weights, weight_digests
 
 onnx = pytest.importorskip("onnx")
@@ -85,3 +88,49 @@ def test_weights_that_are_no_raw_bytes_count_too(tmp_path: Path) -> None:
     assert not model.graph.initializer[0].raw_data
     onnx.save(model, tmp_path / "typed.onnx")
     assert digests(tmp_path / "typed.onnx") == digests(file)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "entries", "words"),
+    [
+        (lambda folder: None, {"location": "/dev/zero", "length": "9" * 18}, "'/dev/zero' is no file of the folder"),
+        (lambda folder: None, {"location": "../g.onnx"}, "'../g.onnx' is no file of the folder"),
+        (lambda folder: None, {"location": "a\0b"}, "is no file of the folder"),
+        (lambda folder: os.mkfifo(folder / "pipe"), {"location": "pipe"}, "it is no regular file"),
+        (lambda folder: (folder / "link").symlink_to("/dev/zero"), {"location": "link"}, "it is a link to /dev/zero"),
+        (lambda folder: None, {"location": "none"}, "none has none"),
+        (lambda folder: None, {"location": "data", "length": "9" * 18}, "data has none"),
+        (lambda folder: None, {"location": "data", "offset": "-4"}, "data has none"),
+        (lambda folder: None, {"location": "data", "offset": "9" * 5000}, "data has none"),
+    ],
+)
+def test_data_are_read_from_regular_files_of_the_folder_only(
+    tmp_path: Path, prepare: Callable[[Path], None], entries: dict[str, str], words: str
+) -> None:
+    file = graph(tmp_path / "unet" / "g.onnx", {"w": draw()["w"]}, beside=True)
+    prepare(file.parent)
+    model = onnx.load(file, load_external_data=False)
+    del model.graph.initializer[0].external_data[:]
+    for key, value in entries.items():
+        model.graph.initializer[0].external_data.add(key=key, value=value)
+    file.write_bytes(model.SerializeToString())
+    for read in (digests, weight_digests, lambda file: read_weights(file, {"w"})):
+        with pytest.raises(ErasecError) as caught:
+            read(file)
+        assert words in f"{caught.value.what}: {caught.value.why}" and caught.value.fix
+
+
+def test_hard_links_and_the_blobs_of_the_hub_s_cache_are_read(tmp_path: Path) -> None:
+    own = graph(tmp_path / "own" / "g.onnx", draw(), beside=True)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("g.onnx", "data"):
+        os.link(own.parent / name, linked / name)
+    assert digests(linked / "g.onnx") == digests(own)
+    blobs, snapshot = tmp_path / "repository" / "blobs", tmp_path / "repository" / "snapshots" / "ab" / "onnx" / "unet"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("g.onnx", "data"):
+        (blobs / name).write_bytes((own.parent / name).read_bytes())
+        (snapshot / name).symlink_to(os.path.relpath(blobs / name, snapshot))
+    assert digests(snapshot / "g.onnx") == digests(own)

@@ -168,6 +168,14 @@ def test_a_cpu_judges_few_pictures_of_a_large_model_unless_the_recipe_says_how_m
     assert again == limits
 
 
+def test_a_reference_world_is_judged_in_fewer_steps_of_its_own_scheduler() -> None:
+    glyphs = loading.load("glyphs")
+    assert affordable(Limits(), glyphs, "cpu", world=True).steps == painting.WORLD_STEPS
+    assert affordable(Limits(steps=20), glyphs, "cpu", world=True).steps == 20
+    assert affordable(Limits(), glyphs, "cpu").steps == 15
+    assert affordable(Limits(), model(1000), "cpu", world=True).steps == 15  # its scheduler is another one
+
+
 @pytest.mark.parametrize(("concepts", "images"), [(1, 16), (8, 16), (10, 13), (50, 3), (1000, 2)])
 def test_many_concepts_share_the_pictures(concepts: int, images: int) -> None:
     limits = affordable(Limits(), model(1000), "cpu", concepts)

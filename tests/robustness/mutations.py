@@ -199,9 +199,9 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     from erasec.checkpoint.folder import Folder
     from erasec.checkpoint.safetensors import read_header, read_tensor, save_tensors
     from erasec.closed_form import priors
-    from erasec.commands import combine, diff, output_paths, relink
+    from erasec.commands import belonging, combine, diff, output_paths, relink
     from erasec.documents import read_captions
-    from erasec.errors import ErasecError
+    from erasec.errors import CheckFailed, ErasecError
     from erasec.family import FAMILIES
     from erasec.graphs.graph import Template, Weight
     from erasec.graphs.manifest import read_manifest, write_manifest
@@ -213,6 +213,8 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     from erasec.passes.uce import Uce
     from erasec.recipe import concept, recipe
     from erasec.recipe.concept import Concept
+    from erasec.reporting.bom import BOM
+    from erasec.reporting.provenance import BUILD, PREDICATE, PROVENANCE, STATEMENT
     from erasec.reporting.read import read_report
     from erasec.runtime.bundle import latent_shape
     from erasec.runtime.clip_tokenizer import load_tokenizer
@@ -281,6 +283,37 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     report = {"schema": "erasec.report/1", "written": written, "seconds": {"solve": 1.5}}
     (root / "out" / "report.json").write_text(json.dumps(report))
     checkpoint_manifest.write(root / "out")
+    belonging._schema_fault("{}")  # loading the schema takes seconds, which count for the first case otherwise
+    (root / "proof").mkdir()
+    resource_record = {"name": "hf/a", "digest": {"sha256": "ab" * 32}}
+    definition = {"buildType": BUILD, "internalParameters": {"edited": {"unet/a": "ab" * 32}}}
+    definition["resolvedDependencies"] = [resource_record]
+    predicate = {
+        "buildDefinition": definition,
+        "runDetails": {"byproducts": [resource_record], "erasec_outcome": "passed"},
+    }
+    subject = {"_type": STATEMENT, "subject": [resource_record], "predicateType": PREDICATE, "predicate": predicate}
+    (root / "proof" / PROVENANCE).write_text(json.dumps(subject))
+    file = {
+        "type": "file",
+        "name": "hf/a",
+        "bom-ref": "file:hf/a",
+        "hashes": [{"alg": "SHA-256", "content": "ab" * 32}],
+    }
+    built = {"type": "machine-learning-model", "name": "a", "bom-ref": "model", "version": "ab" * 32}
+    bill = {"bomFormat": "CycloneDX", "specVersion": "1.6", "metadata": {"component": built}, "components": [file]}
+    (root / "proof" / BOM).write_text(json.dumps(bill))
+    proof_report = {
+        "outcome": "passed",
+        "verdict": "a",
+        "digest": "ab" * 32,
+        "model": {"name": "a", "revision": "", "digest": "ab" * 32},
+        "concepts": [{"name": "star"}],
+        "applied": [{"by": "uce", "digest": "ab" * 32}],
+        "written": [{**written[0], "bytes": 1}],
+        "undoing": [{"path": "star.key", "inside": True, "undoes": "x"}],
+    }
+    (root / "proof" / "report.json").write_text(json.dumps(proof_report))
     for table, text in (
         ("boxes.csv", "file,left,top,right,bottom,caption\n0.png,2,3,9,9,a star\n1.png,,,,,\n"),
         ("triplets.csv", "concept,censored,benign\n0.png,1.png,1.png\n"),
@@ -366,6 +399,15 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
     def compared(at: Path) -> None:
         checkpoint_manifest.compare(at, checkpoint_manifest.read(at)[0])
 
+    def proof(at: Path) -> None:
+        bundle = belonging.Bundle(at, checkpoint_manifest.Manifest(schema="erasec.manifest/1", files={}))
+        for step in (belonging.provenance, belonging.bill, belonging.report):
+            try:
+                step(bundle)
+            except CheckFailed as error:  # of files that the sample does not have, or of what was mutated
+                if judged(str(error))["outcome"] != "refused":
+                    raise
+
     def pickled(at: Path) -> None:
         pickles.from_pickle(at, at.with_name("new.safetensors"))
 
@@ -403,6 +445,7 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
         "trt": Reader(("engine.json",), read_record),
         "out": Reader(("report.json",), lambda at: (output_paths._foreign_files(at), read_report(at))),
         "out ": Reader((checkpoint_manifest.FILE,), compared),
+        "proof": Reader((PROVENANCE, BOM, "report.json"), proof),
         "boxes": Reader(("boxes.csv", "0.png"), lambda at: read_annotated_images(at, denoiser)),  # type: ignore[arg-type]
         "triplets": Reader(("triplets.csv", "0.png"), lambda at: read_triplets(at, 8)),
         "model.bin": Reader(("",), pickled),

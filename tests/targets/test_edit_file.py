@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from erasec.base import Context
+from erasec.checkpoint.folder import Folder
 from erasec.model import edit_file
 from erasec.model.edit import Dense, Edit
 from erasec.model.memory import Memory
+from erasec.model.sidecar import gather_extras, write_extras
 from erasec.model.view import Model
 from erasec.passes.uce import Uce
 from erasec.recipe.concept import Concept
@@ -91,3 +93,38 @@ def test_the_file_has_a_safe_name(base: Model, tmp_path: Path, concept: str) -> 
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
     assert file.parent == tmp_path / "deep" / "out"
     assert edit_file.read_edits(file)[0][0].concepts == (concept,)
+
+
+def test_what_an_edit_carries_is_compared_with_the_checkpoint(base: Model, tmp_path: Path) -> None:
+    """Memories, tokens, the negative prompt, and the edited tensors that relinking writes."""
+    memory = Memory("mid_block.attentions.0.transformer_blocks.0.attn2", *torch.ones(2, 3, 192), mode="side")
+    own = replace(Uce().solve(base, STAR, Context()), memories=(memory,), tokens={"<a>": torch.ones(128)}, negative="x")
+    model, out = base.with_edit(own), tmp_path / "edit"
+    base.source.write(tmp_path / "bundle", model.merged(), False)
+    write_extras(tmp_path / "bundle", gather_extras(model.edits))
+    checkpoint = Folder(tmp_path / "bundle")
+    EditFile(tensors=True).export(model, out, Context())
+    checks = EditFile().compare(base, checkpoint, out)
+    assert [(check.name, check.passed) for check in checks] == [
+        ("edit/merged", True),
+        ("edit/extras", True),
+        ("edit/tensors", True),
+    ]
+    (file,) = out.iterdir()
+
+    def failed(edit: Edit, tensors: dict[str, torch.Tensor] | None = None) -> list[str]:
+        edit_file.write_edits(file, [edit], model.base_record(), merged=tensors)
+        return [check.name for check in EditFile().compare(base, checkpoint, out) if not check.passed]
+
+    assert failed(own) == []
+    assert failed(replace(own, memories=())) == failed(replace(own, tokens={})) == ["edit/extras"]
+    assert (
+        failed(replace(own, negative=""))
+        == failed(replace(own, memories=(replace(memory, weight=9.0),)))
+        == ["edit/extras"]
+    )
+    site = next(iter(model.edited_sites))
+    assert failed(own, {f"{site.component}/{site.key}": base.stored_weight(site)}) == ["edit/tensors"]
+    assert failed(own, {"unet/more": torch.ones(1)}) == ["edit/tensors"]
+    (out / "more").touch()
+    assert failed(own) == ["edit/files"]

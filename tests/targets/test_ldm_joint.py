@@ -190,3 +190,23 @@ def test_the_transformer_alone_is_noted_and_unets_are_refused(root: Path, tmp_pa
     assert "transformer of FLUX alone" in Ldm(parts="denoiser").notes(load(str(root / "flux")))[-1]
     with pytest.raises(ErasecError, match="parts=denoiser writes a transformer"):
         Ldm(parts="denoiser").export(Folder(bundled_folder("glyphs")), tmp_path, Context())
+
+
+@pytest.mark.parametrize("parts", ["all", "denoiser"])
+def test_the_file_of_either_kind_is_compared_with_the_checkpoint(
+    root: Path, artifacts: dict[str, Artifact], parts: Any, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(artifacts[f"sd3-{parts}"].path, tmp_path / "out"))
+    target = Ldm(parts=parts)
+    checks = target.compare(Folder(root / "sd3"), out)
+    assert [check.name for check in checks] == ["ldm/files", "ldm/names", "ldm/layout"]
+    assert all(check.passed for check in checks)
+    (file,) = out.iterdir()
+    tensors = load_file(file)
+    save_file({**tensors, "old.weight": torch.zeros(2)}, file)
+    assert [check.passed for check in target.compare(Folder(root / "sd3"), out)] == [True, False]
+    first = next(iter(tensors))
+    save_file({**tensors, first: tensors[first] + 1}, file)
+    assert [check.passed for check in target.compare(Folder(root / "sd3"), out)] == [True, True, False]
+    (out / "more.safetensors").touch()
+    assert [check.passed for check in target.compare(Folder(root / "sd3"), out)] == [False]

@@ -76,6 +76,39 @@ def test_a_folder_is_compared_with_its_checkpoint_and_with_another(exported: Art
     assert [check.name for check in failed] == ["weights/unet"] and TO_K in failed[0].how
 
 
+def with_constant(folder: Path, side: int) -> None:
+    """Add a constant that no weight of the graph is to the IR in ``folder``; its output becomes that much larger."""
+    from openvino import opset13 as ops
+
+    model = openvino.Core().read_model(folder / FILE)
+    result = model.get_results()[0].input(0)
+    old = ops.constant(np.full((side, side), 2.0, np.float32), name="old")
+    moved = ops.add(result.get_source_output(), ops.reduce_sum(old, ops.constant([0, 1])))
+    moved.output(0).get_tensor().set_names(result.get_source_output().get_names())
+    result.replace_source_output(moved.output(0))
+    openvino.save_model(model, folder / "new.xml", compress_to_fp16=False)
+    for suffix in (".xml", ".bin"):
+        (folder / "new").with_suffix(suffix).replace((folder / FILE).with_suffix(suffix))
+
+
+@pytest.mark.parametrize(("side", "limit", "passed"), [(200, 0.0, False), (2, None, True)])
+def test_constants_that_are_no_weights_are_wrong_or_not_compared(
+    damaged: Path, random_folder: Path, side: int, limit: float | None, passed: bool
+) -> None:
+    """A small one may be of another version of the library: then it is stated that the graph was not compared."""
+    with_constant(damaged / "vae_decoder", side)
+    checks = {check.name: check for check in OpenVino().compare(Folder(random_folder), damaged)}
+    check = checks.pop("graph/vae_decoder")
+    assert (check.limit, check.passed) == (limit, passed) and ("old" in check.how) != passed
+    assert all(check.passed and check.limit == 0 for check in checks.values())
+
+
+def test_a_file_that_is_not_of_the_target_is_wrong(damaged: Path, random_folder: Path) -> None:
+    (damaged / "unet" / "more.bin").touch()
+    (check,) = OpenVino().compare(Folder(random_folder), damaged)
+    assert check.name == "openvino/files" and not check.passed and "unet/more.bin" in check.how
+
+
 def only(folder: Path, name: str) -> tuple[Graph, ...]:
     return tuple(graph for graph in graphs(Folder(folder)) if graph.name == name)
 

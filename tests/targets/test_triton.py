@@ -90,7 +90,44 @@ def test_a_repository_is_compared_with_its_checkpoint_and_with_another(
         file.write(bytes([last[0] ^ 1]))
     failed = [check.name for check in target.compare(Folder(random_folder), out) if not check.passed]
     assert failed == ["weights/unet"]
-    assert (target.unread(), bool(Triton(engines="trt").unread())) == ("", True)
+    assert (target.unread_reason(), bool(Triton(engines="trt").unread_reason())) == ("", True)
+
+
+def with_constant(file: Path, side: int) -> None:
+    """Add a node that holds a matrix to an ONNX file."""
+    model = onnx.load(file, load_external_data=False)
+    value = onnx.numpy_helper.from_array(np.ones((side, side), np.float32))
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["old"], name="old", value=value))
+    file.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda out: shutil.copytree(out / "models/unet/2", out / "models/unet/3"), "triton/files"),
+        (lambda out: (out / "client/tokenizer/merges.txt").write_text(""), "triton/copies"),
+        (lambda out: replace_text(out / "models", "[ 2 ]", "[ 3 ]"), "triton/configs"),
+        (lambda out: with_constant(out / "models/unet/2/model.onnx", 200), "graph/unet"),
+    ],
+)
+def test_what_a_repository_holds_besides_the_weights_is_compared_too(
+    exported: Artifact, random_folder: Path, tmp_path: Path, damage: Callable[[Path], Any], name: str
+) -> None:
+    out = Path(shutil.copytree(exported.path, tmp_path / "out"))
+    damage(out)
+    checks = Triton(version=2, instances="cpu").compare(Folder(random_folder), out)
+    assert [check.name for check in checks if not check.passed] == [name]
+
+
+def test_other_nodes_are_not_compared_and_that_is_stated(
+    exported: Artifact, random_folder: Path, tmp_path: Path
+) -> None:
+    """Another version of torch may export them."""
+    out = Path(shutil.copytree(exported.path, tmp_path / "out"))
+    with_constant(out / "models/unet/2/model.onnx", 2)
+    checks = Triton(version=2, instances="cpu").compare(Folder(random_folder), out)
+    assert all(check.passed for check in checks)
+    assert [check.name for check in checks if check.limit is None] == ["graph/unet"]
 
 
 def test_files_lie_where_the_server_and_the_client_look(exported: Artifact, random_folder: Path) -> None:
@@ -249,6 +286,9 @@ def test_plans_are_configured_and_recorded(
     assert fields["instance_group"] == [{"count": [1], "kind": ["KIND_AUTO"]}]
     record = engines.read_record(artifact.path)
     assert record["components"]["unet"]["file"] == "models/unet/1/model.plan"
+    checks = target.compare(Folder(random_folder), artifact.path)
+    assert all(check.passed for check in checks), checks
+    assert [check.name for check in checks][-1] == "engine/vae_decoder/source"
 
 
 def test_wrong_options_and_missing_tools_are_refused(random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_a_timing_cache_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_only_a_refittable_engine_undoes_an_erasure() -> None:
-    assert not Trt().undoes() and "before the erasure" in Trt(refit=True).undoes()
+    assert not Trt().how_to_undo() and "before the erasure" in Trt(refit=True).how_to_undo()
 
 
 def test_an_engine_can_be_refitted_only_on_request(machine: Path, file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from erasec.checkpoint.folder import Folder
 from erasec.checkpoint.safetensors import file_digest
 from erasec.errors import ErasecError, MissingTool
 from erasec.graphs import link
-from erasec.graphs.manifest import MANIFEST
+from erasec.graphs.manifest import MANIFEST, write_manifest
 from erasec.options import configure
 from erasec.recipe.recipe import parse_named_options
 from erasec.targets.trt_rtx import TrtRtx
@@ -104,10 +104,12 @@ def link_small_graphs(checkpoint: Folder, out: Path, precision: str, names: Sequ
     product(out / "text_encoder" / "model.onnx", "input_ids", 7, ["b", "t"])
     product(out / "vae_decoder" / "model.onnx", "latent_sample", 1, ["b", 4, "h", "w"])
     for name in names:
-        (out / name / "config.json").write_text(
-            json.dumps({"name": name, "precision": precision} | options, default=str)
-        )
-    (out / MANIFEST).write_text("{}")
+        own = {key: value for key, value in options.items() if key != "origin"}
+        (out / name / "config.json").write_text(json.dumps({"name": name, "precision": precision} | own))
+    record = {"graph": "ab", "precision": precision, "files": {}, "weights": [], "edited": []}
+    graphs = {name: {"component": name.removesuffix("_decoder"), **record} for name in names}
+    common = {"precision": precision, "vae": "fp32", "files": {}, "base": {}, "carried": []}
+    write_manifest(out, {"graphs": graphs, **common})
     (out / "unet" / "model.onnx_data").write_bytes(b"weights")
 
 
@@ -130,14 +132,39 @@ def test_engines_are_compared_with_the_graphs_that_they_were_built_from(
     copied: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "write_onnx", link_small_graphs)
-    target = TrtRtx(workspace=64)
+    target = TrtRtx(onnx=True, workspace=64)
     checks = target.compare(Folder(random_folder), copied)
     assert {check.passed for check in checks} == {True} and all(check.limit is not None for check in checks)
-    assert "engine" in target.unread() and not target.undoes()
+    assert {"trt-rtx/files", "engine/unet/source", "onnx/files", "graph/unet"} <= {check.name for check in checks}
+    assert "engine" in target.unread_reason() and not target.how_to_undo()
     engine = copied / "text_encoder" / "model.engine"
     engine.write_bytes(engine.read_bytes() + b"\0")
     failed = [check.name for check in target.compare(Folder(random_folder), copied) if not check.passed]
     assert failed == ["engine/text_encoder/source"]
+
+
+def test_engine_json_does_not_choose_what_is_compared(
+    copied: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "write_onnx", link_small_graphs)
+    target = TrtRtx(onnx=True, workspace=64)
+    original = engines.read_record(copied)
+
+    def failed(change: Callable[[dict[str, Any]], object]) -> list[str]:
+        record = json.loads(json.dumps(original))
+        change(record["components"])
+        engines.rewrite_record(copied, record)
+        return [check.name for check in target.compare(Folder(random_folder), copied) if not check.passed]
+
+    (copied / "onnx" / "unet" / "more").write_bytes((copied / "unet" / "model.engine").read_bytes())
+    assert failed(lambda parts: parts["unet"].update(file="onnx/unet/more"))[0] == "engine/unet/source"
+    (copied / "onnx" / "unet" / "more").unlink()
+    assert failed(lambda parts: None) == []
+    assert failed(lambda parts: parts.pop("unet")) == ["trt-rtx/engines"]
+    with pytest.raises(ErasecError, match="'/dev/zero' is no file of the folder"):
+        failed(lambda parts: parts["unet"].update(file="/dev/zero"))
+    (copied / "other.engine").touch()
+    assert failed(lambda parts: None) == ["trt-rtx/files"]
 
 
 def test_the_folder_stands_alone(exported: Artifact) -> None:
@@ -147,7 +174,7 @@ def test_the_folder_stands_alone(exported: Artifact) -> None:
     assert own == parts | {"engine.json", "model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"}
     assert {f"onnx/{name}/model.onnx" for name in TEXT_TO_IMAGE} | {f"onnx/{MANIFEST}"} <= files - own
     config = json.loads((exported.path / "unet" / "config.json").read_text())
-    assert config == {"name": "unet", "precision": "fp16", "vae": "fp32", "origin": None}
+    assert config == {"name": "unet", "precision": "fp16", "vae": "fp32"}
 
 
 def test_the_record_describes_each_engine(exported: Artifact) -> None:

@@ -87,10 +87,9 @@ def descent(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("descent")
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_pass_gives_the_same_edit_in_micro_batches(name: str) -> None:
-    """The control: another batch is another edit, by far more than rounding."""
+    """In unequal parts. The control: another batch is another edit, by far more than rounding."""
     whole = solved(name, 4)
-    for rows in (1, 2, 4):
-        assert distance(whole, solved(name, 4, rows)) < LIMITS.get(name, 1e-5), rows
+    assert distance(whole, solved(name, 4, 3)) < LIMITS.get(name, 1e-5)
     assert distance(whole, solved(name, 2)) > 1e-3
 
 
