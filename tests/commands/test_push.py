@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from erasec.checkpoint import manifest
 from erasec.cli.app import app
-from erasec.commands.verify import verify
+from erasec.commands.verify import Verification, verify
 from erasec.errors import CheckFailed
 from erasec.recipe.recipe import Limits, Publish
 
@@ -121,6 +121,20 @@ def test_what_can_undo_the_erasure_goes_only_into_a_gated_repository(hub: Hub, u
     assert hub.requests.index("PUT /api/models/team/model/settings") < first_file
     head = (undoable / "README.md").read_text().split("---\n")[1]
     assert "extra_gated_prompt" in head and "(edit)" in head
+
+
+def test_weights_with_a_key_inside_are_refused_as_well(
+    hub: Hub, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a build with --key states in its report; that the report is another one is not the matter here."""
+    out = Path(shutil.copytree(release, tmp_path / "out"))
+    report = json.loads((out / "report.json").read_text())
+    report["extras"]["keys"] = ["church"]
+    (out / "report.json").write_text(json.dumps(report))
+    monkeypatch.setattr("erasec.commands.push.verify", lambda bundle: Verification(()))
+    refused = run(out, TO, "--artifact", "hf")
+    assert refused.exit_code == 2 and "the weights, which show church again" in refused.stderr
+    assert hub.requests == []
 
 
 def test_nothing_is_sent_where_the_gate_does_not_close(hub: Hub, undoable: Path) -> None:
