@@ -94,9 +94,13 @@ def look(
 
 
 def cache_of(plan: Plan) -> str:
-    """The name of the base in the cache of pictures; "" if pictures of the base are not cached: a build with keys has
-    another base than a second build."""
-    return "" if plan.keys else picture_cache.identity(plan.model)
+    """The name of the base in the cache of pictures; "" if pictures of the base are not cached.
+
+    A judge of a small world gets the pictures of its own batches: one of another batch differs in its last bits, and
+    painting it again takes a moment. The base of a build with keys is none of a second build.
+    """
+    cached = not plan.keys and (plan.judge is None or plan.judge.everyday)
+    return picture_cache.identity(plan.model) if cached else ""
 
 
 def _judge(

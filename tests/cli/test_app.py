@@ -26,7 +26,7 @@ from erasec.checkpoint import journal
 from erasec.checkpoint.safetensors import BLANK, save_tensors
 from erasec.cli import output
 from erasec.cli.app import QUIET, app
-from erasec.commands import apply, build, processes
+from erasec.commands import apply, build
 from erasec.errors import CheckFailed, MissingTool
 from erasec.keys.key_file import write_key
 from erasec.model import loading
@@ -34,6 +34,7 @@ from erasec.model.memory import Secret
 from erasec.recipe import concept
 from erasec.reporting.facts import facts_of
 from erasec.runtime import bundle
+from erasec.training import processes
 
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "numpy", "huggingface_hub"}
 

@@ -42,7 +42,7 @@ def commands(text: str) -> Iterator[str]:
 
 def parse(line: str) -> dict[str, Any]:
     """The arguments of a line ``erasec COMMAND ...``. Raises an exception where erasec would refuse them."""
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line.partition(" > ")[0], comments=True)[1:]
     values: dict[str, Any] = COMMANDS[words[0]].make_context(words[0], words[1:]).params
     for key, load in (("passes", registry.load_pass), ("target", registry.load_target), ("probe", registry.load_probe)):
         for text in values.get(key) or ():

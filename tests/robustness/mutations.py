@@ -312,6 +312,8 @@ def make_sample(root: Path, single: bool = True) -> dict[str, Reader]:
         "applied": [{"by": "uce", "digest": "ab" * 32}],
         "written": [{**written[0], "bytes": 1}],
         "undoing": [{"path": "star.key", "inside": True, "undoes": "x"}],
+        "extras": {"keys": []},
+        "unjudged": [],
     }
     (root / "proof" / "report.json").write_text(json.dumps(proof_report))
     for table, text in (
