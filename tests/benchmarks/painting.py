@@ -1,11 +1,10 @@
-"""How many steps and how much time pictures of the reference worlds need: writes results/painting.json.
+"""How many steps pictures of the reference worlds need: writes results/painting.json.
 
     python tests/benchmarks/painting.py
 
 ``steps`` are the shares of pictures in which judge B sees what the prompt asks for, of the base and after ``uce``, for
-several numbers of steps of the model's own scheduler: a build judges with ``WORLD_STEPS``. ``batches`` are seconds of
-one processor for one picture of glyphs, in the memory formats and batches that builds could use, in one run; ``ratio``
-is that of builds over one of plain tensors and batches of 32.
+several numbers of steps of the model's own scheduler: a build judges with ``WORLD_STEPS``. ``colours`` are those that
+prompts name.
 """
 
 from __future__ import annotations
@@ -13,19 +12,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import machine
 import numpy as np
-import torch
 
 from erasec import registry
-from erasec.attention import pipeline
 from erasec.attention.pipeline import Sampling, generate
 from erasec.base import Context, Question
 from erasec.commands import settings
@@ -74,38 +69,14 @@ def by_steps(world: str, name: str) -> dict[str, Any]:
         }
 
 
-def seconds(batch: int, plain: bool) -> float:
-    """Processor seconds for one picture of glyphs, of 32 in four steps."""
-    root = loading.bundled_folder("glyphs")
-    with (
-        patch.object(pipeline, "BATCH", batch),
-        patch.object(pipeline, "LARGE_BATCH", {"cpu": batch}),
-        patch.object(pipeline, "_is_small", lambda _: not plain),
-    ):
-        generate(root, ["a star"] * 2, [0, 1], Sampling(2, 4.0), "warm")
-        began = time.process_time()
-        generate(root, ["a star"] * 32, [*range(32)], Sampling(4, 4.0), f"batches of {batch}")
-    return (time.process_time() - began) / 32
-
-
-def batches() -> dict[str, float]:
-    torch.set_num_threads(1)
-    rows = {
-        f"{'plain' if plain else 'channels last'}, {batch}": seconds(batch, plain)
-        for plain in (True, False)
-        for batch in (8, 16, 32)
-    }
-    return {**rows, "ratio": rows[f"channels last, {pipeline.BATCH}"] / rows["plain, 32"]}
-
-
 def main() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        result: dict[str, Any] = {"batches": pool.submit(batches).result(), "steps": {}}
+        result: dict[str, Any] = {"steps": {}}
         for world, name in CASES:
             result["steps"][f"{world}, {name}"] = pool.submit(by_steps, world, name).result()
     result.update(seed=SEED, images=IMAGES, threads=1, machine=machine.about())
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in ("batches", "steps")}, indent=2))
+    print(json.dumps(result["steps"], indent=2))
 
 
 if __name__ == "__main__":
