@@ -90,7 +90,7 @@ def rows(header: Sequence[str], cells: Iterator[Sequence[str]]) -> str:
 
 
 def takes(hint: Any) -> str:
-    """The values of a type, in words: "a whole number, at least 1", "a list of texts"."""
+    """A description of the values of a type: "a whole number, at least 1", "a list of texts"."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if set(inner) == set(get_args(Option)):

@@ -288,7 +288,7 @@ def _build(plan: Plan, stage: Path, work: Path, private: Path | None, fresh: boo
             audits, gates = audit_build(plan, plan.recipe.audit, built)
         checks += gates
     shutil.rmtree(stage / PUBLIC, ignore_errors=True)
-    # A rejected build is no release: all of it is kept together, for whoever looks for the reason.
+    # A rejected build is no release: all of it is kept together, for people who look for the reason.
     apart = private if all(check.passed for check in checks) else None
     undoing = release.set_apart(plan, stage, apart)
 
