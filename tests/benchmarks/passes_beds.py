@@ -19,15 +19,13 @@ import json
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, cycle, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 import torch
+from passes_emoji import cell, measure_rows
 from PIL import Image
 
 from erasec.attention.pipeline import Sampling, generate, pipeline
@@ -37,7 +35,6 @@ from erasec.commands import settings
 from erasec.emoji import beds
 from erasec.emoji.judge import EmojiJudge, prompt
 from erasec.emoji.words import OBJECTS, neighbours
-from erasec.judging.intervals import wilson
 from erasec.model import loading, sidecar
 from erasec.recipe import concept as concepts
 from erasec.recipe import recipe
@@ -169,11 +166,7 @@ def table(result: dict[str, Any]) -> str:
         parts += [f"**{kind}**", "", f"| pass | {' | '.join(GROUPS)} | drift | seconds |"]
         parts.append("|---" * (len(GROUPS) + 3) + "|")
         for setup, row in rows.items():
-            cells = []
-            for group in GROUPS:
-                hits, count = row["shows"][group]
-                low, high = wilson(hits, count)
-                cells.append(f"{hits / count:.0%} ({low:.0%}–{high:.0%})".replace("%–", "–"))
+            cells = [cell(*row["shows"][group]) for group in GROUPS]
             seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
             parts.append(f"| `{setup}` | {' | '.join(cells)} | {row['drift']:.3f} | {seconds} |")
         parts.append("")
@@ -215,17 +208,7 @@ def main() -> None:
     pending = [(kind, setup) for kind in options.beds for setup in options.setups or SETUPS[kind]]
     if options.missing:
         pending = [(kind, setup) for kind, setup in pending if setup not in result["rows"].get(kind, {})]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
-    ):
-        for kind, setup in pending:
-            row = pool.submit(measure, kind, setup, Path(scratch)).result()
-            result["rows"].setdefault(kind, {})[setup] = row
-            result.update(object=OBJECT, images=IMAGES, seed=SEED, threads=1, machine=machine.about())
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
-            print(kind, setup, {group: f"{a}/{b}" for group, (a, b) in row["shows"].items()}, flush=True)
+    measure_rows(measure, pending, result, options.out, object=OBJECT, images=IMAGES, seed=SEED)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, cycle, islice
 from multiprocessing import get_context
@@ -224,6 +225,33 @@ def pooled(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return together
 
 
+def measure_rows(
+    measure: Callable[[str, str, Path], dict[str, Any]],
+    pending: list[tuple[str, str]],
+    result: dict[str, Any],
+    out: Path,
+    **facts: Any,
+) -> None:
+    """Measure rows (table, setup), each in a process of its own, and write ``out`` after each of them."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
+    ):
+        for name, setup in pending:
+            row = pool.submit(measure, name, setup, Path(scratch)).result()
+            result["rows"].setdefault(name, {})[setup] = row
+            result.update(facts, threads=1, machine=machine.about())
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result, indent=2) + "\n")
+            print(name, setup, {group: f"{a}/{b}" for group, (a, b) in row["shows"].items()}, flush=True)
+
+
+def cell(hits: int, count: int) -> str:
+    """A rate with its interval."""
+    low, high = wilson(hits, count)
+    return f"{hits / count:.0%} ({low:.0%}–{high:.0%})".replace("%–", "–")
+
+
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown, one table for each task, and one for SINGLES together."""
     parts = []
@@ -242,8 +270,7 @@ def table(result: dict[str, Any]) -> str:
             cells = []
             for group in GROUPS:
                 hits, count = row["shows"][group]
-                low, high = wilson(hits, count) if count else (0.0, 0.0)
-                cells.append(f"{hits / count:.0%} ({low:.0%}–{high:.0%})".replace("%–", "–") if count else "–")
+                cells.append(cell(hits, count) if count else "–")
             figures = published_figures(row["shows"])
             cells += [f"{figures[name]:.0%}" if name in figures else "–" for name in ("UA", "IRA", "CRA", "H_o")]
             seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
@@ -336,17 +363,7 @@ def main() -> None:
     pending = [(task, setup) for task in options.tasks for setup in options.setups or SETUPS[task]]
     if options.missing:
         pending = [(task, setup) for task, setup in pending if setup not in result["rows"].get(task, {})]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool,
-    ):
-        for task, setup in pending:
-            row = pool.submit(measure, task, setup, Path(scratch)).result()
-            result["rows"].setdefault(task, {})[setup] = row
-            result.update(images=IMAGES, seed=SEED, threads=1, machine=machine.about())
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
-            print(task, setup, {group: f"{a}/{b}" for group, (a, b) in row["shows"].items()}, flush=True)
+    measure_rows(measure, pending, result, options.out, images=IMAGES, seed=SEED)
 
 
 if __name__ == "__main__":
